@@ -1,0 +1,34 @@
+# make demo   the whole way on this machine, in minutes
+# make test   the test suite
+# make lint   ruff and mypy
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint install clean
+
+demo: install
+	$(BIN)/python examples/demo/story.py
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(VENV)/installed
+
+# containers.txt goes in without its dependencies: the packages are used for the model and tokenizer files inside them
+$(VENV)/installed: requirements/pinned.txt requirements/containers.txt setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements/pinned.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement requirements/containers.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo

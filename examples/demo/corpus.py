@@ -1,0 +1,91 @@
+"""Real text out of installed packages: worked mathematics problems and the documentation in Python sources.
+
+    python examples/demo/corpus.py --out .demo/corpus
+
+Writes train.jsonl and heldout.jsonl, one {"id", "source", "text"} a line. Nothing is imported or run: problems are read from
+JSON, docstrings from the syntax tree. A text stands in the corpus once, and one source file is never in both parts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import orjson
+
+DOCUMENTED = ("sympy", "networkx", "mpmath")
+"""Packages with long docstrings about mathematics; all three under BSD licences."""
+SHORTEST = 200
+"""Characters; shorter docstrings say little but their function's name."""
+HELD_OUT = 20
+"""One source file in so many is held out."""
+
+
+class Text(NamedTuple):
+    id: str
+    source: str
+    text: str
+
+
+def champ_problems() -> Iterator[Text]:
+    """270 competition problems with their solutions, step by step (CHAMP, MIT licence)."""
+    problems = orjson.loads((_package("champ_dataset") / "dataset_files" / "v0.json").read_bytes())["problems"]
+    for name, problem in problems.items():
+        steps = [step["_text"] for step in problem["solution"]["steps"]]
+        yield Text(name, f"champ/{name}", "\n".join([problem["_text"], *steps]))
+
+
+def docstrings(package: str) -> Iterator[Text]:
+    """The docstrings of a package's modules, classes and functions, indentation removed."""
+    root = _package(package)
+    for file in sorted(root.rglob("*.py")):
+        source = f"{package}/{file.relative_to(root)}"
+        if "tests" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+                if len(text) >= SHORTEST:
+                    yield Text(f"{source}:{getattr(node, 'lineno', 1)}", source, text)
+
+
+def write_corpus(out: Path) -> dict[str, tuple[int, int]]:
+    """Write both parts; for each its documents and bytes of text."""
+    out.mkdir(parents=True, exist_ok=True)
+    seen: set[str] = set()
+    counts = {"train": [0, 0], "heldout": [0, 0]}
+    files = {part: (out / f"{part}.jsonl.tmp").open("wb") for part in counts}
+    for stream in (champ_problems(), *(docstrings(package) for package in DOCUMENTED)):
+        for text in stream:
+            if text.text in seen:
+                continue
+            seen.add(text.text)
+            held_out = int.from_bytes(hashlib.sha256(text.source.encode()).digest()[:4]) % HELD_OUT == 0
+            part = "heldout" if held_out else "train"
+            files[part].write(orjson.dumps(text._asdict(), option=orjson.OPT_APPEND_NEWLINE))
+            counts[part][0] += 1
+            counts[part][1] += len(text.text.encode())
+    for part, file in files.items():
+        file.close()
+        (out / f"{part}.jsonl.tmp").replace(out / f"{part}.jsonl")
+    return {part: (documents, size) for part, (documents, size) in counts.items()}
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: the package {name!r} is not installed; `make demo` installs what the demo needs")
+    return Path(spec.origin).parent
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write a small corpus of real text, from installed packages.")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
+    for part, (documents, size) in write_corpus(parser.parse_args().out).items():
+        print(f"{part}: {documents:,} documents, {size / 1e6:.2f} MB of text")

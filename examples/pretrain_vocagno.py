@@ -1,0 +1,11 @@
+"""Pretrain a student under the guidance of a teacher.
+
+deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
+"""
+
+import sys
+
+from megatron_vocagno.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+"""FILES -> PACKED ROWS.
+
+pack.py     rows cut at common boundaries of both token streams; pure
+loader.py   the batch of (step, micro-batch, data-parallel rank) as tensors; position
+"""

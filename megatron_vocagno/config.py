@@ -1,0 +1,218 @@
+"""A run: one TOML file, read into frozen models, one for each part.
+
+    run = load_run("examples/quickstart.toml", ["guidance.keep=0.6"])
+
+The file owns what is to be learned from what. The DeepSpeed configuration (`ds_configs/*.json`) owns batch sizes,
+precision, the optimizer with its peak learning rate, gradient clipping and the ZeRO stage: none of them is repeated here.
+An unknown key is refused with the nearest name; a value of the wrong kind is refused with its place.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Aggregate = Literal["max", "mean", "sum", "min"]
+Scope = Literal["sequence", "microbatch", "global"]
+Unmapped = Literal["include", "exclude"]
+Attention = Literal["auto", "sdpa", "flash_attention_2"]
+PositiveInt = Annotated[int, Field(gt=0)]
+
+
+class RunError(Exception):
+    """Something a user can mend in a run: its file, an override, a path, or how the parts fit together."""
+
+
+class Part(BaseModel):
+    """One section of the file. Frozen, and it knows every key that may stand in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Part):
+    """Aligned datasets, made by `tools.preprocess.build_dataset`."""
+
+    train: Path
+    valid: Path | None = None
+    row_length: Annotated[int, Field(ge=8)] = 2048
+    """Student positions of a row (S)."""
+
+
+class Student(Part):
+    """The model that learns: pretrained weights, or a configuration to start from."""
+
+    pretrained: Path | None = None
+    """A Hugging Face folder with safetensors."""
+    config: dict[str, Any] | None = None
+    """Fields of a Hugging Face configuration, `model_type` first; `vocab_size` comes from the data when it is not given."""
+    attention: Attention = "auto"
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.pretrained is None) == (self.config is None):
+            raise ValueError("give exactly one of 'pretrained' (continue from weights) and 'config' (start from nothing)")
+        return self
+
+
+class Teacher(Part):
+    """The frozen model that guides."""
+
+    path: Path
+    """A Hugging Face folder with safetensors, or a GGUF file (dequantised once, kept in a cache folder)."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    placement: Literal["replicated"] = "replicated"
+    """`replicated`: every rank holds the teacher, and the ranks of a pipeline group share a step's rows."""
+    tokens_per_batch: PositiveInt = 16384
+    """Padded teacher tokens of one forward. A memory bound, it changes no result beyond rounding."""
+    attention: Attention = "auto"
+
+
+class Guidance(Part):
+    """The method: which of the student's losses count. See docs/method.md."""
+
+    objective: Literal["guided", "clm"] = "guided"
+    aggregate: Aggregate = "max"
+    keep: Annotated[float, Field(gt=0, le=1)] = 0.4
+    """Share of the mapped tokens that is kept."""
+    scope: Scope = "microbatch"
+    unmapped: Unmapped = "include"
+    require_positive: bool = False
+    """Keep only tokens where the student is worse than the teacher."""
+
+
+class Parallel(Part):
+    pipeline_stages: PositiveInt = 1
+    """1 runs the plain engine with the ZeRO stage of the DeepSpeed configuration; more runs the pipeline engine with ZeRO-1."""
+
+
+class Schedule(Part):
+    """Learning rate over the run, as a share of the peak that the DeepSpeed configuration names."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the peak at the last step."""
+
+
+class Training(Part):
+    steps: PositiveInt | None = None
+    tokens: PositiveInt | None = None
+    """Student positions to train on, rounded up to whole steps."""
+    seed: int = 0
+    """Decides initial weights, order of documents and order of rows."""
+    schedule: Schedule = Schedule()
+    max_nonfinite_steps: PositiveInt = 5
+    """So many steps in a row with a loss or gradient that is not finite stop the run."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of 'steps' and 'tokens'")
+        return self
+
+
+class Eval(Part):
+    """Bits per byte on `data.valid`, before the first step, every so many steps, and after the last."""
+
+    every: PositiveInt | None = None
+    rows: PositiveInt | None = None
+    """The first so many rows; all of them when it is not given."""
+
+
+class Checkpoint(Part):
+    every: PositiveInt | None = None
+    """Steps between checkpoints; one is always written after the last step."""
+    keep: PositiveInt = 2
+    """The newest so many stay on disk."""
+
+
+class Logging(Part):
+    every: PositiveInt = 1
+    """Steps between lines on the console; TensorBoard and metrics.jsonl get every step."""
+
+
+class Run(Part):
+    """The whole run."""
+
+    output: Path
+    """Checkpoints, metrics.jsonl and TensorBoard files go here."""
+    data: Data
+    student: Student
+    teacher: Teacher | None = None
+    guidance: Guidance = Guidance()
+    parallel: Parallel = Parallel()
+    training: Training
+    eval: Eval = Eval()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @model_validator(mode="after")
+    def _teacher_for_guidance(self) -> Self:
+        if self.guidance.objective == "guided" and self.teacher is None:
+            raise ValueError("guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one")
+        if self.eval.every is not None and self.data.valid is None:
+            raise ValueError("eval.every is given, but there is no data.valid to evaluate on")
+        return self
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
+    """Read a run file and lay `a.b=c` overrides over it.
+
+    An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need
+    no quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
+    """
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"no run file at {path}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not TOML: {error}") from None
+    for override in overrides:
+        _lay_over(fields, override)
+    try:
+        return Run.model_validate(fields)
+    except ValidationError as error:
+        raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
+
+
+def _lay_over(fields: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    *sections, last = name.strip().split(".")
+    if not equals or not last:
+        raise RunError(f"--set {override}: expected section.key=value")
+    for section in sections:
+        fields = fields.setdefault(section, {})
+        if not isinstance(fields, dict):
+            raise RunError(f"--set {override}: '{section}' is a value, not a section")
+    try:
+        fields[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        fields[last] = text.strip()
+
+
+def _explain(detail: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's findings, with the nearest name where a key is unknown."""
+    place = ".".join(str(step) for step in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        *sections, key = (str(step) for step in detail["loc"])
+        near = difflib.get_close_matches(key, _keys(sections), n=1, cutoff=0.5)
+        return f"no field '{place}'" + (f"; did you mean '{'.'.join([*sections, near[0]])}'?" if near else "")
+    if detail["type"] == "missing":
+        return f"'{place}' is missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    given = "" if isinstance(detail["input"], dict) else f", not {detail['input']!r}"
+    return f"'{place}': {message}{given}" if place else message
+
+
+def _keys(sections: Sequence[str]) -> list[str]:
+    part: type[BaseModel] = Run
+    for section in sections:
+        annotation = part.model_fields[section].annotation
+        members = [annotation, *getattr(annotation, "__args__", ())]
+        part = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
+    return list(part.model_fields)

@@ -1,0 +1,138 @@
+"""Atomic save, exact resume.
+
+All ranks write, then each file is brought to disk and hashed, then the manifest is written, then `latest` is moved: a crash at
+any moment leaves the older checkpoints whole and the new one recognisably unfinished (see manifest.py).
+
+DeepSpeed reads its own files with pickle, as it wrote them: resume only runs that you made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+from deepspeed import comm as dist
+from transformers import PretrainedConfig
+
+from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.engine.build import Engine
+from megatron_vocagno.engine.manifest import (
+    FOLDER,
+    LATEST,
+    MANIFEST,
+    STUDENT,
+    TOKENIZER,
+    EngineLayout,
+    File,
+    Manifest,
+    Position,
+    checkpoint_folders,
+    newest_checkpoint,
+    read_manifest,
+    sha256,
+)
+from megatron_vocagno.engine.settings import Settings
+
+
+class Keeper:
+    """Saves and resumes one run."""
+
+    def __init__(
+        self, engine: Engine, run: Run, config: PretrainedConfig, settings: Settings, dataset: str, tokenizer: Path
+    ) -> None:
+        """dataset: fingerprint of the training dataset; tokenizer: folder of the student's tokenizer."""
+        self.engine, self.config, self.tokenizer = engine, config, tokenizer
+        self.root, self.keep = run.output / FOLDER, run.checkpoint.keep
+        self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed)
+        self.layout = EngineLayout(
+            world=dist.get_world_size(),
+            pipeline_stages=run.parallel.pipeline_stages,
+            zero_stage=settings.get("zero_optimization", {}).get("stage", 0),
+        )
+
+    def save(self, position: Position) -> Path:
+        """Write a checkpoint, then remove all but the newest few. Collective over the world. Returns its folder."""
+        folder = self.root / f"step-{position.step:08d}"
+        first = dist.get_rank() == 0
+        if first:
+            # left behind by a run that died here, or by one that was resumed from an older checkpoint
+            if folder.exists():
+                shutil.rmtree(folder)
+            (folder / STUDENT).mkdir(parents=True)
+            shutil.copytree(self.tokenizer, folder / TOKENIZER)
+            self.config.to_json_file(folder / "config.json")
+        dist.barrier()
+        self.engine.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
+        self.engine.write_weights(folder / STUDENT, self.config)
+        dist.barrier()
+        files = _describe(folder)
+        if first:
+            manifest = Manifest(position=position, layout=self.layout, files=files)
+            _write_atomically(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+            _write_atomically(self.root / LATEST, folder.name.encode())
+            for old in checkpoint_folders(self.root)[self.keep :]:
+                shutil.rmtree(old)
+        dist.barrier()
+        return folder
+
+    def resume(self, say: Callable[[str], None]) -> Position:
+        """Load the newest whole checkpoint into the engine; a fresh start where there is none. Collective over the world.
+
+        Raises RunError: the checkpoint speaks of other data, another order of rows, or another layout.
+        """
+        found: list[Path | None] = [None]
+        if dist.get_rank() == 0:
+            found[0] = newest_checkpoint(self.root.parent, say)
+        dist.broadcast_object_list(found, src=0)
+        folder = found[0]
+        if folder is None:
+            return self.fresh
+        manifest = read_manifest(folder)
+        self._check(folder, manifest)
+        self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        say(f"loaded {folder}")
+        return manifest.position
+
+    def _check(self, folder: Path, manifest: Manifest) -> None:
+        for name in ("dataset", "row_length", "seed"):
+            mine, theirs = getattr(self.fresh, name), getattr(manifest.position, name)
+            if mine != theirs:
+                raise RunError(
+                    f"{folder} was written with {name} = {theirs}, this run has {mine}: its rows would not follow on.\n"
+                    "  Give the run another 'output', or the old value back."
+                )
+        if manifest.layout != self.layout:
+            raise RunError(
+                f"{folder} was written by ({manifest.layout}), this run is ({self.layout}).\n"
+                "  Optimizer states are cut for their layout: resume with the old one, or start from the exported weights."
+            )
+
+
+def _describe(folder: Path) -> dict[str, File]:
+    """Size and hash of every file, on disk for good. The ranks share the work; collective over the world."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    mine: dict[str, File] = {}
+    for path in paths[dist.get_rank() :: dist.get_world_size()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        mine[str(path.relative_to(folder))] = File(bytes=path.stat().st_size, sha256=sha256(path))
+    shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(shares, mine)
+    return dict(sorted(item for share in shares for item in share.items()))
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,60 @@
+"""What all ranks know of a step before it starts, from the spans alone.
+
+How many tokens are mapped decides how many are kept, and that is the divisor of the loss: the sum over *all* kept tokens of
+the step divided by their number, whatever the layout, never a mean of means. Rows are read by one pipeline each, so the
+counts are summed over the data-parallel ranks once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from deepspeed import comm as dist
+
+from megatron_vocagno.batch.loader import Batch
+from megatron_vocagno.batch.pack import Mapping
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.objective.guidance import planned_kept
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Over all ranks."""
+
+    kept: int
+    """Tokens that will carry weight 1: the divisor of the loss. At least 1."""
+    targets: int
+    teacher_tokens: int
+    mapping: tuple[int, ...]
+    """Targets by `Mapping`."""
+
+
+def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.ProcessGroup, device: torch.device) -> StepCounts:
+    """Counts of a step from the micro-batches of this data-parallel rank. Collective over `group`, the data-parallel ranks."""
+    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
+    teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
+    mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in Mapping]
+    mapped = [sum(batch.row_mapped) for batch in batches]
+    unmapped = [sum(batch.row_unmapped) for batch in batches]
+    kept, teacher_tokens, *rest = sum_over_ranks([kept_here, teacher_tokens, *mapping, *mapped, *unmapped], group, device)
+    mapping, mapped, unmapped = rest[: len(Mapping)], rest[len(Mapping) : -len(batches)], rest[-len(batches) :]
+    if guidance.scope == "global":
+        # one selection goes over the same micro-batch of all ranks
+        kept = sum(
+            planned([micro_mapped], [micro_unmapped]) for micro_mapped, micro_unmapped in zip(mapped, unmapped, strict=True)
+        )
+    if guidance.objective == "clm":
+        kept = sum(mapping)
+    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping))
+
+
+def sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Each count, summed over the ranks of a group. Collective."""
+    sums = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(sums, group=group)
+    result: list[int] = sums.tolist()
+    return result

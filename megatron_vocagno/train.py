@@ -1,0 +1,260 @@
+"""The training loop: score, select, learn.
+
+deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
+from megatron_vocagno.batch.pack import Mapping
+from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine.build import Engine, build_engine
+from megatron_vocagno.engine.checkpoint import Keeper
+from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
+from megatron_vocagno.engine.manifest import Position
+from megatron_vocagno.engine.processes import Processes, start, stop
+from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
+from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
+from megatron_vocagno.model.student import check_row_length, student_config
+from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.monitor import Monitor
+from megatron_vocagno.objective.guidance import STATS, gather_guide, summarize
+
+
+def train(run: Run, settings: Settings, processes: Processes) -> None:
+    """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world."""
+    say = _speaker(processes)
+    data = AlignedDataset.open(run.data.train)
+    valid = _open_valid(run, data)
+    config, weights = _open_student(run, data, settings, processes)
+    teacher = _open_teacher(run, data, processes)
+    rows = TrainRows(data, run.data.row_length, run.training.seed, teacher.max_positions if teacher else None)
+    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
+    steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * run.data.row_length))
+
+    engine = build_engine(run, settings, config, weights, layout, steps, processes)
+    batches = Batches(rows, layout, engine.data_rank)
+    scorer = _place(teacher, run, engine, processes)
+    keeper = Keeper(engine, run, config, settings, data.fingerprint, data.student_tokenizer.path)
+    position = keeper.resume(say)
+    say(_opening(run, data, rows, layout, steps, position))
+    guard = NonFiniteGuard(run.training.max_nonfinite_steps)
+    with Monitor(run.output if processes.is_first else None, position.step, run.logging.every, steps) as monitor:
+        if position.step == 0 and valid is not None:
+            monitor.evaluation(0, evaluate(engine, run, valid, processes))
+        while position.step < steps:
+            clock = Clock(processes)
+            micro_batches = batches.step(position.rows)
+            counts = count_step(micro_batches, run.guidance, engine.data_group, processes.device)
+            clock.start_teacher()
+            guides = guide(micro_batches, scorer, run, processes)
+            clock.start_student()
+            learning_rate = engine.learning_rate
+            engine.train(micro_batches, guides, counts.kept)
+            position = position.after(layout.rows)
+            numbers = _numbers(engine, counts, scorer, clock.stop(), learning_rate)
+            monitor.step(position.step, numbers)
+            guard.check(position.step, numbers)
+            if valid is not None and _due(position.step, run.eval.every, steps):
+                monitor.evaluation(position.step, evaluate(engine, run, valid, processes))
+            if _due(position.step, run.checkpoint.every, steps):
+                say(f"checkpoint: {keeper.save(position)}")
+
+
+def guide(batches: Sequence[Batch], scorer: Scorer | None, run: Run, processes: Processes) -> list[Tensor]:
+    """The teacher's losses on student positions, one [B, S] a batch; NaN where there is none. Collective."""
+    if scorer is None:
+        return [torch.full(batch.target_BS.shape, torch.nan, device=processes.device) for batch in batches]
+    losses = scorer.score(batches)
+    return [
+        gather_guide(loss_BU, batch.first_BS.to(loss_BU.device), batch.last_BS.to(loss_BU.device), run.guidance.aggregate)
+        for loss_BU, batch in zip(losses, batches, strict=True)
+    ]
+
+
+def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Processes) -> dict[str, float]:
+    """Bits per byte of held-out text, and the mean loss of its tokens in nats. Collective over the world."""
+    nats, text_bytes, tokens = 0.0, 0, 0
+    steps = evaluation_batches(
+        valid, valid.student_byte_lengths, run.data.row_length, engine.layout, engine.data_rank, run.eval.rows
+    )
+    for step in steps:
+        nats += engine.evaluate(step.batches)
+        text_bytes += step.text_bytes
+        tokens += step.tokens
+    # the losses are summed over all ranks already, the counts are of this rank's rows
+    text_bytes, tokens = sum_over_ranks([text_bytes, tokens], engine.data_group, processes.device)
+    return {"eval/bits_per_byte": nats / math.log(2) / text_bytes, "eval/loss": nats / tokens}
+
+
+class Clock:
+    """Wall time of a step: reading, the teacher, the student."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.begin = self.teacher = self.student = self._now()
+
+    def start_teacher(self) -> None:
+        self.teacher = self._now()
+
+    def start_student(self) -> None:
+        self.student = self._now()
+
+    def stop(self) -> tuple[float, float, float]:
+        """Seconds of the whole step, of the teacher, of the student."""
+        end = self._now()
+        return end - self.begin, self.student - self.teacher, end - self.student
+
+    def _now(self) -> float:
+        self.processes.synchronize()
+        return time.perf_counter()
+
+
+class NonFiniteGuard:
+    """Stops a run whose loss or gradient stays broken: DeepSpeed skips such a step in silence, and would for ever."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.seen, self.skipped = limit, 0, 0.0
+
+    def check(self, step: int, numbers: dict[str, float]) -> None:
+        """Raises RunError after `limit` broken steps in a row."""
+        loss, grad_norm, skipped = (numbers[name] for name in ("loss/train", "optimizer/grad_norm", "optimizer/skipped_steps"))
+        broken = not (math.isfinite(loss) and math.isfinite(grad_norm)) or skipped > self.skipped
+        self.skipped = skipped
+        self.seen = self.seen + 1 if broken else 0
+        if self.seen >= self.limit:
+            raise RunError(
+                f"{self.seen} steps in a row were not finite, last step {step} (loss {loss}, gradient norm {grad_norm}).\n"
+                "  Nothing is saved of them. Likely causes: a learning rate too high, or broken weights."
+            )
+
+
+def _numbers(
+    engine: Engine, counts: StepCounts, scorer: Scorer | None, seconds: tuple[float, float, float], learning_rate: float
+) -> dict[str, float]:
+    """What a step is remembered by. Collective over the world."""
+    stats = engine.objective.take_stats()
+    means = summarize(stats)
+    whole, teacher, student = seconds
+    # the loss that was learned: its divisor is the planned number of tokens, see docs/method.md
+    weighted_sum = stats[STATS.index("weighted_sum")].item()
+    numbers = {"loss/train": weighted_sum / counts.kept, "loss/all_tokens": means.pop("student_loss_all", math.nan)}
+    means.pop("loss", None)
+    numbers |= {f"guidance/{name}": value for name, value in means.items()}
+    numbers |= {f"guidance/unmapped_{r.name.lower()}": counts.mapping[r] / counts.targets for r in Mapping if r != Mapping.MAPPED}
+    numbers |= {
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/grad_norm": engine.grad_norm,
+        "optimizer/skipped_steps": engine.skipped_steps,
+        "throughput/student_tokens_per_second": counts.targets / whole,
+        "throughput/step_seconds": whole,
+        "throughput/student_seconds": student,
+        "throughput/student_tokens": counts.targets,
+    }
+    if scorer is not None:
+        numbers |= {
+            "teacher/seconds": teacher,
+            "teacher/share_of_time": teacher / whole,
+            "teacher/tokens": counts.teacher_tokens,
+            "teacher/tokens_per_second": counts.teacher_tokens / teacher,
+            "teacher/padding": scorer.padding,
+        }
+    return numbers
+
+
+def _due(step: int, every: int | None, steps: int) -> bool:
+    return step == steps or (every is not None and step % every == 0)
+
+
+def _speaker(processes: Processes) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if processes.is_first else lambda text: None
+
+
+def _opening(run: Run, data: AlignedDataset, rows: TrainRows, layout: Layout, steps: int, position: Position) -> str:
+    start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
+    return (
+        f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
+        f"({layout.data_parallel} data-parallel x {run.parallel.pipeline_stages} stages x {layout.micro_batches} micro-batches); "
+        f"{len(data)} documents make {rows.rows_in_epoch} rows an epoch"
+    )
+
+
+def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:
+    if run.data.valid is None:
+        return None
+    valid = AlignedDataset.open(run.data.valid)
+    valid.require_tokenizers(data.student_tokenizer.fingerprint, data.teacher_tokenizer.fingerprint)
+    return valid
+
+
+def _open_student(
+    run: Run, data: AlignedDataset, settings: Settings, processes: Processes
+) -> tuple[PretrainedConfig, PretrainedWeights | None]:
+    vocabulary = data.student_tokenizer.vocab_size
+    source = run.student.pretrained if run.student.pretrained is not None else run.student.config
+    assert source is not None
+    config = student_config(source, vocabulary)
+    check_row_length(config, run.data.row_length)
+    half = [kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half[0]] if half else torch.float32
+    config._attn_implementation = resolve_attention(run.student.attention, dtype, processes.device)
+    return config, PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
+
+
+def _open_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | None:
+    """The teacher of a guided run; plain language modeling never loads one."""
+    if run.guidance.objective == "clm" or run.teacher is None:
+        return None
+    teacher = open_teacher(run.teacher.path, getattr(torch, run.teacher.dtype), processes.device, run.teacher.attention)
+    if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
+        raise RunError(
+            f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
+            f"the teacher {run.teacher.path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
+        )
+    return teacher
+
+
+def _place(teacher: Teacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
+    if teacher is None or run.teacher is None:
+        return None
+    return ReplicatedScorer(teacher, engine.pipe_group, run.teacher.tokens_per_batch, processes.device)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns 0 when the run reached its last step, 2 when the user has something to mend."""
+    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.")
+    parser.add_argument("run", type=Path, help="the run file, TOML")
+    parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
+    options = parser.parse_args(arguments)
+    try:
+        run = load_run(options.run, options.set)
+        if options.print_config:
+            print(run.model_dump_json(indent=2, exclude_none=True))
+            return 0
+        if options.deepspeed_config is None:
+            raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
+        processes = start()
+        settings = read_settings(options.deepspeed_config, run.parallel.pipeline_stages, processes.device.type)
+        train(run, settings, processes)
+        stop()
+    except (RunError, CorpusError, ModelError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    return 0

@@ -1,0 +1,43 @@
+"""Installation. Ranges live here; the exact versions that the demo, the tests and CI install are in requirements/pinned.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+
+setup(
+    name="megatron-vocagno",
+    version="0.1.0",
+    description="Pretrain a small language model under the guidance of any frozen teacher, whatever the teacher's vocabulary.",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*", "tools", "tools.*"]),
+    package_data={"megatron_vocagno": ["py.typed"]},
+    install_requires=[
+        "torch>=2.8",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.20,<6",
+        "tokenizers>=0.22",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "pydantic>=2.10,<3",
+        "orjson>=3.10",
+        "rich>=13",
+        "tensorboard>=2.18",
+        # a SentencePiece .model is parsed with its own protocol buffer, which needs the runtime
+        "sentencepiece>=0.2.1",
+        "protobuf>=5",
+        # transformers reads GGUF files through these two
+        "gguf>=0.17",
+        "accelerate>=1.1",
+    ],
+    extras_require={
+        # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
+        "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
+        "test": ["pytest>=8", "megatron-core>=0.16", "ruff", "mypy", "triton>=3.7"],
+        "gpu": ["flash-attn>=2.7"],
+    },
+)

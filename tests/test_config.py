@@ -1,0 +1,89 @@
+"""A run file is read whole or refused with the place and the nearest name."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno.config import Run, RunError, load_run
+
+GOOD = """
+output = "runs/x"
+[data]
+train = "data/train"
+row_length = 64
+[student.config]
+model_type = "llama"
+[teacher]
+path = "teacher"
+[training]
+steps = 3
+"""
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_methods(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, GOOD))
+    assert (run.guidance.aggregate, run.guidance.keep, run.guidance.unmapped) == ("max", 0.4, "include")
+    assert (run.guidance.scope, run.guidance.require_positive) == ("microbatch", False)
+    assert run.training.schedule.kind == "cosine"
+
+
+def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None:
+    overrides = ["guidance.keep=0.6", "training.schedule.warmup_steps=7", "output=elsewhere/é", "data.valid=held out"]
+    run = load_run(write(tmp_path, GOOD), overrides)
+    assert run.guidance.keep == 0.6
+    assert run.training.schedule.warmup_steps == 7
+    assert run.output == Path("elsewhere/é")
+    assert run.data.valid == Path("held out")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("guidance.kep=1", "no field 'guidance.kep'; did you mean 'guidance.keep'?"),
+        ("training.schedule.warmup=1", "did you mean 'training.schedule.warmup_steps'?"),
+        ("teacher.pth=1", "did you mean 'teacher.path'?"),
+        ("guidence.keep=1", "no field 'guidence'; did you mean 'guidance'?"),
+        ("guidance.keep=0", "'guidance.keep': Input should be greater than 0, not 0"),
+        ("guidance.keep=1.5", "less than or equal to 1"),
+        ("guidance.aggregate=median", "'max', 'mean', 'sum' or 'min'"),
+        ("training.steps=-1", "greater than 0"),
+        ("training.tokens=100", "exactly one of 'steps' and 'tokens'"),
+        ("student.pretrained=somewhere", "exactly one of 'pretrained'"),
+        ("eval.every=2", "no data.valid"),
+        ("output.x=1", "'output' is a value, not a section"),
+        ("guidance", "expected section.key=value"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_its_place(tmp_path: Path, override: str, complaint: str) -> None:
+    with pytest.raises(RunError) as refusal:
+        load_run(write(tmp_path, GOOD), [override])
+    assert complaint in str(refusal.value)
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"'data\.train' is missing"):
+        load_run(write(tmp_path, GOOD.replace('train = "data/train"', "")))
+    with pytest.raises(RunError, match=r"needs a \[teacher\]"):
+        load_run(write(tmp_path, GOOD.replace('[teacher]\npath = "teacher"', "")))
+    with pytest.raises(RunError, match="no run file at"):
+        load_run(tmp_path / "absent.toml")
+    with pytest.raises(RunError, match="is not TOML"):
+        load_run(write(tmp_path, "a = = 1"))
+
+
+def test_plain_training_needs_no_teacher(tmp_path: Path) -> None:
+    text = GOOD.replace('[teacher]\npath = "teacher"', '[guidance]\nobjective = "clm"')
+    assert load_run(write(tmp_path, text)).teacher is None
+
+
+def test_a_run_is_frozen(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, GOOD))
+    with pytest.raises(ValueError, match="frozen"):
+        run.guidance.keep = 0.5  # type: ignore[misc]
+    assert Run.model_validate(run.model_dump()) == run
