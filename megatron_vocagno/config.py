@@ -39,7 +39,7 @@ class Data(Part):
 
     train: Path
     valid: Path | None = None
-    row_length: Annotated[int, Field(ge=8)] = 2048
+    row_length: Annotated[int, Field(ge=32)] = 2048
     """Student positions of a row (S)."""
 
 
@@ -86,8 +86,8 @@ class Guidance(Part):
 
 
 class Parallel(Part):
-    pipeline_stages: PositiveInt = 1
-    """1 runs the plain engine with the ZeRO stage of the DeepSpeed configuration; more runs the pipeline engine with ZeRO-1."""
+    pipeline_stages: Annotated[int, Field(ge=0)] = 0
+    """0: no pipeline, the plain engine with any ZeRO stage; 1 and more: the pipeline engine, with ZeRO-1."""
 
 
 class Schedule(Part):

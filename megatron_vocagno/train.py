@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,9 @@ from megatron_vocagno.model.student import check_row_length, student_config
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.objective.guidance import STATS, gather_guide, summarize
+
+PATIENCE = 5.0
+"""Seconds that a rank waits before it speaks of an error that the first rank has most likely met too."""
 
 
 def train(run: Run, settings: Settings, processes: Processes) -> None:
@@ -188,7 +192,7 @@ def _opening(run: Run, data: AlignedDataset, rows: TrainRows, layout: Layout, st
     start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
     return (
         f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
-        f"({layout.data_parallel} data-parallel x {run.parallel.pipeline_stages} stages x {layout.micro_batches} micro-batches); "
+        f"({layout.data_parallel} data-parallel x {max(1, run.parallel.pipeline_stages)} stages x {layout.micro_batches} micro-batches); "
         f"{len(data)} documents make {rows.rows_in_epoch} rows an epoch"
     )
 
@@ -255,6 +259,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train(run, settings, processes)
         stop()
     except (RunError, CorpusError, ModelError) as error:
+        if os.environ.get("RANK", "0") != "0":
+            # the first rank says the same, and the launcher then ends this one: one message, not one a rank
+            time.sleep(PATIENCE)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     return 0

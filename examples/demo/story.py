@@ -87,7 +87,7 @@ def train() -> None:
 
 
 def training_command() -> list[str]:
-    """Two processes on two stages; a machine with a single GPU runs one stage."""
+    """Two processes on two stages; a machine with a single GPU runs one."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = ["--num_gpus", "2", "examples/pretrain_vocagno.py", "examples/quickstart.toml"]
     command += ["--deepspeed_config", "ds_configs/cpu_pp2.json"]

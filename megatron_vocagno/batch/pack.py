@@ -54,6 +54,8 @@ class Spans(Protocol):
     def first(self) -> Int32: ...
     @property
     def last(self) -> Int32: ...
+    @property
+    def common_boundary(self) -> npt.NDArray[np.bool_]: ...
 
 
 class AlignedDocuments(Protocol):
@@ -140,9 +142,9 @@ class Rows:
     """All rows of the documents in one order. `len(rows)`, `rows[k]`."""
 
     def __init__(self, dataset: AlignedDocuments, order: Int64, row_length: int, teacher_limit: int | None = None) -> None:
-        """row_length S ≥ 2 * SLACK; teacher_limit: most teacher positions of a row, None for any number."""
-        if row_length < 2 * SLACK:
-            raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK} at least")
+        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher_limit: most teacher positions of a row, None for any number."""
+        if row_length <= 2 * SLACK:
+            raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
         self.dataset = dataset
         self.row_length = row_length
         self.stride = row_length - SLACK
@@ -160,8 +162,7 @@ class Rows:
             return len(self.student) - 1
         slot, token = self.student.place(k * self.stride)
         lowest = max(0, token - SLACK)
-        spans = self.dataset.spans(int(self.student.order[slot]), max(0, lowest - 1), token + 1)
-        common = np.concatenate([[lowest == 0], spans.first[1:] == spans.last[:-1]])
+        common = self.dataset.spans(int(self.student.order[slot]), lowest, token + 1).common_boundary
         back = np.flatnonzero(common[::-1])
         return k * self.stride - (int(back[0]) if len(back) else 0)
 

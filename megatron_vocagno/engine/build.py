@@ -215,15 +215,17 @@ def build_engine(
     """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world."""
     stages = run.parallel.pipeline_stages
     objective = Objective(run.guidance, processes.device)
-    if stages > 1:
+    if stages:
         interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
-        module: nn.Module = PipelineModule(
-            _pipeline_layers(config, run.training.seed, weights),
-            num_stages=stages,
-            loss_fn=partial(_pipeline_loss, objective),
-            activation_checkpoint_interval=interval,
-            checkpointable_layers=[model.Decoder.__name__],
-        )
+        # DeepSpeed copies tied weights between stages here, which autograd would otherwise record and warn of
+        with torch.no_grad():
+            module: nn.Module = PipelineModule(
+                _pipeline_layers(config, run.training.seed, weights),
+                num_stages=stages,
+                loss_fn=partial(_pipeline_loss, objective),
+                activation_checkpoint_interval=interval,
+                checkpointable_layers=[model.Decoder.__name__],
+            )
     else:
         module = model.Student(config, run.training.seed)
         if weights is not None:
@@ -240,7 +242,7 @@ def build_engine(
         },
         dist_init_required=False,
     )
-    return PipelineTrainer(engine, objective, layout) if stages > 1 else PlainTrainer(engine, objective, layout)
+    return PipelineTrainer(engine, objective, layout) if stages else PlainTrainer(engine, objective, layout)
 
 
 class _Spec(LayerSpec):

@@ -29,7 +29,7 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     if "scheduler" in settings:
         raise RunError(f"{path}: 'scheduler' belongs into the run file, as [training.schedule]")
     stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if pipeline_stages > 1:
+    if pipeline_stages:
         _check_pipeline(path, settings, stage, pipeline_stages)
     optimizer = settings["optimizer"]
     if device == "cpu" and optimizer["type"].lower() in ("adam", "adamw"):
@@ -48,7 +48,7 @@ def _check_pipeline(path: Path, settings: Settings, stage: int, pipeline_stages:
         )
         raise RunError(
             f"{path}: zero_optimization.stage is {stage}, parallel.pipeline_stages is {pipeline_stages}: ZeRO-{stage} {reason}.\n"
-            "  Use stage 1, or pipeline_stages = 1."
+            "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline."
         )
     accumulate = settings.get("data_types", {}).get("grad_accum_dtype")
     if settings.get("bf16", {}).get("enabled") and accumulate != "fp32":
@@ -64,12 +64,13 @@ def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout
     `train_batch_size` is the global batch on any number of GPUs; `gradient_accumulation_steps` lets it grow with them.
     Raises RunError: neither or both in conflict, processes that form no whole pipeline, a batch that does not divide.
     """
-    if world % pipeline_stages:
+    stages = max(1, pipeline_stages)
+    if world % stages:
         raise RunError(
             f"{world} processes cannot form pipelines of {pipeline_stages} stages (parallel.pipeline_stages): "
             "start a multiple of it, as with deepspeed --num_gpus"
         )
-    data_parallel = world // pipeline_stages
+    data_parallel = world // stages
     rows = settings.get("train_micro_batch_size_per_gpu")
     total, accumulate = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
     if (
@@ -88,6 +89,6 @@ def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout
     if total not in (None, layout.rows):
         raise RunError(
             f"train_batch_size is {total}, but {rows} rows a micro-batch (train_micro_batch_size_per_gpu) * {accumulate} "
-            f"micro-batches * {data_parallel} data-parallel ranks ({world} processes / {pipeline_stages} stages) is {layout.rows}"
+            f"micro-batches * {data_parallel} data-parallel ranks ({world} processes / {stages} stages) is {layout.rows}"
         )
     return layout
