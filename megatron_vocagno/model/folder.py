@@ -1,0 +1,171 @@
+"""Hugging Face model folders: find one, read its tensors lazily, write one. Safetensors only, local only, no remote code.
+
+Everything here works on any causal language model that transformers knows; what only the student needs is in student.py.
+"""
+
+import copy
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.utils import logging as hf_logging
+
+# not "eager": given no mask, the eager code of transformers lets every token see the tokens after it
+Attention = Literal["auto", "sdpa", "flash_attention_2"]
+HALF = (torch.bfloat16, torch.float16)
+
+
+class ModelError(Exception):
+    """A model that cannot be used as asked: what was tried, both values, the likely cause."""
+
+
+def resolve_attention(attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str:
+    """The `_attn_implementation` that transformers should use: flash-attn where it can run, else torch's own sdpa."""
+    if attention != "auto":
+        return attention
+    flash = importlib.util.find_spec("flash_attn") is not None and torch.device(device).type == "cuda" and dtype in HALF
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def model_folder(path: str | os.PathLike[str]) -> Path:
+    """`path`, once it is known to be a folder with a config.json and safetensors."""
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise ModelError(f"no model at {folder}: the path does not exist. Models are read from disk only; download it first.")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
+    if not _weight_files(folder):
+        pickled = sorted(file.name for file in folder.glob("*.bin"))
+        cause = (
+            f"It has {pickled[0]}, which can run code when it is read. Convert it: AutoModelForCausalLM.from_pretrained(folder)"
+            ".save_pretrained(new_folder), on a machine where that risk is acceptable."
+            if pickled
+            else "Was the download complete?"
+        )
+        raise ModelError(f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json. {cause}")
+    return folder
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [file for name in ("model.safetensors", "model.safetensors.index.json") if (file := folder / name).is_file()]
+
+
+class PretrainedWeights:
+    """The tensors of a Hugging Face folder, single file or sharded; each is read from disk when it is asked for."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.folder = model_folder(path)
+        self._open: dict[str, Any] = {}
+        self._file_of = self._tensor_files()
+
+    def _tensor_files(self) -> dict[str, str]:
+        """Tensor name -> name of the file that holds it."""
+        source = _weight_files(self.folder)[0]
+        if source.suffix == ".safetensors":
+            return dict.fromkeys(self._shard(source.name).keys(), source.name)
+        file_of: dict[str, str] = json.loads(source.read_text(encoding="utf-8"))["weight_map"]
+        absent = sorted({file for file in file_of.values() if not (self.folder / file).is_file()})
+        if absent:
+            raise ModelError(
+                f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?"
+            )
+        return file_of
+
+    def _shard(self, file: str) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt")
+        return self._open[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        tensor: Tensor = self._shard(self._file_of[name]).get_tensor(name)
+        return tensor
+
+
+def to_hugging_face(
+    config: PretrainedConfig, state: Mapping[str, Tensor], out_dir: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> Path:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: config.json, generation_config.json, safetensors.
+
+    state   Hugging Face name -> tensor, complete; a tied head may be left out, and is never written
+    dtype   of the written weights; None keeps the state's
+    """
+    dtype = dtype or next(iter(state.values())).dtype
+    model = skeleton(config)
+    tied = model.all_tied_weights_keys or {}
+    weights = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items() if name not in tied}
+    _check_state({name: tensor for name, tensor in model.state_dict().items() if name not in tied}, weights)
+
+    folder = Path(out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    # not model.save_pretrained, which writes nothing, and says nothing, on ranks other than 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    written = copy.deepcopy(config)
+    written.dtype, written.architectures = dtype, [type(model).__name__]
+    written.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    return folder
+
+
+def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        raise ModelError(
+            f"cannot write the model: {len(missing)} tensors are missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}. "
+            "Is the configuration the one that the weights were trained with?"
+        )
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
+            raise ModelError(
+                f"cannot write the model: {name} is {tuple(tensor.shape)}, the configuration says {tuple(expected[name].shape)}"
+            )
+
+
+def skeleton(config: PretrainedConfig) -> Any:
+    """The Hugging Face model of a configuration, without numbers.
+
+    Its class is called directly, as `from_config` would shard it while a ZeRO-3 teacher is alive in the same process.
+    """
+    with torch.device("meta"):
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+
+
+def count_parameters(config: PretrainedConfig) -> tuple[int, int]:
+    """(all parameters, those outside the embedding and the head).
+
+    A tied head counts once. The matrices that every token passes are the second number plus the head, V * H.
+    """
+    model = skeleton(config)
+    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return total, total - sum(ends.values())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars of transformers: one per rank tells nobody anything."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

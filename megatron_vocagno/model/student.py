@@ -1,0 +1,329 @@
+"""The student: a Hugging Face causal language model as a flat list of layers that a pipeline can cut anywhere, and back.
+
+    layer 0        Embedding    ids_BS -> hidden_BSH
+    layers 1 .. n  Decoder      hidden_BSH -> hidden_BSH, one decoder layer of transformers
+    layer n + 1    FinalNorm    hidden_BSH -> hidden_BSH
+    layer n + 2    Head         hidden_BSH -> (hidden_BSH, weight_VH): the loss takes these two, logits are never kept
+
+Any layer can be built, named and loaded alone, from (configuration, layer index, seed), so that each pipeline stage makes
+only its own and every split begins with the same numbers. `Student` is all of them in one module, with the loss inside.
+Only hidden states cross layers: each Decoder makes its own RoPE. Attention is causal over the whole row.
+"""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, skeleton
+from megatron_vocagno.objective.linear_ce import token_loss
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+# accepted by transformers though no configuration class lists them: older spellings of rope_parameters
+LEGACY_KEYS = {"rope_theta", "rope_scaling"}
+
+
+# ---- configuration -------------------------------------------------------------------------------------------------
+
+
+def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size: int | None = None) -> PretrainedConfig:
+    """The configuration of a student, from a pretrained folder or from its keys.
+
+    spec         a Hugging Face folder, or {"model_type": "llama", "hidden_size": 2048, ...}
+    vocab_size   of the student's tokenizer; the model may have more rows (padding), never fewer. Keys may leave it out.
+    """
+    config = _config_from_keys(spec, vocab_size) if isinstance(spec, Mapping) else _config_from_folder(spec)
+    if vocab_size is not None and config.vocab_size < vocab_size:
+        raise ModelError(
+            f"the tokenizer has {vocab_size:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
+            "Is it the tokenizer that the model was made for?"
+        )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def _config_from_folder(path: str | os.PathLike[str]) -> PretrainedConfig:
+    folder = model_folder(path)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    _check_supported(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"the student in {folder} is quantised; training needs its unquantised weights")
+    return config
+
+
+def _config_from_keys(spec: Mapping[str, Any], vocab_size: int | None) -> PretrainedConfig:
+    keys = dict(spec)
+    model_type = keys.pop("model_type", None)
+    _check_supported(model_type)
+    config_class = CONFIG_MAPPING[model_type]
+    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map) | LEGACY_KEYS
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ModelError(f"no field '{key}' in a {model_type} model" + (f"; did you mean '{near[0]}'?" if near else ""))
+    if "vocab_size" not in keys:
+        if vocab_size is None:
+            raise ModelError("the student model has no vocab_size, and no tokenizer gives one")
+        keys["vocab_size"] = vocab_size
+    try:
+        return config_class(**keys)
+    # transformers raises classes of its own for wrong types and values; all carry a readable message
+    except Exception as error:
+        raise ModelError(f"not a valid {model_type} model: {error}") from error
+
+
+def _check_supported(model_type: str | None) -> None:
+    if model_type not in SUPPORTED:
+        raise ModelError(f"student models of type {model_type!r} are not supported; these are: {', '.join(SUPPORTED)}")
+
+
+def check_row_length(config: PretrainedConfig, row_length: int) -> None:
+    """Refuse rows that the model cannot read as they are: `row_length` positions, plain causal attention."""
+    if row_length > config.max_position_embeddings:
+        raise ModelError(
+            f"rows have {row_length:,} tokens, the student reads {config.max_position_embeddings:,} (max_position_embeddings). "
+            "Use shorter rows, or a model made for longer ones."
+        )
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if window is not None and "sliding_attention" in layer_types and window < row_length:
+        raise ModelError(
+            f"rows have {row_length:,} tokens, the student attends to the last {window:,} (sliding_window); attention here is "
+            "causal over the whole row. Use rows no longer than the window, or sliding_window = null."
+        )
+
+
+# ---- layers --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The classes that transformers builds a model of one type from."""
+
+    decoder: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    rotary: Callable[..., nn.Module]
+
+
+@cache
+def _parts(model_type: str) -> _Parts:
+    model = skeleton(AutoConfig.for_model(model_type, num_hidden_layers=1)).model
+    return _Parts(type(model.layers[0]), type(model.norm), type(model.rotary_emb))
+
+
+class Embedding(nn.Module):
+    # no padding index: rows are packed, and it would freeze the row of a token that is often EOS as well
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        return F.embedding(ids_BS, self.weight)
+
+
+class Rotary(nn.Module):
+    """RoPE of the positions 0 .. S-1. Its frequencies move between devices and keep their float32 values through any cast."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        # real values even while the weights around it are built on the meta device
+        with torch.device("cpu"):
+            self.rotary = _parts(config.model_type).rotary(config)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
+        exact = dict(self.rotary.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            # bfloat16 frequencies are off by a third of a turn at position 2,048
+            setattr(self.rotary, name, buffer.to(getattr(self.rotary, name).device))
+        return self
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        position_1S = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
+        cos, sin = self.rotary(hidden_BSH, position_ids=position_1S)
+        return cos, sin
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: PretrainedConfig, layer: int) -> None:
+        super().__init__()
+        # with no mask, only these two are causal
+        assert config._attn_implementation in ("sdpa", "flash_attention_2"), config._attn_implementation
+        self.layer = _parts(config.model_type).decoder(config, layer)
+        self.positions = Rotary(config)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        out_BSH: Tensor = self.layer(hidden_BSH, attention_mask=None, position_embeddings=self.positions(hidden_BSH))
+        return out_BSH
+
+
+class FinalNorm(nn.Module):
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.norm = _parts(config.model_type).norm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        out_BSH: Tensor = self.norm(hidden_BSH)
+        return out_BSH
+
+
+class Head(nn.Module):
+    """The last layer of a pipeline: hands its weight on beside the hidden states."""
+
+    def __init__(self, weight_VH: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VH
+
+    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_BSH, self.weight
+
+
+def tied_head(embedding: Embedding, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
+    """The Head of a model whose head is its embedding: what a pipeline calls on its last stage's copy of the Embedding."""
+    return hidden_BSH, embedding.weight
+
+
+class LossHead(nn.Module):
+    """The last layer of a whole model. The loss is taken where the weight lives, so that ZeRO-3 gathers it."""
+
+    def __init__(self, weight_VH: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight_VH
+
+    def forward(self, hidden_BSH: Tensor, target_BS: Tensor) -> Tensor:
+        """[B, S] float32, nats; 0 where the target is -100."""
+        return token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten()).view(target_BS.shape)
+
+
+def layer_count(config: PretrainedConfig) -> int:
+    return int(config.num_hidden_layers) + 3
+
+
+def build_layer(config: PretrainedConfig, i: int, seed: int) -> nn.Module:
+    """Layer i with random weights that depend on (seed, i) alone, float32 on the CPU; leaves torch's own generators alone.
+
+    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller.
+    """
+    last = layer_count(config) - 1
+    assert 0 <= i <= last, (i, last)
+    with torch.device("meta"):
+        layer: nn.Module
+        if i == 0:
+            layer = Embedding(config)
+        elif i < last - 1:
+            layer = Decoder(config, i - 1)
+        elif i == last - 1:
+            layer = FinalNorm(config)
+        else:
+            layer = Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
+    layer.to_empty(device="cpu")
+    numbers_of = 0 if i == last and config.tie_word_embeddings else i
+    _initialise(layer, config.initializer_range, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
+    return layer
+
+
+@torch.no_grad()
+def _initialise(layer: nn.Module, std: float, generator: torch.Generator) -> None:
+    """As transformers does: matrices normal(0, std), biases 0, the weights of norms 1."""
+    for name, parameter in layer.named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0.0, std, generator=generator)
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+# ---- names and weights ---------------------------------------------------------------------------------------------
+
+
+def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
+    """Hugging Face's name of a parameter of layer i. A tied head has the embedding's."""
+    last = layer_count(config) - 1
+    if i == 0 or (i == last and config.tie_word_embeddings):
+        return f"model.embed_tokens.{local_name}"
+    if i < last - 1:
+        return f"model.layers.{i - 1}.{local_name.removeprefix('layer.')}"
+    return f"model.{local_name}" if i == last - 1 else f"lm_head.{local_name}"
+
+
+def layer_of(config: PretrainedConfig, name: str) -> tuple[int, str]:
+    """(layer index, local name) of a Hugging Face name: the inverse of `hf_name`; the first of two tied layers."""
+    last = layer_count(config) - 1
+    if name.startswith("model.embed_tokens."):
+        return 0, name.removeprefix("model.embed_tokens.")
+    if name.startswith("model.layers."):
+        layer, local_name = name.removeprefix("model.layers.").split(".", 1)
+        return int(layer) + 1, f"layer.{local_name}"
+    if name.startswith("model.norm."):
+        return last - 1, name.removeprefix("model.")
+    assert name.startswith("lm_head."), name
+    return (0 if config.tie_word_embeddings else last), name.removeprefix("lm_head.")
+
+
+@torch.no_grad()
+def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: PretrainedWeights) -> None:
+    """Copy layer i of a pretrained model into `layer`, in the layer's own dtype."""
+    names = {hf_name(config, i, local_name): parameter for local_name, parameter in layer.named_parameters()}
+    for name, parameter in names.items():
+        _check_tensor(name, tuple(parameter.shape), weights)
+        parameter.copy_(weights.tensor(name))
+    if isinstance(layer, Decoder):
+        prefix = f"model.layers.{i - 1}."
+        # old Llama folders hold RoPE's frequencies, which are computed today
+        extra = [name for name in weights if name.startswith(prefix) and name not in names and "rotary_emb" not in name]
+        if extra:
+            raise ModelError(
+                f"{weights.folder} has {extra[0]}, which a {config.model_type} student of this configuration does not. "
+                "Does the configuration lack a bias?"
+            )
+
+
+def _check_tensor(name: str, shape: tuple[int, ...], weights: PretrainedWeights) -> None:
+    if name not in weights:
+        hint = " Does it tie head and embedding (tie_word_embeddings)?" if name.startswith("lm_head") else ""
+        raise ModelError(f"{weights.folder} has no tensor {name}: its model is another one than the configuration.{hint}")
+    found = weights.shape(name)
+    if found == shape:
+        return
+    if name.startswith(("model.embed_tokens", "lm_head")) and found[1:] == shape[1:]:
+        raise ModelError(
+            f"vocabulary mismatch at {name}: {weights.folder} has {found[0]:,} tokens {found}, the student {shape[0]:,} {shape}. "
+            "Pretrained weights need their own vocabulary size."
+        )
+    raise ModelError(
+        f"shape mismatch at {name}: {weights.folder} has {found}, the student {shape}. Do the configurations differ?"
+    )
+
+
+# ---- the whole model -----------------------------------------------------------------------------------------------
+
+
+class Student(nn.Module):
+    """All layers in one module, for engines without a pipeline. Its parameters are `layers.<i>.<local name>`."""
+
+    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        *body, head = [build_layer(config, i, seed) for i in range(layer_count(config))]
+        source = body[0] if config.tie_word_embeddings else head
+        assert isinstance(source, Embedding | Head)
+        self.layers = nn.ModuleList([*body, LossHead(source.weight)])
+
+    def load(self, weights: PretrainedWeights) -> None:
+        for i, layer in enumerate(self.layers):
+            load_layer(self.config, i, layer, weights)
+
+    def forward(self, ids_BS: Tensor, target_BS: Tensor) -> Tensor:
+        """ids_BS, target_BS [B, S] int64, the target of position i being token i + 1 -> [B, S] float32, nats, 0 where -100."""
+        *body, head = self.layers
+        hidden_BSH = ids_BS
+        for layer in body:
+            hidden_BSH = layer(hidden_BSH)
+        loss_BS: Tensor = head(hidden_BSH, target_BS)
+        return loss_BS

@@ -1,0 +1,115 @@
+"""The teacher: a frozen causal language model that turns token ids into one loss per token, and keeps nothing else.
+
+From a Hugging Face folder (safetensors) or a GGUF file (see gguf.py). It runs in evaluation mode, holds no gradient, and its
+logits exist only as the tiles of `token_loss`. Rows are padded on the right: attention is causal, so what follows a token
+cannot reach it, and padded targets are -100.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_vocagno.model.folder import Attention, ModelError, model_folder, quiet, resolve_attention
+from megatron_vocagno.model.gguf import cached_folder
+from megatron_vocagno.model.student import LossHead
+
+# fields by which transformers changes logits after the head; a loss taken from the head alone would be wrong
+LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+
+
+class Teacher(nn.Module):
+    """A module, so that an engine can shard it: head and decoder are called, never read from outside.
+
+    vocab_size        rows of its head, W
+    max_positions     longest row that it reads, None if its configuration names no limit
+    parameters_count  a tied head counts once
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        config = model.config.get_text_config()
+        head = _plain_head(model, config.model_type)
+        self.vocab_size = int(config.vocab_size)
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self.dtype: torch.dtype = model.dtype
+        self.decoder = model.get_decoder()
+        self.head = LossHead(head.weight)
+        # ds_numel: under ZeRO-3 a parameter is an empty shell that remembers its size
+        self.parameters_count = sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in self.parameters())
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in evaluation mode: whoever switches an engine to training must not switch on the teacher's dropout."""
+        return super().train(False)
+
+    def loss(self, input_BU: Tensor, target_BU: Tensor) -> Tensor:
+        """Losses of the targets given the inputs up to the same position.
+
+        input_BU   [B, U] int64, teacher ids; any valid id where the row is padded
+        target_BU  [B, U] int64, the ids one position later; -100 where the row is padded
+        returns    [B, U] float32, nats; 0 where the target is -100
+        """
+        if self.max_positions is not None and input_BU.shape[1] > self.max_positions:
+            raise ModelError(
+                f"a row has {input_BU.shape[1]:,} teacher tokens, the teacher reads {self.max_positions:,}. Use shorter rows: "
+                "one text can have more teacher tokens than student tokens."
+            )
+        # not inference_mode: its tensors cannot be saved for a backward pass, and these weigh the student's loss
+        with torch.no_grad():
+            loss_BU: Tensor = self(input_BU, target_BU)
+        return loss_BU
+
+    def forward(self, input_BU: Tensor, target_BU: Tensor) -> Tensor:
+        hidden_BUH = self.decoder(input_ids=input_BU, use_cache=False).last_hidden_state
+        loss_BU: Tensor = self.head(hidden_BUH, target_BU)
+        return loss_BU
+
+
+def _check_logits(config: Any) -> None:
+    """Refuse a model whose logits are more than hidden states times the head's weight."""
+    for field, neutral in LOGIT_CHANGES.items():
+        value = getattr(config, field, neutral)
+        if value not in (None, neutral):
+            raise ModelError(
+                f"this {config.model_type} teacher changes its logits ({field} = {value}), which is not supported yet"
+            )
+
+
+def _plain_head(model: Any, model_type: str) -> Any:
+    head = model.get_output_embeddings()
+    if head is None or model.get_decoder() is model:
+        raise ModelError(f"this {model_type} teacher has no separate decoder and head")
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(f"this {model_type} teacher has a bias in its head, which is not supported yet")
+    return head
+
+
+def open_teacher(
+    path: str | os.PathLike[str],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    attention: Attention = "auto",
+    cache: str | os.PathLike[str] | None = None,
+) -> Teacher:
+    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once into `cache`."""
+    path = Path(path).expanduser()
+    folder = model_folder(cached_folder(path, cache) if path.suffix == ".gguf" else path)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # before gigabytes are read
+    _check_logits(config.get_text_config())
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            attn_implementation=resolve_attention(attention, dtype, device),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    return Teacher(model.to(device))

