@@ -1,0 +1,231 @@
+"""The loss, its gradient, and the sums it reports."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_vocagno.objective.guidance import STATS, GuidedLoss, clm_loss, gather_guide, guided_loss, summarize
+from tests.objective import slow
+
+NAN, INF = math.nan, math.inf
+SCOPES, POLICIES = ["sequence", "microbatch", "global"], ["include", "exclude"]
+
+
+def stat(result: GuidedLoss, name: str) -> float:
+    return result.stats[STATS.index(name)].item()
+
+
+def random_losses(rng: random.Random) -> tuple[list[list[float]], list[list[float]], list[list[bool]]]:
+    """Quantised, so that ties are common and float32 sums are exact."""
+    rows, width = rng.randint(1, 4), rng.choice([1, 2, 5, 16, 33])
+    gaps, holes, padding = rng.choice([0.0, 0.1, 1.0]), rng.choice([0.0, 0.0, 0.1]), rng.choice([0.0, 0.3, 1.0])
+
+    def table(share: float) -> list[list[float]]:
+        return [[NAN if rng.random() < share else rng.randint(0, 24) / 8 for _ in range(width)] for _ in range(rows)]
+
+    return table(holes), table(gaps), [[rng.random() >= padding for _ in range(width)] for _ in range(rows)]
+
+
+def expected_stats(student: list, guide: list, valid: list, weight: list, thresholds: list[float]) -> dict[str, float]:
+    tokens = [t for rows in zip(student, guide, valid, weight, strict=True) for t in zip(*rows, strict=True) if t[2]]
+    known = [(s, g, w) for s, g, _, w in tokens if not math.isnan(s)]
+    mapped, unmapped = [t for t in known if not math.isnan(t[1])], [t for t in known if math.isnan(t[1])]
+    kept, dropped = [t for t in mapped if t[2]], [t for t in mapped if not t[2]]
+    return {
+        "valid": len(tokens),
+        "nonfinite": sum(not math.isfinite(t[0]) for t in tokens),
+        "mapped": len(mapped),
+        "kept": len(kept),
+        "unmapped": len(unmapped),
+        "unmapped_kept": sum(t[2] for t in unmapped),
+        "student_kept_sum": sum(t[0] for t in kept),
+        "student_dropped_sum": sum(t[0] for t in dropped),
+        "student_unmapped_sum": sum(t[0] for t in unmapped),
+        "guide_kept_sum": sum(t[1] for t in kept),
+        "guide_dropped_sum": sum(t[1] for t in dropped),
+        "weight_sum": sum(t[2] for t in known),
+        "weighted_sum": sum(t[0] * t[2] for t in known),
+        "threshold_sum": sum(thresholds),
+        "thresholds": len(thresholds),
+    }
+
+
+@pytest.mark.parametrize(("scope", "unmapped", "positive"), list(itertools.product(SCOPES, POLICIES, [False, True])))
+def test_loss_gradient_and_stats_are_those_of_the_slow_method(scope: str, unmapped: str, positive: bool) -> None:
+    rng = random.Random(11)
+    met = dict.fromkeys(["plain", "zero weight", "all unmapped", "NaN student", "padding"], 0)
+    for keep, _ in itertools.product(["0.1", "0.4", "0.6", "1"], range(40)):
+        student, guide, valid = random_losses(rng)
+        weight, thresholds = slow.weights(student, guide, valid, keep, scope, unmapped, positive)
+        leaf = torch.tensor(student, requires_grad=True)
+        got = guided_loss(
+            leaf,
+            torch.tensor(guide),
+            torch.tensor(valid),
+            keep=float(keep),
+            scope=scope,  # type: ignore[arg-type]
+            unmapped=unmapped,  # type: ignore[arg-type]
+            require_positive=positive,
+        )
+        got.loss.backward()
+        count = sum(map(sum, weight))
+        total = sum(s for ss, ws in zip(student, weight, strict=True) for s, w in zip(ss, ws, strict=True) if w)
+        assert got.weight_BS.tolist() == weight
+        assert got.loss.dtype == torch.float32 and got.loss.item() == pytest.approx(total / count if count else 0.0, rel=1e-6)
+        assert leaf.grad is not None and torch.allclose(leaf.grad, torch.tensor(weight) / max(count, 1), rtol=1e-6, atol=0)
+        assert got.stats.dtype == torch.float64
+        assert dict(zip(STATS, got.stats.tolist(), strict=True)) == expected_stats(student, guide, valid, weight, thresholds)
+        met["zero weight"] += count == 0
+        met["plain"] += count > 3
+        met["all unmapped"] += all(math.isnan(g) for row in guide for g in row)
+        met["NaN student"] += any(math.isnan(s) for row in student for s in row)
+        met["padding"] += not all(map(all, valid))
+    assert min(met.values()) > 10, met
+
+
+def test_with_one_tokenizer_it_is_rho_1() -> None:
+    generator = torch.Generator().manual_seed(0)
+    met = 0
+    for _ in range(50):
+        student, reference = torch.randn(4, 32, generator=generator).abs(), torch.randn(4, 32, generator=generator).abs()
+        # Rho-1: keep the top k % of the tokens of a batch by excess loss, average over those
+        excess = (student - reference).flatten()
+        chosen = excess.topk(math.ceil(0.6 * 128 - 1e-9)).indices
+        rho_loss = student.flatten()[chosen].mean()
+
+        itself = torch.arange(32).expand(4, 32)
+        for how in ("max", "mean", "sum", "min"):
+            guide = gather_guide(reference, itself, itself + 1, how)  # type: ignore[arg-type]
+            got = guided_loss(student, guide, torch.ones(4, 32).bool(), keep=0.6, scope="microbatch", unmapped="exclude")
+            assert got.weight_BS.flatten().nonzero().flatten().tolist() == sorted(chosen.tolist())
+            assert torch.allclose(got.loss, rho_loss)
+            met += 1
+    assert met == 200
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_keep_all_and_include_is_plain_language_modeling(scope: str) -> None:
+    torch.manual_seed(0)
+    student, guide = torch.rand(3, 20), torch.rand(3, 20).masked_fill(torch.rand(3, 20) < 0.3, NAN)
+    valid = torch.rand(3, 20) < 0.8
+    student[0, :4], valid[0, :4] = torch.tensor([NAN, INF, NAN, 1.0]), torch.tensor([True, False, False, True])
+    guided = guided_loss(student, guide, valid, keep=1, scope=scope, unmapped="include")  # type: ignore[arg-type]
+    plain = clm_loss(student, valid)
+    assert torch.equal(guided.loss, plain.loss) and torch.equal(guided.weight_BS, plain.weight_BS)
+    assert plain.loss.item() == pytest.approx(student[valid & student.isfinite()].mean().item())
+    assert stat(plain, "mapped") == stat(plain, "thresholds") == 0 and stat(plain, "nonfinite") == 1
+    assert stat(plain, "weight_sum") == stat(plain, "unmapped_kept") == stat(guided, "weight_sum") > 20
+
+
+def zero_weight_cases() -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Everything padding; everything unmapped; nothing positive; every student loss NaN."""
+    ones, valid = torch.ones(2, 3), torch.ones(2, 3).bool()
+    return [(ones, ones, ~valid), (ones, ones * NAN, valid), (ones, ones * 2, valid), (ones * NAN, ones, valid)]
+
+
+@pytest.mark.parametrize("normalizer", [None, 0, 0.0, 7.0, torch.tensor(0.0), torch.tensor(7.0)])
+def test_no_weight_at_all_is_a_loss_of_zero_without_a_gradient(normalizer: float | Tensor | None) -> None:
+    met = 0
+    for student, guide, valid in zero_weight_cases():
+        for poison in (1.0, NAN, INF):
+            leaf = student.masked_fill(~valid, poison).requires_grad_()
+            settings = {"keep": 0.4, "scope": "microbatch", "unmapped": "exclude", "require_positive": True}
+            for got in (
+                guided_loss(leaf, guide, valid, normalizer=normalizer, **settings),  # type: ignore[arg-type]
+                clm_loss(leaf, torch.zeros_like(valid), normalizer),
+            ):
+                leaf.grad = None
+                got.loss.backward()
+                assert got.loss.item() == 0.0 and leaf.grad is not None and not leaf.grad.any()
+                assert "loss" not in summarize(got.stats) and all(map(math.isfinite, summarize(got.stats).values()))
+                met += 1
+    assert met == 24
+
+
+def test_what_is_not_kept_leaks_neither_nan_nor_infinity() -> None:
+    valid = torch.tensor([[True, True, True, True, True, False, False]])
+    guide = torch.tensor([[0.0, 0.0, INF, 0.0, NAN, 0.0, 0.0]])
+    leaf = torch.tensor([[2.0, NAN, INF, 1.0, NAN, NAN, INF]], requires_grad=True)
+    got = guided_loss(leaf, guide, valid, keep=0.5, scope="microbatch", unmapped="include")
+    got.loss.backward()
+    assert got.weight_BS.tolist() == [[1, 0, 0, 0, 0, 0, 0]] and got.loss.item() == 2.0
+    assert leaf.grad is not None and leaf.grad.tolist() == got.weight_BS.tolist()
+    assert stat(got, "nonfinite") == 3 and stat(got, "mapped") == 3 and stat(got, "valid") == 5
+
+
+def test_infinite_excess_is_ranked_and_shown() -> None:
+    student = torch.tensor([[INF, 1.0, 1.0, 1.0]])
+    guide = torch.tensor([[0.0, -INF, INF, 0.5]])
+    for keep, weight in ((0.5, [1, 1, 0, 0]), (0.75, [1, 1, 0, 1]), (1, [1, 1, 1, 1])):
+        got = guided_loss(student, guide, torch.ones(1, 4).bool(), keep=keep, scope="sequence", unmapped="exclude")
+        assert got.weight_BS.tolist() == [weight] and got.loss.item() == INF
+    assert stat(got, "thresholds") == 0, "a threshold of -inf must not spoil the mean"
+
+
+def test_gradient_is_weight_over_denominator_and_flows_through_the_student_alone() -> None:
+    torch.manual_seed(0)
+    student, guide = torch.rand(2, 9).requires_grad_(), torch.rand(2, 9).requires_grad_()
+    valid = torch.ones(2, 9).bool()
+    for normalizer, below in ((None, 8.0), (5, 5.0), (torch.tensor(64.0), 64.0)):
+        student.grad = None
+        got = guided_loss(student, guide, valid, keep=0.4, scope="microbatch", unmapped="exclude", normalizer=normalizer)
+        got.loss.backward()
+        assert student.grad is not None and torch.allclose(student.grad, got.weight_BS / below)
+        assert guide.grad is None and not got.weight_BS.requires_grad and not got.stats.requires_grad
+    for dtype in (torch.bfloat16, torch.float64):
+        low = student.detach().to(dtype).requires_grad_()
+        got = guided_loss(low, guide, valid, keep=0.4, scope="microbatch", unmapped="exclude")
+        got.loss.backward()
+        assert got.loss.dtype == torch.float32 and low.grad is not None and low.grad.dtype == dtype
+
+
+def test_stats_add_up_over_micro_batches() -> None:
+    """Means divided once: of unequal parts, the summary of the sum is the mean over all tokens, not a mean of means."""
+    torch.manual_seed(0)
+    student, guide = torch.rand(6, 16) * 3, torch.rand(6, 16).masked_fill(torch.rand(6, 16) < 0.2, NAN)
+    valid = torch.rand(6, 16) < torch.tensor([1.0, 0.1, 0.9, 0.3, 0.6, 0.8])[:, None]
+    settings = {"keep": 0.4, "scope": "sequence", "unmapped": "include"}
+    whole = guided_loss(student, guide, valid, **settings)  # type: ignore[arg-type]
+    parts = [guided_loss(*(x[i : i + 2] for x in (student, guide, valid)), **settings) for i in (0, 2, 4)]  # type: ignore[arg-type]
+    added = summarize(torch.stack([part.stats for part in parts]).sum(0))
+    assert added == pytest.approx(summarize(whole.stats), rel=1e-6)
+    assert added["loss"] == pytest.approx(whole.loss.item())
+    assert abs(added["loss"] - sum(part.loss.item() for part in parts) / 3) > 1e-4
+
+
+def test_summary_names_are_the_means_they_say() -> None:
+    student, guide = torch.tensor([[4.0, 1.0, 3.0, 2.0, 9.0]]), torch.tensor([[1.0, 2.0, 1.0, 2.0, NAN]])
+    got = guided_loss(student, guide, torch.ones(1, 5).bool(), keep=0.5, scope="microbatch", unmapped="exclude")
+    assert summarize(got.stats) == {
+        "share_kept": 0.5,
+        "share_unmapped": 0.2,
+        "loss": 3.5,
+        "threshold": 2.0,
+        "student_loss_kept": 3.5,
+        "guide_kept": 1.0,
+        "excess_kept": 2.5,
+        "student_loss_dropped": 1.5,
+        "guide_dropped": 2.0,
+        "excess_dropped": -0.5,
+        "student_loss_unmapped": 9.0,
+        "student_loss_all": 3.8,
+    }
+    assert summarize(torch.zeros(len(STATS), dtype=torch.float64)) == {}
+    with pytest.raises(ValueError, match="STATS"):
+        summarize(torch.zeros(3))
+
+
+def test_unknown_policy_and_unfit_shapes_are_refused() -> None:
+    x, valid = torch.ones(2, 3), torch.ones(2, 3).bool()
+    with pytest.raises(ValueError, match="ignore"):
+        guided_loss(x, x, valid, keep=0.4, scope="microbatch", unmapped="ignore")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="guide"):
+        guided_loss(x, x[:1], valid, keep=0.4, scope="microbatch", unmapped="include")
+    with pytest.raises(ValueError, match="valid"):
+        clm_loss(x, valid[:, :2])
