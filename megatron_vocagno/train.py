@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from megatron_vocagno.batch.pack import Mapping
 from megatron_vocagno.config import Run, RunError, load_run
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.build import Engine, build_engine
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
@@ -31,7 +33,7 @@ from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
 from megatron_vocagno.model.student import check_row_length, student_config
-from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.objective.guidance import STATS, gather_guide, summarize
 
@@ -137,7 +139,9 @@ class NonFiniteGuard:
     def check(self, step: int, numbers: dict[str, float]) -> None:
         """Raises RunError after `limit` broken steps in a row."""
         loss, grad_norm, skipped = (numbers[name] for name in ("loss/train", "optimizer/grad_norm", "optimizer/skipped_steps"))
+        # tokens without a finite loss carry no weight, so a student that is all NaN has loss 0
         broken = not (math.isfinite(loss) and math.isfinite(grad_norm)) or skipped > self.skipped
+        broken = broken or numbers["loss/nonfinite_tokens"] > 0
         self.skipped = skipped
         self.seen = self.seen + 1 if broken else 0
         if self.seen >= self.limit:
@@ -154,13 +158,11 @@ def _numbers(
     stats = engine.objective.take_stats()
     means = summarize(stats)
     whole, teacher, student = seconds
-    # the loss that was learned: its divisor is the planned number of tokens, see docs/method.md
-    weighted_sum = stats[STATS.index("weighted_sum")].item()
-    numbers = {"loss/train": weighted_sum / counts.kept, "loss/all_tokens": means.pop("student_loss_all", math.nan)}
-    means.pop("loss", None)
-    numbers |= {f"guidance/{name}": value for name, value in means.items()}
-    numbers |= {f"guidance/unmapped_{r.name.lower()}": counts.mapping[r] / counts.targets for r in Mapping if r != Mapping.MAPPED}
-    numbers |= {
+    numbers = {
+        # what was learned: the divisor is the planned number of tokens, see docs/method.md
+        "loss/train": stats[STATS.index("weighted_sum")].item() / counts.kept,
+        "loss/all_tokens": means.pop("student_loss_all", math.nan),
+        "loss/nonfinite_tokens": stats[STATS.index("nonfinite")].item(),
         "optimizer/learning_rate": learning_rate,
         "optimizer/grad_norm": engine.grad_norm,
         "optimizer/skipped_steps": engine.skipped_steps,
@@ -169,7 +171,12 @@ def _numbers(
         "throughput/student_seconds": student,
         "throughput/student_tokens": counts.targets,
     }
+    means.pop("loss", None)
     if scorer is not None:
+        numbers |= {f"guidance/{name}": value for name, value in means.items()}
+        numbers |= {
+            f"guidance/unmapped_{r.name.lower()}": counts.mapping[r] / counts.targets for r in Mapping if r != Mapping.MAPPED
+        }
         numbers |= {
             "teacher/seconds": teacher,
             "teacher/share_of_time": teacher / whole,
@@ -192,7 +199,8 @@ def _opening(run: Run, data: AlignedDataset, rows: TrainRows, layout: Layout, st
     start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
     return (
         f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
-        f"({layout.data_parallel} data-parallel x {max(1, run.parallel.pipeline_stages)} stages x {layout.micro_batches} micro-batches); "
+        f"({layout.data_parallel} data-parallel x {max(1, run.parallel.pipeline_stages)} stages, "
+        f"{layout.micro_batches} micro-batches); "
         f"{len(data)} documents make {rows.rows_in_epoch} rows an epoch"
     )
 
@@ -212,6 +220,8 @@ def _open_student(
     source = run.student.pretrained if run.student.pretrained is not None else run.student.config
     assert source is not None
     config = student_config(source, vocabulary)
+    if run.student.pretrained is not None:
+        _check_tokenizer(data, "student", run.student.pretrained)
     check_row_length(config, run.data.row_length)
     half = [kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half[0]] if half else torch.float32
@@ -223,6 +233,7 @@ def _open_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teach
     """The teacher of a guided run; plain language modeling never loads one."""
     if run.guidance.objective == "clm" or run.teacher is None:
         return None
+    _check_tokenizer(data, "teacher", teacher_folder(run.teacher.path))
     teacher = open_teacher(run.teacher.path, getattr(torch, run.teacher.dtype), processes.device, run.teacher.attention)
     if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
         raise RunError(
@@ -230,6 +241,15 @@ def _open_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teach
             f"the teacher {run.teacher.path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
         )
     return teacher
+
+
+def _check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], folder: Path) -> None:
+    """Refuse a model whose own tokenizer is not the one that made the dataset's ids. A folder may come without one."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
+    mine = open_tokenizer(folder, eos_token=made_with.eos_token).fingerprint
+    data.require_tokenizers(**{f"{side}_fingerprint": mine})
 
 
 def _place(teacher: Teacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:

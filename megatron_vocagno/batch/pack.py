@@ -142,7 +142,7 @@ class Rows:
     """All rows of the documents in one order. `len(rows)`, `rows[k]`."""
 
     def __init__(self, dataset: AlignedDocuments, order: Int64, row_length: int, teacher_limit: int | None = None) -> None:
-        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher_limit: most teacher positions of a row, None for any number."""
+        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher_limit: most teacher positions of a row."""
         if row_length <= 2 * SLACK:
             raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
         self.dataset = dataset

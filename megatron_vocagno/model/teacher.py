@@ -89,6 +89,12 @@ def _plain_head(model: Any, model_type: str) -> Any:
     return head
 
 
+def teacher_folder(path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+    """The Hugging Face folder of a teacher; for a .gguf file the one in `cache`, made now if it is not there."""
+    path = Path(path).expanduser()
+    return model_folder(cached_folder(path, cache) if path.suffix == ".gguf" else path)
+
+
 def open_teacher(
     path: str | os.PathLike[str],
     dtype: torch.dtype,
@@ -97,8 +103,7 @@ def open_teacher(
     cache: str | os.PathLike[str] | None = None,
 ) -> Teacher:
     """The teacher in a Hugging Face folder or in a .gguf file, which is converted once into `cache`."""
-    path = Path(path).expanduser()
-    folder = model_folder(cached_folder(path, cache) if path.suffix == ".gguf" else path)
+    folder = teacher_folder(path, cache)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # before gigabytes are read
     _check_logits(config.get_text_config())
