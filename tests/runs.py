@@ -117,14 +117,20 @@ def free_port() -> int:
 def launch(
     processes: int, arguments: Sequence[str], stop_when: Callable[[], bool] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`deepspeed examples/pretrain_vocagno.py ARGUMENTS`; all its processes are killed once `stop_when` says so."""
-    bin_folder = Path(sys.executable).parent
-    command = [str(bin_folder / "deepspeed"), "--num_gpus", str(processes), "--master_port", str(free_port())]
+    """`deepspeed examples/pretrain_vocagno.py ARGUMENTS`; all its processes are killed once `stop_when` says so.
+
+    A world of one needs no launcher, which saves the start of two processes.
+    """
+    bin_folder, port = Path(sys.executable).parent, str(free_port())
+    command = [sys.executable]
+    if processes > 1:
+        command = [str(bin_folder / "deepspeed"), "--num_gpus", str(processes), "--master_port", port]
     command += ["examples/pretrain_vocagno.py", *arguments]
     environment = os.environ | {
         "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
+        "MASTER_PORT": port,
     }
     with subprocess.Popen(
         command,

@@ -1,3 +1,5 @@
+"""Fixtures that several folders of tests share; each is made once."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +10,7 @@ from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset, dataset, teacher_tokenizer
 from tests.runs import Case, write_teacher
 
-__all__ = ["case", "dataset", "teacher_tokenizer"]
+__all__ = ["dataset", "teacher_tokenizer"]
 
 
 @pytest.fixture(scope="session")

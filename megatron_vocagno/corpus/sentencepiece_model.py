@@ -1,0 +1,98 @@
+"""A SentencePiece BPE model -> the tokenizer.json that gives the same ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_vocagno.corpus import CorpusError
+
+SPACE = "\u2581"  # SentencePiece's visible space
+
+
+class TokenizerError(CorpusError):
+    """A tokenizer that cannot be read, or whose tokens cannot be placed in the text."""
+
+
+def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """A SentencePiece BPE model -> (tokenizer.json with the same ids, names of its control tokens).
+
+    Raises TokenizerError where it is no such model, or one that changes the text.
+    """
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined, unused-ignore]
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise TokenizerError(f"{file}: neither JSON nor a SentencePiece model ({len(data):,} bytes)") from None
+    trainer, spec, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
+    refused = {
+        "it holds no pieces: not a SentencePiece model": not pieces,
+        "its model is not BPE (Unigram, word or char); only BPE is supported": trainer.model_type != trainer.BPE,
+        "it has no byte fallback: characters outside its vocabulary would be lost": not trainer.byte_fallback,
+        f"its normalizer {spec.name!r} changes the text": bool(spec.precompiled_charsmap) or spec.remove_extra_whitespaces,
+        "it marks spaces in another way than U+2581 before a word": trainer.treat_whitespace_as_suffix
+        or not spec.escape_whitespaces,
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise TokenizerError(f"{file}: {reason}")
+    normal, unknown, control, user_defined = 1, 2, 3, 4
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id, "pad_token": trainer.pad_id}
+    raw = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": i, "content": p.piece, **flags, "special": p.type != user_defined}
+            for i, p in enumerate(pieces)
+            if p.type in (unknown, control, user_defined)
+        ],
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "post_processor": _bos_first(pieces[trainer.bos_id].piece, trainer.bos_id) if trainer.bos_id >= 0 else None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": int(spec.add_dummy_prefix), "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "unk_token": pieces[trainer.unk_id].piece,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": {p.piece: i for i, p in enumerate(pieces)},
+            "merges": _merges({p.piece: p.score for p in pieces if p.type == normal}),
+        },
+    }
+    return raw, {name: pieces[i].piece for name, i in named.items() if 0 <= i < len(pieces)}
+
+
+def _merges(scores: dict[str, float]) -> list[list[str]]:
+    """All pairs that make a piece, in the order in which BPE must apply them.
+
+    SentencePiece knows scores, not merges. The order is (score, length of the left part, length of the right part), all
+    descending: with ties broken by the ids of the parts instead, the ids of many texts differ.
+    """
+    merges = []
+    for piece, score in scores.items():
+        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
+        merges += [(score, left, right) for left, right in cuts if left in scores and right in scores]
+    merges.sort(key=lambda m: (m[0], len(m[1]), len(m[2])), reverse=True)
+    return [[left, right] for _, left, right in merges]
+
+
+def _bos_first(bos: str, bos_id: int) -> dict[str, Any]:
+    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
+    special = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}

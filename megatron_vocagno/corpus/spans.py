@@ -1,0 +1,154 @@
+"""For each student token, the teacher tokens that hold its bytes.
+
+Student token i covers the bytes [s, e) of the text. Its span [first, last) is every teacher token that overlaps them:
+first = the first one that ends after s, last = the first one that starts at e or later. A token without bytes (a dummy
+prefix that stands alone, EOS) is **unmapped**: first == last, the teacher position at which it stands.
+
+Since both sequences tile one text, neighbours share at most one teacher token:
+
+    first[i + 1] ∈ {last[i], last[i] - 1}          last[-1] := before
+
+`before` is the teacher position at which the sequence starts: 0 for a document, 1 where the teacher's own dummy prefix
+stands alone, which no student token maps to. So a byte where both sides have a boundary lies before token i exactly where
+first[i] == last[i - 1], and one byte a token is enough on disk:
+
+    code = width << 1 | shares its first teacher token with the token before
+    255: the width is 127 or more; the code is in a side list of (position, code)
+    anchor k: last[4096 k - 1], so that decoding may start in the middle of a document
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.tokens import Tokens
+
+ANCHOR_EVERY = 4096  # tokens
+ESCAPE = 255
+WIDEST = 126  # the widest span that needs no escape
+
+
+class AlignmentError(CorpusError):
+    """Two token sequences that are not of one text."""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """first, last: int32 [N], teacher positions, half-open; unmapped where equal. before: `last` of the token before."""
+
+    first: NDArray[np.int32]
+    last: NDArray[np.int32]
+    before: int = 0
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+    @property
+    def mapped(self) -> NDArray[np.bool_]:
+        """bool [N]."""
+        return self.first < self.last
+
+    @property
+    def common_boundary(self) -> NDArray[np.bool_]:
+        """bool [N]: both sequences have a boundary where token i starts. True at a document's start."""
+        boundary: NDArray[np.bool_] = self.first == self._last_before()
+        return boundary
+
+    def ended(self) -> Spans:
+        """N + 1: the spans with the student's EOS, unmapped, at the place of the teacher's."""
+        end = self.last[-1:] if len(self) else np.array([self.before], np.int32)
+        return Spans(np.append(self.first, end), np.append(self.last, end), self.before)
+
+    def _last_before(self) -> NDArray[np.int32]:
+        return np.concatenate([np.array([self.before], np.int32), self.last])[: len(self)]
+
+
+def align(student: Tokens, teacher: Tokens) -> Spans:
+    """Spans of one document's student tokens; by binary search, O(N log M). Raises AlignmentError.
+
+    Both must tile the same bytes; only at byte 0 may a token be without text.
+    """
+    if student.ends_from == "unknown" or teacher.ends_from == "unknown":
+        side = "student" if student.ends_from == "unknown" else "teacher"
+        raise AlignmentError(f"the byte ends of the {side}'s tokens are unknown: does its tokenizer change the text?")
+    if student.n_bytes != teacher.n_bytes:
+        raise AlignmentError(
+            f"student reads {student.n_bytes:,} bytes, teacher {teacher.n_bytes:,}: both must read the same text; "
+            "is one of the tokenizers normalising (NFKC, lower-casing)?"
+        )
+    starts, teacher_starts = student.starts, teacher.starts
+    for side, tokens, begin in (("student", student, starts), ("teacher", teacher, teacher_starts)):
+        if np.any((tokens.ends <= begin) & (tokens.ends > 0)):
+            where = int(np.argmax((tokens.ends <= begin) & (tokens.ends > 0)))
+            raise AlignmentError(f"{side} token {where} has no text and is not at the document's start: ends must rise")
+    first = np.searchsorted(teacher.ends, starts, side="right").astype(np.int32)
+    last = np.searchsorted(teacher_starts, student.ends, side="left").astype(np.int32)
+    before = int(np.searchsorted(teacher.ends, 0, side="right"))
+    empty = student.ends == starts
+    return Spans(np.where(empty, np.int32(before), first), np.where(empty, np.int32(before), last), before)
+
+
+def intersection_over_student(student: Tokens, teacher: Tokens, spans: Spans) -> NDArray[np.float64]:
+    """float64 [N]: the share of each token's bytes that its span covers, from the byte ends alone; NaN where unmapped."""
+    ious = np.full(len(spans), np.nan)
+    m = spans.mapped
+    left = np.maximum(student.starts[m], teacher.starts[spans.first[m]])
+    right = np.minimum(student.ends[m], teacher.ends[spans.last[m] - 1])
+    ious[m] = np.maximum(right - left, 0) / np.maximum(student.ends[m] - student.starts[m], 1)
+    return ious
+
+
+@dataclass(frozen=True)
+class EncodedSpans:
+    """One document's spans as they are stored.
+
+    codes    uint8 [N]
+    anchors  int32 [ceil(N / 4096)]
+    escapes  int32 [E, 2], (position, code), by rising position
+    """
+
+    codes: NDArray[np.uint8]
+    anchors: NDArray[np.int32]
+    escapes: NDArray[np.int32]
+
+
+def encode(spans: Spans) -> EncodedSpans:
+    """A document's spans -> codes. Raises AlignmentError where neighbours share more than one teacher token or skip one."""
+    before = spans._last_before()
+    shared = before - spans.first
+    if np.any((shared != 0) & (shared != 1)):
+        i = int(np.argmax((shared != 0) & (shared != 1)))
+        raise AlignmentError(
+            f"token {i} starts at teacher token {spans.first[i]}, the one before it ends at {before[i]}: "
+            "neighbours must touch or share one teacher token"
+        )
+    width = spans.last - spans.first
+    code = width << 1 | shared
+    escaped = np.flatnonzero(width > WIDEST)
+    return EncodedSpans(
+        codes=np.where(width > WIDEST, ESCAPE, code).astype(np.uint8),
+        anchors=before[::ANCHOR_EVERY].astype(np.int32),
+        escapes=np.stack([escaped, code[escaped]], axis=1).astype(np.int32),
+    )
+
+
+def decode(stored: EncodedSpans, start: int = 0, stop: int | None = None) -> Spans:
+    """Spans of the tokens [start, stop) of a document, in document coordinates; reads O(stop - start + 4096) codes."""
+    stop = len(stored.codes) if stop is None else stop
+    anchor = start // ANCHOR_EVERY
+    begin = anchor * ANCHOR_EVERY
+    codes = np.asarray(stored.codes[begin:stop]).astype(np.int32)
+    here = (stored.escapes[:, 0] >= begin) & (stored.escapes[:, 0] < stop)
+    codes[stored.escapes[here, 0] - begin] = stored.escapes[here, 1]
+    width, shared = codes >> 1, codes & 1
+    # the anchor of an empty range at the very end may not exist
+    origin = int(stored.anchors[anchor]) if len(codes) else 0
+    last = np.concatenate([np.array([0]), np.cumsum(width - shared, dtype=np.int64)]) + origin
+    skip = start - begin
+    if not len(codes):
+        return Spans(codes, codes, origin)
+    return Spans((last[1:] - width)[skip:].astype(np.int32), last[1 + skip :].astype(np.int32), int(last[skip]))

@@ -1,3 +1,0 @@
-from tests.datasets import dataset, teacher_tokenizer
-
-__all__ = ["dataset", "teacher_tokenizer"]

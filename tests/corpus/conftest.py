@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.shards import Settings, build
+from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
+from tests import tokenizers_for_tests as real
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder(tmp_path_factory) -> Path:
+    return real.smollm2_tokenizer_folder(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_folder) -> Tokenizer:
+    return open_tokenizer(smollm2_folder)
+
+
+@pytest.fixture(scope="session")
+def mistral() -> Tokenizer:
+    return open_tokenizer(real.mistral_tokenizer_path())
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return [unicodedata.normalize("NFC", text) for text in real.texts()]
+
+
+@pytest.fixture(scope="session")
+def settings(smollm2_folder) -> Settings:
+    """Student Mistral (SentencePiece), teacher SmolLM2 (byte-level)."""
+    return Settings(student=str(real.mistral_tokenizer_path()), teacher=str(smollm2_folder))
+
+
+def write_jsonl(file: Path, texts: list[str]) -> Path:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory, texts) -> Path:
+    """About 0.5 MB, 121 documents."""
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", texts)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory, corpus, settings) -> AlignedDataset:
+    """Its dataset, in five shards; read only."""
+    return build([corpus], tmp_path_factory.mktemp("built") / "dataset", settings, shard_bytes=100_000)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}

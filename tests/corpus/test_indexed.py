@@ -1,0 +1,114 @@
+"""Megatron pairs: the same bytes as megatron-core's, and what the reader refuses."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+from megatron_vocagno.corpus.indexed import HEADER, IndexedError, PairReader, PairWriter, token_dtype
+
+DTYPES = [np.uint8, np.uint16, np.int32, np.int64, np.float32]
+
+
+def documents(dtype):
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 200, int(n)).astype(dtype) for n in (5, 1, 0, 700, 3)]
+
+
+def write(prefix, docs, dtype):
+    with PairWriter(prefix, dtype) as pair:
+        for doc in docs:
+            pair.add(doc)
+    return prefix
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_written_is_read(dtype, tmp_path):
+    docs = documents(dtype)
+    pair = PairReader(write(tmp_path / "x.y", docs, dtype))
+    assert len(pair) == len(docs) and pair.dtype == dtype and pair.lengths.tolist() == [len(d) for d in docs]
+    for i, doc in enumerate(docs):
+        assert np.array_equal(pair.read(i), doc)
+    assert np.array_equal(pair.read(3, 100, 130), docs[3][100:130])
+    with pytest.raises(IndexError, match=r"document 3 has 700 numbers; \[690, 701\)"):
+        pair.read(3, 690, 701)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bytes_equal_those_of_megatron_core(dtype, tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+
+    docs = documents(dtype)
+    write(tmp_path / "ours", docs, dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for doc in docs:
+        builder.add_document(doc, [len(doc)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"ours.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+    opened = IndexedDataset(str(tmp_path / "ours"))
+    for i, doc in enumerate(docs):
+        assert np.array_equal(opened[i], doc)
+
+
+def test_a_pair_without_documents_is_read(tmp_path):
+    assert len(PairReader(write(tmp_path / "x", [], np.int32))) == 0
+
+
+def test_numbers_that_do_not_fit_are_refused(tmp_path):
+    with pytest.raises(IndexedError, match="65536 or 0 does not fit uint16"), PairWriter(tmp_path / "x", np.uint16) as pair:
+        pair.add(np.array([0, 65_536], np.int32))
+    assert not (tmp_path / "x.idx").exists()
+
+
+def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
+    """A sparse .bin: five documents of 2**30 numbers of two bytes."""
+    n, length = 5, 2**30
+    lengths = np.full(n, length, np.int64)
+    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, n, n + 1)
+    body = lengths.astype("<i4").tobytes() + (np.arange(n) * length * 2).astype("<i8").tobytes() + np.arange(n + 1).tobytes()
+    (tmp_path / "x.idx").write_bytes(header + body)
+    with (tmp_path / "x.bin").open("wb") as file:
+        file.truncate(n * length * 2)
+        file.seek(4 * length * 2 + 10)
+        file.write(struct.pack("<H", 77))
+    pair = PairReader(tmp_path / "x")
+    assert pair.read(4, 4, 7).tolist() == [0, 77, 0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda b: b"MMIDIDY" + b[7:], "starts with b'MMIDIDY"),
+        (lambda b: b[:20], "20 bytes"),
+        (lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "version 2, this reads version 1"),
+        (lambda b: b[:17] + b"\x09" + b[18:], "dtype code 9"),
+        (lambda b: b[:-1], r"141 bytes, 5 documents need 142"),
+        (lambda b: b + b"\0", r"143 bytes, 5 documents need 142"),
+        (lambda b: b[:26] + struct.pack("<Q", 5) + b[34:-8], "5 sequences in 4 documents"),
+        (lambda b: b[:HEADER] + struct.pack("<i", 6) + b[HEADER + 4 :], "its pointers do not follow"),
+    ],
+)
+def test_damaged_index_is_refused(damage, message, tmp_path):
+    idx = write(tmp_path / "x", documents(np.int32), np.int32).with_suffix(".idx")
+    idx.write_bytes(damage(idx.read_bytes()))
+    with pytest.raises(IndexedError, match=message) as error:
+        PairReader(tmp_path / "x")
+    assert str(idx) in str(error.value)
+
+
+def test_cut_off_or_missing_bin_is_refused(tmp_path):
+    file = write(tmp_path / "x", documents(np.int32), np.int32).with_suffix(".bin")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(IndexedError, match=r"x\.bin: 2,832 bytes, its index describes 2,836"):
+        PairReader(tmp_path / "x")
+    file.unlink()
+    with pytest.raises(IndexedError, match=r"x\.bin is missing"):
+        PairReader(tmp_path / "x")
+
+
+def test_dtype_of_a_vocabulary_is_megatron_cores():
+    assert [token_dtype(n) for n in (32_000, 65_499, 65_500, 151_936)] == [np.uint16, np.uint16, np.int32, np.int32]

@@ -1,0 +1,83 @@
+"""What is exported is what was trained, and training goes on from it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_vocagno.batch.loader import IGNORE, Layout, evaluation_batches
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.export import main
+from tests.runs import Case, metrics
+
+pytestmark = pytest.mark.slow
+
+
+def evaluations(output) -> list[float]:
+    return [line["eval/loss"] for line in metrics(output) if "eval/loss" in line]
+
+
+@pytest.mark.parametrize(("stages", "tied"), [(2, True), (2, False), (0, True)])
+def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, stages: int, tied: bool) -> None:
+    overrides = [
+        f"parallel.pipeline_stages={stages}",
+        f"student.config.tie_word_embeddings={str(tied).lower()}",
+        "training.steps=2",
+    ]
+    name = f"export-{stages}-{tied}"
+    output = case.run(name, 2, overrides)
+    out = case.folder / f"{name}-hf"
+    command = [sys.executable, "-m", "megatron_vocagno.export", str(output), "--out", str(out)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count(str(out)) == 1
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
+
+    # an independent road: transformers' own model and torch's own cross entropy on the evaluation's rows
+    valid = AlignedDataset.open(case.valid)
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for step in evaluation_batches(valid, valid.student_byte_lengths, 64, Layout(2, 1, 1), 0, limit=12):
+            (batch,) = step.batches
+            logits_BSV = model(input_ids=batch.input_BS).logits
+            total += F.cross_entropy(
+                logits_BSV.flatten(0, 1), batch.target_BS.flatten(), ignore_index=IGNORE, reduction="sum"
+            ).item()
+            tokens += step.tokens
+    assert tokens > 500
+    assert total / tokens == pytest.approx(evaluations(output)[-1], rel=1e-5)
+    assert total / tokens < math.log(32_000)
+
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = valid.student(0)
+    assert (
+        tokenizer.decode(ids[:-1]).strip()
+        == tokenizer.decode(tokenizer(tokenizer.decode(ids[:-1]), add_special_tokens=False).input_ids).strip()
+    )
+    assert tokenizer.eos_token_id == model.config.eos_token_id == ids[-1]
+
+    arguments = case.command(f"{name}-on", [f"parallel.pipeline_stages={stages}", "training.steps=1"])
+    path = case.folder / f"{name}-on" / "run.toml"
+    text = path.read_text()
+    start, end = text.index("[student.config]"), text.index("[teacher]")
+    path.write_text(text[:start] + f'[student]\npretrained = "{out}"\n' + text[end:])
+    from tests.runs import launch
+
+    finished = launch(2, arguments)
+    assert finished.returncode == 0, finished.stdout[-4000:]
+    assert evaluations(case.out(f"{name}-on"))[0] == pytest.approx(evaluations(output)[-1], rel=1e-6)
+
+
+def test_export_refuses_what_it_would_spoil_or_cannot_find(case: Case, tmp_path, capsys) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    assert main([str(case.folder), "--out", str(tmp_path / "taken")]) == 2
+    assert "is not empty: exporting would mix two models" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "new")]) == 2
+    assert "no whole checkpoint below" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

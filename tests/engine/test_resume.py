@@ -1,0 +1,115 @@
+"""A run that was killed and started again ends where an undisturbed one ends, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_vocagno.engine.manifest import LATEST, checkpoint_folders, newest_checkpoint, read_manifest
+from tests.runs import Case, launch, metrics
+
+pytestmark = pytest.mark.slow
+
+OVERRIDES = ["training.steps=6", "checkpoint.every=2", "checkpoint.keep=3", "eval.every=3"]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    files = sorted((checkpoint / "student").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def lines_by_step(output: Path) -> list[dict[str, float]]:
+    timed = ("throughput/", "teacher/seconds", "teacher/share_of_time", "teacher/tokens_per_second")
+    return [{name: value for name, value in line.items() if not name.startswith(timed)} for line in metrics(output)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "processes", "stages", "zero"), [("pp2", 2, 2, 1), ("plain-zero3", 2, 0, 3)], ids=["pp2", "plain-zero3"]
+)
+def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, processes: int, stages: int, zero: int) -> None:
+    overrides = [*OVERRIDES, f"parallel.pipeline_stages={stages}"]
+    settings = {"zero_optimization": {"stage": zero}}
+    straight = case.run(f"{layout}-straight", processes, overrides, settings)
+
+    name = f"{layout}-killed"
+    arguments, output = case.command(name, overrides, settings), case.out(name)
+    launch(processes, arguments, stop_when=lambda: (output / "checkpoints" / LATEST).exists())
+    whole = [folder for folder in checkpoint_folders(output / "checkpoints") if (folder / "manifest.json").exists()]
+    at = [read_manifest(folder).position.step for folder in whole]
+    assert at and max(at) < 6, "the kill came too late to test anything"
+    resumed = launch(processes, arguments)
+    assert resumed.returncode == 0 and f"resuming after step {max(at)}" in resumed.stdout, resumed.stdout[-4000:]
+
+    ends = [newest_checkpoint(out, print) for out in (straight, output)]
+    assert ends[0] is not None and ends[1] is not None
+    a, b = weights(ends[0]), weights(ends[1])
+    assert a.keys() == b.keys() and len(a) == 29
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert lines_by_step(straight) == lines_by_step(output), "each step stands once in metrics.jsonl, with the same numbers"
+    assert len(lines_by_step(straight)) == 6 + 3
+
+
+def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> None:
+    output = case.run("broken", 1, ["training.steps=4", "checkpoint.every=2"])
+    newest, older = checkpoint_folders(output / "checkpoints")
+    victim = next(iter((newest / "student").glob("layer_0002*")))
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    resumed = launch(1, case.command("broken", ["training.steps=6"]))
+    assert resumed.returncode == 0
+    assert f"not resuming from {newest}: student/{victim.name} is not what was written: its sha256 differs" in resumed.stdout
+    assert "resuming after step 2" in resumed.stdout and older.name == "step-00000002"
+    # once at the end, a run has nothing to do and changes nothing
+    lines = lines_by_step(output)
+    again = launch(1, case.command("broken", ["training.steps=6"]))
+    assert again.returncode == 0 and "resuming after step 6" in again.stdout
+    assert lines_by_step(output) == lines
+
+
+def test_what_resuming_would_falsify_is_refused(case: Case) -> None:
+    output = case.run("other", 1, ["training.steps=1"])
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    for overrides, processes, complaint in (
+        (["training.seed=1"], 1, "was written with seed = 0, this run has 1"),
+        (["data.row_length=48"], 1, "was written with row_length = 64, this run has 48"),
+        ([f"data.train={case.valid}"], 1, "was written with dataset = "),
+        ([], 2, "world=1 pipeline_stages=0 zero_stage=1"),
+    ):
+        refused = launch(processes, case.command("other", overrides))
+        assert refused.returncode != 0 and complaint in refused.stdout, refused.stdout[-3000:]
+        assert "Traceback" not in refused.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
+
+def test_the_teacher_is_nowhere_in_a_checkpoint(case: Case) -> None:
+    """Neither its tensors nor states of an optimizer for them: what is saved counts the student's numbers and no more."""
+    output = case.run("frozen", 1, ["training.steps=1"])
+    checkpoint = newest_checkpoint(output, print)
+    assert checkpoint is not None
+    student = sum(tensor.numel() for tensor in weights(checkpoint).values())
+    shapes: list[torch.Size] = []
+
+    def collect(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            shapes.append(value.shape)
+        elif isinstance(value, dict):
+            for part in value.values():
+                collect(part)
+        elif isinstance(value, list | tuple):
+            for part in value:
+                collect(part)
+
+    optimizer = [path for path in checkpoint.glob("*.pt") if "optim" in path.name]
+    for path in checkpoint.glob("*.pt"):
+        # DeepSpeed's files hold classes of its own; this test wrote them
+        collect(torch.load(path, map_location="cpu", weights_only=False))
+    assert len(optimizer) == 1
+    assert not any(49_152 in shape for shape in shapes), "a matrix of the teacher's vocabulary"
+    # weights, master weights, two moments; and the tied head's name for the embedding
+    numbers = sum(shape.numel() for shape in shapes)
+    embedding = 32_000 * 32
+    assert 4 * student <= numbers <= 4 * student + embedding + 1000

@@ -1,0 +1,83 @@
+"""Imports go one way, and each foreign package has one door."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "megatron_vocagno"
+
+# what each part of the package may import of it
+DIRECTION = {
+    "config": set(),
+    "monitor": set(),
+    "corpus": {"config"},
+    "objective": set(),
+    "batch": {"config", "corpus"},
+    "model": {"objective", "config"},
+    "engine": {"model", "batch", "objective", "config", "corpus"},
+    "export": {"engine", "model", "config"},
+    "train": {"engine", "model", "batch", "objective", "corpus", "config", "monitor"},
+}
+# foreign package: the only files or folders that may import it
+DOORS = {
+    "deepspeed": ["engine"],
+    "transformers": ["model", "engine/build.py", "engine/checkpoint.py", "train.py", "export.py"],
+    "tokenizers": ["corpus/tokens.py"],
+    "sentencepiece": ["corpus"],
+    "tensorboard": ["monitor.py"],
+    "rich": ["monitor.py"],
+    "gguf": ["model/gguf.py"],
+    "triton": [],
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_nothing_imports_upward_or_sideways() -> None:
+    met = 0
+    for path in PACKAGE.rglob("*.py"):
+        part = part_of(path)
+        for name in imports(path):
+            if name.startswith("megatron_vocagno.") and (other := name.split(".")[1]) != part:
+                assert other in DIRECTION[part], f"{path.relative_to(ROOT)} imports {name}"
+                met += 1
+    assert met > 30
+
+
+def test_each_foreign_package_has_its_doors() -> None:
+    met = dict.fromkeys(DOORS, 0)
+    for path in PACKAGE.rglob("*.py"):
+        for name in imports(path):
+            package = "tensorboard" if "tensorboard" in name else name.split(".")[0]
+            if package in DOORS:
+                place = path.relative_to(PACKAGE).as_posix()
+                assert any(place.startswith(door) for door in DOORS[package]), f"{place} imports {name}"
+                met[package] += 1
+    assert all(met[package] > 0 for package in DOORS if DOORS[package])
+
+
+def test_the_corpus_needs_no_torch_and_the_objective_no_model() -> None:
+    for path in (PACKAGE / "corpus").rglob("*.py"):
+        assert not any(name.split(".")[0] in ("torch", "transformers", "deepspeed") for name in imports(path)), path
+    for path in (PACKAGE / "objective").rglob("*.py"):
+        assert not any(name.split(".")[0] in ("transformers", "deepspeed", "numpy") for name in imports(path)), path
+
+
+def test_every_module_says_what_it_is() -> None:
+    for path in (*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *(ROOT / "examples").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert not text or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"

@@ -1,0 +1,1 @@
+"""Command lines that make, score and show aligned datasets."""
