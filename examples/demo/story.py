@@ -48,7 +48,16 @@ def main() -> None:
     )
     for part in ("train", "heldout"):
         command = [python, "-m", "tools.preprocess.build_dataset", f"{DEMO}/corpus/{part}.jsonl", "--out", f"{DEMO}/data/{part}"]
-        command += ["--student", str(mistral), "--teacher", f"{DEMO}/teacher", "--workers", str(os.cpu_count())]
+        command += [
+            "--student",
+            str(mistral),
+            "--teacher",
+            f"{DEMO}/teacher",
+            "--workers",
+            str(os.cpu_count()),
+            "--shard-mb",
+            "2",
+        ]
         step(f"the aligned dataset: {part}", DEMO / "data" / part / "dataset.json", command)
     train()
     step(
@@ -100,8 +109,10 @@ def training_command() -> list[str]:
 def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> None:
     """Run the launcher with its ranks in a process group of their own; end the group when the time has come."""
     # the launcher starts its ranks with the `python` that it finds first
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with subprocess.Popen(command, env=os.environ | {"PATH": path}, start_new_session=True) as process:
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if not torch.cuda.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed finds that out alone, and warns each time
+    with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             while process.poll() is None:
                 time.sleep(0.2)

@@ -8,7 +8,8 @@ In the order in which data passes:
 - `spans`    two `Tokens` of one text -> `Spans`: the teacher tokens that cover each student token; the one-byte codec
 - `indexed`  Megatron `.bin`/`.idx` pairs: write, read
 - `dataset`  `AlignedDataset`: `dataset.json` and its shards; open, read, verify, merge
-- `shards`   the plan, the one idempotent shard function and the engine that runs it
+- `workers`  the local engine: jobs in processes, killed ones replaced
+- `shards`   the plan, the one idempotent shard function, `build`
 
 `docs/data_format.md` describes the files byte by byte.
 """

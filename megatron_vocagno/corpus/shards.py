@@ -2,8 +2,7 @@
 
     plan        input files -> jobs: one shard each, whole lines of one or several files; the same every time
     make_shard  one job -> one folder; idempotent and atomic, so that it may be killed, repeated or run twice at once
-    run_local   runs jobs in processes, and replaces killed ones
-    build       all three, and dataset.json at the end
+    build       both, through an engine (`workers.run_local`), and dataset.json at the end
 
 A shard is written beside its place, flushed to the disk, hashed and renamed in one step. It is done exactly when its
 shard.json is there and was made from the same bytes with the same settings; other bytes or settings are refused. Its
@@ -15,20 +14,15 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import multiprocessing
-import os
 import shutil
-import traceback
 import unicodedata
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import orjson
@@ -54,18 +48,14 @@ from megatron_vocagno.corpus.documents import BadLine, InputError, Line, Piece, 
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
 from megatron_vocagno.corpus.spans import align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer
+from megatron_vocagno.corpus.workers import run_local
 
 SHARD_BYTES = 64 << 20  # of input
-STRIKES = 3  # workers that may die at one shard
 OnBadLine = Literal["error", "skip", "quarantine"]
 
 
 class ChangedError(CorpusError):
     """A finished shard was made from other input, or with other settings."""
-
-
-class WorkerError(CorpusError):
-    """Workers die again and again at one shard."""
 
 
 @dataclass(frozen=True)
@@ -299,87 +289,6 @@ class _ShardWriter:
         self.counts["zero_width_tokens"] += int((~spans.mapped).sum())
         self.counts["covered_tokens"] += int(covered.sum())
         self.counts["offset_documents"] += "offsets" in (student.ends_from, teacher.ends_from)
-
-
-# ---- engine
-
-J = TypeVar("J")
-R = TypeVar("R")
-
-
-def run_local(task: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[R]:
-    """Results as they come. A worker that is killed is replaced and its job repeated; errors of a task pass through.
-
-    One worker runs in this process. Raises WorkerError when three workers die at one job.
-
-    Each worker has a pipe of its own and shares no lock or queue with the others: a death costs one job, and is seen at
-    once as the end of its pipe. (concurrent.futures waits for ever when a worker dies while another one starts.)
-    """
-    if workers == 1:
-        yield from map(task, jobs)
-        return
-    waiting, deaths = deque(range(len(jobs))), Counter[int]()
-    crew: dict[Any, BaseProcess] = {}
-    at_work: dict[Any, int] = {}
-    try:
-        while waiting or at_work:
-            while len(crew) < min(workers, len(waiting) + len(at_work)):
-                pipe, process = _hire(task)
-                crew[pipe] = process
-            for pipe in crew.keys() - at_work.keys():
-                if waiting:
-                    at_work[pipe] = waiting.popleft()
-                    with suppress(OSError):  # it is dead already: seen below
-                        pipe.send(jobs[at_work[pipe]])
-            for pipe in wait(list(at_work)):
-                job = at_work.pop(pipe)
-                try:
-                    succeeded, answer = pipe.recv()
-                except (EOFError, OSError):
-                    _dismiss(pipe, crew.pop(pipe))
-                    waiting.appendleft(job)
-                    deaths[job] += 1
-                    if deaths[job] == STRIKES:
-                        raise WorkerError(
-                            f"{STRIKES} workers were killed while they made shard {job} of {len(jobs):,}: out of memory? "
-                            "Use fewer --workers or a smaller --shard-mb; what is finished will be reused"
-                        ) from None
-                    continue
-                if not succeeded:
-                    raise answer
-                yield answer
-    finally:
-        for pipe, process in crew.items():
-            _dismiss(pipe, process)
-
-
-def _hire(task: Callable[[J], R]) -> tuple[Any, BaseProcess]:
-    context = multiprocessing.get_context("spawn")
-    pipe, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(task, theirs), daemon=True)
-    process.start()
-    theirs.close()  # the worker's copy is the last one: the pipe ends when the worker does
-    return pipe, process
-
-
-def _dismiss(pipe: Any, process: BaseProcess) -> None:
-    pipe.close()
-    process.terminate()
-    process.join()
-
-
-def _work(task: Callable[[J], R], pipe: Any) -> None:
-    # each worker is one core; the library's own threads would fight for the others
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    with suppress(EOFError, OSError, KeyboardInterrupt):  # the parent is gone, or going
-        while True:
-            job = pipe.recv()
-            try:
-                answer: tuple[bool, Any] = True, task(job)
-            except Exception as error:
-                error.add_note(traceback.format_exc())
-                answer = False, error
-            pipe.send(answer)
 
 
 # ---- all of it

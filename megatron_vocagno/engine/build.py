@@ -52,6 +52,13 @@ class Objective:
         self._seen += result.stats
         return result.loss
 
+    def of_hidden_states(self, outputs: tuple[Tensor, Tensor], labels: Labels) -> Tensor:
+        """The same from what a pipeline's last stage gives: hidden states and head, so that no logits are kept."""
+        hidden_BSH, head_VH = outputs
+        target_BS = labels[0]
+        loss_N = token_loss(hidden_BSH.flatten(0, 1), head_VH, target_BS.flatten(), ignore_index=IGNORE)
+        return self(loss_N.view_as(target_BS), labels)
+
     def _learn(self, loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, divisor: Tensor) -> GuidedLoss:
         g = self.guidance
         if g.objective == "clm":
@@ -222,7 +229,7 @@ def build_engine(
             module: nn.Module = PipelineModule(
                 _pipeline_layers(config, run.training.seed, weights),
                 num_stages=stages,
-                loss_fn=partial(_pipeline_loss, objective),
+                loss_fn=objective.of_hidden_states,
                 activation_checkpoint_interval=interval,
                 checkpointable_layers=[model.Decoder.__name__],
             )
@@ -281,14 +288,6 @@ def _pipeline_layers(config: PretrainedConfig, seed: int, weights: PretrainedWei
         specs[0] = _TiedSpec(partial(build, 0))
         specs[-1] = _TiedSpec(partial(build, 0), model.tied_head)
     return specs
-
-
-def _pipeline_loss(objective: Objective, outputs: tuple[Tensor, Tensor], labels: Labels) -> Tensor:
-    """The last stage gives hidden states and head, so that no logits are kept."""
-    hidden_BSH, head_VH = outputs
-    target_BS = labels[0]
-    loss_N = token_loss(hidden_BSH.flatten(0, 1), head_VH, target_BS.flatten(), ignore_index=IGNORE)
-    return objective(loss_N.view_as(target_BS), labels)
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.corpus import CorpusError, shards
+from megatron_vocagno.corpus import CorpusError, shards, workers
 from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
 from megatron_vocagno.corpus.documents import BATCH_BYTES, InputError, Line, Piece, batches
-from megatron_vocagno.corpus.shards import ChangedError, Settings, WorkerError, build, make_shard, plan, run_local
+from megatron_vocagno.corpus.shards import ChangedError, Settings, build, make_shard, plan
+from megatron_vocagno.corpus.workers import WorkerError, run_local
 from tests.corpus.conftest import contents, write_jsonl
 
 
@@ -322,16 +323,16 @@ def test_an_error_brings_its_traceback_along_and_leaves_no_worker():
 def test_a_worker_killed_while_another_starts_costs_nothing(tmp_path, monkeypatch):
     """The moment at which a pool of concurrent.futures hangs."""
     hired = []
-    original = shards._hire
+    original = workers._hire
 
     def hire(task):
-        if hired:
+        if len(hired) == 1:
             os.kill(hired[0][1].pid, 9)
         hired.append(original(task))
         return hired[-1]
 
     (tmp_path / "died").touch()
-    monkeypatch.setattr(shards, "_hire", hire)
+    monkeypatch.setattr(workers, "_hire", hire)
     assert sorted(run_local(die_once, [(tmp_path, i) for i in range(3)], 2)) == [0, 1, 4]
     assert len(hired) > 2
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
-from tests.runs import Case, metrics
+from tests.runs import Case, launch, metrics, write_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +57,14 @@ def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: 
         assert line["loss/train"] == pytest.approx(mean, rel=1e-6)
 
 
+def test_a_run_leaves_nothing_in_shared_memory(case: Case) -> None:
+    """DeepSpeed's shared-memory op would leave 66 MB a process, and would need a compiler."""
+    finished = launch(2, case.command("shm", ["training.steps=1", "parallel.pipeline_stages=2"]))
+    assert finished.returncode == 0
+    assert "deepspeed_shm_comm" not in finished.stdout
+    assert not list(Path("/dev/shm").glob("deepspeed*"))
+
+
 def test_global_scope_keeps_the_same_tokens_on_one_rank_and_on_two(case: Case) -> None:
     overrides = ["guidance.scope=global", "training.steps=3"]
     case.run("global-dp1", 1, overrides, {"train_micro_batch_size_per_gpu": 4})
@@ -88,8 +97,6 @@ def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case,
         "guidance.aggregate=max",
         "parallel.pipeline_stages=2",
     ]
-    from tests.runs import write_teacher
-
     hopeless = write_teacher(case.folder / "hopeless", teacher_tokenizer, scale=1000.0)
     output = case.run("hopeless-run", 2, [*overrides, f"teacher.path={hopeless}", "training.steps=3"])
     lines = [line for line in metrics(output) if "loss/train" in line]

@@ -1,0 +1,50 @@
+"""Each row is scored once, by one rank, in forwards that stay within the budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_vocagno.config import Schedule
+from megatron_vocagno.engine.build import share_of_peak
+from megatron_vocagno.engine.scoring import plan_scoring
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("budget", [64, 1000, 10**9])
+def test_every_row_is_scored_once_within_the_budget(ranks: int, budget: int) -> None:
+    random = np.random.default_rng(ranks)
+    met = 0
+    for rows in (0, 1, 3, 40):
+        lengths = random.integers(0, 300, rows).tolist()
+        plan = plan_scoring(lengths, ranks, budget)
+        scored = sorted(row for rank in plan.forwards for forward in rank for row in forward)
+        assert scored == [row for row, length in enumerate(lengths) if length]
+        for forward in (forward for rank in plan.forwards for forward in rank):
+            longest = max(lengths[row] for row in forward)
+            assert len(forward) == 1 or len(forward) * longest <= budget
+            met += len(forward) > 1
+        assert 0 <= plan.padding(lengths) < 1
+        work = [sum(lengths[row] for forward in rank for row in forward) for rank in plan.forwards]
+        assert max(work) - min(work) <= max(lengths, default=0), "no rank waits for more than one row"
+    assert met > 0 or budget == 64
+
+
+def test_rows_of_similar_length_go_together() -> None:
+    lengths = [10, 200, 12, 199, 11, 198]
+    plan = plan_scoring(lengths, 1, 600)
+    assert plan.forwards == (((1, 3, 5), (2, 4, 0)),)
+    assert plan.padding(lengths) == pytest.approx(1 - 630 / (3 * 200 + 3 * 12))
+
+
+def test_the_schedule_rises_and_falls_to_where_it_was_told() -> None:
+    cosine = Schedule(kind="cosine", warmup_steps=4, final=0.1)
+    rates = [share_of_peak(cosine, 20, step) for step in range(20)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[4 + 15 // 2] == pytest.approx(0.55, abs=0.06)
+    linear = [share_of_peak(Schedule(kind="linear", final=0.0), 11, step) for step in range(11)]
+    assert linear == pytest.approx([1 - step / 10 for step in range(11)])
+    assert {share_of_peak(Schedule(kind="constant"), 9, step) for step in range(9)} == {1.0}
+    # past its end, as when a run is made longer, it stays where it ended
+    assert share_of_peak(cosine, 20, 30) == pytest.approx(0.1)
