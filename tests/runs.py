@@ -99,9 +99,6 @@ class Case:
         assert finished.returncode == 0, finished.stdout[-6000:]
         return self.out(name)
 
-    def losses(self, name: str) -> list[float]:
-        return [line["loss/train"] for line in metrics(self.out(name)) if "loss/train" in line]
-
 
 def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]

@@ -18,6 +18,11 @@ LAYOUTS = {
     "plain-zero3-dp2": (2, [], {"zero_optimization": {"stage": 3}}),
     "pp1": (1, ["parallel.pipeline_stages=1"], {}),
     "pp2": (2, ["parallel.pipeline_stages=2"], {}),
+    "pp2-recompute": (
+        2,
+        ["parallel.pipeline_stages=2"],
+        {"pipeline": {"activation_checkpoint_interval": 1, "use_reentrant": False}},
+    ),
     "pp2-dp2": (4, ["parallel.pipeline_stages=2"], {}),
 }
 
@@ -55,6 +60,17 @@ def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: 
         unmapped = line["guidance/share_unmapped"]
         mean = (line["guidance/student_loss_kept"] * kept + line["guidance/student_loss_unmapped"] * unmapped) / (kept + unmapped)
         assert line["loss/train"] == pytest.approx(mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("stages", [0, 2])
+def test_bf16_learns_as_float32_does_to_its_own_precision(case: Case, stages: int) -> None:
+    settings = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    case.run(f"bf16-{stages}", 2, [f"parallel.pipeline_stages={stages}"], settings)
+    exact = [line["loss/train"] for line in numbers(case, "plain")]
+    rough = [line["loss/train"] for line in metrics(case.out(f"bf16-{stages}")) if "loss/train" in line]
+    assert len(rough) == 5
+    assert rough == pytest.approx(exact, rel=5e-3)
+    assert rough != pytest.approx(exact, rel=1e-6), "this run was not in bf16"
 
 
 def test_a_run_leaves_nothing_in_shared_memory(case: Case) -> None:
