@@ -28,7 +28,6 @@ from megatron_vocagno.monitor import read_metrics
 
 DEMO = Path(".demo")
 RUN = DEMO / "run"
-PROMPT = "Return the greatest common divisor of"
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -65,8 +64,8 @@ def main() -> None:
         DEMO / "student-hf" / "model.safetensors",
         [python, "-m", "megatron_vocagno.export", str(RUN), "--out", f"{DEMO}/student-hf"],
     )
-    sample = reload()
-    close(sample, time.monotonic() - began)
+    reload()
+    close(time.monotonic() - began)
 
 
 def step(title: str, result: Path, command: list[str]) -> None:
@@ -126,20 +125,20 @@ def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> N
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def reload() -> str:
-    """Load the exported student as anyone would, and let it write a few words."""
+def reload() -> None:
+    """Load the exported student as anyone would, and let it read a held-out text."""
     console.rule("[bold]the student, reloaded with AutoModelForCausalLM", align="left")
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "student-hf")
     model = AutoModelForCausalLM.from_pretrained(DEMO / "student-hf")
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    with (DEMO / "corpus" / "heldout.jsonl").open("rb") as file:
+        text = orjson.loads(file.readline())["text"]
+    tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
     with torch.no_grad():
-        ids = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    sample: str = tokenizer.decode(ids[0], skip_special_tokens=True)
-    console.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; greedy: {sample!r}")
-    return sample
+        loss = model(**tokens, labels=tokens.input_ids).loss.item()
+    console.print(f"{model.num_parameters() / 1e6:.1f} M parameters; it reads {text[:60]!r}… at {loss:.2f} nats a token")
 
 
-def close(sample: str, seconds: float) -> None:
+def close(seconds: float) -> None:
     """One table of what came out."""
     lines = read_metrics(RUN)
     steps = [line for line in lines if "loss/train" in line]

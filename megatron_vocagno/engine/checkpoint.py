@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import orjson
+import torch
 from deepspeed import comm as dist
 from transformers import PretrainedConfig
 
@@ -92,7 +93,9 @@ class Keeper:
             return self.fresh
         manifest = read_manifest(folder)
         self._check(folder, manifest)
-        self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        # as when the engine was built: DeepSpeed copies tied weights between stages, and autograd need not hear of it
+        with torch.no_grad():
+            self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         say(f"loaded {folder}")
         return manifest.position
 
