@@ -138,7 +138,8 @@ class NonFiniteGuard:
 
     def check(self, step: int, numbers: dict[str, float]) -> None:
         """Raises RunError after `limit` broken steps in a row."""
-        loss, grad_norm, skipped = (numbers[name] for name in ("loss/train", "optimizer/grad_norm", "optimizer/skipped_steps"))
+        loss, skipped = numbers["loss/train"], numbers["optimizer/skipped_steps"]
+        grad_norm = numbers.get("optimizer/grad_norm", 0.0)
         # tokens without a finite loss carry no weight, so a student that is all NaN has loss 0
         broken = not (math.isfinite(loss) and math.isfinite(grad_norm)) or skipped > self.skipped
         broken = broken or numbers["loss/nonfinite_tokens"] > 0
@@ -164,13 +165,14 @@ def _numbers(
         "loss/all_tokens": means.pop("student_loss_all", math.nan),
         "loss/nonfinite_tokens": stats[STATS.index("nonfinite")].item(),
         "optimizer/learning_rate": learning_rate,
-        "optimizer/grad_norm": engine.grad_norm,
         "optimizer/skipped_steps": engine.skipped_steps,
         "throughput/student_tokens_per_second": counts.targets / whole,
         "throughput/step_seconds": whole,
         "throughput/student_seconds": student,
         "throughput/student_tokens": counts.targets,
     }
+    if engine.grad_norm is not None:
+        numbers["optimizer/grad_norm"] = engine.grad_norm
     means.pop("loss", None)
     if scorer is not None:
         numbers |= {f"guidance/{name}": value for name, value in means.items()}

@@ -89,8 +89,8 @@ class Engine(ABC):
     """Which of the data-parallel shares this rank reads."""
     data_group: dist.ProcessGroup
     """The ranks that read different rows."""
-    pipe_group: dist.ProcessGroup
-    """The ranks that read the same rows."""
+    pipe_group: dist.ProcessGroup | None
+    """The ranks that read the same rows; None where each reads its own."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout) -> None:
         self.engine, self.objective, self.layout = engine, objective, layout
@@ -112,9 +112,10 @@ class Engine(ABC):
         return float(self.engine.get_lr()[0])
 
     @property
-    def grad_norm(self) -> float:
+    def grad_norm(self) -> float | None:
+        """Of the last step, before clipping; None where DeepSpeed did not take it, as without clipping and ZeRO."""
         norm = self.engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return None if norm is None else float(norm)
 
     @property
     def skipped_steps(self) -> int:
@@ -174,7 +175,7 @@ class PlainTrainer(Engine):
         super().__init__(engine, objective, layout)
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
-        self.pipe_group = [dist.new_group([rank]) for rank in range(dist.get_world_size())][self.data_rank]
+        self.pipe_group = None
         objective.group = self.data_group
 
     def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> None:

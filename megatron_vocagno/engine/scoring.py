@@ -79,10 +79,13 @@ def _cut(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: int) -> 
 class ReplicatedScorer:
     """Every rank holds the teacher; the ranks of one pipeline share the rows of its step."""
 
-    def __init__(self, teacher: TeacherLoss, group: dist.ProcessGroup, tokens_per_batch: int, device: torch.device) -> None:
-        """group: the ranks that read the same rows."""
+    def __init__(
+        self, teacher: TeacherLoss, group: dist.ProcessGroup | None, tokens_per_batch: int, device: torch.device
+    ) -> None:
+        """group: the ranks that read the same rows; None where each reads its own."""
         self.teacher, self.group, self.tokens_per_batch, self.device = teacher, group, tokens_per_batch, device
-        self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
+        self.rank: int = 0 if group is None else dist.get_rank(group)
+        self.ranks: int = 1 if group is None else dist.get_world_size(group)
         self.padding = 0.0
 
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
