@@ -87,3 +87,8 @@ def test_a_run_is_frozen(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         run.guidance.keep = 0.5  # type: ignore[misc]
     assert Run.model_validate(run.model_dump()) == run
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("examples/*.toml")), ids=lambda path: path.name)
+def test_every_run_file_that_ships_can_be_read(path: Path) -> None:
+    assert load_run(path).guidance.objective == "guided"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from megatron_vocagno.config import RunError
-from megatron_vocagno.train import NonFiniteGuard
+from megatron_vocagno.train import NonFiniteGuard, main
 from tests.runs import Case, launch, metrics, write_settings
 
 
@@ -125,3 +126,22 @@ def test_settings_that_are_no_file_or_no_json_are_refused(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="ZeRO-0 leaves the other stages out of the gradient norm"):
         read_settings(write_settings(tmp_path / "zero0.json", zero_optimization={"stage": 0}), 2, "cpu")
     assert read_settings(path, 0, "cpu")["optimizer"]["params"]["torch_adam"] is True
+
+
+def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["examples/quickstart.toml", "--set", "guidance.keep=0.6", "--print-config"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["guidance"] == {
+        "objective": "guided",
+        "aggregate": "max",
+        "keep": 0.6,
+        "scope": "microbatch",
+        "unmapped": "include",
+        "require_positive": False,
+    }
+    assert shown["training"]["schedule"]["warmup_steps"] == 6
+
+
+def test_a_run_needs_a_deepspeed_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["examples/quickstart.toml"]) == 2
+    assert "--deepspeed_config is missing" in capsys.readouterr().err
