@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_vocagno.batch.loader import IGNORE, Layout, evaluation_batches
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.export import main
-from tests.runs import Case, metrics
+from tests.runs import Case, metrics, spawn
 
 pytestmark = pytest.mark.slow
 
@@ -66,9 +66,7 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, s
     text = path.read_text()
     start, end = text.index("[student.config]"), text.index("[teacher]")
     path.write_text(text[:start] + f'[student]\npretrained = "{out}"\n' + text[end:])
-    from tests.runs import launch
-
-    finished = launch(2, arguments)
+    finished = spawn(2, arguments)
     assert finished.returncode == 0, finished.stdout[-4000:]
     assert evaluations(case.out(f"{name}-on"))[0] == pytest.approx(evaluations(output)[-1], rel=1e-6)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vocagno.engine.manifest import LATEST, checkpoint_folders, newest_checkpoint, read_manifest
-from tests.runs import Case, launch, metrics
+from tests.runs import Case, launch, metrics, spawn
 
 pytestmark = pytest.mark.slow
 
@@ -60,13 +60,13 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> N
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    resumed = launch(1, case.command("broken", ["training.steps=6"]))
+    resumed = spawn(1, case.command("broken", ["training.steps=6"]))
     assert resumed.returncode == 0
     assert f"not resuming from {newest}: student/{victim.name} is not what was written: its sha256 differs" in resumed.stdout
     assert "resuming after step 2" in resumed.stdout and older.name == "step-00000002"
     # once at the end, a run has nothing to do and changes nothing
     lines = lines_by_step(output)
-    again = launch(1, case.command("broken", ["training.steps=6"]))
+    again = spawn(1, case.command("broken", ["training.steps=6"]))
     assert again.returncode == 0 and "resuming after step 6" in again.stdout
     assert lines_by_step(output) == lines
 
@@ -80,7 +80,7 @@ def test_what_resuming_would_falsify_is_refused(case: Case) -> None:
         ([f"data.train={case.valid}"], 1, "was written with dataset = "),
         ([], 2, "world=1 pipeline_stages=0 zero_stage=1"),
     ):
-        refused = launch(processes, case.command("other", overrides))
+        refused = spawn(processes, case.command("other", overrides))
         assert refused.returncode != 0 and complaint in refused.stdout, refused.stdout[-3000:]
         assert "Traceback" not in refused.stdout
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
