@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
@@ -84,6 +84,13 @@ class Guidance(Part):
     require_positive: bool = False
     """Keep only tokens where the student is worse than the teacher."""
 
+    @field_validator("keep")
+    @classmethod
+    def _decimals(cls, keep: float) -> float:
+        if round(keep, 6) != keep:
+            raise ValueError("at most 6 decimals: the number of kept tokens is computed exactly from them")
+        return keep
+
 
 class Parallel(Part):
     pipeline_stages: Annotated[int, Field(ge=0)] = 0
@@ -102,8 +109,8 @@ class Schedule(Part):
 class Training(Part):
     steps: PositiveInt | None = None
     tokens: PositiveInt | None = None
-    """Student positions to train on, rounded up to whole steps."""
-    seed: int = 0
+    """Student tokens to learn from, rounded up to whole steps."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Decides initial weights, order of documents and order of rows."""
     schedule: Schedule = Schedule()
     max_nonfinite_steps: PositiveInt = 5
@@ -168,8 +175,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """
     try:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"no run file at {path}") from None
+    except OSError as error:
+        raise RunError(f"no run file at {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RunError(f"{path} is not TOML: {error}") from None
     for override in overrides:

@@ -1,7 +1,8 @@
 """What a run tells: TensorBoard, one line on the console, and metrics.jsonl, from the same numbers.
 
 Names are grouped for TensorBoard (`loss/`, `guidance/`, `teacher/`, `throughput/`, `optimizer/`, `eval/`). A number that
-does not exist in a step (the guide of kept tokens when none was mapped) is left out, never written as NaN.
+does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN or infinite is shown, and
+null in metrics.jsonl, since JSON has no such numbers.
 metrics.jsonl holds one object a step with the same names and `step`; a resumed run drops the lines of steps that it is
 about to repeat, so that each step stands there once.
 """
@@ -9,13 +10,12 @@ about to repeat, so that each step stands there once.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import BinaryIO
 
 import orjson
-from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,21 +24,30 @@ METRICS_FILE = "metrics.jsonl"
 class Monitor:
     """The voice of one process; the others hold one that is silent (`output=None`)."""
 
-    def __init__(self, output: Path | None, first_step: int, every: int, last_step: int) -> None:
-        """output: the run's folder. first_step: steps already done. every: steps between console lines."""
-        self.every, self.last_step = every, last_step
-        self.console = Console(highlight=False, soft_wrap=True, quiet=output is None)
-        self._metrics = self._board = None
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
-            path = output / METRICS_FILE
-            _forget_after(path, first_step)
-            self._metrics = path.open("ab")
-            self._board = SummaryWriter(str(output / "tensorboard"), purge_step=first_step + 1)
+    def __init__(self, output: Path | None, every: int, last_step: int) -> None:
+        """output: the run's folder, made when writing begins. every: steps between console lines."""
+        self.output, self.every, self.last_step = output, every, last_step
+        self._metrics: BinaryIO | None = None
+        self._board: SummaryWriter | None = None
 
     def say(self, text: str) -> None:
         """One line for a person."""
-        self.console.print(text, markup=False)
+        if self.output is not None:
+            print(text, flush=True)
+
+    @contextmanager
+    def writing(self, first_step: int) -> Iterator[None]:
+        """Keep the files open for the steps after `first_step`, the steps already done."""
+        if self.output is None:
+            yield
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        path = self.output / METRICS_FILE
+        _forget_after(path, first_step)
+        board = SummaryWriter(str(self.output / "tensorboard"), purge_step=first_step + 1)
+        with path.open("ab") as self._metrics, closing(board) as self._board:
+            yield
+        self._metrics = self._board = None
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers after a step (counted from 1)."""
@@ -54,27 +63,16 @@ class Monitor:
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._metrics is None or self._board is None:
             return
-        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        for name, value in finite.items():
+        for name, value in numbers.items():
             self._board.add_scalar(name, value, step)
-        self._metrics.write(orjson.dumps({"step": step, **finite}, option=orjson.OPT_APPEND_NEWLINE))
+        self._metrics.write(orjson.dumps({"step": step, **numbers}, option=orjson.OPT_APPEND_NEWLINE))
         self._metrics.flush()
-
-    def close(self) -> None:
-        if self._metrics is not None and self._board is not None:
-            self._metrics.close()
-            self._board.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:
-    """All lines of a run's metrics.jsonl. Raises FileNotFoundError where the run wrote none."""
-    return [orjson.loads(line) for line in (output / METRICS_FILE).read_bytes().splitlines()]
+    """All lines of a run's metrics.jsonl, null as NaN. Raises FileNotFoundError where the run wrote none."""
+    lines = [orjson.loads(line) for line in (output / METRICS_FILE).read_bytes().splitlines()]
+    return [{name: math.nan if value is None else value for name, value in line.items()} for line in lines]
 
 
 def _forget_after(path: Path, step: int) -> None:
@@ -104,7 +102,7 @@ def _line(step: int, last_step: int, numbers: Mapping[str, float]) -> str:
         ("tok/s", "throughput/student_tokens_per_second", "{:.0f}"),
         ("teacher", "teacher/share_of_time", "{:.0%}"),
     ]
-    shown = [
-        f"{title} {form.format(numbers[name])}" for title, name, form in columns if math.isfinite(numbers.get(name, math.nan))
-    ]
+    shown = [f"{title} {form.format(numbers[name])}" for title, name, form in columns if name in numbers]
+    if broken := numbers.get("loss/nonfinite_tokens"):
+        shown.append(f"NOT FINITE {broken:.0f} tokens")
     return f"step {step:>{len(str(last_step))}}/{last_step}  " + "  ".join(shown)

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
-from megatron_vocagno.batch.pack import Mapping
 from megatron_vocagno.config import Run, RunError, load_run
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -30,7 +30,7 @@ from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_rank
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
-from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings
+from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
 from megatron_vocagno.model.student import check_row_length, student_config
 from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
@@ -43,23 +43,23 @@ PATIENCE = 5.0
 
 def train(run: Run, settings: Settings, processes: Processes) -> None:
     """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world."""
-    say = _speaker(processes)
     data = AlignedDataset.open(run.data.train)
     valid = _open_valid(run, data)
     config, weights = _open_student(run, data, settings, processes)
     teacher = _open_teacher(run, data, processes)
     rows = TrainRows(data, run.data.row_length, run.training.seed, teacher.max_positions if teacher else None)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
-    steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * run.data.row_length))
+    steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
+    monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps)
     engine = build_engine(run, settings, config, weights, layout, steps, processes)
     batches = Batches(rows, layout, engine.data_rank)
     scorer = _place(teacher, run, engine, processes)
     keeper = Keeper(engine, run, config, settings, data.fingerprint, data.student_tokenizer.path)
-    position = keeper.resume(say)
-    say(_opening(run, data, rows, layout, steps, position))
-    guard = NonFiniteGuard(run.training.max_nonfinite_steps)
-    with Monitor(run.output if processes.is_first else None, position.step, run.logging.every, steps) as monitor:
+    position = keeper.resume(monitor.say)
+    guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
+    monitor.say(_opening(run, data, rows, layout, steps, position))
+    with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
         while position.step < steps:
@@ -70,15 +70,16 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
             guides = guide(micro_batches, scorer, run, processes)
             clock.start_student()
             learning_rate = engine.learning_rate
-            engine.train(micro_batches, guides, counts.kept)
+            loss = engine.train(micro_batches, guides, counts.kept)
             position = position.after(layout.rows)
-            numbers = _numbers(engine, counts, scorer, clock.stop(), learning_rate)
+            numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
             monitor.step(position.step, numbers)
-            guard.check(position.step, numbers)
+            healthy = guard.check(position.step, numbers)
             if valid is not None and _due(position.step, run.eval.every, steps):
                 monitor.evaluation(position.step, evaluate(engine, run, valid, processes))
             if _due(position.step, run.checkpoint.every, steps):
-                say(f"checkpoint: {keeper.save(position)}")
+                saved = keeper.save(position) if healthy else "none, since the last step was not finite"
+                monitor.say(f"checkpoint: {saved}")
 
 
 def guide(batches: Sequence[Batch], scorer: Scorer | None, run: Run, processes: Processes) -> list[Tensor]:
@@ -104,6 +105,8 @@ def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Process
         tokens += step.tokens
     # the losses are summed over all ranks already, the counts are of this rank's rows
     text_bytes, tokens = sum_over_ranks([text_bytes, tokens], engine.data_group, processes.device)
+    if not text_bytes:
+        raise RunError(f"{run.data.valid}: the rows to evaluate hold no text (eval.rows = {run.eval.rows})")
     return {"eval/bits_per_byte": nats / math.log(2) / text_bytes, "eval/loss": nats / tokens}
 
 
@@ -131,38 +134,43 @@ class Clock:
 
 
 class NonFiniteGuard:
-    """Stops a run whose loss or gradient stays broken: DeepSpeed skips such a step in silence, and would for ever."""
+    """Stops a run whose loss or gradient stays broken: DeepSpeed skips such steps with no more than a line, for ever."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.seen, self.skipped = limit, 0, 0.0
+    def __init__(self, limit: int, skipped_steps: int) -> None:
+        """skipped_steps: those that DeepSpeed has counted so far; a resumed run remembers them."""
+        self.limit, self.skipped, self.in_a_row = limit, skipped_steps, 0
 
-    def check(self, step: int, numbers: dict[str, float]) -> None:
-        """Raises RunError after `limit` broken steps in a row."""
-        loss, skipped = numbers["loss/train"], numbers["optimizer/skipped_steps"]
+    def check(self, step: int, numbers: Mapping[str, float]) -> bool:
+        """Whether the step was healthy; a checkpoint waits until one is. Raises RunError after `limit` broken ones in a row."""
+        loss, skipped = numbers["loss/train"], int(numbers["optimizer/skipped_steps"])
         grad_norm = numbers.get("optimizer/grad_norm", 0.0)
         # tokens without a finite loss carry no weight, so a student that is all NaN has loss 0
-        broken = not (math.isfinite(loss) and math.isfinite(grad_norm)) or skipped > self.skipped
-        broken = broken or numbers["loss/nonfinite_tokens"] > 0
+        finite = math.isfinite(loss) and math.isfinite(grad_norm) and numbers["loss/nonfinite_tokens"] == 0
+        healthy = finite and skipped == self.skipped
         self.skipped = skipped
-        self.seen = self.seen + 1 if broken else 0
-        if self.seen >= self.limit:
+        self.in_a_row = 0 if healthy else self.in_a_row + 1
+        if self.in_a_row >= self.limit:
             raise RunError(
-                f"{self.seen} steps in a row were not finite, last step {step} (loss {loss}, gradient norm {grad_norm}).\n"
-                "  Nothing is saved of them. Likely causes: a learning rate too high, or broken weights."
+                f"{self.in_a_row} steps in a row were not finite, last step {step} (loss {loss}, gradient norm {grad_norm}).\n"
+                "  The last checkpoint is from before them. Likely causes: a learning rate too high, or broken weights."
             )
+        return healthy
 
 
 def _numbers(
-    engine: Engine, counts: StepCounts, scorer: Scorer | None, seconds: tuple[float, float, float], learning_rate: float
+    loss: float,
+    engine: Engine,
+    counts: StepCounts,
+    scorer: Scorer | None,
+    seconds: tuple[float, float, float],
+    learning_rate: float,
 ) -> dict[str, float]:
     """What a step is remembered by. Collective over the world."""
     stats = engine.objective.take_stats()
     means = summarize(stats)
     whole, teacher, student = seconds
     numbers = {
-        # what was learned: the divisor is the planned number of tokens, see docs/method.md
-        "loss/train": stats[STATS.index("weighted_sum")].item() / counts.kept,
-        "loss/all_tokens": means.pop("student_loss_all", math.nan),
+        "loss/train": loss,
         "loss/nonfinite_tokens": stats[STATS.index("nonfinite")].item(),
         "optimizer/learning_rate": learning_rate,
         "optimizer/skipped_steps": engine.skipped_steps,
@@ -171,14 +179,16 @@ def _numbers(
         "throughput/student_seconds": student,
         "throughput/student_tokens": counts.targets,
     }
+    if "student_loss_all" in means:
+        numbers["loss/all_tokens"] = means.pop("student_loss_all")
     if engine.grad_norm is not None:
         numbers["optimizer/grad_norm"] = engine.grad_norm
     means.pop("loss", None)
     if scorer is not None:
         numbers |= {f"guidance/{name}": value for name, value in means.items()}
-        numbers |= {
-            f"guidance/unmapped_{r.name.lower()}": counts.mapping[r] / counts.targets for r in Mapping if r != Mapping.MAPPED
-        }
+        for reason in pack.Mapping:
+            if reason != pack.Mapping.MAPPED:
+                numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
         numbers |= {
             "teacher/seconds": teacher,
             "teacher/share_of_time": teacher / whole,
@@ -191,10 +201,6 @@ def _numbers(
 
 def _due(step: int, every: int | None, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
-
-
-def _speaker(processes: Processes) -> Callable[[str], None]:
-    return (lambda text: print(text, flush=True)) if processes.is_first else lambda text: None
 
 
 def _opening(run: Run, data: AlignedDataset, rows: TrainRows, layout: Layout, steps: int, position: Position) -> str:
@@ -225,8 +231,7 @@ def _open_student(
     if run.student.pretrained is not None:
         _check_tokenizer(data, "student", run.student.pretrained)
     check_row_length(config, run.data.row_length)
-    half = [kind for kind in ("bf16", "fp16") if settings.get(kind, {}).get("enabled")]
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half[0]] if half else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(run.student.attention, dtype, processes.device)
     return config, PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
 

@@ -1,4 +1,4 @@
-"""Whole runs in processes of their own, by the command that users type, small enough for tests."""
+"""Whole runs in processes of their own, small enough for tests: by the launcher that users type, or without it."""
 
 from __future__ import annotations
 
@@ -167,11 +167,12 @@ def spawn(processes: int, arguments: Sequence[str]) -> subprocess.CompletedProce
         try:
             while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
                 time.sleep(0.05)
+            # before the others are ended: what a rank that failed, or died of a signal, left by itself
+            failed = [code for rank in ranks if (code := rank.poll())]
         finally:
             for rank in ranks:
                 if rank.poll() is None:
                     rank.kill()
                 rank.wait()
         output.seek(0)
-        failed = [rank.returncode for rank in ranks if rank.returncode > 0]
         return subprocess.CompletedProcess(command, failed[0] if failed else 0, output.read())

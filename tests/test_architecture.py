@@ -28,7 +28,7 @@ DOORS = {
     "tokenizers": ["corpus/tokens.py"],
     "sentencepiece": ["corpus"],
     "tensorboard": ["monitor.py"],
-    "rich": ["monitor.py"],
+    "rich": [],
     "gguf": ["model/gguf.py"],
     "triton": [],
 }

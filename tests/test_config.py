@@ -51,6 +51,8 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ("guidence.keep=1", "no field 'guidence'; did you mean 'guidance'?"),
         ("guidance.keep=0", "'guidance.keep': Input should be greater than 0, not 0"),
         ("guidance.keep=1.5", "less than or equal to 1"),
+        ("guidance.keep=0.3333333", "'guidance.keep': at most 6 decimals"),
+        ("training.seed=-1", "'training.seed': Input should be greater than or equal to 0, not -1"),
         ("guidance.aggregate=median", "'max', 'mean', 'sum' or 'min'"),
         ("training.steps=-1", "greater than 0"),
         ("training.tokens=100", "exactly one of 'steps' and 'tokens'"),
@@ -73,6 +75,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_run(write(tmp_path, GOOD.replace('[teacher]\npath = "teacher"', "")))
     with pytest.raises(RunError, match="no run file at"):
         load_run(tmp_path / "absent.toml")
+    with pytest.raises(RunError, match="Is a directory"):
+        load_run(tmp_path)
     with pytest.raises(RunError, match="is not TOML"):
         load_run(write(tmp_path, "a = = 1"))
 

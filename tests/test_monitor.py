@@ -12,11 +12,12 @@ from megatron_vocagno.monitor import METRICS_FILE, Monitor, read_metrics
 
 
 def write(output: Path, first: int, steps: range) -> None:
-    with Monitor(output, first, every=1, last_step=9) as monitor:
+    monitor = Monitor(output, every=1, last_step=9)
+    with monitor.writing(first):
         if first == 0:
             monitor.evaluation(0, {"eval/bits_per_byte": 5.0})
         for step in steps:
-            monitor.step(step, {"loss/train": step + first / 100, "guidance/threshold": math.nan})
+            monitor.step(step, {"loss/train": step + first / 100, "optimizer/grad_norm": math.nan if step == 2 else 1.0})
 
 
 def test_a_resumed_run_has_each_step_once(tmp_path: Path) -> None:
@@ -35,9 +36,22 @@ def test_a_run_that_starts_over_forgets_the_old_one(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1]
 
 
-def test_numbers_that_do_not_exist_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path, 0, range(1, 3))
-    assert all("guidance/threshold" not in line for line in read_metrics(tmp_path))
+def test_what_is_not_finite_is_shown_and_is_null_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, range(1, 4))
+    assert b'{"step":2,"loss/train":2.0,"optimizer/grad_norm":null}\n' in (tmp_path / METRICS_FILE).read_bytes()
+    assert [math.isnan(line.get("optimizer/grad_norm", 0.0)) for line in read_metrics(tmp_path)] == [False, False, True, False]
+    assert "step 2/9  loss 2.0000  grad nan" in capsys.readouterr().out
+
+
+def test_the_console_has_a_line_now_and_then_and_the_files_have_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = Monitor(tmp_path, every=4, last_step=10)
+    with monitor.writing(0):
+        for step in range(1, 11):
+            monitor.step(step, {"loss/train": 1.0, "loss/nonfinite_tokens": float(step == 8)})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("/")[0].split()[1] for line in lines] == ["1", "4", "8", "10"]
+    assert [line.endswith("NOT FINITE 1 tokens") for line in lines] == [False, False, True, False]
+    assert len(read_metrics(tmp_path)) == 10
 
 
 def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
@@ -46,11 +60,13 @@ def test_tensorboard_has_the_same_numbers(tmp_path: Path) -> None:
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss/train")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert "guidance/threshold" not in board.Tags()["scalars"]
+    assert len(board.Scalars("eval/bits_per_byte")) == 1
 
 
 def test_the_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with Monitor(None, 0, every=1, last_step=3) as monitor:
+    monitor = Monitor(None, every=1, last_step=3)
+    with monitor.writing(0):
         monitor.step(1, {"loss/train": 1.0})
         monitor.evaluation(1, {"eval/bits_per_byte": 1.0})
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())

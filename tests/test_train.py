@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import RunError
+from megatron_vocagno.engine.settings import batch_layout, precision, read_settings
 from megatron_vocagno.train import NonFiniteGuard, main
 from tests.runs import Case, launch, metrics, spawn, write_settings
 
@@ -97,35 +99,72 @@ def test_one_error_message_for_all_ranks(case: Case) -> None:
     assert finished.stdout.count("error: /nowhere/dataset.json is missing") == 1
 
 
+GOOD = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 7.0, "loss/nonfinite_tokens": 0.0}
+BROKEN = [
+    GOOD | {"loss/train": float("nan")},
+    GOOD | {"optimizer/grad_norm": float("inf")},
+    GOOD | {"loss/nonfinite_tokens": 3.0},
+    GOOD | {"optimizer/skipped_steps": 8.0},
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_step_is_no_healthy_one_and_a_resumed_run_remembers_its_skipped_steps(broken: dict[str, float]) -> None:
+    assert NonFiniteGuard(2, 7).check(1, GOOD)
+    assert not NonFiniteGuard(2, 7).check(1, broken)
+    with pytest.raises(RunError, match="1 steps in a row were not finite, last step 1"):
+        NonFiniteGuard(1, 7).check(1, broken)
+
+
 def test_the_guard_stops_after_steps_in_a_row_and_forgives_single_ones() -> None:
-    good = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 0.0, "loss/nonfinite_tokens": 0.0}
-    bad = [
-        good | {"loss/train": float("nan")},
-        good | {"optimizer/grad_norm": float("inf")},
-        good | {"loss/nonfinite_tokens": 3.0},
-        good | {"optimizer/skipped_steps": 1.0},
+    guard = NonFiniteGuard(3, 7)
+    assert [guard.check(step, n) for step, n in enumerate([BROKEN[0], BROKEN[1], GOOD, BROKEN[2], BROKEN[0]])] == [
+        False,
+        False,
+        True,
+        False,
+        False,
     ]
-    guard = NonFiniteGuard(3)
-    for step, numbers in enumerate([bad[0], bad[1], good, bad[2], bad[0]]):
-        guard.check(step, numbers)
     with pytest.raises(RunError, match="3 steps in a row were not finite, last step 9"):
-        guard.check(9, bad[3])
+        guard.check(9, BROKEN[3])
 
 
-def test_settings_that_are_no_file_or_no_json_are_refused(tmp_path: Path) -> None:
-    from megatron_vocagno.engine.settings import read_settings
-
+def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no DeepSpeed configuration at"):
         read_settings(tmp_path / "absent.json", 0, "cpu")
-    (tmp_path / "bad.json").write_text("{")
-    with pytest.raises(RunError, match="is not JSON"):
-        read_settings(tmp_path / "bad.json", 0, "cpu")
-    path = write_settings(tmp_path / "bf16.json", bf16={"enabled": True})
-    with pytest.raises(RunError, match=r"needs data_types\.grad_accum_dtype = 'fp32', not None"):
-        read_settings(path, 2, "cpu")
-    with pytest.raises(RunError, match="ZeRO-0 leaves the other stages out of the gradient norm"):
-        read_settings(write_settings(tmp_path / "zero0.json", zero_optimization={"stage": 0}), 2, "cpu")
-    assert read_settings(path, 0, "cpu")["optimizer"]["params"]["torch_adam"] is True
+    for text, complaint in (("{", "is not JSON"), ("null", "a JSON object expected"), ("{}", "no 'optimizer' with a 'type'")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(RunError, match=complaint):
+            read_settings(tmp_path / "bad.json", 0, "cpu")
+    for changes, stages, complaint in (
+        ({"optimizer": {}}, 0, "no 'optimizer' with a 'type'"),
+        ({"scheduler": {}}, 0, r"belongs into the run file"),
+        ({"bf16": {"enabled": True}}, 2, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
+        ({"bfloat16": {"enabled": True}}, 1, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
+        ({"zero_optimization": {"stage": 0}}, 0, "Stage 0 takes steps with gradients that are not finite"),
+        ({"zero_optimization": None}, 2, r"zero_optimization\.stage is 0"),
+    ):
+        with pytest.raises(RunError, match=complaint):
+            read_settings(write_settings(tmp_path / "settings.json", **changes), stages, "cpu")
+    settings = read_settings(write_settings(tmp_path / "bf16.json", bf16={"enabled": True}), 0, "cpu")
+    assert settings["optimizer"]["params"]["torch_adam"] is True
+    assert precision(settings) == "bf16"
+
+
+def test_the_global_batch_is_dealt_as_the_settings_say() -> None:
+    rows, total, accumulate = "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"
+    assert batch_layout({rows: 2, total: 16}, 4, 2) == Layout(2, 4, 2)
+    assert batch_layout({rows: 2, accumulate: 3}, 4, 0) == Layout(2, 3, 4)
+    assert batch_layout({rows: 1, total: 8, accumulate: 8}, 1, 0) == Layout(1, 8, 1)
+    for settings, complaint in (
+        ({rows: 2}, "must give train_micro_batch_size_per_gpu, and train_batch_size or gradient_accumulation_steps"),
+        ({total: 8}, "must give"),
+        ({rows: 0, total: 8}, "train_micro_batch_size_per_gpu = 0; a whole number above 0 expected"),
+        ({rows: "auto", total: 8}, "train_micro_batch_size_per_gpu = 'auto'; a whole number"),
+        ({rows: 2, total: 9}, r"train_batch_size is 9, but 2 rows a micro-batch .* is 8"),
+    ):
+        with pytest.raises(RunError, match=complaint):
+            batch_layout(settings, 1, 0)
 
 
 def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture[str]) -> None:

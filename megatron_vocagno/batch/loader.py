@@ -77,6 +77,11 @@ class TrainRows:
         """The same in every epoch: it depends on the number of tokens alone."""
         return len(self._epoch(0)[0])
 
+    @property
+    def tokens_per_row(self) -> float:
+        """Mean number of targets."""
+        return (int(self.dataset.student_lengths.sum()) - 1) / self.rows_in_epoch
+
     def __getitem__(self, index: int) -> Row:
         epoch, k = divmod(index, self.rows_in_epoch)
         rows, order = self._epoch(epoch)

@@ -96,8 +96,11 @@ class Engine(ABC):
         self.engine, self.objective, self.layout = engine, objective, layout
 
     @abstractmethod
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> None:
-        """One optimizer step on the micro-batches of this rank. divisor: tokens that count, over all ranks."""
+    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
+        """One optimizer step on the micro-batches of this rank; the loss that was learned, over all ranks.
+
+        divisor: tokens that count, over all ranks.
+        """
 
     @abstractmethod
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -113,7 +116,7 @@ class Engine(ABC):
 
     @property
     def grad_norm(self) -> float | None:
-        """Of the last step, before clipping; None where DeepSpeed did not take it, as without clipping and ZeRO."""
+        """Of the last step, before clipping; None where DeepSpeed did not take it."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
@@ -147,8 +150,8 @@ class PipelineTrainer(Engine):
         self.pipe_group = engine.grid.get_pipe_parallel_group()
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> None:
-        self.engine.train_batch(self._items(batches, guides, divisor))
+    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
+        return float(self.engine.train_batch(self._items(batches, guides, divisor)))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         guides = [torch.full_like(batch.target_BS, float("nan"), dtype=torch.float32) for batch in batches]
@@ -178,23 +181,26 @@ class PlainTrainer(Engine):
         self.pipe_group = None
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> None:
+    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
         self.engine.train()
+        total = torch.zeros((), device=self.engine.device)
         for batch, guide_BS in zip(batches, guides, strict=True):
-            self.engine.backward(self._loss(batch, guide_BS, divisor))
+            loss = self._loss(batch, guide_BS, divisor)
+            self.engine.backward(loss)
             self.engine.step()
+            total += loss.detach()
+        return self._mean(total)
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self.engine.eval()
         self.objective.learning = False
-        total = torch.zeros((), dtype=torch.float32, device=self.engine.device)
+        total = torch.zeros((), device=self.engine.device)
         for batch in batches:
             no_guide_BS = torch.full_like(batch.target_BS, float("nan"), dtype=torch.float32)
             total += self._loss(batch, no_guide_BS, 1.0)
         self.objective.learning = True
-        dist.all_reduce(total)
-        return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
+        return self._mean(total)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         student = self.engine.module
@@ -203,6 +209,11 @@ class PlainTrainer(Engine):
             if not all(id(parameter) in told for parameter in layer.parameters()):
                 yield place, layer
             told.update(id(parameter) for parameter in layer.parameters())
+
+    def _mean(self, total: Tensor) -> float:
+        """Over micro-batches and ranks, as the pipeline engine reports it."""
+        dist.all_reduce(total)
+        return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
 
     def _loss(self, batch: Batch, guide_BS: Tensor, divisor: float) -> Tensor:
         device = self.engine.device
@@ -227,7 +238,8 @@ def build_engine(
         interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
         # DeepSpeed copies tied weights between stages here, which autograd would otherwise record and warn of
         with torch.no_grad():
-            module: nn.Module = PipelineModule(
+            module: nn.Module = StudentPipeline(
+                config,
                 _pipeline_layers(config, run.training.seed, weights),
                 num_stages=stages,
                 loss_fn=objective.of_hidden_states,
@@ -251,6 +263,19 @@ def build_engine(
         dist_init_required=False,
     )
     return PipelineTrainer(engine, objective, layout) if stages else PlainTrainer(engine, objective, layout)
+
+
+class StudentPipeline(PipelineModule):
+    """DeepSpeed's module, but for how it weighs layers when it cuts them into stages."""
+
+    def __init__(self, config: PretrainedConfig, layers: list[LayerSpec], **options: object) -> None:
+        # not registered as an attribute before nn.Module is set up: DeepSpeed counts while it is
+        self._count = partial(model.layer_parameters, config)
+        super().__init__(layers, **options)
+
+    def _count_layer_params(self) -> list[int]:
+        """DeepSpeed would build every layer of the whole student on every rank, weights and all, to count its parameters."""
+        return [self._count(index) for index in range(len(self._layer_specs))]
 
 
 class _Spec(LayerSpec):

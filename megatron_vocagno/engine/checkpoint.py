@@ -8,6 +8,7 @@ DeepSpeed reads its own files with pickle, as it wrote them: resume only runs th
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -30,12 +31,12 @@ from megatron_vocagno.engine.manifest import (
     File,
     Manifest,
     Position,
-    checkpoint_folders,
     newest_checkpoint,
+    outdated,
     read_manifest,
     sha256,
 )
-from megatron_vocagno.engine.settings import Settings
+from megatron_vocagno.engine.settings import Settings, precision, zero_stage
 
 
 class Keeper:
@@ -51,7 +52,10 @@ class Keeper:
         self.layout = EngineLayout(
             world=dist.get_world_size(),
             pipeline_stages=run.parallel.pipeline_stages,
-            zero_stage=settings.get("zero_optimization", {}).get("stage", 0),
+            zero_stage=zero_stage(settings),
+            precision=precision(settings),
+            optimizer=settings["optimizer"]["type"],
+            student=_fingerprint(config),
         )
 
     def save(self, position: Position) -> Path:
@@ -74,7 +78,7 @@ class Keeper:
             manifest = Manifest(position=position, layout=self.layout, files=files)
             _write_atomically(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
             _write_atomically(self.root / LATEST, folder.name.encode())
-            for old in checkpoint_folders(self.root)[self.keep :]:
+            for old in outdated(self.root, folder, self.keep):
                 shutil.rmtree(old)
         dist.barrier()
         return folder
@@ -116,26 +120,43 @@ class Keeper:
 
 def _describe(folder: Path) -> dict[str, File]:
     """Size and hash of every file, on disk for good. The ranks share the work; collective over the world."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    # one rank lists: on a network file system the others may not see all names yet
+    listed: list[list[str]] = [[]]
+    if dist.get_rank() == 0:
+        listed[0] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    dist.broadcast_object_list(listed, src=0)
     mine: dict[str, File] = {}
-    for path in paths[dist.get_rank() :: dist.get_world_size()]:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        mine[str(path.relative_to(folder))] = File(bytes=path.stat().st_size, sha256=sha256(path))
+    for name in listed[0][dist.get_rank() :: dist.get_world_size()]:
+        path = folder / name
+        _sync(path)
+        mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
     shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, mine)
+    if dist.get_rank() == 0:
+        for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder.parent):
+            _sync(path)
     return dict(sorted(item for share in shares for item in share.items()))
+
+
+def _fingerprint(config: PretrainedConfig) -> str:
+    """Of what decides the student's shape, whichever release of transformers wrote it and wherever it came from."""
+    passing = ("transformers_version", "_name_or_path", "dtype")
+    fields = {name: value for name, value in config.to_dict().items() if name not in passing}
+    return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_bytes(content)
+    _sync(temporary)
     temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    """A file's content, or a folder's names, on disk for good."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)

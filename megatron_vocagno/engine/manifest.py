@@ -6,7 +6,8 @@
         config.json                        the student's Hugging Face configuration
         *.pt                               DeepSpeed's own files: optimizer, schedule, loss scale
         manifest.json                      written last: position, layout, and size and sha256 of every other file
-    RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move
+    RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move; for people and for
+                                           DeepSpeed's own tools
 
 A checkpoint without a manifest, or with a file that differs from it, is not one: it is named and passed over.
 """
@@ -56,6 +57,10 @@ class EngineLayout(Frozen):
     world: int
     pipeline_stages: int
     zero_stage: int
+    precision: str
+    optimizer: str
+    student: str
+    """sha256 of the student's configuration."""
 
 
 class File(Frozen):
@@ -106,6 +111,16 @@ def _complaint(folder: Path) -> str | None:
         if sha256(path) != file.sha256:
             return f"{name} is not what was written: its sha256 differs"
     return None
+
+
+def outdated(root: Path, newest: Path, keep: int) -> list[Path]:
+    """What may go once `newest` is whole: all finished checkpoints but the newest `keep`, and whatever lies beyond `newest`.
+
+    A later step than the newest whole one, or a folder without a manifest, is what a run left behind that died there.
+    """
+    finished = [folder for folder in checkpoint_folders(root) if folder.name <= newest.name and (folder / MANIFEST).is_file()]
+    stay = set(finished[:keep])
+    return [folder for folder in checkpoint_folders(root) if folder not in stay]
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

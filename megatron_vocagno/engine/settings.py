@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
@@ -16,22 +16,22 @@ Settings = dict[str, Any]
 def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     """Read the file and refuse what cannot work, with the reason.
 
-    Raises RunError: no such file, no JSON, no optimizer, a ZeRO stage that the number of pipeline stages forbids.
+    Raises RunError: no such file, no JSON, no optimizer, a ZeRO stage that cannot be trusted or cannot run in a pipeline.
     """
     try:
         settings: Settings = orjson.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"no DeepSpeed configuration at {path}") from None
+    except OSError as error:
+        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}") from None
     except orjson.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
-    if "optimizer" not in settings:
-        raise RunError(f"{path}: no 'optimizer'; the DeepSpeed configuration owns it, with its learning rate")
+    if not isinstance(settings, dict):
+        raise RunError(f"{path}: a JSON object expected")
+    optimizer = settings.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        raise RunError(f"{path}: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate")
     if "scheduler" in settings:
         raise RunError(f"{path}: 'scheduler' belongs into the run file, as [training.schedule]")
-    stage = settings.get("zero_optimization", {}).get("stage", 0)
-    if pipeline_stages:
-        _check_pipeline(path, settings, stage, pipeline_stages)
-    optimizer = settings["optimizer"]
+    _check_zero(path, settings, pipeline_stages)
     if device == "cpu" and optimizer["type"].lower() in ("adam", "adamw"):
         # the fused Adam is compiled on first use; torch's gives the same update and needs no compiler
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
@@ -39,19 +39,36 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     return settings
 
 
-def _check_pipeline(path: Path, settings: Settings, stage: int, pipeline_stages: int) -> None:
-    if stage != 1:
-        reason = (
-            "leaves the other stages out of the gradient norm, so that clipping is wrong"
-            if stage == 0
-            else "cannot run in a pipeline"
-        )
+def zero_stage(settings: Settings) -> int:
+    return int((settings.get("zero_optimization") or {}).get("stage", 0))
+
+
+def precision(settings: Settings) -> Literal["bf16", "fp16", "fp32"]:
+    """What the student computes in."""
+
+    def enabled(key: str) -> bool:
+        return bool((settings.get(key) or {}).get("enabled"))
+
+    if enabled("bf16") or enabled("bfloat16"):  # the second is DeepSpeed's older name
+        return "bf16"
+    return "fp16" if enabled("fp16") else "fp32"
+
+
+def _check_zero(path: Path, settings: Settings, pipeline_stages: int) -> None:
+    stage = zero_stage(settings)
+    if stage not in (1, 2, 3):
         raise RunError(
-            f"{path}: zero_optimization.stage is {stage}, parallel.pipeline_stages is {pipeline_stages}: ZeRO-{stage} {reason}.\n"
+            f"{path}: zero_optimization.stage is {stage}; use 1, 2 or 3.\n"
+            "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first stage's norm alone."
+        )
+    if pipeline_stages and stage != 1:
+        raise RunError(
+            f"{path}: zero_optimization.stage is {stage}, parallel.pipeline_stages is {pipeline_stages}: "
+            f"ZeRO-{stage} cannot run in a pipeline.\n"
             "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline."
         )
-    accumulate = settings.get("data_types", {}).get("grad_accum_dtype")
-    if settings.get("bf16", {}).get("enabled") and accumulate != "fp32":
+    accumulate = (settings.get("data_types") or {}).get("grad_accum_dtype")
+    if pipeline_stages and precision(settings) == "bf16" and accumulate != "fp32":
         raise RunError(
             f"{path}: bf16 in a pipeline needs data_types.grad_accum_dtype = 'fp32', not {accumulate!r}: "
             "summed in bf16, the gradients of many micro-batches lose their small parts"
@@ -71,17 +88,12 @@ def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout
             "start a multiple of it, as with deepspeed --num_gpus"
         )
     data_parallel = world // stages
-    rows = settings.get("train_micro_batch_size_per_gpu")
-    total, accumulate = settings.get("train_batch_size"), settings.get("gradient_accumulation_steps")
-    if (
-        not isinstance(rows, int)
-        or not isinstance(total, int | None)
-        or not isinstance(accumulate, int | None)
-        or total is accumulate
-    ):
+    rows = _number(settings, "train_micro_batch_size_per_gpu")
+    total, accumulate = _number(settings, "train_batch_size"), _number(settings, "gradient_accumulation_steps")
+    if rows is None or (total is None and accumulate is None):
         raise RunError(
-            "the DeepSpeed configuration must give train_micro_batch_size_per_gpu, and train_batch_size or "
-            f"gradient_accumulation_steps, as numbers; it has {rows!r}, {total!r} and {accumulate!r}"
+            "the DeepSpeed configuration must give train_micro_batch_size_per_gpu, "
+            "and train_batch_size or gradient_accumulation_steps"
         )
     if accumulate is None:
         accumulate = max(1, (total or 0) // (rows * data_parallel))
@@ -92,3 +104,10 @@ def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout
             f"micro-batches * {data_parallel} data-parallel ranks ({world} processes / {stages} stages) is {layout.rows}"
         )
     return layout
+
+
+def _number(settings: Settings, key: str) -> int | None:
+    value = settings.get(key)
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise RunError(f"the DeepSpeed configuration has {key} = {value!r}; a whole number above 0 expected")
+    return value

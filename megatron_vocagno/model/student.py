@@ -45,6 +45,11 @@ def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size:
             f"the tokenizer has {vocab_size:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
             "Is it the tokenizer that the model was made for?"
         )
+    if getattr(config, "attention_dropout", 0.0):
+        raise ModelError(
+            f"attention_dropout is {config.attention_dropout}; set it to 0. Random numbers would make a resumed run another one, "
+            "and a loss depend on the layout."
+        )
     config._attn_implementation = "sdpa"
     return config
 
@@ -211,22 +216,31 @@ def build_layer(config: PretrainedConfig, i: int, seed: int) -> nn.Module:
 
     A tied head gets the embedding's numbers; making the two one Parameter is left to the caller.
     """
-    last = layer_count(config) - 1
-    assert 0 <= i <= last, (i, last)
-    with torch.device("meta"):
-        layer: nn.Module
-        if i == 0:
-            layer = Embedding(config)
-        elif i < last - 1:
-            layer = Decoder(config, i - 1)
-        elif i == last - 1:
-            layer = FinalNorm(config)
-        else:
-            layer = Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
+    layer = _empty_layer(config, i)
     layer.to_empty(device="cpu")
+    last = layer_count(config) - 1
     numbers_of = 0 if i == last and config.tie_word_embeddings else i
     _initialise(layer, config.initializer_range, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
     return layer
+
+
+def layer_parameters(config: PretrainedConfig, i: int) -> int:
+    """How many parameters layer i has, without making them. A tied head counts them too: its work is the same."""
+    return sum(parameter.numel() for parameter in _empty_layer(config, i).parameters())
+
+
+def _empty_layer(config: PretrainedConfig, i: int) -> nn.Module:
+    """Layer i on the meta device."""
+    last = layer_count(config) - 1
+    assert 0 <= i <= last, (i, last)
+    with torch.device("meta"):
+        if i == 0:
+            return Embedding(config)
+        if i < last - 1:
+            return Decoder(config, i - 1)
+        if i == last - 1:
+            return FinalNorm(config)
+        return Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
 
 
 @torch.no_grad()

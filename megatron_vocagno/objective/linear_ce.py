@@ -118,8 +118,10 @@ def _gradients(
     gradient_R: Tensor,
     needed: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dhidden float32 [R, H] and dhead [V, H] in the head's dtype; None where not needed."""
+    """dhidden float32 [R, H] and dhead [V, H] in the head's dtype; None where not needed. R may be 0: a step without weight."""
     dhidden_RH = torch.zeros_like(hidden_RH, dtype=torch.float32) if needed[0] else None
+    if not len(target_R):
+        return dhidden_RH, torch.zeros_like(head_VH) if needed[1] else None
     dhead_VH = torch.empty_like(head_VH) if needed[1] else None
     row_R = torch.arange(len(target_R), device=target_R.device)
     for begin, head_TH, logits_RT in _tiles(hidden_RH, head_VH):

@@ -79,6 +79,7 @@ def test_what_resuming_would_falsify_is_refused(case: Case) -> None:
         (["data.row_length=48"], 1, "was written with row_length = 64, this run has 48"),
         ([f"data.train={case.valid}"], 1, "was written with dataset = "),
         ([], 2, "world=1 pipeline_stages=0 zero_stage=1"),
+        (["student.config.intermediate_size=96"], 1, "Optimizer states are cut for their layout"),
     ):
         refused = spawn(processes, case.command("other", overrides))
         assert refused.returncode != 0 and complaint in refused.stdout, refused.stdout[-3000:]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
 from megatron_vocagno.config import Schedule
+from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.build import share_of_peak
-from megatron_vocagno.engine.scoring import plan_scoring
+from megatron_vocagno.engine.scoring import ReplicatedScorer, plan_scoring
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -35,6 +38,34 @@ def test_rows_of_similar_length_go_together() -> None:
     plan = plan_scoring(lengths, 1, 600)
     assert plan.forwards == (((1, 3, 5), (2, 4, 0)),)
     assert plan.padding(lengths) == pytest.approx(1 - 630 / (3 * 200 + 3 * 12))
+
+
+class Counting:
+    """A teacher whose loss tells which token it was asked for, and in which row of how many."""
+
+    def __init__(self) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+
+    def loss(self, input_BU: torch.Tensor, target_BU: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(tuple(input_BU.shape))
+        return torch.where(target_BU == IGNORE, 0.0, input_BU * 1000.0 + target_BU)
+
+
+def test_each_row_gets_its_own_losses_whatever_the_forwards(dataset: AlignedDataset) -> None:
+    batches = Batches(TrainRows(dataset, 64, seed=2), Layout(3, 4, 1), 0).step(0)
+    checked = 0
+    for budget in (1, 200, 10**6):
+        teacher = Counting()
+        losses = ReplicatedScorer(teacher, None, budget, torch.device("cpu")).score(batches)
+        assert len(teacher.shapes) == (12 if budget == 1 else 1 if budget == 10**6 else len(teacher.shapes)) > 0
+        for batch, loss_BU in zip(batches, losses, strict=True):
+            for b in range(3):
+                u = len(batch.teacher_targets[b])
+                expected = batch.teacher_inputs[b] * 1000.0 + batch.teacher_targets[b]
+                assert loss_BU[b, :u].tolist() == expected.astype(np.float32).tolist()
+                assert not loss_BU[b, u:].any()
+                checked += u
+    assert checked > 3 * 300
 
 
 def test_the_schedule_rises_and_falls_to_where_it_was_told() -> None:

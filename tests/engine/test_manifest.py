@@ -1,0 +1,71 @@
+"""Which checkpoints are whole, and which may go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import orjson
+import pytest
+
+from megatron_vocagno.config import RunError
+from megatron_vocagno.engine.manifest import (
+    MANIFEST,
+    EngineLayout,
+    File,
+    Manifest,
+    Position,
+    newest_checkpoint,
+    outdated,
+    read_manifest,
+    sha256,
+)
+
+LAYOUT = EngineLayout(world=1, pipeline_stages=0, zero_stage=1, precision="fp32", optimizer="AdamW", student="x")
+
+
+def checkpoint(root: Path, step: int, finished: bool = True) -> Path:
+    folder = root / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"w" * step)
+    position = Position(step=step, rows=step * 8, dataset="d", row_length=64, seed=0)
+    file = File(bytes=step, sha256=sha256(folder / "weights"))
+    if finished:
+        manifest = Manifest(position=position, layout=LAYOUT, files={"weights": file})
+        (folder / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump()))
+    return folder
+
+
+def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path: Path) -> None:
+    whole = checkpoint(tmp_path, 2)
+    changed, short, missing, unfinished = (checkpoint(tmp_path, step, finished=step != 10) for step in (4, 6, 8, 10))
+    (changed / "weights").write_bytes(b"v" * 4)
+    (short / "weights").write_bytes(b"w")
+    (missing / "weights").unlink()
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == whole
+    assert [line.split(":")[0] for line in said] == [f"not resuming from {f}" for f in (unfinished, missing, short, changed)]
+    for line, reason in zip(
+        said, ("was never finished", "weights is missing", "holds 1 bytes, 6 were written", "its sha256 differs"), strict=True
+    ):
+        assert reason in line
+    assert newest_checkpoint(tmp_path / "elsewhere", said.append) is None
+
+
+def test_only_older_checkpoints_and_dead_ones_go(tmp_path: Path) -> None:
+    """A run died while it saved step 8, was resumed from step 4, and has now saved step 6."""
+    two, four, six = (checkpoint(tmp_path, step) for step in (2, 4, 6))
+    dead = checkpoint(tmp_path, 8, finished=False)
+    root = tmp_path / "checkpoints"
+    assert set(outdated(root, six, keep=1)) == {two, four, dead}
+    assert set(outdated(root, six, keep=2)) == {two, dead}
+    assert set(outdated(root, six, keep=9)) == {dead}
+    # a whole one of a later step was damaged, or the run would not be here
+    assert set(outdated(root, four, keep=2)) == {six, dead}
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 2)
+    fields = orjson.loads((folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).write_bytes(orjson.dumps(fields | {"version": 2}))
+    with pytest.raises(RunError, match="cannot be read"):
+        read_manifest(folder)
