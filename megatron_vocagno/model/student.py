@@ -180,19 +180,23 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer of a pipeline: hands its weight on beside the hidden states."""
+    """The last layer of a pipeline: hands its weight on beside the hidden states.
+
+    Hands on a view, not the parameter itself: DeepSpeed hooks into a stage's outputs, to clear 16-bit gradients before those of
+    a backward pass arrive. The gradient of a parameter that is no output's ancestor arrives before, and would be lost.
+    """
 
     def __init__(self, weight_VH: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight_VH
 
     def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden_BSH, self.weight
+        return hidden_BSH, self.weight.view_as(self.weight)
 
 
 def tied_head(embedding: Embedding, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
     """The Head of a model whose head is its embedding: what a pipeline calls on its last stage's copy of the Embedding."""
-    return hidden_BSH, embedding.weight
+    return hidden_BSH, embedding.weight.view_as(embedding.weight)
 
 
 class LossHead(nn.Module):
