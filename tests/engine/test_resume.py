@@ -42,7 +42,7 @@ def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, 
     assert at and max(at) < 6, "the kill came too late to test anything"
     resumed = launch(processes, arguments)
     assert resumed.returncode == 0 and f"resuming after step {max(at)}" in resumed.stdout, resumed.stdout[-4000:]
-    assert "Warning" not in resumed.stdout
+    assert "autograd kernel" not in resumed.stdout, "autograd has recorded the copying of tied weights"
 
     ends = [newest_checkpoint(out, print) for out in (straight, output)]
     assert ends[0] is not None and ends[1] is not None

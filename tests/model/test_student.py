@@ -81,7 +81,8 @@ def test_layers_in_a_chain_are_the_student(spec: dict[str, Any], tmp_path: Path)
     expected_BS = loaded(folder)(ids_BS, target_BS)
 
     hidden_BSH, weight_VH = head(value)
-    assert weight_VH is head.weight
+    # a view, never the parameter: see Head
+    assert weight_VH._base is head.weight and not weight_VH.is_leaf and torch.equal(weight_VH, head.weight)
     assert torch.equal(token_loss(hidden_BSH.flatten(0, 1), weight_VH, target_BS.flatten()).view(2, 11), expected_BS)
     if config.tie_word_embeddings:
         assert isinstance(body[0], Embedding)
