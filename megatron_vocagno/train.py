@@ -24,13 +24,14 @@ from megatron_vocagno.config import Run, RunError, load_run
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
-from megatron_vocagno.engine.build import Engine, build_engine
+from megatron_vocagno.engine.build import build_engine
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
+from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
 from megatron_vocagno.model.student import check_row_length, student_config
 from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder

@@ -2,9 +2,12 @@
 
 processes.py    start the process group; device and threads of this rank
 settings.py     the DeepSpeed configuration: read, checked against the run
-build.py        model + objective -> engine: pipeline, or plain with ZeRO-1/2/3, behind one door
-scoring.py      where the teacher runs: score, then train
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss
+scoring.py      where the teacher runs: score, then train
+learning.py     losses and labels -> the loss of a micro-batch
+stages.py       the student as a pipeline module
+trainers.py     the two engines as the loop sees them
+build.py        model + objective -> engine: pipeline, or plain with ZeRO-1/2/3, behind one door
 manifest.py     what a checkpoint is on disk, and which one is whole
 checkpoint.py   atomic save, exact resume
 """

@@ -20,7 +20,6 @@ from deepspeed import comm as dist
 from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Run, RunError
-from megatron_vocagno.engine.build import Engine
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -37,6 +36,7 @@ from megatron_vocagno.engine.manifest import (
     sha256,
 )
 from megatron_vocagno.engine.settings import Settings, precision, zero_stage
+from megatron_vocagno.engine.trainers import Engine
 
 
 class Keeper:

@@ -18,6 +18,7 @@ from megatron_vocagno.model.student import (
     hf_name,
     layer_count,
     layer_of,
+    layer_parameters,
     load_layer,
     student_config,
     tied_head,
@@ -299,3 +300,15 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     tied = PretrainedWeights(write_model(tmp_path / "tied", {**LLAMA, "tie_word_embeddings": True}))
     with pytest.raises(ModelError, match=r"no tensor lm_head.weight.*tie_word_embeddings"):
         load_layer(config, 5, build_layer(config, 5, seed=0), tied)
+
+
+@each_family
+def test_parameters_are_counted_without_making_them(spec: dict[str, Any]) -> None:
+    config = student_config(spec)
+    counted = [layer_parameters(config, i) for i in range(layer_count(config))]
+    assert counted == [sum(p.numel() for p in build_layer(config, i, seed=0).parameters()) for i in range(layer_count(config))]
+
+
+def test_dropout_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"attention_dropout is 0\.1; set it to 0"):
+        student_config({"model_type": "llama", "attention_dropout": 0.1}, vocab_size=100)
