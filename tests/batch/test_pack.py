@@ -130,6 +130,21 @@ def test_packed_rows_of_real_text_have_the_spans_and_targets_of_their_documents(
     assert met["mapped"] > 10_000 and met["several"] > 100 and met["no_text"] > 0 and met["no_context"] > 0 and met["ends"] > 5
 
 
+def test_rows_of_real_text_start_where_both_tokenizers_have_a_boundary(dataset: AlignedDataset) -> None:
+    order = np.arange(len(dataset))
+    places = positions(dataset, order)
+    rows = Rows(dataset, order, 64)
+
+    def inside_a_teacher_token(position: int) -> bool:
+        document, token = places[position]
+        return not dataset.spans(document, token, token + 1).common_boundary[0]
+
+    at_stride = sum(inside_a_teacher_token(k * rows.stride) for k in range(len(rows)))
+    at_start = sum(inside_a_teacher_token(rows.start(k)) for k in range(len(rows)))
+    assert at_stride > 50, "nothing had to be backed up"
+    assert at_start <= at_stride // 20, "common boundaries farther apart than the slack are rare, even in awkward texts"
+
+
 def test_no_row_needs_more_than_the_teacher_reads() -> None:
     met = dict.fromkeys(("mapped", "several", "ends", "no_text", "no_context", "beyond"), 0)
     for seed in range(20):
