@@ -19,7 +19,7 @@ import torch
 from deepspeed import comm as dist
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -30,6 +30,7 @@ from megatron_vocagno.engine.manifest import (
     File,
     Manifest,
     Position,
+    check_resumable,
     newest_checkpoint,
     outdated,
     read_manifest,
@@ -96,26 +97,12 @@ class Keeper:
         if folder is None:
             return self.fresh
         manifest = read_manifest(folder)
-        self._check(folder, manifest)
+        check_resumable(folder, manifest, self.fresh, self.layout)
         # as when the engine was built: DeepSpeed copies tied weights between stages, and autograd need not hear of it
         with torch.no_grad():
             self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         say(f"loaded {folder}")
         return manifest.position
-
-    def _check(self, folder: Path, manifest: Manifest) -> None:
-        for name in ("dataset", "row_length", "seed"):
-            mine, theirs = getattr(self.fresh, name), getattr(manifest.position, name)
-            if mine != theirs:
-                raise RunError(
-                    f"{folder} was written with {name} = {theirs}, this run has {mine}: its rows would not follow on.\n"
-                    "  Give the run another 'output', or the old value back."
-                )
-        if manifest.layout != self.layout:
-            raise RunError(
-                f"{folder} was written by ({manifest.layout}), this run is ({self.layout}).\n"
-                "  Optimizer states are cut for their layout: resume with the old one, or start from the exported weights."
-            )
 
 
 def _describe(folder: Path) -> dict[str, File]:

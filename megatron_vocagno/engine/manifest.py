@@ -113,6 +113,24 @@ def _complaint(folder: Path) -> str | None:
     return None
 
 
+def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout) -> None:
+    """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another layout."""
+    for name in ("dataset", "row_length", "seed"):
+        mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
+        if mine != theirs:
+            raise RunError(
+                f"{folder} was written with {name} = {theirs}, this run has {mine}: its rows would not follow on.\n"
+                "  Give the run another 'output', or the old value back."
+            )
+    for name in EngineLayout.model_fields:
+        mine, theirs = getattr(layout, name), getattr(manifest.layout, name)
+        if mine != theirs:
+            raise RunError(
+                f"{folder} was written with {name} = {theirs}, this run has {mine}: optimizer states are cut for their layout.\n"
+                "  Resume with the old value, or start from the exported weights."
+            )
+
+
 def outdated(root: Path, newest: Path, keep: int) -> list[Path]:
     """What may go once `newest` is whole: all finished checkpoints but the newest `keep`, and whatever lies beyond `newest`.
 

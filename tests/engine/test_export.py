@@ -23,16 +23,11 @@ def evaluations(output) -> list[float]:
     return [line["eval/loss"] for line in metrics(output) if "eval/loss" in line]
 
 
-@pytest.mark.parametrize(("stages", "tied", "zero"), [(2, True, 1), (2, False, 1), (0, False, 3)])
-def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, stages: int, tied: bool, zero: int) -> None:
-    overrides = [
-        f"parallel.pipeline_stages={stages}",
-        f"student.config.tie_word_embeddings={str(tied).lower()}",
-        "training.steps=2",
-    ]
-    name = f"export-{stages}-{tied}"
-    settings = {"zero_optimization": {"stage": zero}}
-    output = case.run(name, 2, overrides, settings)
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, tied: bool) -> None:
+    name = f"export-tied-{tied}"
+    tie = f"student.config.tie_word_embeddings={str(tied).lower()}"
+    output = case.run(name, 2, ["parallel.pipeline_stages=2", tie, "training.steps=2"])
     out = case.folder / f"{name}-hf"
     command = [sys.executable, "-m", "megatron_vocagno.export", str(output), "--out", str(out)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count(str(out)) == 1
@@ -62,7 +57,7 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, s
     )
     assert tokenizer.eos_token_id == model.config.eos_token_id == ids[-1]
 
-    arguments = case.command(f"{name}-on", [f"parallel.pipeline_stages={stages}", "training.steps=1"], settings)
+    arguments = case.command(f"{name}-on", ["parallel.pipeline_stages=2", "training.steps=1"])
     path = case.folder / f"{name}-on" / "run.toml"
     text = path.read_text()
     start, end = text.index("[student.config]"), text.index("[teacher]")

@@ -129,9 +129,8 @@ def test_global_scope_keeps_the_same_tokens_on_one_rank_and_on_two(case: Case) -
                 compared += 1
         assert a.get("guidance/share_kept") == b.get("guidance/share_kept")
     assert compared == 15
-    # the shares of the two ranks differ from those that each would keep alone
-    local = case.run("local-dp2", 2, ["training.steps=1"])
-    assert metrics(local)[1]["guidance/threshold"] != pytest.approx(two[1]["guidance/threshold"], rel=1e-6)
+    # what one rank would keep of its own share is something else
+    assert two[1]["guidance/threshold"] != pytest.approx(numbers(case, "plain")[0]["guidance/threshold"], rel=1e-6)
 
 
 def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case, teacher_tokenizer: Path) -> None:

@@ -14,6 +14,7 @@ from megatron_vocagno.engine.manifest import (
     File,
     Manifest,
     Position,
+    check_resumable,
     newest_checkpoint,
     outdated,
     read_manifest,
@@ -69,3 +70,30 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     (folder / MANIFEST).write_bytes(orjson.dumps(fields | {"version": 2}))
     with pytest.raises(RunError, match="cannot be read"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("position", {"dataset": "e"}),
+        ("position", {"row_length": 48}),
+        ("position", {"seed": 1}),
+        ("layout", {"world": 2}),
+        ("layout", {"pipeline_stages": 2}),
+        ("layout", {"zero_stage": 3}),
+        ("layout", {"precision": "bf16"}),
+        ("layout", {"optimizer": "Lion"}),
+        ("layout", {"student": "y"}),
+    ],
+)
+def test_what_resuming_would_falsify_is_refused_with_both_values(tmp_path: Path, part: str, change: dict[str, object]) -> None:
+    folder = checkpoint(tmp_path, 4)
+    manifest = read_manifest(folder)
+    fresh = Position(step=0, rows=0, dataset="d", row_length=64, seed=0)
+    check_resumable(folder, manifest, fresh, LAYOUT)
+    parts = {"position": fresh, "layout": LAYOUT}
+    ((name, value),) = change.items()
+    old = getattr(parts[part], name)
+    parts[part] = parts[part].model_copy(update=change)
+    with pytest.raises(RunError, match=f"was written with {name} = {old}, this run has {value}: "):
+        check_resumable(folder, manifest, parts["position"], parts["layout"])

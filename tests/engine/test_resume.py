@@ -30,7 +30,8 @@ def lines_by_step(output: Path) -> list[dict[str, float]]:
     ("layout", "processes", "stages", "zero"), [("pp2", 2, 2, 1), ("plain-zero3", 2, 0, 3)], ids=["pp2", "plain-zero3"]
 )
 def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, processes: int, stages: int, zero: int) -> None:
-    overrides = [*OVERRIDES, f"parallel.pipeline_stages={stages}"]
+    tied = stages > 0
+    overrides = [*OVERRIDES, f"parallel.pipeline_stages={stages}", f"student.config.tie_word_embeddings={str(tied).lower()}"]
     settings = {"zero_optimization": {"stage": zero}}
     straight = case.run(f"{layout}-straight", processes, overrides, settings)
 
@@ -47,7 +48,7 @@ def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, 
     ends = [newest_checkpoint(out, print) for out in (straight, output)]
     assert ends[0] is not None and ends[1] is not None
     a, b = weights(ends[0]), weights(ends[1])
-    assert a.keys() == b.keys() and len(a) == 29
+    assert a.keys() == b.keys() and len(a) == 30 - tied
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert lines_by_step(straight) == lines_by_step(output), "each step stands once in metrics.jsonl, with the same numbers"
     assert len(lines_by_step(straight)) == 6 + 3
@@ -71,19 +72,12 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> N
     assert lines_by_step(output) == lines
 
 
-def test_what_resuming_would_falsify_is_refused(case: Case) -> None:
+def test_resuming_another_run_is_refused_and_changes_nothing(case: Case) -> None:
     output = case.run("other", 1, ["training.steps=1"])
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
-    for overrides, processes, complaint in (
-        (["training.seed=1"], 1, "was written with seed = 0, this run has 1"),
-        (["data.row_length=48"], 1, "was written with row_length = 64, this run has 48"),
-        ([f"data.train={case.valid}"], 1, "was written with dataset = "),
-        ([], 2, "world=1 pipeline_stages=0 zero_stage=1"),
-        (["student.config.intermediate_size=96"], 1, "Optimizer states are cut for their layout"),
-    ):
-        refused = spawn(processes, case.command("other", overrides))
-        assert refused.returncode != 0 and complaint in refused.stdout, refused.stdout[-3000:]
-        assert "Traceback" not in refused.stdout
+    refused = spawn(1, case.command("other", ["training.seed=1"]))
+    assert refused.returncode == 2 and "was written with seed = 0, this run has 1" in refused.stdout, refused.stdout[-3000:]
+    assert "Traceback" not in refused.stdout
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
