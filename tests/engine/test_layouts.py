@@ -41,6 +41,7 @@ def test_every_layout_has_the_losses_of_one_process(case: Case, layout: str) -> 
     one, other = numbers(case, "plain"), numbers(case, layout)
     assert len(one) == len(other) == 5
     assert one[0]["loss/train"] - one[-1]["loss/train"] > 0.05, "five steps that learn nothing compare nothing"
+    assert len({line["teacher/tokens"] for line in one}) > 1, "every step learned from the same rows"
     for a, b in zip(one, other, strict=True):
         for name in ("loss/train", "loss/all_tokens", "guidance/threshold", "guidance/excess_kept", "optimizer/grad_norm"):
             assert b[name] == pytest.approx(a[name], rel=1e-5, abs=1e-5), (name, a["step"])

@@ -97,3 +97,8 @@ def test_what_resuming_would_falsify_is_refused_with_both_values(tmp_path: Path,
     parts[part] = parts[part].model_copy(update=change)
     with pytest.raises(RunError, match=f"was written with {name} = {old}, this run has {value}: "):
         check_resumable(folder, manifest, parts["position"], parts["layout"])
+
+
+def test_a_position_moves_by_a_step_and_its_rows() -> None:
+    start = Position(step=3, rows=24, dataset="d", row_length=64, seed=0)
+    assert start.after(8) == Position(step=4, rows=32, dataset="d", row_length=64, seed=0)
