@@ -5,7 +5,7 @@ deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config 
 
 import sys
 
-from megatron_vocagno.train import main
+from megatron_vocagno.pretrain import main
 
 if __name__ == "__main__":
     sys.exit(main())

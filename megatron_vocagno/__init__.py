@@ -8,5 +8,6 @@ objective/   losses -> weights -> the loss; pure
 model/       rows -> losses: the student as layers, the frozen teacher
 engine/      the step: DeepSpeed, scoring, checkpoints
 config.py    the run file      monitor.py   what a run tells
-train.py     the loop          export.py    a checkpoint as a Hugging Face folder
+pretrain.py  the command       train.py     the loop
+export.py    a checkpoint as a Hugging Face folder
 """

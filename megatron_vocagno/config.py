@@ -187,15 +187,27 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
 
 
+ALTERNATIVES = {
+    ("student", "pretrained"): "config",
+    ("student", "config"): "pretrained",
+    ("training", "steps"): "tokens",
+    ("training", "tokens"): "steps",
+}
+"""Of each two only one may stand in a run: an override of one takes the place of the other."""
+
+
 def _lay_over(fields: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *sections, last = name.strip().split(".")
     if not equals or not last:
         raise RunError(f"--set {override}: expected section.key=value")
+    place = (*sections, last)
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
             raise RunError(f"--set {override}: '{section}' is a value, not a section")
+    if place in ALTERNATIVES:
+        fields.pop(ALTERNATIVES[place], None)
     try:
         fields[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

@@ -3,8 +3,8 @@
 Names are grouped for TensorBoard (`loss/`, `guidance/`, `teacher/`, `throughput/`, `optimizer/`, `eval/`). A number that
 does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN or infinite is shown, and
 null in metrics.jsonl, since JSON has no such numbers.
-metrics.jsonl holds one object a step with the same names and `step`; a resumed run drops the lines of steps that it is
-about to repeat, so that each step stands there once.
+metrics.jsonl holds one object a step, and one an evaluation, with the same names and `step`; a resumed run drops the lines of
+steps that it is about to repeat, so that each stands there once.
 """
 
 from __future__ import annotations

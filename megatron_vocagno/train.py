@@ -5,10 +5,7 @@ deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +17,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
-from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -38,8 +35,16 @@ from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.objective.guidance import STATS, gather_guide, summarize
 
-PATIENCE = 5.0
-"""Seconds that a rank waits before it speaks of an error that the first rank has most likely met too."""
+USER_ERRORS = (RunError, CorpusError, ModelError)
+"""What a user can mend; everything else is a fault of ours or of a machine."""
+
+
+def start_training(run: Run, settings_path: Path) -> None:
+    """Join the other processes, train, and leave together. Raises USER_ERRORS."""
+    processes = start()
+    settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
+    train(run, settings, processes)
+    stop()
 
 
 def train(run: Run, settings: Settings, processes: Processes) -> None:
@@ -60,6 +65,8 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     position = keeper.resume(monitor.say)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
     monitor.say(_opening(run, data, rows, layout, steps, position))
+    if rows.rows_in_epoch < layout.rows:
+        monitor.say(f"note: an epoch has {rows.rows_in_epoch} rows and a step reads {layout.rows}: every step repeats its text")
     with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
@@ -264,32 +271,3 @@ def _place(teacher: Teacher | None, run: Run, engine: Engine, processes: Process
     if teacher is None or run.teacher is None:
         return None
     return ReplicatedScorer(teacher, engine.pipe_group, run.teacher.tokens_per_batch, processes.device)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns 0 when the run reached its last step, 2 when the user has something to mend."""
-    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.")
-    parser.add_argument("run", type=Path, help="the run file, TOML")
-    parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
-    parser.add_argument("--print-config", action="store_true", help="print the resolved run and stop")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
-    options = parser.parse_args(arguments)
-    try:
-        run = load_run(options.run, options.set)
-        if options.print_config:
-            print(run.model_dump_json(indent=2, exclude_none=True))
-            return 0
-        if options.deepspeed_config is None:
-            raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
-        processes = start()
-        settings = read_settings(options.deepspeed_config, run.parallel.pipeline_stages, processes.device.type)
-        train(run, settings, processes)
-        stop()
-    except (RunError, CorpusError, ModelError) as error:
-        if os.environ.get("RANK", "0") != "0":
-            # the first rank says the same, and the launcher then ends this one: one message, not one a rank
-            time.sleep(PATIENCE)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    return 0

@@ -19,6 +19,7 @@ DIRECTION = {
     "model": {"objective", "config"},
     "engine": {"model", "batch", "objective", "config", "corpus"},
     "export": {"engine", "model", "config"},
+    "pretrain": {"train", "config"},
     "train": {"engine", "model", "batch", "objective", "corpus", "config", "monitor"},
 }
 # foreign package: the only files or folders that may import it

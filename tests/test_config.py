@@ -55,8 +55,6 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ("training.seed=-1", "'training.seed': Input should be greater than or equal to 0, not -1"),
         ("guidance.aggregate=median", "'max', 'mean', 'sum' or 'min'"),
         ("training.steps=-1", "greater than 0"),
-        ("training.tokens=100", "exactly one of 'steps' and 'tokens'"),
-        ("student.pretrained=somewhere", "exactly one of 'pretrained'"),
         ("eval.every=2", "no data.valid"),
         ("output.x=1", "'output' is a value, not a section"),
         ("guidance", "expected section.key=value"),
@@ -66,6 +64,16 @@ def test_a_wrong_override_is_refused_with_its_place(tmp_path: Path, override: st
     with pytest.raises(RunError) as refusal:
         load_run(write(tmp_path, GOOD), [override])
     assert complaint in str(refusal.value)
+
+
+def test_an_override_takes_the_place_of_its_alternative(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, GOOD), ["training.tokens=100", "student.pretrained=somewhere"])
+    assert (run.training.steps, run.training.tokens) == (None, 100)
+    assert (run.student.config, run.student.pretrained) == (None, Path("somewhere"))
+    for line in ("steps = 3", "[student.config]"):
+        both = {"steps = 3": "steps = 3\ntokens = 4", "[student.config]": '[student]\npretrained = "x"\n[student.config]'}[line]
+        with pytest.raises(RunError, match="exactly one of"):
+            load_run(write(tmp_path, GOOD.replace(line, both)))
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

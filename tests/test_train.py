@@ -13,7 +13,8 @@ import pytest
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import batch_layout, precision, read_settings
-from megatron_vocagno.train import NonFiniteGuard, main
+from megatron_vocagno.pretrain import main
+from megatron_vocagno.train import NonFiniteGuard
 from tests.runs import REPOSITORY, Case, environment, launch, metrics, spawn, write_settings
 
 
@@ -72,7 +73,7 @@ def answers(case: Case, cut_off: Path, other_tokenizer: Path) -> dict[str, tuple
         commands[mistake] = case.command(mistake.replace(" ", "-").replace("'", ""), overrides, settings)
     script = """
 import contextlib, io, json, sys
-from megatron_vocagno.train import main
+from megatron_vocagno.pretrain import main
 answers = {}
 for mistake, command in json.loads(sys.argv[1]).items():
     with contextlib.redirect_stderr(io.StringIO()) as said:

@@ -148,18 +148,19 @@ def close(seconds: float) -> None:
     table.add_column("what")
     table.add_column("value", justify="right")
 
-    def mean(name: str) -> float:
-        return sum(line[name] for line in steps) / len(steps)
+    def mean(name: str, lines: list[dict[str, float]] = steps) -> float:
+        return sum(line[name] for line in lines) / len(lines)
 
     def row(name: str, value: str) -> None:
         table.add_row(name, value)
 
-    row("training text", f"{totals['documents']:,} documents, {totals['text_bytes'] / 1e6:.2f} MB")
+    row("text in the dataset", f"{totals['documents']:,} documents, {totals['text_bytes'] / 1e6:.2f} MB")
     row(
-        "steps, student tokens, teacher tokens",
+        "the run: steps, student tokens, teacher tokens",
         f"{len(steps)}, {total(steps, 'throughput/student_tokens'):,}, {total(steps, 'teacher/tokens'):,}",
     )
-    row("loss of the kept tokens, first and last step", f"{steps[0]['loss/train']:.3f} -> {steps[-1]['loss/train']:.3f} nats")
+    first, last = mean("loss/train", steps[:5]), mean("loss/train", steps[-5:])
+    row("loss that is learned, first and last five steps", f"{first:.3f} -> {last:.3f} nats")
     row(
         "bits per byte of held-out text, before and after",
         " -> ".join(f"{e['eval/bits_per_byte']:.3f}" for e in (evaluations[0], evaluations[-1])),

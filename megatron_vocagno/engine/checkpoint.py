@@ -24,12 +24,14 @@ from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
     MANIFEST,
+    RUN,
     STUDENT,
     TOKENIZER,
     EngineLayout,
     File,
     Manifest,
     Position,
+    changes,
     check_resumable,
     newest_checkpoint,
     outdated,
@@ -47,7 +49,7 @@ class Keeper:
         self, engine: Engine, run: Run, config: PretrainedConfig, settings: Settings, dataset: str, tokenizer: Path
     ) -> None:
         """dataset: fingerprint of the training dataset; tokenizer: folder of the student's tokenizer."""
-        self.engine, self.config, self.tokenizer = engine, config, tokenizer
+        self.engine, self.run, self.config, self.tokenizer = engine, run, config, tokenizer
         self.root, self.keep = run.output / FOLDER, run.checkpoint.keep
         self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed)
         self.layout = EngineLayout(
@@ -70,6 +72,7 @@ class Keeper:
             (folder / STUDENT).mkdir(parents=True)
             shutil.copytree(self.tokenizer, folder / TOKENIZER)
             self.config.to_json_file(folder / "config.json")
+            (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
         dist.barrier()
         self.engine.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
         self.engine.write_weights(folder / STUDENT, self.config)
@@ -102,6 +105,8 @@ class Keeper:
         with torch.no_grad():
             self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         say(f"loaded {folder}")
+        for change in changes(orjson.loads((folder / RUN).read_bytes()), orjson.loads(self.run.model_dump_json())):
+            say(f"note: from here on {change}")
         return manifest.position
 
 

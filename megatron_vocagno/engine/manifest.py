@@ -4,6 +4,7 @@
         student/layer_0000.safetensors …   the weights under Hugging Face names
         tokenizer/                         the student's tokenizer
         config.json                        the student's Hugging Face configuration
+        run.json                           the resolved run
         *.pt                               DeepSpeed's own files: optimizer, schedule, loss scale
         manifest.json                      written last: position, layout, and size and sha256 of every other file
     RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move; for people and for
@@ -17,7 +18,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,6 +30,7 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 STUDENT = "student"
 TOKENIZER = "tokenizer"
+RUN = "run.json"
 
 
 class Frozen(BaseModel):
@@ -129,6 +131,18 @@ def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: E
                 f"{folder} was written with {name} = {theirs}, this run has {mine}: optimizer states are cut for their layout.\n"
                 "  Resume with the old value, or start from the exported weights."
             )
+
+
+def changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> list[str]:
+    """What a resumed run does otherwise, a line each: 'guidance.keep = 0.9 (was 0.4)'."""
+    lines = []
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(now, dict):
+            lines += changes(before, now, f"{place}{name}.")
+        elif before != now:
+            lines.append(f"{place}{name} = {now} (was {before})")
+    return lines
 
 
 def outdated(root: Path, newest: Path, keep: int) -> list[Path]:

@@ -13,12 +13,12 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed import comm as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Batch, Layout
 from megatron_vocagno.engine.learning import Labels, Objective
+from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
 
 
@@ -72,7 +72,7 @@ class Engine(ABC):
             with deepspeed.zero.GatheredParameters([p for p in named.values() if hasattr(p, "ds_id")]):
                 if self.data_rank == 0 and named:
                     tensors = {hf_name(config, index, name): p.detach().cpu().contiguous() for name, p in named.items()}
-                    save_file(tensors, folder / f"layer_{index:04d}.safetensors")
+                    write_tensors(tensors, folder / f"layer_{index:04d}.safetensors")
 
     def _scale(self, divisor: float) -> Tensor:
         """The divisor of one micro-batch's loss: DeepSpeed takes the mean over micro-batches and data-parallel ranks."""

@@ -117,12 +117,20 @@ def to_hugging_face(
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     # not model.save_pretrained, which writes nothing, and says nothing, on ranks other than 0
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(weights, folder / "model.safetensors")
     written = copy.deepcopy(config)
     written.dtype, written.architectures = dtype, [type(model).__name__]
     written.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     return folder
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file that those can read who can read its neighbours; the library leaves it to its owner alone."""
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -31,6 +31,8 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, t
     out = case.folder / f"{name}-hf"
     command = [sys.executable, "-m", "megatron_vocagno.export", str(output), "--out", str(out)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count(str(out)) == 1
+    readable = {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()}
+    assert readable["model.safetensors"] == readable["config.json"]
     model = AutoModelForCausalLM.from_pretrained(out)
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == tied
 

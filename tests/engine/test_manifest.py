@@ -14,6 +14,7 @@ from megatron_vocagno.engine.manifest import (
     File,
     Manifest,
     Position,
+    changes,
     check_resumable,
     newest_checkpoint,
     outdated,
@@ -102,3 +103,14 @@ def test_what_resuming_would_falsify_is_refused_with_both_values(tmp_path: Path,
 def test_a_position_moves_by_a_step_and_its_rows() -> None:
     start = Position(step=3, rows=24, dataset="d", row_length=64, seed=0)
     assert start.after(8) == Position(step=4, rows=32, dataset="d", row_length=64, seed=0)
+
+
+def test_what_a_resumed_run_does_otherwise_is_told() -> None:
+    old = {"guidance": {"keep": 0.4, "scope": "global"}, "training": {"steps": 3}, "output": "x"}
+    new = {"guidance": {"keep": 0.9, "scope": "global"}, "training": {"steps": None, "tokens": 7}, "output": "x"}
+    assert changes(old, old) == []
+    assert changes(old, new) == [
+        "guidance.keep = 0.9 (was 0.4)",
+        "training.steps = None (was 3)",
+        "training.tokens = 7 (was None)",
+    ]

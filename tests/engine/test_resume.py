@@ -64,6 +64,7 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> N
     resumed = spawn(1, case.command("broken", ["training.steps=6"]))
     assert resumed.returncode == 0
     assert f"not resuming from {newest}: student/{victim.name} is not what was written: its sha256 differs" in resumed.stdout
+    assert "note: from here on training.steps = 6 (was 4)" in resumed.stdout
     assert "resuming after step 2" in resumed.stdout and older.name == "step-00000002"
     # once at the end, a run has nothing to do and changes nothing
     lines = lines_by_step(output)

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="build_dataset", description="Corpus files -> an aligned dataset.")
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="JSON-lines files, folders of *.jsonl, or globs")
-    parser.add_argument("--student", required=True, help="tokenizer: folder, tokenizer.json, SentencePiece model or hub id")
+    parser.add_argument("--student", required=True, help="tokenizer: a folder, a tokenizer.json, or a SentencePiece model")
     parser.add_argument("--teacher", required=True, help="the same for the teacher")
     parser.add_argument("--out", required=True, type=Path, help="folder of the dataset")
     parser.add_argument("--engine", choices=["local"], default="local", help="where shards are made (default: local)")

@@ -1,0 +1,68 @@
+"""The command: read the run, then train it.
+
+    deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
+
+Exit code 0: the run reached its last step. 2: the user has something to mend, and the message says what. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_vocagno.config import RunError, load_run
+
+PATIENCE = 5.0
+"""Seconds that a rank waits before it speaks of an error that the first rank has most likely met too."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parse(arguments)
+    try:
+        run = load_run(options.run, options.set)
+        if options.print_config:
+            print(run.model_dump_json(indent=2))
+            return 0
+        if options.deepspeed_config is None:
+            raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
+    except RunError as error:
+        return _refuse(error)
+    # after what needs no more than the run file: DeepSpeed takes seconds to import, and talks while it does
+    from megatron_vocagno.train import USER_ERRORS, start_training
+
+    try:
+        start_training(run, options.deepspeed_config)
+    except USER_ERRORS as error:
+        return _refuse(error)
+    except KeyboardInterrupt:
+        if _is_first():
+            print("interrupted; the same command goes on from the newest whole checkpoint", file=sys.stderr, flush=True)
+        return 130
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.")
+    parser.add_argument("run", type=Path, help="the run file, TOML")
+    parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved run as JSON and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
+    return parser.parse_args(arguments)
+
+
+def _refuse(error: Exception) -> int:
+    if not _is_first():
+        # the first rank says the same, and the launcher then ends this one: one message, not one a rank
+        time.sleep(PATIENCE)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
