@@ -20,6 +20,7 @@ from deepspeed import comm as dist
 from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Run
+from megatron_vocagno.corpus.dataset import write_durably
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -80,8 +81,8 @@ class Keeper:
         files = _describe(folder)
         if first:
             manifest = Manifest(position=position, layout=self.layout, files=files)
-            _write_atomically(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
-            _write_atomically(self.root / LATEST, folder.name.encode())
+            write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+            write_durably(self.root / LATEST, folder.name.encode())
             for old in outdated(self.root, folder, self.keep):
                 shutil.rmtree(old)
         dist.barrier()
@@ -135,14 +136,6 @@ def _fingerprint(config: PretrainedConfig) -> str:
     passing = ("transformers_version", "_name_or_path", "dtype")
     fields = {name: value for name, value in config.to_dict().items() if name not in passing}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    _sync(temporary)
-    temporary.replace(path)
-    _sync(path.parent)
 
 
 def _sync(path: Path) -> None:
