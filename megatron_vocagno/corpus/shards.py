@@ -40,7 +40,7 @@ from megatron_vocagno.corpus.dataset import (
     check_size,
     create,
     hash_file,
-    sync_folder,
+    sync,
     to_json,
     write_durably,
 )
@@ -205,7 +205,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     except OSError:
         if not (folder / "shard.json").is_file():
             raise
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 class _ShardWriter:

@@ -9,7 +9,6 @@ DeepSpeed reads its own files with pickle, as it wrote them: resume only runs th
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +19,7 @@ from deepspeed import comm as dist
 from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Run
-from megatron_vocagno.corpus.dataset import write_durably
+from megatron_vocagno.corpus.dataset import sync, write_durably
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -121,13 +120,13 @@ def _describe(folder: Path) -> dict[str, File]:
     mine: dict[str, File] = {}
     for name in listed[0][dist.get_rank() :: dist.get_world_size()]:
         path = folder / name
-        _sync(path)
+        sync(path)
         mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
     shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, mine)
     if dist.get_rank() == 0:
         for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder.parent):
-            _sync(path)
+            sync(path)
     return dict(sorted(item for share in shares for item in share.items()))
 
 
@@ -136,12 +135,3 @@ def _fingerprint(config: PretrainedConfig) -> str:
     passing = ("transformers_version", "_name_or_path", "dtype")
     fields = {name: value for name, value in config.to_dict().items() if name not in passing}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """A file's content, or a folder's names, on disk for good."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -54,6 +54,7 @@ def test_an_epoch_learns_every_token_but_the_first_once(dataset: AlignedDataset)
     left_out = dataset.student(int(first), 0, 1)[0]
     assert len(seen) == len(everything) - 1 > 50_000
     assert np.array_equal(np.sort(np.append(seen, left_out)), np.sort(everything))
+    assert rows.tokens_per_row == np.mean([len(rows[i].target_ids) for i in range(rows.rows_in_epoch)])
 
 
 def test_padding_has_no_target_and_no_guide_and_counts_agree(dataset: AlignedDataset) -> None:
