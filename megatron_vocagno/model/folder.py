@@ -156,17 +156,6 @@ def skeleton(config: PretrainedConfig) -> Any:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
-def count_parameters(config: PretrainedConfig) -> tuple[int, int]:
-    """(all parameters, those outside the embedding and the head).
-
-    A tied head counts once. The matrices that every token passes are the second number plus the head, V * H.
-    """
-    model = skeleton(config)
-    ends = {id(end.weight): end.weight.numel() for end in (model.get_input_embeddings(), model.get_output_embeddings())}
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return total, total - sum(ends.values())
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of transformers: one per rank tells nobody anything."""

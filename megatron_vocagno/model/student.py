@@ -270,20 +270,6 @@ def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
     return f"model.{local_name}" if i == last - 1 else f"lm_head.{local_name}"
 
 
-def layer_of(config: PretrainedConfig, name: str) -> tuple[int, str]:
-    """(layer index, local name) of a Hugging Face name: the inverse of `hf_name`; the first of two tied layers."""
-    last = layer_count(config) - 1
-    if name.startswith("model.embed_tokens."):
-        return 0, name.removeprefix("model.embed_tokens.")
-    if name.startswith("model.layers."):
-        layer, local_name = name.removeprefix("model.layers.").split(".", 1)
-        return int(layer) + 1, f"layer.{local_name}"
-    if name.startswith("model.norm."):
-        return last - 1, name.removeprefix("model.")
-    assert name.startswith("lm_head."), name
-    return (0 if config.tie_word_embeddings else last), name.removeprefix("lm_head.")
-
-
 @torch.no_grad()
 def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: PretrainedWeights) -> None:
     """Copy layer i of a pretrained model into `layer`, in the layer's own dtype."""
