@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch import pack
+from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
 from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus import CorpusError
@@ -49,11 +50,14 @@ def start_training(run: Run, settings_path: Path) -> None:
 
 def train(run: Run, settings: Settings, processes: Processes) -> None:
     """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world."""
-    data = AlignedDataset.open(run.data.train)
+    parts = _open_data(run)
+    data = parts[0]  # for all they have in common
     valid = _open_valid(run, data)
     config, weights = _open_student(run, data, settings, processes)
     teacher = _open_teacher(run, data, processes)
-    rows = TrainRows(data, run.data.row_length, run.training.seed, teacher.max_positions if teacher else None)
+    longest = teacher.max_positions if teacher else None
+    mixture = Mixture([source.weight for source in run.data.train])
+    rows = BlendedRows([TrainRows(part, run.data.row_length, run.training.seed, longest) for part in parts], mixture)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
@@ -61,12 +65,13 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     engine = build_engine(run, settings, config, weights, layout, steps, processes)
     batches = Batches(rows, layout, engine.data_rank)
     scorer = _place(teacher, run, engine, processes)
-    keeper = Keeper(engine, run, config, settings, data.fingerprint, data.student_tokenizer.path)
+    fingerprint = mixture.fingerprint([part.fingerprint for part in parts])
+    keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
     position = keeper.resume(monitor.say)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
-    monitor.say(_opening(run, data, rows, layout, steps, position))
-    if rows.rows_in_epoch < layout.rows:
-        monitor.say(f"note: an epoch has {rows.rows_in_epoch} rows and a step reads {layout.rows}: every step repeats its text")
+    monitor.say(_opening(run, layout, steps, position))
+    for line in _sources(parts, rows, layout):
+        monitor.say(line)
     with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
@@ -81,6 +86,8 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
             loss = engine.train(micro_batches, guides, counts.kept)
             position = position.after(layout.rows)
             numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
+            for source, epochs in zip(run.data.train, rows.epochs(position.rows), strict=True):
+                numbers[f"data/epochs/{source.path}"] = epochs
             monitor.step(position.step, numbers)
             healthy = guard.check(position.step, numbers)
             if valid is not None and _due(position.step, run.eval.every, steps):
@@ -211,21 +218,39 @@ def _due(step: int, every: int | None, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
 
 
-def _opening(run: Run, data: AlignedDataset, rows: TrainRows, layout: Layout, steps: int, position: Position) -> str:
+def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:
     start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
     return (
         f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
         f"({layout.data_parallel} data-parallel x {max(1, run.parallel.pipeline_stages)} stages, "
-        f"{layout.micro_batches} micro-batches); "
-        f"{len(data)} documents make {rows.rows_in_epoch} rows an epoch"
+        f"{layout.micro_batches} micro-batches)"
     )
+
+
+def _sources(parts: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
+    """A line for each dataset: its share of the rows."""
+    for data, part, share in zip(parts, rows.parts, rows.mixture.shares, strict=True):
+        yield f"{float(100 * share):.3g} % of the rows from {data.path}: {len(data)} documents make {part.rows_in_epoch} an epoch"
+        if part.rows_in_epoch < layout.rows * share:
+            yield f"note: a step reads {float(layout.rows * share):.0f} of its rows: every step repeats its text"
+
+
+def _open_data(run: Run) -> list[AlignedDataset]:
+    """The datasets of the blend, made with the same tokenizers."""
+    parts = [AlignedDataset.open(source.path) for source in run.data.train]
+    for i, part in enumerate(parts):
+        part.require_tokenizers_of(parts[0])
+        for other in parts[:i]:
+            if part.fingerprint == other.fingerprint:
+                raise RunError(f"{part.path} and {other.path} in data.train are one dataset: name it once, with both weights")
+    return parts
 
 
 def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:
     if run.data.valid is None:
         return None
     valid = AlignedDataset.open(run.data.valid)
-    valid.require_tokenizers(data.student_tokenizer.fingerprint, data.teacher_tokenizer.fingerprint)
+    valid.require_tokenizers_of(data)
     return valid
 
 
@@ -263,7 +288,7 @@ def _check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], 
     if not (folder / "tokenizer.json").is_file():
         return
     made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
-    mine = open_tokenizer(folder, eos_token=made_with.eos_token).fingerprint
+    mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
     data.require_tokenizers(**{f"{side}_fingerprint": mine})
 
 

@@ -19,15 +19,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megatron_vocagno.corpus.encoders import Backend, Encoder, EncoderError, HuggingFaceEncoder, open_encoder
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
 
+# a control character that no merge takes in: byte fallback or a byte of its own, whatever follows it
+SPENT = "\x01"
 SMALL_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
 SMALL_FILES += ["generation_config.json"]
 # normalizers that leave NFC text as it is, or only mark its spaces
@@ -68,6 +72,7 @@ class Tokenizer:
     byte_lengths   int32 [vocab_size], bytes of text of each id; 0 for those that no text gives (control tokens, gaps)
     fingerprint    sha256 of all that decides ids, bytes and EOS; equal for a tokenizer.json and the model it came from
     prefix         when a space that is not in the text is put before it
+    encoder        gives the ids; `not_fast` says why that is not gigatoken, where it is not
     """
 
     eos_id: int
@@ -78,12 +83,35 @@ class Tokenizer:
     prefix: Literal["never", "always", "unless_space"]
     names: dict[str, str] = field(repr=False)
     source: bytes = field(repr=False)
-    encoder: Any = field(repr=False)
+    encoder: Encoder = field(repr=False)
+    reference: HuggingFaceEncoder = field(repr=False)
+    not_fast: str = ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
         """Tokens of each text, without BOS or EOS; an empty text has none."""
-        encodings = self.encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [self._place(text, np.array(e.ids, np.int32)) for text, e in zip(texts, encodings, strict=True)]
+        tokens = self.encoder.encode(texts)
+        return [self._place(text, tokens[i].astype(np.int32)) for i, text in enumerate(texts)]
+
+    def encode_continuation(self, text: str) -> NDArray[np.uint32]:
+        """[N] ids of a text that follows other text: without a dummy prefix.
+
+        The prefix is spent on a control character, whose tokens are taken off again.
+        """
+        if self.prefix == "never":
+            return self.encoder.encode([text]).ids
+        lead = len(self.encoder.encode([SPENT]).ids)
+        return self.encoder.encode([SPENT + text]).ids[lead:]
+
+    def prefixes(self, texts: Sequence[str]) -> NDArray[np.uint8]:
+        """uint8 [D]: how many spaces are put before each text (which is not empty)."""
+        if self.prefix == "unless_space":
+            return np.array([not text.startswith((" ", SPACE)) for text in texts], np.uint8)
+        return np.full(len(texts), self.prefix == "always", np.uint8)
+
+    @cached_property
+    def short_byte_lengths(self) -> NDArray[np.uint16]:
+        """uint16 [vocab_size]: `byte_lengths`, in half the cache."""
+        return self.byte_lengths.astype(np.uint16)
 
     def save(self, folder: Path) -> None:
         """tokenizer.json, added tokens and all, and a tokenizer_config.json that names EOS: what transformers loads."""
@@ -94,23 +122,22 @@ class Tokenizer:
 
     def _place(self, text: str, ids: NDArray[np.int32]) -> Tokens:
         n_bytes = len(text.encode())
-        prefix = int(self.prefix == "always" or (self.prefix == "unless_space" and not text.startswith((" ", SPACE))))
-        prefix = prefix if n_bytes else 0
+        prefix = int(self.prefixes([text])[0]) if n_bytes else 0
         ends = np.cumsum(self.byte_lengths[ids], dtype=np.int64) - prefix
         if (int(ends[-1]) if len(ends) else 0) == n_bytes:
             return Tokens(ids, ends)
-        offsets = self.encoder.encode(text, add_special_tokens=False).offsets
-        by_offsets = ends_from_offsets(text, offsets, self.byte_lengths[ids], prefix)
+        by_offsets = ends_from_offsets(text, self.reference.offsets(text), self.byte_lengths[ids], prefix)
         return Tokens(ids, ends, "unknown") if by_offsets is None else Tokens(ids, by_offsets, "offsets")
 
 
-def open_tokenizer(path_or_id: str | Path, backend: str = "auto", eos_token: str | None = None) -> Tokenizer:
+def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token: str | None = None) -> Tokenizer:
     """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a hub id `owner/name`.
 
+    backend: "auto" takes gigatoken where it is installed, can read the tokenizer and gives the same ids.
     eos_token: for tokenizers that come without one; a token of the vocabulary. Raises TokenizerError.
     """
-    if backend not in ("auto", "huggingface"):
-        raise TokenizerError(f"no tokenizer backend {backend!r}; there are 'auto' and 'huggingface'")
+    if backend not in get_args(Backend):
+        raise TokenizerError(f"no tokenizer backend {backend!r}; there are {', '.join(map(repr, get_args(Backend)))}")
     file = _find_file(path_or_id)
     data = file.read_bytes()
     try:
@@ -123,14 +150,12 @@ def open_tokenizer(path_or_id: str | Path, backend: str = "auto", eos_token: str
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'")
     try:
-        return _build(raw, data, names | _names_beside(file.parent, raw), eos_token)
-    except TokenizerError as error:
+        return _build(raw, data, names | _names_beside(file.parent, raw), eos_token, backend)
+    except (TokenizerError, EncoderError) as error:
         raise TokenizerError(f"{file}: {error}") from None
 
 
-def _build(raw: dict[str, Any], source: bytes, names: dict[str, str], eos_token: str | None) -> Tokenizer:
-    import tokenizers  # here, so that reading a dataset does not pay for it
-
+def _build(raw: dict[str, Any], source: bytes, names: dict[str, str], eos_token: str | None, backend: Backend) -> Tokenizer:
     if not _is_bpe(raw):
         raise TokenizerError(f"its model is {raw['model'].get('type')}, which may lose bytes of the text; only BPE is supported")
     added = raw.get("added_tokens") or []
@@ -142,10 +167,7 @@ def _build(raw: dict[str, Any], source: bytes, names: dict[str, str], eos_token:
         raise TokenizerError(f"the end-of-text token {eos!r} is not among its {len(ids):,} tokens")
     control = {a["content"] for a in added if a.get("special")} | {eos}
     prefix, plain = plain_text_encoder(raw, control)
-    try:
-        encoder = tokenizers.Tokenizer.from_str(orjson.dumps(plain).decode())
-    except Exception as error:  # the library raises nothing more special
-        raise TokenizerError(f"the tokenizers library refuses it: {error}") from None
+    encoder, reference, not_fast = open_encoder(orjson.dumps(plain), backend)
     vocab_size = max(ids.values()) + 1
     decisive = {k: plain[k] for k in ("normalizer", "pre_tokenizer")} | {"eos": ids[eos], "vocab_size": vocab_size}
     decisive["model"] = {k: v for k, v in plain["model"].items() if v not in (None, False, "")}
@@ -159,6 +181,8 @@ def _build(raw: dict[str, Any], source: bytes, names: dict[str, str], eos_token:
         names={k: v for k, v in names.items() if v in ids},
         source=source,
         encoder=encoder,
+        reference=reference,
+        not_fast=not_fast,
     )
 
 

@@ -1,0 +1,202 @@
+"""Texts -> token ids, many at once: Hugging Face tokenizers, or gigatoken, which gives the same ids in a fraction of the time.
+
+gigatoken (https://github.com/marcelroed/gigatoken) is trusted as far as it is checked: its ids are compared with Hugging
+Face's when it is opened, and later for the texts that the caller names. It is handed `str` only, never bytes: invalid
+UTF-8 can crash the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vocagno.corpus import CorpusError
+
+Backend = Literal["auto", "gigatoken", "huggingface"]
+
+# gigatoken remembers each word that it has met. Where the process has grown past this many bytes, and the encoder has
+# read enough text for opening it again (some 0.5 s) not to matter, it starts afresh.
+RESIDENT_LIMIT = 400 << 20
+TEXT_BEFORE_REOPENING = 64 << 20
+
+
+class EncoderError(CorpusError):
+    """A tokenizer that a backend cannot read."""
+
+
+class EncoderMismatch(CorpusError):
+    """gigatoken and Hugging Face give other ids for one text."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Token ids of D texts, end to end. ids: uint32 [N]; bounds: int64 [D + 1], text d has ids[bounds[d]:bounds[d + 1]]."""
+
+    ids: NDArray[np.uint32]
+    bounds: NDArray[np.int64]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64 [D]."""
+        return np.diff(self.bounds)
+
+    def __getitem__(self, text: int) -> NDArray[np.uint32]:
+        return self.ids[self.bounds[text] : self.bounds[text + 1]]
+
+    def select(self, texts: NDArray[np.bool_]) -> Ragged:
+        """Those of some texts [D]."""
+        if texts.all():
+            return self
+        lengths = self.lengths
+        return Ragged(self.ids[np.repeat(texts, lengths)], bounds_of(lengths[texts]))
+
+
+def bounds_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64 [D] -> int64 [D + 1], from 0."""
+    bounds = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
+
+
+class Encoder(Protocol):
+    """encode: token ids of each text, without BOS or EOS. check: which texts' ids are compared with Hugging Face's."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged: ...
+
+
+class HuggingFaceEncoder:
+    """The reference."""
+
+    name = "huggingface"
+
+    def __init__(self, plain: bytes) -> None:
+        """plain: a tokenizer.json that reads everything as plain text. Raises EncoderError."""
+        import tokenizers  # here, so that reading a dataset does not pay for it
+
+        try:
+            self.tokenizer: Any = tokenizers.Tokenizer.from_str(plain.decode())
+        except Exception as error:  # the library raises nothing more special
+            raise EncoderError(f"the tokenizers library refuses it: {error}") from None
+
+    def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
+        encoded = [np.array(e.ids, np.uint32) for e in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return Ragged(np.concatenate([np.zeros(0, np.uint32), *encoded]), bounds_of(lengths))
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """The characters of each token, as the tokenizer has them."""
+        offsets: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=False).offsets
+        return offsets
+
+
+class GigatokenEncoder:
+    """gigatoken's ids."""
+
+    name = "gigatoken"
+
+    def __init__(self, plain: bytes, reference: HuggingFaceEncoder) -> None:
+        """Raises EncoderError where gigatoken cannot read the tokenizer, EncoderMismatch where its ids are others."""
+        self.plain, self.reference = plain, reference
+        self.tokenizer = self._open()
+        self.encode(SAMPLE, check=range(len(SAMPLE)))
+
+    def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
+        if self.text_read > TEXT_BEFORE_REOPENING and _resident_bytes() > RESIDENT_LIMIT:
+            self.tokenizer = self._open()
+        self.text_read += sum(map(len, texts))
+        # parallel: a worker is one core, and its siblings have the others
+        layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
+        offsets = np.asarray(layout.offsets.data).astype(np.int64)
+        ids: NDArray[np.uint32] = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        found = Ragged(ids, offsets - offsets[0])
+        for text in check:
+            expected = self.reference.encode([texts[text]]).ids
+            if not np.array_equal(found[text], expected):
+                raise EncoderMismatch(_first_difference(texts[text], found[text], expected))
+        return found
+
+    def _open(self) -> Any:
+        import gigatoken
+
+        self.tokenizer = None  # its memory first
+        try:
+            tokenizer = gigatoken.Tokenizer.from_json(self.plain)
+        except Exception as error:  # whatever its native code makes of a tokenizer that it does not know
+            raise EncoderError(f"gigatoken cannot read it: {str(error).splitlines()[0]}") from None
+        self.text_read = 0  # characters
+        trim_memory()
+        return tokenizer
+
+
+def open_encoder(plain: bytes, backend: Backend) -> tuple[Encoder, HuggingFaceEncoder, str]:
+    """The encoder, the reference, and why the encoder is not gigatoken's ("" where it is, or was not asked for)."""
+    reference = HuggingFaceEncoder(plain)
+    if backend == "huggingface":
+        return reference, reference, ""
+    if importlib.util.find_spec("gigatoken") is None:
+        if backend == "gigatoken":
+            raise EncoderError("gigatoken is not installed: pip install 'megatron-vocagno[fast]'")
+        return reference, reference, "gigatoken is not installed"
+    try:
+        return GigatokenEncoder(plain, reference), reference, ""
+    except (EncoderError, EncoderMismatch) as error:
+        if backend == "gigatoken":
+            raise
+        return reference, reference, str(error)
+
+
+def _first_difference(text: str, found: NDArray[np.uint32], expected: NDArray[np.uint32]) -> str:
+    n = min(len(found), len(expected))
+    different = np.flatnonzero(found[:n] != expected[:n])
+    at = int(different[0]) if len(different) else n
+    return (
+        f"gigatoken gives other ids than Hugging Face for {text[:60]!r}…: "
+        f"from token {at} on {found[at : at + 4].tolist()} instead of {expected[at : at + 4].tolist()}"
+    )
+
+
+def trim_memory() -> None:
+    """Gives freed memory back to the system, where the C library can: parsing a tokenizer leaves 50 MB of holes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - called for each batch
+            return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+# what tokenizers have disagreed about: combining marks, spaces, digits, control tokens as text, scripts, emoji
+SAMPLE = (
+    "The quick brown fox doesn't jump over 12,345.678 lazy dogs;  they'll RUN\taway!\n\n  def f(x): return x**2\r\n",
+    " leading, trailing ",
+    "\n\n\n \t  x",
+    "1234567890 ½ ² Ⅷ ٣٤٥ 一二三",
+    "</s> <s> <unk> <0x41> <|endoftext|> <|im_start|> [INST] ▁ Ġ",
+    "e\u0301 o\u0302\u0301 Z\u0351\u036b q\u0323\u0307 \u0301x a\u034fb",
+    "각\u1112\u1161\u11ab café naïve ﬁ ｆｕｌｌ Å",
+    "Все люди рождаются свободными. Όλοι οι άνθρωποι. יולד חופשי. حقوقًا متساوين",
+    "人人生而自由,在尊严和权利上一律平等。すべての人間は。모든 인간은",
+    "सभी मनुष्यों को गौरव มนุษย์ทั้งหลาย ყველა ადამიანი",
+    "👩‍👩‍👧‍👦 🇺🇳 👍🏽 𝔘𝔫𝔦 𒀀 \U0010fffd",
+    "\x00\x01\x1b[0m\x7f \ufeff\u200b\u200d\u00a0\u2003\u3000 x",
+    "∀x∈ℝ: ⌈x⌉ = −⌊−x⌋, \\int_0^\\infty e^{-x^2}\\,dx",
+    "a" * 300 + "=" * 300 + " " * 300 + "\n" * 60 + "ab" * 200,
+    "x",
+    "é",
+    " ",
+)

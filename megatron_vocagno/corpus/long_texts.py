@@ -1,0 +1,70 @@
+"""A text that is too long to be tokenized at once -> parts, cut where both tokenizers have a boundary.
+
+A tokenizer looks no further than a word or two, so a cut is good where the text around it gives the same tokens whole as
+in two halves; before a space between two words that is nearly always so. The tokens of the parts are then those of the
+whole text. Where no such place is found (a megabyte of one letter), the text is cut all the same: its tokens still tile
+it, and one of them may differ from those of the whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_vocagno.corpus.aligner import AlignedTexts, Part, Side, align_texts
+from megatron_vocagno.corpus.encoders import Ragged
+from megatron_vocagno.corpus.tokens import Tokenizer
+
+PART = 1 << 20  # characters
+REACH = 1 << 16  # characters before the end of a part, within which a place to cut is sought
+AROUND = 128  # characters on each side that are tokenized to see whether a place is good
+TRIES = 64  # places looked at
+
+# between words; at a line end; between a letter and a punctuation mark, for scripts without spaces
+PLACES = [re.compile(p) for p in (r"(?<=[^\W\d_])(?= [^\W\d_])", r"(?<=\w)(?=\n\w)", r"(?<=\w)(?=[^\w\s])", r"(?<=\S)(?=\S)")]
+
+
+def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
+    """The text, in parts of `PART` characters or a little less."""
+    start = 0
+    while len(text) - start > PART:
+        stop = _place(text, start + PART, tokenizers)
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer) -> Iterator[tuple[Ragged, Ragged, AlignedTexts]]:
+    """Both sides' tokens and the spans of each part, in positions of the whole text; without EOS."""
+    done = Part(ends=False)
+    for part in parts(text, (student, teacher)):
+        first = done.student == 0
+        s, t = _side(student, part, first), _side(teacher, part, first)
+        yield s.tokens, t.tokens, align_texts(s, t, np.array([len(part.encode())]), done)
+        done = Part(done.student + len(s.tokens.ids), done.teacher + len(t.tokens.ids), ends=False)
+
+
+def _side(tokenizer: Tokenizer, part: str, first: bool) -> Side:
+    if first:
+        return Side(tokenizer.encoder.encode([part]), tokenizer.prefixes([part]), tokenizer.short_byte_lengths)
+    ids = tokenizer.encode_continuation(part)
+    return Side(Ragged(ids, np.array([0, len(ids)])), np.zeros(1, np.uint8), tokenizer.short_byte_lengths)
+
+
+def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
+    """The last good place to cut before `end`, of the first kind that has one."""
+    for kind in PLACES:
+        found = [match.start() for match in kind.finditer(text, end - REACH, end)]
+        for place in reversed(found[-TRIES:]):
+            if all(_is_boundary(text, place, tokenizer) for tokenizer in tokenizers):
+                return place
+    return end
+
+
+def _is_boundary(text: str, place: int, tokenizer: Tokenizer) -> bool:
+    left, right = text[place - AROUND : place], text[place : place + AROUND]
+    whole = tokenizer.encoder.encode([left + right]).ids
+    halves = np.concatenate([tokenizer.encoder.encode([left]).ids, tokenizer.encode_continuation(right)])
+    return np.array_equal(whole, halves)

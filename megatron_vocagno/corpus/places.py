@@ -1,0 +1,35 @@
+"""Files and folders by path or URL: `data/a.jsonl`, `file:///data/a.jsonl`, `s3://bucket/a.jsonl`, `memory://a.jsonl`.
+
+A local one is a `pathlib.Path`; any other is a `UPath`, which has the same methods and reads through fsspec. Object stores
+need their fsspec package (s3fs, gcsfs, adlfs) and take credentials and endpoints from the environment.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from upath import UPath
+
+from megatron_vocagno.corpus import CorpusError
+
+Place: TypeAlias = Path | UPath
+
+
+class PlaceError(CorpusError):
+    """A URL that nothing here can open."""
+
+
+def place(url: str | Place) -> Place:
+    """Raises PlaceError for an unknown protocol, or one whose package is not installed."""
+    if isinstance(url, Path):
+        return url
+    try:
+        found = UPath(url)
+    except (ValueError, ImportError) as error:
+        raise PlaceError(f"cannot open {url}: {error}") from None
+    return Path(found.path) if found.protocol in ("", "file", "local") else found
+
+
+def is_local(where: Place) -> bool:
+    return isinstance(where, Path)
