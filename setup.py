@@ -27,6 +27,12 @@ setup(
         "orjson>=3.10",
         "rich>=13",
         "tensorboard>=2.18",
+        # corpora: places by URL, compressed files, parquet, the report's page
+        "universal-pathlib>=0.3,<0.4",
+        "isal>=1.7",
+        "backports.zstd>=1.0; python_version < '3.14'",
+        "pyarrow>=20",
+        "jinja2>=3.1",
         # a SentencePiece .model is parsed with its own protocol buffer, which needs the runtime
         "sentencepiece>=0.2.1",
         "protobuf>=5",
@@ -35,9 +41,14 @@ setup(
         "accelerate>=1.1",
     ],
     extras_require={
+        # ten times faster tokenizing, and alignment in no time
+        "fast": ["gigatoken>=0.10,<0.11", "numba>=0.61"],
+        # preprocessing on a Ray cluster, and from and to S3
+        "ray": ["ray>=2.50"],
+        "s3": ["s3fs>=2025.3"],
         # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
         "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
-        "test": ["pytest>=8", "megatron-core>=0.16", "ruff", "mypy", "triton>=3.7"],
+        "test": ["pytest>=8", "megatron-core>=0.16", "moto[server]>=5", "ruff", "mypy", "triton>=3.7"],
         "gpu": ["flash-attn>=2.7"],
     },
 )
