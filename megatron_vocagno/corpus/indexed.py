@@ -16,8 +16,15 @@ megatron-core's own builder writes. The reader refuses any other magic, version,
 
 from __future__ import annotations
 
+import bisect
+import copy
+import functools
+import itertools
+import mmap
 import os
+import resource
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +36,13 @@ from megatron_vocagno.corpus import CorpusError
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
 HEADER = 34  # bytes before the lengths
+LONGEST = 2**31 - 1
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
+THREADS = 16
+# a map keeps its file open; a dataset of a thousand shards has more of them than many machines allow
+OPEN_FILES = min(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2), 32_768)
+_readers = itertools.count()
 
 
 class IndexedError(CorpusError):
@@ -67,61 +79,120 @@ class PairWriter:
         self._bin.write(stored.tobytes())
         self._lengths.append(len(stored))
 
+    def extend(self, numbers: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        """Many documents, end to end, already of the dtype."""
+        self._bin.write(numbers.astype(self.dtype, casting="safe").tobytes())
+        self._lengths.extend(lengths.tolist())
+
+    def grow(self, numbers: NDArray[Any]) -> None:
+        """More of the last document, of the dtype."""
+        self._bin.write(numbers.astype(self.dtype, casting="safe").tobytes())
+        self._lengths[-1] += len(numbers)
+
+    def forget_last(self) -> None:
+        """Takes the last document back."""
+        self._bin.seek(-self._lengths.pop() * self.dtype.itemsize, os.SEEK_END)
+        self._bin.truncate()
+
     def close(self) -> None:
         _flush(self._bin)
-        lengths = np.array(self._lengths, np.int64)
-        with Path(f"{self.prefix}.idx").open("wb") as idx:
-            idx.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[self.dtype.name], len(lengths), len(lengths) + 1))
-            idx.write(lengths.astype("<i4").tobytes())
-            idx.write(_pointers(lengths, self.dtype).astype("<i8").tobytes())
-            idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            _flush(idx)
+        write_index(self.prefix, self.dtype, np.array(self._lengths, np.int64))
+
+
+def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int64]) -> None:
+    """`prefix.idx` of documents of so many numbers; on the disk when it returns."""
+    if np.any(lengths > LONGEST):
+        raise IndexedError(f"{prefix}: a document of {lengths.max():,} numbers; an index holds {LONGEST:,} at most")
+    with Path(f"{prefix}.idx").open("wb") as idx:
+        idx.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[dtype.name], len(lengths), len(lengths) + 1))
+        idx.write(lengths.astype("<i4").tobytes())
+        idx.write(_pointers(lengths, dtype).astype("<i8").tobytes())
+        idx.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
+        _flush(idx)
 
 
 class PairReader:
-    """`prefix.bin` and `prefix.idx`, memory-mapped. Raises IndexedError with the path and both numbers."""
+    """A pair, or the same pair of many shards, as one sequence of documents.
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = prefix
-        idx_path, bin_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        for path in (idx_path, bin_path):
-            if not path.is_file():
-                raise IndexedError(f"{path} is missing: a pair is a .bin and a .idx")
-        self.dtype, n = _read_header(idx_path)
-        idx = np.memmap(idx_path, np.uint8, mode="r")
-        # int32 at a byte that is no multiple of four: numpy reads it all the same
-        self.lengths: NDArray[np.int64] = np.frombuffer(idx, "<i4", n, HEADER).astype(np.int64)
-        self._starts: NDArray[np.int64] = np.frombuffer(idx, "<i8", n, HEADER + 4 * n)
-        if not np.array_equal(np.frombuffer(idx, "<i8", n + 1, HEADER + 12 * n), np.arange(n + 1)):
-            raise IndexedError(f"{idx_path}: a document of several sequences; here each document is one")
-        if np.any(self.lengths < 0) or not np.array_equal(self._starts, _pointers(self.lengths, self.dtype)):
-            raise IndexedError(f"{idx_path}: its pointers do not follow from its lengths: the file is damaged")
-        expected, actual = int(self.lengths.sum()) * self.dtype.itemsize, bin_path.stat().st_size
-        if expected != actual:
-            raise IndexedError(
-                f"{bin_path}: {actual:,} bytes, its index describes {expected:,}: cut off while copying or writing?"
-            )
-        # an empty file cannot be mapped
-        self.flat: NDArray[Any] = np.memmap(bin_path, self.dtype, mode="r") if actual else np.zeros(0, self.dtype)
+    Opening reads the lengths alone: four of the twenty bytes that an index holds for a document. A .bin is mapped into memory
+    when it is first read. Raises IndexedError with the path and both numbers.
+
+    lengths          int32 [D], numbers of each document
+    first_documents  where each shard's documents begin, and D
+    """
+
+    def __init__(self, *prefixes: Path) -> None:
+        self.prefixes = prefixes
+        self._bins = [f"{prefix}.bin" for prefix in prefixes]
+        # a network file system takes a millisecond to answer, and here are thousands of questions
+        with ThreadPoolExecutor(THREADS) as pool:
+            indices = list(pool.map(read_lengths, prefixes))
+        self.dtype = indices[0][0]
+        for prefix, (dtype, _) in zip(prefixes, indices, strict=True):
+            if dtype != self.dtype:
+                raise IndexedError(f"{prefix}: {dtype}, {prefixes[0]}: {self.dtype}: pairs of one name have one dtype")
+        self.lengths: NDArray[np.int32] = np.concatenate([lengths for _, lengths in indices])
+        self.first_documents = list(itertools.accumulate((len(lengths) for _, lengths in indices), initial=0))
+        starts = [np.cumsum(lengths, dtype=np.int64) - lengths for _, lengths in indices]
+        self._sizes = [int(lengths.sum()) for _, lengths in indices]
+        # half the memory, unless a .bin holds as many numbers as no shard does
+        self._starts = np.concatenate(starts, dtype=np.uint32 if max(self._sizes) < 2**32 else np.int64, casting="unsafe")
+        self._number = next(_readers)
+
+    def beside(self, dtype: DTypeLike, *prefixes: Path) -> PairReader:
+        """Other pairs, one beside each of these, whose documents are as long as theirs; their indices are not read."""
+        other = copy.copy(self)
+        other.prefixes, other.dtype, other._number = prefixes, np.dtype(dtype), next(_readers)
+        other._bins = [f"{prefix}.bin" for prefix in prefixes]
+        return other
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """The numbers [start, stop) of a document: a view of the file."""
+        if not 0 <= document < len(self.lengths):
+            raise IndexError(f"{self.prefixes[0]}: no document {document}; there are {len(self):,}")
         length = int(self.lengths[document])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
-            raise IndexError(f"{self.prefix}: document {document} has {length:,} numbers; [{start}, {stop}) is not within")
-        origin = int(self._starts[document]) // self.dtype.itemsize
-        return self.flat[origin + start : origin + stop]
+            raise IndexError(f"{self.prefixes[0]}: document {document} has {length:,} numbers; [{start}, {stop}) is not within")
+        origin = int(self._starts[document])
+        return self.flat(bisect.bisect_right(self.first_documents, document) - 1)[origin + start : origin + stop]
+
+    def flat(self, k: int = 0) -> NDArray[Any]:
+        """All numbers of the k-th .bin, mapped."""
+        return _mapped(self._bins[k], self.dtype, self._sizes[k], self._number)
 
 
-def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
+def read_lengths(prefix: Path) -> tuple[np.dtype[Any], NDArray[np.int32]]:
+    """An index's dtype and int32 [n], its lengths. Raises IndexedError."""
+    path = Path(f"{prefix}.idx")
+    try:
+        with path.open("rb", buffering=0) as file:
+            dtype, n = _check_header(path, file.read(HEADER), os.fstat(file.fileno()).st_size)
+            lengths = np.frombuffer(file.read(4 * n), "<i4")
+    except OSError as error:
+        raise IndexedError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
+    if n and int(lengths.min()) < 0:
+        raise IndexedError(f"{path}: a document of {lengths.min()} numbers: the file is damaged")
+    return dtype, lengths
+
+
+def check_pointers(prefix: Path) -> None:
+    """Reads the rest of an index, which readers compute from the lengths. Raises IndexedError where it says otherwise."""
+    path = Path(f"{prefix}.idx")
+    dtype, lengths = read_lengths(prefix)
+    n = len(lengths)
+    starts, documents = (np.fromfile(path, "<i8", count, offset=HEADER + at) for count, at in ((n, 4 * n), (n + 1, 12 * n)))
+    if not np.array_equal(starts, _pointers(lengths.astype(np.int64), dtype)):
+        raise IndexedError(f"{path}: its pointers do not follow from its lengths: the file is damaged")
+    if not np.array_equal(documents, np.arange(n + 1)):
+        raise IndexedError(f"{path}: a document of several sequences; here each document is one")
+
+
+def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int]:
     """dtype and number of documents; refuses what is no index of version 1, or one of another size than it must have."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(HEADER)
     if header[:9] != MAGIC[: len(header)] or size < HEADER:
         raise IndexedError(
             f"{path}: starts with {header[:9]!r} ({size:,} bytes), an index with {MAGIC!r} and {HEADER} bytes or more"
@@ -137,6 +208,35 @@ def _read_header(path: Path) -> tuple[np.dtype[Any], int]:
     if size != expected:
         raise IndexedError(f"{path}: {size:,} bytes, {n:,} documents need {expected:,}: cut off while copying or writing?")
     return DTYPES[code], n
+
+
+def map_numbers(path: str, dtype: np.dtype[Any], count: int, advice: int) -> NDArray[Any]:
+    """[count], a read-only view of a .bin. advice: how it will be read, as madvise says it.
+
+    Raises IndexedError where the file is missing or holds another number.
+    """
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123 - the path is a string to be hashed quickly
+            size = os.fstat(file.fileno()).st_size
+            # an empty file cannot be mapped
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
+    except OSError as error:
+        raise IndexedError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
+    if size != count * dtype.itemsize:
+        raise IndexedError(
+            f"{path}: {size:,} bytes, its index describes {count * dtype.itemsize:,}: cut off while copying or writing?"
+        )
+    if content is None:
+        return np.zeros(0, dtype)
+    content.madvise(advice)
+    return np.frombuffer(content, dtype)
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)
+def _mapped(path: str, dtype: np.dtype[Any], count: int, reader: int) -> NDArray[Any]:
+    """reader: its number, for a file may be written anew at the same path."""
+    # rows take a few kilobytes here and there: reading ahead would read thirty times as much
+    return map_numbers(path, dtype, count, mmap.MADV_RANDOM)
 
 
 def _pointers(lengths: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ need their fsspec package (s3fs, gcsfs, adlfs) and take credentials and endpoint
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,7 +19,7 @@ Place: TypeAlias = Path | UPath
 
 
 class PlaceError(CorpusError):
-    """A URL that nothing here can open."""
+    """A URL that nothing here can open, or that does not answer."""
 
 
 def place(url: str | Place) -> Place:
@@ -33,3 +35,16 @@ def place(url: str | Place) -> Place:
 
 def is_local(where: Place) -> bool:
     return isinstance(where, Path)
+
+
+@contextmanager
+def reaching(where: Place) -> Iterator[None]:
+    """Each object store raises errors of its own. Raises PlaceError instead."""
+    try:
+        yield
+    except (CorpusError, OSError):
+        raise
+    except Exception as error:
+        if is_local(where):
+            raise
+        raise PlaceError(f"cannot use {where}: {type(error).__name__}: {error}") from error

@@ -3,11 +3,13 @@ from __future__ import annotations
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.shards import Settings, build
+from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from tests import tokenizers_for_tests as real
 
@@ -38,6 +40,12 @@ def settings(smollm2_folder) -> Settings:
     return Settings(student=str(real.mistral_tokenizer_path()), teacher=str(smollm2_folder))
 
 
+def make(inputs: list[Path], out: Path, settings: Settings, **options: Any) -> AlignedDataset:
+    """`build`, opened."""
+    build(inputs, out, settings, **options)
+    return AlignedDataset.open(out)
+
+
 def write_jsonl(file: Path, texts: list[str]) -> Path:
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file
@@ -52,9 +60,10 @@ def corpus(tmp_path_factory, texts) -> Path:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory, corpus, settings) -> AlignedDataset:
     """Its dataset, in five shards; read only."""
-    return build([corpus], tmp_path_factory.mktemp("built") / "dataset", settings, shard_bytes=100_000)
+    return make([corpus], tmp_path_factory.mktemp("built") / "dataset", settings, shard_bytes=100_000)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder, hidden ones too."""
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    """Every file of a dataset, hidden ones too; without the notes of its build."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if ".build" not in f.relative_to(folder).parts}

@@ -5,17 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+from upath import UPath
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import PAIRS, AlignedDataset, DatasetError, TokenizerMismatch, merge
-from megatron_vocagno.corpus.indexed import PairReader
-from megatron_vocagno.corpus.shards import Settings, build
+from megatron_vocagno.corpus.dataset import (
+    PAIRS,
+    AlignedDataset,
+    DatasetError,
+    TokenizerMismatch,
+    create,
+    merge,
+    read_manifest,
+)
+from megatron_vocagno.corpus.manifest import UNSEALED
+from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align
 from megatron_vocagno.corpus.tokens import open_tokenizer
-from tests.corpus.conftest import write_jsonl
+from tests.corpus.conftest import make, write_jsonl
+from tests.datasets import invent_dataset
 
 
 @pytest.fixture
@@ -73,6 +87,37 @@ def test_any_slice_is_the_slice_of_the_whole(built):
     assert beyond > 20
 
 
+def test_common_boundaries_need_no_decoding(built, mistral, smollm2, tmp_path):
+    """They are the boundaries of the decoded spans, past anchors and at spans too wide for a byte."""
+    wide = invent_dataset(tmp_path / "wide", mistral, smollm2, [[9000, 50, 1, 300] * 5], wide=0.01)
+    assert wide.totals.span_widths[8] > 100
+    inside = 0
+    for ds in (built, wide):
+        for i in range(len(ds)):
+            whole = ds[i].spans.common_boundary
+            for start, stop in ((0, len(whole)), (len(whole) // 3, len(whole) // 2), (len(whole) - 1, len(whole))):
+                found = ds.common_boundary(i, start, stop)
+                assert found.dtype == np.bool_ and np.array_equal(found, whole[start:stop])
+                inside += int((~found).sum())
+    assert inside > 10_000
+
+
+def test_documents_keep_their_ids(settings, texts, tmp_path):
+    names = ["a", "ünïcode ✓", "", "x" * 300, "17"]
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": text, "name": name} for text, name in zip(texts, names, strict=False)]
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ds = make([corpus], tmp_path / "out", replace(settings, id_key="name"), shard_bytes=2_000)
+    assert len(ds.manifest.shards) > 1 and ds.manifest.id_key == "name"
+    assert [ds.id(i) for i in range(len(ds))] == [ds[i].id for i in range(len(ds))] == names
+    ds.verify()
+
+
+def test_a_dataset_without_ids_gives_none(built):
+    assert built.manifest.id_key is None and built.id(0) == built[0].id == ""
+    assert not list(built.path.rglob("ids.*"))
+
+
 def test_positions_outside_are_refused(built):
     n = int(built.student_lengths[0])
     for start, stop in ((-1, 2), (3, 2), (0, n + 1)):
@@ -115,7 +160,14 @@ def test_it_verifies_and_names_its_tokenizers(built, mistral, smollm2):
             tokenizer.eos_token,
         )
         assert open_tokenizer(info.path).fingerprint == tokenizer.fingerprint
-    assert built.fingerprint == hashlib.sha256((built.path / "dataset.json").read_bytes()).hexdigest()
+
+
+def test_the_fingerprint_is_the_checksum_of_everything_else(built, copy):
+    data = (built.path / "dataset.json").read_bytes()
+    assert data.count(built.fingerprint.encode()) == 1
+    assert hashlib.sha256(data.replace(built.fingerprint.encode(), b"0" * 64)).hexdigest() == built.fingerprint
+    seal(copy, nfc=False)
+    assert AlignedDataset.open(copy).fingerprint != built.fingerprint
 
 
 def test_another_tokenizer_is_refused_with_both_fingerprints(built):
@@ -151,71 +203,99 @@ def test_a_missing_shard_or_dataset_is_refused(copy, tmp_path):
         AlignedDataset.open(tmp_path / "nowhere")
 
 
+def seal(folder: Path, **changes: object) -> None:
+    """Changes dataset.json and its checksum with it."""
+    file = folder / "dataset.json"
+    data = json.dumps(json.loads(file.read_text()) | changes | {"sha256": UNSEALED}).encode()
+    file.write_bytes(data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 2}, "format 2, this reads format 1"),
+        ({"format": 1}, "format 1, this reads format 2"),
         ({"codec": "other"}, "coded as 'other'"),
         ({"surprise": 1}, "surprise"),
         ({"totals": None}, "totals"),
     ],
 )
 def test_a_manifest_that_is_not_understood_is_refused(copy, change, message):
+    seal(copy, **change)
+    with pytest.raises(DatasetError, match=message) as error:
+        AlignedDataset.open(copy)
+    assert str(copy / "dataset.json") in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "", '{"format": 2}', '{"format": 2, "sha256": "x"}', "{"])
+def test_a_manifest_that_is_another_file_is_refused(copy, content):
+    (copy / "dataset.json").write_text(content)
+    with pytest.raises(DatasetError, match=r"dataset\.json is damaged"):
+        AlignedDataset.open(copy)
+
+
+def test_a_manifest_changed_by_hand_is_refused(copy):
     file = copy / "dataset.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(DatasetError, match=message):
+    file.write_text(file.read_text().replace('"nfc": true', '"nfc": false'))
+    with pytest.raises(DatasetError, match="changed since it was written"):
         AlignedDataset.open(copy)
 
 
-def test_a_manifest_that_is_no_json_is_refused(copy):
-    (copy / "dataset.json").write_text("[1, 2]")
-    with pytest.raises(DatasetError, match="damaged"):
+def test_pairs_that_do_not_fit_together_are_refused_by_name(copy, built):
+    """Of a right size, as only a wrong build could leave them: an index of another shard, spans of another one."""
+    one, other = copy / "shards" / "0001", copy / "shards" / "0000"
+    shards = json.loads((copy / "dataset.json").read_text())["shards"]
+    for name in ("anchors.idx", "spans.bin"):
+        shutil.copy(other / name, one / name)
+        shards[1]["files"][name]["size"] = (one / name).stat().st_size
+    seal(copy, shards=shards)
+    with pytest.raises(DatasetError, match=r"0001/anchors.idx and .*0001/student.idx differ in their number of documents"):
         AlignedDataset.open(copy)
+    shutil.copy(built.path / "shards" / "0001" / "anchors.idx", one)
+    shards[1]["files"]["anchors.idx"]["size"] = (one / "anchors.idx").stat().st_size
+    seal(copy, shards=shards)
+    opened = AlignedDataset.open(copy)
+    with pytest.raises(CorpusError, match=r"0001/spans.bin: .* bytes, its index describes"):
+        opened.spans(len(opened) - 1 - sum(shard["totals"]["documents"] for shard in shards[2:]))
 
 
-def rehash(copy):
-    """Makes the manifest agree with the files, so that only their content is wrong."""
-    manifest = json.loads((copy / "dataset.json").read_text())
-    for shard in manifest["shards"]:
-        for name, record in shard["files"].items():
-            record["sha256"] = hashlib.sha256((copy / shard["path"] / name).read_bytes()).hexdigest()
-    (copy / "dataset.json").write_text(json.dumps(manifest))
+def test_more_shards_than_files_may_be_open(mistral, smollm2, tmp_path):
+    """A map keeps its file open; 60 shards have 240 of them."""
+    ds = invent_dataset(tmp_path / "many", mistral, smollm2, [[5, 6, 7]] * 60)
+    program = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+from megatron_vocagno.corpus.dataset import AlignedDataset
+ds = AlignedDataset.open(sys.argv[1])
+for _ in range(2):
+    print(sum(int(ds[i].student_ids.sum()) + int(ds[i].teacher_ids.sum()) + int(ds[i].spans.last[-1]) for i in range(len(ds))))
+"""
+    finished = subprocess.run([sys.executable, "-c", program, ds.path], capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    expected = sum(
+        int(d.student_ids.sum()) + int(d.teacher_ids.sum()) + int(d.spans.last[-1]) for d in map(ds.__getitem__, range(180))
+    )
+    assert finished.stdout.split() == [str(expected)] * 2
 
 
-@pytest.mark.parametrize(
-    ("name", "at", "value", "message"),
-    [
-        ("student.bin", -2, b"\x05\x00", "does not end with the student's EOS"),
-        ("student.bin", 0, b"\xff\xff", "has id 65535"),
-        ("teacher.bin", -2, b"\x05\x00", "does not end with the teacher's EOS"),
-        ("spans.bin", -1, b"\x02", "ends at teacher token"),
-        ("spans.bin", 3, b"\x06", r"ends at teacher token|do not lead to the anchors"),
-        ("spans.bin", 3, b"\xff", "its escapes are not those"),
-        ("anchors.bin", 0, b"\x01", "ends at teacher token"),
-        ("anchors.bin", "second", b"\x01", "do not lead to the anchors"),
-    ],
-)
-def test_verify_sees_one_changed_byte(copy, name, at, value, message):
-    file = copy / "shards" / "0000" / name
-    data = bytearray(file.read_bytes())
-    if at == "second":  # the second anchor of the first document that has one
-        pair = PairReader(file.with_suffix(""))
-        at = 4 * int(pair.lengths[: np.argmax(pair.lengths > 1)].sum() + 1)
-    at %= len(data)
-    assert data[at : at + len(value)] != value
-    data[at : at + len(value)] = value
-    file.write_bytes(data)
-    damaged = AlignedDataset.open(copy)
-    with pytest.raises(DatasetError, match="changed since it was written") as error:
-        damaged.verify()
-    assert str(file) in str(error.value)
-    rehash(copy)
-    with pytest.raises(CorpusError, match=message):
-        AlignedDataset.open(copy).verify()
+def test_an_object_store_gets_the_same_files_and_is_read_from_a_copy(built, mistral, smollm2, tmp_path):
+    url = f"memory://{tmp_path.name}/dataset"
+    create(UPath(url), mistral, smollm2, built.manifest.shards, built.manifest.nfc)
+    assert read_manifest(UPath(url)) == built.manifest
+    names = [
+        "dataset.json",
+        *(f"tokenizers/{side}/{f.name}" for side in PAIRS[:2] for f in (built.path / "tokenizers" / side).iterdir()),
+    ]
+    assert len(names) == 7
+    for name in names:
+        assert (UPath(url) / name).read_bytes() == (built.path / name).read_bytes()
+    for where in (url, UPath(url), "s3://bucket/dataset", Path("s3://bucket/dataset")):
+        with pytest.raises(DatasetError, match=r"not on this machine.* copy the folder first"):
+            AlignedDataset.open(where)
+    assert len(AlignedDataset.open(f"file://{built.path}")) == len(built)
 
 
 def test_merge_is_one_dataset_and_copies_no_tokens(built, settings, texts, tmp_path):
-    other = build([write_jsonl(tmp_path / "b.jsonl", texts[:5])], tmp_path / "b", settings)
+    other = make([write_jsonl(tmp_path / "b.jsonl", texts[:5])], tmp_path / "b", settings)
     merged = merge([other.path, built.path], tmp_path / "far" / "merged")
     assert not list((tmp_path / "far").rglob("*.bin"))
     assert len(merged) == 5 + len(built) and merged.totals == other.totals + built.totals
@@ -226,15 +306,36 @@ def test_merge_is_one_dataset_and_copies_no_tokens(built, settings, texts, tmp_p
     merged.verify()
     with pytest.raises(DatasetError, match="already holds a dataset"):
         merge([built.path], tmp_path / "far" / "merged")
+    with pytest.raises(DatasetError, match="nothing to merge"):
+        merge([], tmp_path / "nothing")
+
+
+def test_merged_datasets_merge_and_move_together(built, settings, texts, tmp_path):
+    a, b = (make([write_jsonl(tmp_path / f"{n}.jsonl", texts[n:3])], tmp_path / "all" / f"part{n}", settings) for n in (0, 1))
+    two = merge([a.path, b.path], tmp_path / "all" / "two")
+    three = merge([two.path, a.path], tmp_path / "all")  # around its own parts
+    assert len(three) == 3 + 2 + 3 and three.totals == a.totals + b.totals + a.totals
+    three.verify()
+    moved = AlignedDataset.open((tmp_path / "all").rename(tmp_path / "elsewhere"))
+    moved.verify()
+    assert moved.fingerprint == three.fingerprint
+    order = [0, 1, 2, 1, 2, 0, 1, 2]  # of the texts
+    assert len({built[i].student_ids.tobytes() for i in order}) == 3
+    for mine, text in enumerate(order):
+        assert np.array_equal(moved[mine].student_ids, built[text].student_ids)
+        assert np.array_equal(moved[mine].spans.last, built[text].spans.last)
 
 
 def test_merge_refuses_other_tokenizers_and_settings(built, settings, texts, tmp_path):
     file = write_jsonl(tmp_path / "b.jsonl", texts[:5])
-    swapped = build([file], tmp_path / "swapped", Settings(student=settings.teacher, teacher=settings.student))
+    swapped = make([file], tmp_path / "swapped", Settings(student=settings.teacher, teacher=settings.student))
     with pytest.raises(TokenizerMismatch) as error:
         merge([built.path, swapped.path], tmp_path / "merged")
     assert built.student_tokenizer.fingerprint in str(error.value) and swapped.student_tokenizer.fingerprint in str(error.value)
-    raw = build([file], tmp_path / "raw", Settings(student=settings.student, teacher=settings.teacher, nfc=False))
-    with pytest.raises(DatasetError, match="nfc is False"):
+    raw = make([file], tmp_path / "raw", Settings(student=settings.student, teacher=settings.teacher, nfc=False))
+    with pytest.raises(DatasetError, match=r"nfc is False, in .* it is True"):
         merge([built.path, raw.path], tmp_path / "merged")
+    named = make([file], tmp_path / "named", replace(settings, id_key="text"))
+    with pytest.raises(DatasetError, match=r"id_key is 'text', in .* it is None"):
+        merge([built.path, named.path], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

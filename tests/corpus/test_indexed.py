@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_vocagno.corpus.indexed import HEADER, IndexedError, PairReader, PairWriter, token_dtype
+from megatron_vocagno.corpus.indexed import HEADER, IndexedError, PairReader, PairWriter, check_pointers, token_dtype, write_index
 
 DTYPES = [np.uint8, np.uint16, np.int32, np.int64, np.float32]
 
@@ -34,6 +34,48 @@ def test_what_is_written_is_read(dtype, tmp_path):
     assert np.array_equal(pair.read(3, 100, 130), docs[3][100:130])
     with pytest.raises(IndexError, match=r"document 3 has 700 numbers; \[690, 701\)"):
         pair.read(3, 690, 701)
+
+
+def test_several_pairs_are_read_as_one(tmp_path):
+    parts = [documents(np.int32), [], [np.arange(7)], documents(np.int32)[:2]]
+    pair = PairReader(*(write(tmp_path / f"part{k}", docs, np.int32) for k, docs in enumerate(parts)))
+    assert pair.first_documents == [0, 5, 5, 6, 8] and len(pair) == 8
+    for i, doc in enumerate(doc for docs in parts for doc in docs):
+        assert np.array_equal(pair.read(i), doc) and pair.lengths[i] == len(doc)
+    assert np.array_equal(pair.flat(2), np.arange(7))
+    for outside in (-1, 8):
+        with pytest.raises(IndexError, match=f"no document {outside}; there are 8"):
+            pair.read(outside)
+    with pytest.raises(IndexedError, match=r"part9: uint16, .*part0: int32"):
+        PairReader(tmp_path / "part0", write(tmp_path / "part9", documents(np.uint16), np.uint16))
+
+
+def test_a_pair_beside_another_needs_no_index(tmp_path):
+    first = PairReader(*(write(tmp_path / f"a{k}", documents(np.int32), np.int32) for k in range(2)))
+    beside = first.beside(np.uint8, *(write(tmp_path / f"b{k}", documents(np.uint8), np.uint8) for k in range(2)))
+    for idx in tmp_path.glob("b*.idx"):
+        idx.unlink()
+    for i, doc in enumerate([*documents(np.uint8), *documents(np.uint8)]):
+        assert np.array_equal(beside.read(i), doc) and beside.read(i).dtype == np.uint8 and first.read(i).dtype == np.int32
+
+
+def test_opening_reads_no_numbers_and_no_pointers(tmp_path):
+    """Only what the header and the lengths say, so that opening does not depend on the size of a corpus."""
+    prefix = write(tmp_path / "x", documents(np.int32), np.int32)
+    idx = prefix.with_suffix(".idx")
+    whole = idx.read_bytes()
+    idx.write_bytes(whole[: HEADER + 20].ljust(len(whole), b"\xff"))
+    prefix.with_suffix(".bin").unlink()
+    assert PairReader(prefix).lengths.tolist() == [5, 1, 0, 700, 3]
+
+
+def test_a_file_that_was_written_anew_is_read_anew(tmp_path):
+    first = PairReader(write(tmp_path / "x", [np.arange(9)], np.int32))
+    assert first.read(0).tolist() == list(range(9))
+    for suffix in ("bin", "idx"):
+        (tmp_path / f"x.{suffix}").unlink()
+    second = PairReader(write(tmp_path / "x", [np.arange(9)[::-1]], np.int32))
+    assert second.read(0).tolist() == list(range(9))[::-1]
 
 
 @pytest.mark.slow
@@ -67,16 +109,17 @@ def test_numbers_that_do_not_fit_are_refused(tmp_path):
 def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
     """A sparse .bin: five documents of 2**30 numbers of two bytes."""
     n, length = 5, 2**30
-    lengths = np.full(n, length, np.int64)
-    header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, n, n + 1)
-    body = lengths.astype("<i4").tobytes() + (np.arange(n) * length * 2).astype("<i8").tobytes() + np.arange(n + 1).tobytes()
-    (tmp_path / "x.idx").write_bytes(header + body)
+    write_index(tmp_path / "x", np.dtype(np.uint16), np.full(n, length))
+    starts = np.fromfile(tmp_path / "x.idx", "<i8", n, offset=HEADER + 4 * n)
+    assert starts.tolist() == [i * length * 2 for i in range(n)]
     with (tmp_path / "x.bin").open("wb") as file:
         file.truncate(n * length * 2)
         file.seek(4 * length * 2 + 10)
         file.write(struct.pack("<H", 77))
     pair = PairReader(tmp_path / "x")
     assert pair.read(4, 4, 7).tolist() == [0, 77, 0]
+    with pytest.raises(IndexedError, match="a document of 2,147,483,648 numbers"):
+        write_index(tmp_path / "y", np.dtype(np.uint16), np.array([5, 2**31]))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +132,7 @@ def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
         (lambda b: b[:-1], r"141 bytes, 5 documents need 142"),
         (lambda b: b + b"\0", r"143 bytes, 5 documents need 142"),
         (lambda b: b[:26] + struct.pack("<Q", 5) + b[34:-8], "5 sequences in 4 documents"),
-        (lambda b: b[:HEADER] + struct.pack("<i", 6) + b[HEADER + 4 :], "its pointers do not follow"),
+        (lambda b: b[:HEADER] + struct.pack("<i", -6) + b[HEADER + 4 :], "a document of -6 numbers"),
     ],
 )
 def test_damaged_index_is_refused(damage, message, tmp_path):
@@ -100,14 +143,32 @@ def test_damaged_index_is_refused(damage, message, tmp_path):
     assert str(idx) in str(error.value)
 
 
-def test_cut_off_or_missing_bin_is_refused(tmp_path):
-    file = write(tmp_path / "x", documents(np.int32), np.int32).with_suffix(".bin")
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [(HEADER, "its pointers do not follow"), (HEADER + 20, "its pointers do not follow"), (HEADER + 60, "several sequences")],
+)
+def test_what_an_index_says_twice_must_agree(at, message, tmp_path):
+    prefix = write(tmp_path / "x", documents(np.int32), np.int32)
+    check_pointers(prefix)
+    data = bytearray(prefix.with_suffix(".idx").read_bytes())
+    data[at] ^= 1
+    prefix.with_suffix(".idx").write_bytes(data)
+    with pytest.raises(IndexedError, match=message):
+        check_pointers(prefix)
+
+
+def test_cut_off_or_missing_files_are_refused(tmp_path):
+    prefix = write(tmp_path / "x", documents(np.int32), np.int32)
+    file = prefix.with_suffix(".bin")
     file.write_bytes(file.read_bytes()[:-4])
     with pytest.raises(IndexedError, match=r"x\.bin: 2,832 bytes, its index describes 2,836"):
-        PairReader(tmp_path / "x")
+        PairReader(prefix).read(0)
     file.unlink()
-    with pytest.raises(IndexedError, match=r"x\.bin is missing"):
-        PairReader(tmp_path / "x")
+    with pytest.raises(IndexedError, match=r"x\.bin cannot be read \(No such file"):
+        PairReader(prefix).read(0)
+    prefix.with_suffix(".idx").unlink()
+    with pytest.raises(IndexedError, match=r"x\.idx cannot be read \(No such file"):
+        PairReader(prefix)
 
 
 def test_dtype_of_a_vocabulary_is_megatron_cores():

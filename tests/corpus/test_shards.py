@@ -4,81 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
-import multiprocessing
-import os
 import unicodedata
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
 import pytest
 
-from megatron_vocagno.corpus import CorpusError, shards, workers
+from megatron_vocagno.corpus import shards
+from megatron_vocagno.corpus.build import ShardsFailed
 from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
-from megatron_vocagno.corpus.documents import BATCH_BYTES, InputError, Line, Piece, batches
-from megatron_vocagno.corpus.shards import ChangedError, Settings, build, make_shard, plan
-from megatron_vocagno.corpus.workers import WorkerError, run_local
-from tests.corpus.conftest import contents, write_jsonl
+from megatron_vocagno.corpus.plan import plan
+from megatron_vocagno.corpus.shards import ChangedError, make_shard
+from megatron_vocagno.corpus.workers import run_local
+from tests.corpus.conftest import contents, make, write_jsonl
 
 
 def line(text) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
-
-
-# ---- the plan
-
-
-def test_pieces_are_whole_lines_and_all_of_them(tmp_path):
-    cuts = 0
-    for n, shard_bytes in ((0, 10), (1, 10), (200, 50), (200, 333), (200, 10**9)):
-        data = b"".join(line("x" * (i * 37 % 90)) for i in range(n))
-        for ending in (b"", b"no line end"):
-            file = tmp_path / "a.jsonl"
-            file.write_bytes(data + ending)
-            jobs = plan([file], tmp_path / "out", Settings("s", "t"), shard_bytes)
-            pieces = [p for job in jobs for p in job.pieces]
-            assert b"".join(b"".join(p.lines()) for p in pieces) == data + ending
-            assert all(raw.endswith(b"\n") for p in pieces[:-1] for raw in p.lines())
-            read = [raw for p in pieces for raw in p.lines()]
-            assert read == (data + ending).splitlines(keepends=True)
-            first_lines = [sum(q.start <= p.start and q is not p for q in pieces) for p in pieces]
-            assert len(set(first_lines)) == len(pieces)
-            cuts += len(pieces)
-    assert cuts > 50
-
-
-def test_line_numbers_hold_in_every_piece(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(b"".join(line(str(i)) for i in range(300)))
-    met = 0
-    for job in plan([file], tmp_path, Settings("s", "t"), 200):
-        for piece in job.pieces:
-            for k, raw in enumerate(piece.lines()):
-                assert json.loads(raw)["text"] == str(piece.first_line + k - 1)
-                met += piece.start > 0
-    assert met > 200
-
-
-def test_small_files_share_a_shard_in_their_order(tmp_path):
-    files = [write_jsonl(tmp_path / f"{i:02}.jsonl", ["x" * 10]) for i in range(20)]
-    jobs = plan(files, tmp_path, Settings("s", "t"), 100)
-    assert [p.path for job in jobs for p in job.pieces] == files
-    assert all(job.n_bytes <= 100 for job in jobs) and len(jobs) == 5
-
-
-def test_batches_hold_everything_and_stay_small():
-    piece = Piece(Path("x"), 0, 0)
-    sizes = [10, BATCH_BYTES // 2, BATCH_BYTES // 2, 3 * BATCH_BYTES, 5, 7]
-    items = [(Line(piece, i, b"x" * n), "t") for i, n in enumerate(sizes)]
-    made = list(batches(items))
-    assert [item for batch in made for item in batch] == items
-    assert [len(batch) for batch in made] == [2, 1, 1, 2]
-
-
-@pytest.mark.parametrize(("head", "name"), [(b"\x1f\x8b\x08", "gzip"), (b"\x28\xb5\x2f\xfd", "zstd"), (b"PAR1", "parquet")])
-def test_other_formats_are_refused_by_content(head, name, tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(head + b"...")
-    with pytest.raises(InputError, match=name):
-        plan([tmp_path / "a.jsonl"], tmp_path, Settings("s", "t"))
 
 
 # ---- bad lines
@@ -105,22 +47,22 @@ def mixed(tmp_path):
 
 
 def test_bad_lines_stop_the_build_at_file_and_line(mixed, settings, tmp_path):
-    with pytest.raises(InputError, match=rf"{mixed}:6: invalid JSON.*\n.*--on-bad-line"):
-        build([mixed], tmp_path / "out", settings)
+    with pytest.raises(ShardsFailed, match=rf"{mixed}:6:\d+: invalid JSON.*\n.*--on-bad-line"):
+        make([mixed], tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("raw", BAD)
 def test_the_reason_of_each_bad_line_is_named(raw, settings, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(line("good") + raw)
-    with pytest.raises(InputError) as error:
-        build([tmp_path / "a.jsonl"], tmp_path / "out", settings)
-    assert f"a.jsonl:2: {BAD[raw][:20]}" in str(error.value) and BAD[raw] in str(error.value)
+    with pytest.raises(ShardsFailed) as error:
+        make([tmp_path / "a.jsonl"], tmp_path / "out", settings)
+    assert f"a.jsonl:2:{len(line('good'))}: {BAD[raw][:20]}" in str(error.value) and BAD[raw] in str(error.value)
 
 
 @pytest.mark.parametrize("mode", ["skip", "quarantine"])
 def test_bad_lines_are_counted_and_left_out(mode, mixed, settings, tmp_path, mistral):
-    ds = build([mixed], tmp_path / "out", replace(settings, on_bad_line=mode), shard_bytes=120)
+    ds = make([mixed], tmp_path / "out", replace(settings, on_bad_line=mode), shard_bytes=120)
     assert (ds.totals.documents, ds.totals.bad_lines, ds.totals.empty_documents) == (4, len(BAD), 2)
     expected = [t.ids.tolist() for t in mistral.encode_batch(["with a BOM", "one", "two", "last"])]
     assert [ds.student(i)[:-1].tolist() for i in range(4)] == expected
@@ -144,35 +86,35 @@ def test_a_document_whose_tokens_do_not_cover_it_is_quarantined(settings, smollm
     texts = ["plain", unicodedata.normalize("NFD", "각각 가각 é"), "é"]
     file = write_jsonl(tmp_path / "a.jsonl", texts)
     own = replace(settings, teacher=str(folder), teacher_eos="<|im_end|>")
-    ds = build([file], tmp_path / "raw", replace(own, nfc=False))
+    ds = make([file], tmp_path / "raw", replace(own, nfc=False))
     assert (ds.totals.documents, ds.totals.mismatched_documents) == (2, 1)
     (row,) = [json.loads(r) for r in (tmp_path / "raw/shards/0000/quarantine.jsonl").read_bytes().splitlines()]
     assert row["line"] == 2 and "the teacher's tokens hold" in row["reason"]
     # normalised once, before both, it is a document like any other
-    assert build([file], tmp_path / "nfc-first", own).totals.documents == 3
+    assert make([file], tmp_path / "nfc-first", own).totals.documents == 3
 
 
 def test_texts_are_nfc_unless_told_otherwise(settings, tmp_path, mistral):
     decomposed = unicodedata.normalize("NFD", "café")
     file = write_jsonl(tmp_path / "a.jsonl", [decomposed])
     for nfc, text in ((True, "café"), (False, decomposed)):
-        ds = build([file], tmp_path / str(nfc), replace(settings, nfc=nfc))
+        ds = make([file], tmp_path / str(nfc), replace(settings, nfc=nfc))
         assert ds.student(0)[:-1].tolist() == mistral.encode_batch([text])[0].ids.tolist()
         assert ds.totals.text_bytes == len(text.encode()) and ds.manifest.nfc == nfc
 
 
 def test_a_shard_without_documents_is_legal_a_dataset_is_not(settings, tmp_path):
     files = [write_jsonl(tmp_path / f"{i}.jsonl", texts) for i, texts in enumerate((["one"], ["", ""], ["two", ""]))]
-    ds = build(files, tmp_path / "out", settings, shard_bytes=20)
+    ds = make(files, tmp_path / "out", settings, shard_bytes=20)
     assert len(ds.manifest.shards) > 2 and len(ds) == 2 and ds.totals.empty_documents == 3
-    assert any(not shard.files for shard in ds.manifest.shards)
+    assert any(set(shard.files) == {"shard.json"} for shard in ds.manifest.shards)
     ds.verify()
     with pytest.raises(DatasetError, match="no document is left: 2 were empty"):
-        build([files[1]], tmp_path / "none", settings)
+        make([files[1]], tmp_path / "none", settings)
     assert not (tmp_path / "none" / "dataset.json").exists()
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DatasetError, match="no document is left"):
-        build([tmp_path / "empty.jsonl"], tmp_path / "none2", settings)
+        make([tmp_path / "empty.jsonl"], tmp_path / "none2", settings)
     assert not (tmp_path / "none2" / "dataset.json").exists()
 
 
@@ -182,17 +124,17 @@ def test_a_shard_without_documents_is_legal_a_dataset_is_not(settings, tmp_path)
 def test_a_second_run_reuses_and_a_third_repairs(settings, texts, tmp_path):
     file = write_jsonl(tmp_path / "a.jsonl", texts[:12])
     seen = []
-    ds = build([file], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
+    ds = make([file], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
     before = contents(tmp_path / "out")
     assert len(seen) > 2 and not any(r.reused for r in seen)
     seen.clear()
     # the same bytes under another name
-    again = build([file.rename(tmp_path / "b.jsonl")], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
+    again = make([file.rename(tmp_path / "b.jsonl")], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
     assert all(r.reused for r in seen) and again.fingerprint == ds.fingerprint and contents(tmp_path / "out") == before
     seen.clear()
     (tmp_path / "out/shards/0001/spans.bin").write_bytes(b"")
     file = (tmp_path / "b.jsonl").rename(tmp_path / "a.jsonl")
-    build([file], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
+    make([file], tmp_path / "out", settings, shard_bytes=8_000, on_shard=seen.append)
     assert [r.reused for r in seen] == [i != 1 for i in range(len(seen))] and contents(tmp_path / "out") == before
 
 
@@ -201,7 +143,7 @@ def test_other_settings_or_input_are_refused_unless_forced(what, settings, texts
     rows = [json.dumps({"text": t, "body": t + "!"}) + "\n" for t in texts[:6]]
     file = tmp_path / "a.jsonl"
     file.write_text("".join(rows))
-    assert len(build([file], tmp_path / "out", settings, shard_bytes=20_000).manifest.shards) > 1
+    assert len(make([file], tmp_path / "out", settings, shard_bytes=20_000).manifest.shards) > 1
     before = contents(tmp_path / "out")
     changed = {
         "tokenizer": replace(settings, teacher=settings.student),
@@ -212,12 +154,12 @@ def test_other_settings_or_input_are_refused_unless_forced(what, settings, texts
         file.write_text("".join(rows[::-1]))
     shard_bytes = 10**9 if what == "plan" else 20_000
     with pytest.raises(ChangedError, match="--force") as error:
-        build([file], tmp_path / "out", changed, shard_bytes=shard_bytes)
+        make([file], tmp_path / "out", changed, shard_bytes=shard_bytes)
     if what in ("tokenizer", "key", "nfc"):
         assert changed.sha256 in str(error.value) and settings.sha256 in str(error.value)
     assert contents(tmp_path / "out") == before
-    ds = build([file], tmp_path / "out", changed, shard_bytes=shard_bytes, force=True)
-    build([file], tmp_path / "fresh", changed, shard_bytes=shard_bytes)
+    ds = make([file], tmp_path / "out", changed, shard_bytes=shard_bytes, force=True)
+    make([file], tmp_path / "fresh", changed, shard_bytes=shard_bytes)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
     ds.verify()
 
@@ -226,9 +168,9 @@ def test_a_foreign_folder_is_not_written_to(settings, texts, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     file = write_jsonl(tmp_path / "a.jsonl", texts[:1])
     with pytest.raises(ChangedError, match="is not empty and holds no dataset"):
-        build([file], tmp_path, settings)
+        make([file], tmp_path, settings)
     with pytest.raises(ChangedError, match="is a file"):
-        build([file], file, settings)
+        make([file], file, settings)
 
 
 def test_nothing_half_written_is_left_when_writing_fails(settings, texts, tmp_path, monkeypatch):
@@ -239,18 +181,18 @@ def test_nothing_half_written_is_left_when_writing_fails(settings, texts, tmp_pa
 
     monkeypatch.setattr(shards, "hash_file", disk_full)
     with pytest.raises(OSError, match="No space"):
-        build([file], tmp_path / "out", settings)
+        make([file], tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
     # alone too, as an engine calls it
     with pytest.raises(OSError, match="No space"):
-        make_shard(plan([file], tmp_path / "out", settings)[0])
+        make_shard(plan([file], settings).jobs(str(tmp_path / "out"), settings)[0])
     assert not list((tmp_path / "out" / "shards").iterdir())
 
 
 def test_a_shard_made_twice_at_once_is_made_once(settings, texts, tmp_path, monkeypatch):
     """Another worker publishes the same shard while this one writes."""
     file = write_jsonl(tmp_path / "a.jsonl", texts[:2])
-    (job,) = plan([file], tmp_path / "out", settings)
+    (job,) = plan([file], settings).jobs(str(tmp_path / "out"), settings)
     original = shards._publish
 
     def beaten(temporary, folder):
@@ -269,72 +211,16 @@ def test_a_shard_made_twice_at_once_is_made_once(settings, texts, tmp_path, monk
 
 @pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(built, corpus, settings, tmp_path):
-    build([corpus], tmp_path / "two", settings, workers=2, shard_bytes=100_000)
+    make([corpus], tmp_path / "two", settings, engine=partial(run_local, workers=2), shard_bytes=100_000)
     assert contents(tmp_path / "two") == contents(built.path)
 
 
 @pytest.mark.slow
 def test_an_error_in_a_worker_arrives_whole(mixed, settings, tmp_path):
-    with pytest.raises(InputError, match=rf"{mixed}:6: invalid JSON"):
-        build([mixed, mixed], tmp_path / "out", settings, workers=2, shard_bytes=mixed.stat().st_size)
-    assert not (tmp_path / "out").exists()
-
-
-def die_once(job: tuple[Path, int]) -> int:
-    """Killed at the first attempt at job 2, as by the kernel when memory runs out."""
-    folder, i = job
-    if i == 2 and not (folder / "died").exists():
-        (folder / "died").touch()
-        os.kill(os.getpid(), 9)
-    return i * i
-
-
-def fail(job: int) -> int:
-    raise ZeroDivisionError(f"job {job}")
-
-
-def die_always(job: int) -> int:
-    os.kill(os.getpid(), 9)
-    return job
-
-
-@pytest.mark.slow
-def test_a_killed_worker_is_replaced(tmp_path):
-    assert sorted(run_local(die_once, [(tmp_path, i) for i in range(5)], 2)) == [0, 1, 4, 9, 16]
-    assert (tmp_path / "died").exists()
-
-
-@pytest.mark.slow
-def test_workers_that_always_die_end_the_build(tmp_path):
-    with pytest.raises(WorkerError, match=r"3 workers were killed while they made shard \d of 2"):
-        list(run_local(die_always, [1, 2], 2))
-    assert issubclass(WorkerError, CorpusError)
-
-
-@pytest.mark.slow
-def test_an_error_brings_its_traceback_along_and_leaves_no_worker():
-    with pytest.raises(ZeroDivisionError, match=r"job \d") as error:
-        list(run_local(fail, [1, 2, 3], 2))
-    assert any("in fail" in note for note in error.value.__notes__)
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.slow
-def test_a_worker_killed_while_another_starts_costs_nothing(tmp_path, monkeypatch):
-    """The moment at which a pool of concurrent.futures hangs."""
-    hired = []
-    original = workers._hire
-
-    def hire(task):
-        if len(hired) == 1:
-            os.kill(hired[0][1].pid, 9)
-        hired.append(original(task))
-        return hired[-1]
-
-    (tmp_path / "died").touch()
-    monkeypatch.setattr(workers, "_hire", hire)
-    assert sorted(run_local(die_once, [(tmp_path, i) for i in range(3)], 2)) == [0, 1, 4]
-    assert len(hired) > 2
+    two = partial(run_local, workers=2)
+    with pytest.raises(ShardsFailed, match=rf"{mixed}:6:\d+: invalid JSON") as error:
+        make([mixed, mixed], tmp_path / "out", settings, engine=two, shard_bytes=mixed.stat().st_size)
+    assert "2 of 2 shards" in str(error.value) and not (tmp_path / "out").exists()
 
 
 def test_the_dataset_can_be_opened_elsewhere(built, tmp_path):

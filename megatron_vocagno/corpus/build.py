@@ -1,0 +1,300 @@
+"""Input files -> a dataset: the plan, the shards on an engine, dataset.json.
+
+    build      makes the shards that are missing, all of them or the i-th n-th, and finishes when none is
+    finish     dataset.json around finished shards; refuses when any is missing
+
+Beside the dataset lies `.build/`: the plan, with sizes and times of the input, so that a rerun need not read again what is
+done; and the lock. It may be deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import ShardRecord, Totals, create, hash_file, to_json, write_durably
+from megatron_vocagno.corpus.encoders import EncoderMismatch
+from megatron_vocagno.corpus.places import Place, place, reaching
+from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
+from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
+from megatron_vocagno.corpus.workers import Failure, run_local
+
+BYTES_A_TEXT_BYTE = 2.2  # on the disk: 0.32 tokens a byte of student ids and codes (3 bytes), 0.27 of teacher ids (4)
+
+DOUBT = ".build/gigatoken-differs"
+
+Engine = Callable[..., Iterator[Result | Failure[Job]]]
+
+
+def in_this_process(task: Callable[[Job], Result], jobs: Sequence[Job], **rest: Any) -> Iterator[Result | Failure[Job]]:
+    return run_local(task, jobs, workers=1, **rest)
+
+
+class BuildError(CorpusError):
+    """A build that cannot start or end: taken by another one, or shards are missing."""
+
+
+class ShardsFailed(BuildError):
+    """Some shards could not be made; the others are finished and stay."""
+
+
+# ---- build
+
+
+def build(
+    inputs: Sequence[Place],
+    out: str | Place,
+    settings: Settings,
+    engine: Engine = in_this_process,
+    shard_bytes: int = SHARD_BYTES,
+    max_documents: int | None = None,
+    max_bad_fraction: float = 1.0,
+    force: bool = False,
+    part: Slice | None = None,
+    on_plan: Callable[[Plan, Sequence[Job]], object] = lambda plan, jobs: None,
+    on_shard: Callable[[Result | Failure[Job]], object] = lambda result: None,
+    on_note: Callable[[str], object] = lambda note: None,
+) -> Place:
+    """The dataset of all documents in `inputs`, in their order; with `part`, its shards alone. Returns `out`.
+
+    engine            runs `make_shard` over jobs: `run_local` or `run_ray`, with its own arguments bound
+    max_bad_fraction  refuse to finish when more of the records were bad
+    on_plan, on_shard, on_note: called with the plan and the jobs, each result or failure, and what a user should know
+
+    Raises CorpusError; then there is no dataset.json, finished shards stay, and the next call goes on from there.
+    """
+    out = place(out)
+    if force and part:
+        raise BuildError("--force with --shards: other tasks may use what it would remove. Name another --out")
+    with reaching(out):
+        _refuse_foreign(out)
+    with reaching(out), _locked(out, part):
+        try:
+            made = plan(inputs, settings, shard_bytes, max_documents)
+            settings = _without_doubt(out, settings, on_note)
+            trusted = _settle(out, made, force, part)
+            jobs = made.jobs(str(out), settings, trusted, force)
+            _refuse_strangers(out, jobs, force)
+            on_plan(made, part.of(jobs) if part else jobs)
+            _tell_of_room(out, made, on_note)
+            try:
+                _make(part.of(jobs) if part else jobs, engine, on_shard)
+            except EncoderMismatch as error:
+                # whatever gigatoken has made is in doubt: `finished` takes none of it for done now
+                write_durably(out / DOUBT, str(error).encode())
+                settings = _without_doubt(out, settings, on_note)
+                jobs = made.jobs(str(out), settings, trusted, force)
+                on_plan(made, part.of(jobs) if part else jobs)
+                _make(part.of(jobs) if part else jobs, engine, on_shard)
+            if part is None:
+                _write_plan(out, made)
+                _finish(out, made, settings, jobs, max_bad_fraction)
+        finally:
+            if part is None:
+                _tidy(out)
+    return out
+
+
+def _without_doubt(out: Place, settings: Settings, on_note: Callable[[str], object]) -> Settings:
+    """The settings; without gigatoken where a build into this folder, or another task of this one, has caught it."""
+    if not (out / DOUBT).exists():
+        return settings
+    on_note(f"{(out / DOUBT).read_text()}; Hugging Face's tokenizers make all shards, also those that gigatoken has made")
+    return replace(settings, backend="huggingface")
+
+
+def _make(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Failure[Job]], object]) -> None:
+    failures = []
+    for result in engine(make_shard, jobs, stop=(ChangedError, EncoderMismatch, OSError)):
+        on_shard(result)
+        if isinstance(result, Failure):
+            failures.append(result)
+    if failures:
+        shown = "\n".join(f"shard {f.job.name}: {f.reason}" for f in failures[:10])
+        more = f"\nand {len(failures) - 10:,} more" if len(failures) > 10 else ""
+        raise ShardsFailed(f"{len(failures):,} of {len(jobs):,} shards could not be made; the others are finished\n{shown}{more}")
+
+
+def finish(
+    out: str | Place,
+    settings: Settings,
+    max_bad_fraction: float = 1.0,
+    on_note: Callable[[str], object] = lambda note: None,
+) -> Place:
+    """dataset.json around the shards that a job array has made, by the plan that lies there. Raises BuildError."""
+    out = place(out)
+    with reaching(out):
+        made = _read_plan(out)
+    if made is None:
+        raise BuildError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
+    with reaching(out), _locked(out, None):
+        if made.settings != settings.sha256:
+            raise ChangedError(
+                f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256})"
+            )
+        settings = _without_doubt(out, settings, on_note)
+        _finish(out, made, settings, made.jobs(str(out), settings, trusted=True), max_bad_fraction)
+        _tidy(out)
+    return out
+
+
+def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max_bad_fraction: float) -> None:
+    done: list[ShardRecord] = []
+    missing = []
+    for job in jobs:
+        shard = finished(replace(job, trusted=True))
+        if shard is None:
+            missing.append(job.name)
+        else:
+            files = shard.record.files | {"shard.json": hash_file(job.folder / "shard.json")}
+            done.append(shard.record.model_copy(update={"files": files}))
+    if missing:
+        raise BuildError(
+            f"{len(missing):,} of {len(jobs):,} shards are missing: {', '.join(missing[:10])}{' …' if missing[10:] else ''}; "
+            "run their tasks again, or the build without --shards"
+        )
+    totals = sum((shard.totals for shard in done), Totals())
+    bad = totals.bad_lines + totals.broken_inputs + totals.mismatched_documents
+    records = bad + totals.documents + totals.empty_documents
+    if records and bad / records > max_bad_fraction:
+        raise BuildError(
+            f"{bad:,} of {records:,} records are bad ({bad / records:.2%}); --max-bad-fraction allows {max_bad_fraction:.2%}. "
+            "Look at them (--on-bad-line quarantine keeps them), or allow more"
+        )
+    student, teacher = settings.tokenizers
+    create(out, student, teacher, done, made.nfc, made.id_key)
+
+
+# ---- what lies there already
+
+
+def _tell_of_room(out: Place, made: Plan, on_note: Callable[[str], object]) -> None:
+    if isinstance(out, Path):
+        needed, free = int(made.text_bytes * BYTES_A_TEXT_BYTE), shutil.disk_usage(out).free
+        if needed > free:
+            on_note(f"about {needed / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free in {out}")
+
+
+def _refuse_foreign(out: Place) -> None:
+    if out.is_file():
+        raise ChangedError(f"{out} is a file")
+    known = ("shards", "dataset.json", ".build")
+    if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in known):
+        raise ChangedError(f"{out} is not empty and holds no dataset: name another --out")
+
+
+def _read_plan(out: Place) -> Plan | None:
+    with suppress(FileNotFoundError, ValidationError):
+        return Plan.model_validate_json((out / ".build" / "plan.json").read_bytes())
+    return None
+
+
+def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
+    """Refuses where another plan lies. Returns whether what lies there was surely made from this input.
+
+    The plan is written now only where no shard is: one beside shards vouches for them, and they are not looked at yet.
+    """
+    old = _read_plan(out)
+    if old is not None and not force:
+        for what, then, now in (("settings or tokenizers", old.settings, made.settings), ("input", old.input, made.input)):
+            if then != now:
+                raise ChangedError(
+                    f"{out} was planned with other {what} ({then}) than are asked for now ({now}): "
+                    f"{len(old.shards):,} shards then, {len(made.shards):,} now. Name another --out, or use --force"
+                )
+    if old is not None and part is not None and old.stamps != made.stamps:
+        other = next((a, b) for a, b in zip(old.stamps, made.stamps, strict=True) if a != b)
+        raise ChangedError(
+            f"{out}: the input has changed since another task of this job array planned it: {other[0]} then, {other[1]} now "
+            "(size, time). Run the build once without --shards, or name another --out"
+        )
+    if force:
+        # it would describe shards that are about to change
+        (out / "dataset.json").unlink(missing_ok=True)
+    if not (out / "shards").is_dir():
+        _write_plan(out, made)
+        return True
+    return old is not None and (old.sources, old.input) == (made.sources, made.input)
+
+
+def _write_plan(out: Place, made: Plan) -> None:
+    (out / ".build").mkdir(parents=True, exist_ok=True)
+    write_durably(out / ".build" / "plan.json", to_json(made))
+
+
+def _refuse_strangers(out: Place, jobs: Sequence[Job], force: bool) -> None:
+    """The shards there must be of this plan; --force removes those of another."""
+    planned = {job.name for job in jobs}
+    shards = out / "shards"
+    there: list[Place] = sorted(shards.iterdir(), key=str) if shards.is_dir() else []
+    strangers = [folder for folder in there if folder.name.isdigit() and folder.name not in planned]
+    if strangers and not force:
+        raise ChangedError(
+            f"{strangers[0]} is not part of this plan of {len(jobs)} shards: other input or --shard-mb? Use --force"
+        )
+    for folder in strangers:
+        _remove(folder)
+
+
+def _remove(folder: Place) -> None:
+    if isinstance(folder, Path):
+        shutil.rmtree(folder)
+    else:
+        folder.rmdir(recursive=True)
+
+
+@contextmanager
+def _locked(out: Place, part: Slice | None) -> Iterator[None]:
+    """One build a folder at a time; the tasks of a job array share it, each with a slice of its own.
+
+    An object store has no locks: there, two builds would make the same shards twice.
+    """
+    if not isinstance(out, Path):
+        yield
+        return
+    folder = out / ".build"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if part is None:
+            _lock(stack, folder / "lock", fcntl.LOCK_EX, out)
+        else:
+            _lock(stack, folder / "lock", fcntl.LOCK_SH, out)
+            _lock(stack, folder / f"lock-{part.i}-of-{part.n}", fcntl.LOCK_EX, out)
+        yield
+
+
+def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> None:
+    stream: Any = stack.enter_context(file.open("ab"))
+    try:
+        fcntl.flock(stream, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BuildError(f"another build is at work in {out} ({file} is locked): wait for it, or name another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # a file system without locks: shards are whole whoever makes them, one of two builds works in vain
+
+
+def _tidy(out: Place) -> None:
+    """Removes what killed workers left, and the folders when nothing was made."""
+    if not isinstance(out, Path):
+        return
+    for leftover in (out / "shards").glob(".*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for lock in (out / ".build").glob("lock-*"):
+        lock.unlink()
+    with suppress(OSError):
+        (out / "shards").rmdir()
+    if not (out / "shards").exists():
+        shutil.rmtree(out / ".build", ignore_errors=True)
+        with suppress(OSError):
+            out.rmdir()

@@ -1,0 +1,342 @@
+"""The inputs of a build: arguments -> files -> pieces.
+
+    find   files, folders, globs and lists of them -> files, in an order that is the same every time
+    cut    a file -> pieces that can be read apart from each other; what it is, is seen from its first bytes
+    take   the pieces that hold the first so many records
+
+| file                                     | kind    | pieces                                                          |
+|------------------------------------------|---------|-----------------------------------------------------------------|
+| parquet                                  | parquet | row groups                                                      |
+| `*.txt`, perhaps compressed              | text    | one: the file is one document                                   |
+| any other, plain                         | lines   | cut after line ends: JSON, one document a line                  |
+| any other, gzip, zstd, bzip2 or xz       | lines   | one: such a stream can be read from its beginning only          |
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice, pairwise
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple, TypeAlias
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.places import Place, place
+from megatron_vocagno.corpus.streams import BrokenInput, Compression, compression_of, open_bytes, open_raw
+
+Kind: TypeAlias = Literal["lines", "parquet", "text"]
+
+LONGEST_RECORD = 128 << 20  # bytes; a longer one is refused without being held
+PART = 1 << 20  # of a long line, read at once
+HEAD = 512  # bytes that tell what a file is
+CUT_BYTES = 64 << 10  # read at once where a line end is looked for
+# Compressed text is taken for four times its size. JSON lines of web text and of manuals make 2.7 to 5; the true size is
+# known only after reading, and this one decides nothing but how evenly the work is spread.
+EXPANSION = 4
+BOM = b"\xef\xbb\xbf"
+
+_NAMES = re.compile(r".*\.((jsonl|ndjson|json|txt)(\.(gz|zst|bz2|xz))?|parquet)", re.IGNORECASE | re.DOTALL)
+_SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".parquet": "parquet"}
+# what a file may be instead, and what to do about it; no plain text begins so
+_FOREIGN = tuple(
+    (re.compile(magic, re.DOTALL), what, advice)
+    for magic, what, advice in (
+        (rb"PK\x03\x04", "a zip archive", "unpack it"),
+        (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
+        (rb"Rar!\x1a\x07", "a rar archive", "unpack it"),
+        (rb".{257}ustar(\x00|  \x00)", "a tar archive", "unpack it"),
+        (rb"\x04\x22\x4d\x18", "lz4", "pack it with zstd or gzip"),
+        (rb"ARROW1\x00|\xff{4}", "an Arrow file", "write it as parquet"),
+        (rb"ORC[\x00-\x1f]", "an ORC file", "write it as parquet"),
+        (rb"Obj\x01", "an Avro file", "write it as parquet"),
+        (rb"\x89HDF", "an HDF5 file", "write its texts as JSON lines"),
+        (rb"SQLite format 3\x00", "an SQLite database", "write its texts as JSON lines"),
+        (rb"\x93NUMPY", "a numpy array", "write its texts as JSON lines"),
+        (rb"\x80[\x02-\x05]", "a pickle", "write its texts as JSON lines"),
+        (rb"MMIDIDX\x00", "an index of tokenized documents", "name the text that they were made from"),
+        (rb"%PDF-", "a PDF", "extract its text"),
+        (rb"\x7fELF", "a program", "name a file with text"),
+        (rb"\xff\xfe|\xfe\xff|\{\x00|\x00\{", "UTF-16 text", "convert it, e.g. iconv -f UTF-16 -t UTF-8"),
+    )
+)
+_OVER_SEVERAL_LINES = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
+
+
+class InputError(CorpusError):
+    """An input that is missing, in another format, or holds a bad record."""
+
+
+class Line(NamedTuple):
+    number: int  # in the piece, from 0
+    offset: int  # byte of the (decompressed) file
+    raw: bytes  # without line end; of one longer than LONGEST_RECORD the beginning
+    size: int  # bytes, with line end
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole records of one input file. `take` and `documents.read` read it."""
+
+    url: str
+    kind: Kind
+    compression: Compression
+    start: int  # plain lines: bytes [start, stop); parquet: row groups [start, stop); else 0 and the file's size
+    stop: int
+    size: int  # bytes of the file that are read
+    weight: int  # about how many bytes of uncompressed text
+    limit: int | None = None  # records to read at most
+
+    def open(self) -> BinaryIO:
+        """Its bytes, decompressed; not of parquet. Reading raises BrokenInput at a damage."""
+        return open_bytes(place(self.url), self.compression, self.start, self.stop)
+
+    def lines(self, on_bytes: Callable[[bytes], object]) -> Iterator[Line]:
+        """Those that are not blank. on_bytes is handed all of them, each with a line end. Raises BrokenInput at a damage."""
+        number, offset = 0, self.start
+        with self.open() as file:
+            while raw := file.readline(PART):
+                on_bytes(raw)
+                size = len(raw)
+                if not raw.endswith(b"\n"):
+                    raw, size = _rest_of_line(file, raw, on_bytes)
+                if not offset:
+                    raw = raw.removeprefix(BOM)
+                raw = raw.rstrip(b"\r\n")
+                if (raw and not raw.isspace()) or size > LONGEST_RECORD:
+                    yield Line(number, offset, raw, size)
+                number += 1
+                offset += size
+
+    @functools.cached_property
+    def first_line(self) -> int:
+        """The number of its first line in the file, from 1; reads all before it, so it is asked only for an error."""
+        if self.compression or not self.start:
+            return 1
+        with open_bytes(place(self.url), "", 0, self.start) as file:
+            return 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(PART), b""))
+
+
+def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], object]) -> tuple[bytes, int]:
+    """A line longer than `first`, or the last one without its end, and its length; its beginning if it is too long."""
+    parts, size, part = [first], len(first), first
+    while not part.endswith(b"\n") and (part := file.readline(PART)):
+        on_bytes(part)
+        size += len(part)
+        parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
+    if not part.endswith(b"\n"):
+        on_bytes(b"\n")
+    return b"".join(parts), size
+
+
+# ---- find
+
+
+def find(patterns: Sequence[str]) -> list[Place]:
+    """The files that are meant, in the order of the patterns, each once. Raises InputError for a pattern that means none.
+
+    A pattern is one of these, on this machine or by URL (`s3://bucket/data/*.parquet`):
+
+    - a file, whatever its name;
+    - a folder: all files in it and below that are called *.jsonl, *.ndjson, *.json or *.txt, also with .gz, .zst, .bz2 or
+      .xz after it, or *.parquet, sorted by their path within it. Names that begin with a dot or an underscore are left
+      out, as Spark and Hadoop do (`_temporary/`), and links to folders are not followed;
+    - a glob, `**` for any number of folders: what a shell would make of it, sorted;
+    - `@LIST`: a text file with one of the above a line; blank lines and lines that begin with # are left out.
+    """
+    found: dict[str, Place] = {}
+    for pattern in patterns:
+        for name in _listed(pattern[1:]) if pattern.startswith("@") else [pattern]:
+            with _reaching(name):
+                for file in _meant_by(name):
+                    found.setdefault(_url(file), file)
+    return list(found.values())
+
+
+def _listed(name: str) -> list[str]:
+    with _reaching(name):
+        lines = [line.strip() for line in place(name).read_text(encoding="utf-8-sig").splitlines()]
+    if not (names := [line for line in lines if line and not line.startswith("#")]):
+        raise InputError(f"{name}: this list names no file")
+    return names
+
+
+def _meant_by(name: str) -> list[Place]:
+    where = place(name)
+    if where.is_dir():
+        if files := _in_folder(where):
+            return files
+        raise InputError(
+            f"{name}: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder"
+        )
+    if where.exists():
+        return [where]
+    files = [file for match in _matches(where) for file in (_in_folder(match) if match.is_dir() else [match])]
+    if not files:
+        raise InputError(f"{name}: no such file or folder")
+    return files
+
+
+def _in_folder(folder: Place) -> list[Place]:
+    if isinstance(folder, Path):
+        names = [found.relative_to(folder).as_posix() for found in folder.rglob("*")]
+    else:
+        names = [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
+    kept = [name for name in names if _NAMES.fullmatch(name) and not any(part[:1] in "._" for part in name.split("/"))]
+    files: list[Place] = [folder / name for name in sorted(kept)]
+    return [file for file in files if not isinstance(file, Path) or file.is_file()]
+
+
+def _matches(pattern: Place) -> list[Place]:
+    if isinstance(pattern, Path):
+        # pathlib takes no absolute patterns
+        return [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
+    return [pattern.with_segments(name) for name in sorted(pattern.fs.glob(pattern.path))]
+
+
+def _url(file: Place) -> str:
+    """That workers understand in whatever folder they run."""
+    return str(file.absolute())
+
+
+@contextmanager
+def _reaching(what: str | Place) -> Iterator[None]:
+    try:
+        yield
+    except CorpusError:
+        raise
+    except Exception as error:
+        # each object store has errors of its own
+        raise InputError(f"cannot read {what}: {type(error).__name__}: {error}") from error
+
+
+# ---- cut
+
+
+def cut(file: Place, shard_bytes: int) -> list[Piece]:
+    """Pieces of about `shard_bytes`, which hold all of the file and nothing twice; none of an empty file.
+
+    Raises InputError for a file that is missing or holds no text, with what to do about it.
+    """
+    with _reaching(file):
+        if not file.is_file():
+            raise InputError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
+        size = file.stat().st_size
+        if not size:
+            return []
+        with open_raw(file) as raw:
+            head = raw.read(HEAD)
+        if head.startswith(b"PAR1"):
+            return _cut_parquet(file, size, shard_bytes)
+        compression = _compression(file, head, size)
+        url = _url(file)
+        if _is_text(file):
+            return [Piece(url, "text", compression, 0, size, size, size * (EXPANSION if compression else 1))]
+        if compression:
+            return [Piece(url, "lines", compression, 0, size, size, size * EXPANSION)]
+        bounds = _line_bounds(file, size, shard_bytes)
+        return [Piece(url, "lines", "", a, b, b - a, b - a) for a, b in pairwise(bounds)]
+
+
+def _compression(file: Place, head: bytes, size: int) -> Compression:
+    """Of a file with text; a file with anything else is refused."""
+    _refuse_foreign(file, head)
+    compression = compression_of(head)
+    if _SUFFIXES.get(file.suffix.lower(), compression) != compression:
+        raise InputError(
+            f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: is it damaged? If it is plain text, rename it"
+        )
+    if compression:
+        # of a damaged file `read` will tell
+        with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:
+            head = stream.read(HEAD)
+            if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
+                raise InputError(f"{file} is {inner} inside {compression}: unpack it")
+            _refuse_foreign(file, head)
+    if not _is_text(file) and _OVER_SEVERAL_LINES.match(head):
+        raise InputError(
+            f"{file} is one JSON document over several lines, not JSON with a document a line: "
+            "convert it, e.g. jq -c '.[]' FILE > FILE.jsonl"
+        )
+    return compression
+
+
+def _refuse_foreign(file: Place, head: bytes) -> None:
+    for magic, what, advice in _FOREIGN:
+        if magic.match(head):
+            raise InputError(f"{file} is {what}, not JSON lines, parquet or plain text: {advice}")
+
+
+def _is_text(file: Place) -> bool:
+    return re.fullmatch(r".*\.txt(\.(gz|zst|bz2|xz))?", file.name, re.IGNORECASE | re.DOTALL) is not None
+
+
+def _line_bounds(file: Place, size: int, shard_bytes: int) -> list[int]:
+    """Bytes after a line end, about shard_bytes apart, from 0 to the size; little is read around each."""
+    bounds = [0]
+    with open_raw(file) as raw:
+        while (at := bounds[-1] + shard_bytes) < size:
+            raw.seek(at - 1)
+            at -= 1
+            while (chunk := raw.read(CUT_BYTES)) and (end := chunk.find(b"\n")) < 0:
+                at += len(chunk)
+            bounds.append(at + end + 1 if chunk else size)
+    return bounds if bounds[-1] == size else [*bounds, size]
+
+
+def _cut_parquet(file: Place, size: int, shard_bytes: int) -> list[Piece]:
+    # pyarrow takes 0.2 s and 50 MB of every process that imports it
+    from megatron_vocagno.corpus import parquet
+
+    try:
+        before = [0, *accumulate(group.weight for group in parquet.row_groups(file))]
+    except BrokenInput as error:
+        raise InputError(f"{file}: {error}: is it complete?") from None
+    bounds = [0]
+    for i in range(1, len(before) - 1):
+        if before[i + 1] - before[bounds[-1]] > shard_bytes:
+            bounds.append(i)
+    # what a row group takes of the file is not in reach: its share of the whole
+    ends = [size * weight // max(1, before[-1]) for weight in before]
+    spans = [(a, b) for a, b in pairwise([*bounds, len(before) - 1]) if a < b]
+    return [Piece(_url(file), "parquet", "", a, b, ends[b] - ends[a], before[b] - before[a]) for a, b in spans]
+
+
+# ---- take
+
+
+def take(pieces: Iterable[Piece], max_documents: int) -> list[Piece]:
+    """The pieces that hold the first so many records, the last one with a limit. Reads these and no more.
+
+    A record is what `documents.read` delivers: a bad one and an empty one count.
+    """
+    taken: list[Piece] = []
+    left = max_documents
+    for piece in pieces:
+        if left <= 0:
+            break
+        n = _count(piece, left)
+        taken.append(replace(piece, limit=left) if n == left else piece)
+        left -= n
+    return taken
+
+
+def _count(piece: Piece, at_most: int) -> int:
+    """Records of a piece, as far as `at_most`."""
+    if piece.kind == "text":
+        return 1
+    if piece.kind == "parquet":
+        from megatron_vocagno.corpus import parquet
+
+        groups = parquet.row_groups(place(piece.url))[piece.start : piece.stop]
+        return min(at_most, sum(group.rows for group in groups))
+    n = 0
+    try:
+        for _ in islice(piece.lines(lambda _: None), at_most):
+            n += 1
+    except BrokenInput:
+        n += 1
+    return n

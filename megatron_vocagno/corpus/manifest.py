@@ -1,0 +1,239 @@
+"""dataset.json: what a dataset is made of, by name, size and sha256; and how it comes onto the disk.
+
+It is written last, so it is there only when everything is, and it carries its own checksum: `sha256` is that of the file
+with this value replaced by 64 zeros. That value is the dataset's fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.places import Place
+from megatron_vocagno.corpus.tokens import Tokenizer
+
+FORMAT = 2
+CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
+DATASET = "dataset.json"
+BUILD = ".build"  # what a build remembers for its next run; no part of the dataset
+PAIRS = ("student", "teacher", "spans", "anchors")
+IDS = "ids"
+SIDES = ("student", "teacher")
+UNSEALED = "0" * 64
+
+
+class DatasetError(CorpusError):
+    """A dataset that is missing, damaged, of another version, or not what the caller needs."""
+
+
+class TokenizerMismatch(DatasetError):
+    """The dataset was made with another tokenizer."""
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileRecord(Record):
+    size: int  # bytes
+    sha256: str
+
+
+class Totals(Record):
+    """Counts of a shard or of a dataset; they add."""
+
+    documents: int = 0
+    student_tokens: int = 0  # EOS included, as below
+    teacher_tokens: int = 0
+    text_bytes: int = 0
+    eos_tokens: int = 0  # student tokens, unmapped: one a document
+    zero_width_tokens: int = 0  # student tokens, unmapped: a dummy prefix that stands alone
+    covered_tokens: int = 0  # mapped student tokens whose span holds all their bytes: IoS = 100 %
+    span_widths: tuple[int, ...] = (0,) * 9  # student tokens by width of the span: 0 (unmapped), 1 … 7, 8 or more
+    offset_documents: int = 0  # a side's ends come from its tokenizer's offsets
+    mismatched_documents: int = 0  # refused: a side's tokens do not cover the text
+    empty_documents: int = 0  # dropped
+    bad_lines: int = 0  # refused
+    broken_inputs: int = 0  # containers that ended early; what came before is here
+
+    def __add__(self, other: Totals) -> Totals:
+        numbers = {k: getattr(self, k) + getattr(other, k) for k in type(self).model_fields if k != "span_widths"}
+        widths = tuple(a + b for a, b in zip(self.span_widths, other.span_widths, strict=True))
+        return Totals(**numbers, span_widths=widths)
+
+    @property
+    def mapped_tokens(self) -> int:
+        return self.student_tokens - self.eos_tokens - self.zero_width_tokens
+
+
+class TokenizerRecord(Record):
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+    eos_token: str
+    files: dict[str, FileRecord]
+
+
+class ShardRecord(Record):
+    path: str  # from the dataset's folder
+    totals: Totals
+    files: dict[str, FileRecord]
+
+
+class Manifest(Record):
+    """dataset.json."""
+
+    format: int
+    sha256: str
+    codec: str
+    nfc: bool
+    id_key: str | None
+    student: TokenizerRecord
+    teacher: TokenizerRecord
+    totals: Totals
+    shards: tuple[ShardRecord, ...]
+
+    @property
+    def pairs(self) -> tuple[str, ...]:
+        """Names of the pairs of each shard that has documents."""
+        return PAIRS if self.id_key is None else (*PAIRS, IDS)
+
+    def tokenizer(self, side: str) -> TokenizerRecord:
+        return self.student if side == "student" else self.teacher
+
+    def sealed(self) -> bytes:
+        """The file's bytes, checksum and all."""
+        data = to_json(self.model_copy(update={"sha256": UNSEALED}))
+        return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+
+
+def read_manifest(root: Place) -> Manifest:
+    """Raises DatasetError: no dataset.json, one of another format, or one that is not what was written."""
+    file = root / DATASET
+    if not file.is_file():
+        unfinished = (root / "shards").is_dir()
+        cause = "its build did not finish; run the same command again" if unfinished else "not a dataset"
+        raise DatasetError(f"{file} is missing: {cause}")
+    data = file.read_bytes()
+    try:
+        fields = orjson.loads(data)
+        version, recorded = fields.get("format"), str(fields.get("sha256"))
+    except (orjson.JSONDecodeError, AttributeError) as error:
+        raise DatasetError(f"{file} is damaged: {error}") from None
+    if version != FORMAT:
+        raise DatasetError(f"{file}: format {version!r}, this reads format {FORMAT}: made by another release? Build it again")
+    actual = hashlib.sha256(data.replace(recorded.encode(), UNSEALED.encode(), 1)).hexdigest()
+    if actual != recorded:
+        raise DatasetError(f"{file} is damaged: its sha256 is {actual}, it records {recorded}: changed since it was written")
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        raise DatasetError(f"{file} is not understood: {error}") from None
+    if manifest.codec != CODEC:
+        raise DatasetError(f"{file}: spans are coded as {manifest.codec!r}, this reads {CODEC!r}")
+    return manifest
+
+
+def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileRecord]]:
+    for side in SIDES:
+        for name, record in manifest.tokenizer(side).files.items():
+            yield root / "tokenizers" / side / name, record
+    for shard in manifest.shards:
+        for name, record in shard.files.items():
+            yield root / shard.path / name, record
+
+
+def create(
+    out: Place, student: Tokenizer, teacher: Tokenizer, shards: Sequence[ShardRecord], nfc: bool, id_key: str | None = None
+) -> None:
+    """Writes the tokenizers and, last, dataset.json around finished shards. Raises DatasetError when no document is left."""
+    totals = sum((shard.totals for shard in shards), Totals())
+    if not totals.documents:
+        raise DatasetError(
+            f"no document is left: {totals.empty_documents:,} were empty, {totals.bad_lines:,} lines were bad, "
+            f"the tokens of {totals.mismatched_documents:,} did not cover their text"
+        )
+    manifest = Manifest(
+        format=FORMAT,
+        sha256=UNSEALED,
+        codec=CODEC,
+        nfc=nfc,
+        id_key=id_key,
+        student=_write_tokenizer(out / "tokenizers" / "student", student),
+        teacher=_write_tokenizer(out / "tokenizers" / "teacher", teacher),
+        totals=totals,
+        shards=tuple(shards),
+    )
+    write_durably(out / DATASET, manifest.sealed())
+
+
+def _write_tokenizer(folder: Place, tokenizer: Tokenizer) -> TokenizerRecord:
+    with TemporaryDirectory() as temporary:
+        tokenizer.save(Path(temporary))
+        contents = {file.name: file.read_bytes() for file in sorted(Path(temporary).iterdir())}
+    table = io.BytesIO()
+    np.save(table, tokenizer.byte_lengths, allow_pickle=False)
+    contents["byte_lengths.npy"] = table.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in contents.items():
+        write_durably(folder / name, data)
+    return TokenizerRecord(
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        eos_token=tokenizer.eos_token,
+        files={n: FileRecord(size=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in sorted(contents.items())},
+    )
+
+
+def check_size(file: Place, record: FileRecord) -> None:
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise DatasetError(
+            f"{file} is missing; dataset.json records it with {record.size:,} bytes ({error.strerror}): was the copy interrupted?"
+        ) from None
+    if size != record.size:
+        raise DatasetError(f"{file}: {size:,} bytes, dataset.json records {record.size:,}: cut off while copying, or disk full?")
+
+
+def hash_file(file: Place) -> FileRecord:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # fsspec's files have readinto as well
+        return FileRecord(size=file.stat().st_size, sha256=digest.hexdigest())
+
+
+def to_json(record: BaseModel) -> bytes:
+    return orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2) + b"\n"
+
+
+def write_durably(file: Place, data: bytes) -> None:
+    """The whole file or nothing; on the disk when this returns. Object stores do so by themselves."""
+    if not isinstance(file, Path):
+        file.write_bytes(data)
+        return
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

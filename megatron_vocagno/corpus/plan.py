@@ -1,0 +1,113 @@
+"""Input files -> the plan of a dataset: which pieces make which shard. The same input gives the same plan, every time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import Record
+from megatron_vocagno.corpus.inputs import InputError, Piece, cut, take
+from megatron_vocagno.corpus.places import Place, place
+from megatron_vocagno.corpus.shards import Job, Settings
+
+SHARD_BYTES = 64 << 20  # of text, about
+
+
+class PlanError(CorpusError):
+    """A slice that is none."""
+
+
+class Source(Record):
+    """An input file as the plan saw it. modified: nanoseconds, or an object store's tag."""
+
+    url: str
+    size: int
+    modified: str
+
+
+class Plan(Record):
+    """.build/plan.json: what each shard is made from, and with."""
+
+    settings: str  # sha256
+    nfc: bool
+    id_key: str | None
+    sources: tuple[Source, ...]
+    shards: tuple[tuple[Piece, ...], ...]
+
+    @property
+    def input(self) -> str:
+        """sha256 of how the input is cut; not of names: a moved input is the same one."""
+        pieces = [[(p.kind, p.compression, p.start, p.stop, p.limit) for p in shard] for shard in self.shards]
+        return hashlib.sha256(orjson.dumps(pieces)).hexdigest()
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, str], ...]:
+        """Name, size and time of each input file."""
+        return tuple((place(source.url).name, source.size, source.modified) for source in self.sources)
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text it holds."""
+        return sum(p.weight for shard in self.shards for p in shard)
+
+    def jobs(self, out: str, settings: Settings, trusted: bool = False, force: bool = False) -> list[Job]:
+        return [Job(i, pieces, out, settings, self.settings, trusted, force) for i, pieces in enumerate(self.shards)]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The shards i, i + n, i + 2 n, …, with i from 1 to n: one task of a job array."""
+
+    i: int = 1
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.i <= self.n:
+            raise PlanError(f"--shards {self.i}/{self.n}: the first number goes from 1 to the second")
+
+    def of(self, jobs: Sequence[Job]) -> Sequence[Job]:
+        return jobs[self.i - 1 :: self.n]
+
+
+def plan(inputs: Sequence[Place], settings: Settings, shard_bytes: int = SHARD_BYTES, max_documents: int | None = None) -> Plan:
+    """Shards of about `shard_bytes` of text each: long files are cut, short ones in a row share a shard.
+
+    Raises InputError for a file that is missing or cannot be read.
+    """
+    pieces: Iterable[Piece] = (piece for file in inputs for piece in cut(file, shard_bytes))
+    if max_documents is not None:
+        pieces = take(pieces, max_documents)
+    shards: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        if piece.weight > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(piece)
+        room -= piece.weight
+    return Plan(
+        settings=settings.sha256,
+        nfc=settings.nfc,
+        id_key=settings.id_key,
+        sources=tuple(_source(file) for file in inputs),
+        shards=tuple(map(tuple, shards)),
+    )
+
+
+def _source(file: Place) -> Source:
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{str(file)!r}: a file name that is not UTF-8 cannot be recorded; rename it") from None
+    stat = file.stat()
+    if isinstance(file, Path):
+        modified = str(stat.st_mtime_ns)
+    else:
+        info = file.fs.info(file.path)
+        modified = str(next((info[key] for key in ("ETag", "etag", "md5Hash", "created", "LastModified") if key in info), ""))
+    return Source(url=str(file), size=stat.st_size, modified=modified)

@@ -1,0 +1,105 @@
+"""The same documents in every container that the corpus is read from, and ways to read them all."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import zlib
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from backports import zstd
+
+from megatron_vocagno.corpus.documents import Document, read
+from megatron_vocagno.corpus.inputs import Piece
+
+
+def lines(texts: Iterable[str]) -> bytes:
+    """JSON lines with the keys text and id."""
+    return b"".join(json.dumps({"id": i, "text": text}, ensure_ascii=i % 2 == 0).encode() + b"\n" for i, text in enumerate(texts))
+
+
+def parts(data: bytes, n: int) -> list[bytes]:
+    """`data` in n parts, cut wherever that is."""
+    return [data[len(data) * i // n : len(data) * (i + 1) // n] for i in range(n)]
+
+
+def members(compress: Callable[[bytes], bytes], n: int, data: bytes) -> bytes:
+    """n members, frames or streams, as bgzip, pbzip2 and pzstd write them, or cat puts them together."""
+    return b"".join(map(compress, parts(data, n)))
+
+
+def flushed(data: bytes) -> bytes:
+    """One member with the flushes of pigz."""
+    packer = zlib.compressobj(wbits=31)
+    return b"".join(packer.compress(part) + packer.flush(zlib.Z_FULL_FLUSH) for part in parts(data, 20)) + packer.flush()
+
+
+def skippable(data: bytes) -> bytes:
+    return b"\x50\x2a\x4d\x18" + len(data).to_bytes(4, "little") + data
+
+
+summed = partial(zstd.compress, options={zstd.CompressionParameter.checksum_flag: 1})
+# name of the container and the suffix of its files -> how it is made
+CONTAINERS: dict[tuple[str, str], Callable[[bytes], bytes]] = {
+    ("plain", ""): bytes,
+    ("gzip", ".gz"): gzip.compress,
+    ("gzip of many members", ".gz"): partial(members, gzip.compress, 30),
+    ("gzip, flushed", ".gz"): flushed,
+    ("gzip, an empty member last", ".gz"): lambda data: gzip.compress(data) + gzip.compress(b""),
+    ("gzip, padded", ".gz"): lambda data: gzip.compress(data) + bytes(10_000) + gzip.compress(b"") + bytes(512),
+    ("zstd", ".zst"): summed,
+    ("zstd of many frames", ".zst"): partial(members, summed, 30),
+    ("zstd with skippable frames", ".zst"): lambda data: skippable(b"1234") + summed(data) + skippable(b"an index"),
+    ("zstd, level 19", ".zst"): partial(zstd.compress, level=19),
+    ("bzip2", ".bz2"): bz2.compress,
+    ("bzip2 of many streams", ".bz2"): partial(members, bz2.compress, 30),
+    ("xz", ".xz"): lzma.compress,
+    ("xz of many streams", ".xz"): partial(members, lzma.compress, 30),
+    ("xz, padded", ".xz"): lambda data: lzma.compress(data) + bytes(8),
+}
+
+
+DECODERS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(31),
+    ".zst": zstd.ZstdDecompressor,
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+}
+
+
+def decodable(data: bytes, suffix: str) -> bytes:
+    """What the beginning of a sound file gives, by another road: whole members at once, and zlib for gzip."""
+    out = b""
+    while data:
+        decoder = DECODERS[suffix]()
+        out += decoder.decompress(data)
+        data = decoder.unused_data.lstrip(b"\0")
+    return out
+
+
+def parquet(columns: dict[str, Any], **options: Any) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file, **options)
+    return file.getvalue()
+
+
+def read_all(pieces: Iterable[Piece], text_key: str = "text", id_key: str | None = None) -> tuple[list[Document], str]:
+    """All documents, and the sha256 of what decides them."""
+    digest = hashlib.sha256()
+    documents = [document for piece in pieces for document in read(piece, text_key, id_key, digest.update)]
+    return documents, digest.hexdigest()
+
+
+def write(file: Path, data: bytes) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+    return file

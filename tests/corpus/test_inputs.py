@@ -1,0 +1,435 @@
+"""Arguments -> files -> pieces: nothing missing, nothing twice, in one order; local, in memory and on an object store."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import sqlite3
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from megatron_vocagno.corpus import CorpusError, inputs
+from megatron_vocagno.corpus.documents import read
+from megatron_vocagno.corpus.inputs import CUT_BYTES, InputError, Piece, cut, find, take
+from megatron_vocagno.corpus.places import Place, place
+from tests import tokenizers_for_tests as real
+from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Inputs, what is no input, and what a folder leaves out."""
+    names = ["b.jsonl", "a.jsonl.gz", "sub/c.NDJSON.zst", "sub/deep/d.json.bz2", "e.txt", "e.txt.xz", "f.parquet", "z[1].jsonl"]
+    others = [
+        "README.md",
+        "b.jsonl.tmp",
+        ".hidden.jsonl",
+        "_temporary/0/part.jsonl",
+        ".git/x.json",
+        "jsonl",
+        "x.csv.gz",
+        "p.parquet.gz",
+    ]
+    for name in names + others:
+        write(tmp_path / name, b"{}\n")
+    return tmp_path, sorted(names)
+
+
+# ---- find
+
+
+def test_a_folder_is_its_inputs_sorted_by_path(tree):
+    folder, names = tree
+    assert [str(file.relative_to(folder)) for file in find([str(folder)])] == names
+    assert find([f"{folder}/sub/"]) == [folder / "sub/c.NDJSON.zst", folder / "sub/deep/d.json.bz2"]
+
+
+def test_the_order_is_that_of_the_arguments_and_each_file_comes_once(tree, monkeypatch):
+    folder, names = tree
+    last, first = folder / "sub/deep/d.json.bz2", folder / "a.jsonl.gz"
+    assert find([str(last), str(first)]) == [last, first]
+    everything = find([str(last), str(folder), str(first)])
+    assert everything[0] == last and len(everything) == len(set(everything)) == len(names)
+    # however it is written
+    monkeypatch.chdir(folder)
+    assert find(["b.jsonl", f"{folder}/b.jsonl", "./b.jsonl", f"file://{folder}/b.jsonl", "b.*"]) == [
+        Path("b.jsonl"),
+        Path("b.jsonl.tmp"),
+    ]
+
+
+def test_globs_mean_what_a_shell_makes_of_them(tree):
+    folder, _ = tree
+    assert find([f"{folder}/*.jsonl"]) == [folder / "b.jsonl", folder / "z[1].jsonl"]
+    assert find([f"{folder}/**/*.bz2"]) == [folder / "sub/deep/d.json.bz2"]
+    # a folder among the matches is what it is as an argument
+    assert find([f"{folder}/s*"]) == find([f"{folder}/sub"])
+    # a file that is there is meant, whatever its name
+    assert find([f"{folder}/z[1].jsonl"]) == [folder / "z[1].jsonl"]
+    assert find([f"{folder}/.hidden.jsonl", f"{folder}/README.md"]) == [folder / ".hidden.jsonl", folder / "README.md"]
+
+
+def test_a_list_names_files_folders_and_globs(tree):
+    folder, _ = tree
+    list_ = write(
+        folder / "list", f"\ufeff# the corpus\n{folder}/sub\r\n\n  {folder}/*.parquet  \n#{folder}/nix\n{folder}/b.jsonl".encode()
+    )
+    expected = find([f"{folder}/sub", f"{folder}/f.parquet", f"{folder}/b.jsonl"])
+    assert find([f"@{list_}"]) == expected and len(expected) == 4
+    assert find([f"{folder}/e.txt", f"@{list_}"]) == [folder / "e.txt", *expected]
+
+
+def test_a_pattern_that_means_no_file_is_named(tree):
+    folder, _ = tree
+    write(folder / "empty/x.md", b"")
+    write(folder / "list", b"# nothing\n")
+    reasons = {
+        f"{folder}/nope.jsonl": "no such file or folder",
+        f"{folder}/*.nope": "no such file or folder",
+        f"{folder}/empty": r"no \*\.jsonl, .* in this folder",
+        f"@{folder}/list": "this list names no file",
+        f"@{folder}/nolist": "cannot read .*nolist: FileNotFoundError",
+        "nope://x/y": "cannot (open|read) nope://x/y",
+    }
+    for pattern, reason in reasons.items():
+        with pytest.raises(CorpusError, match=reason) as error:
+            find([f"{folder}/b.jsonl", pattern])
+        assert pattern.removeprefix("@") in str(error.value)
+
+
+# ---- cut: lines
+
+
+def test_pieces_are_whole_lines_and_all_of_them(tmp_path):
+    cuts = 0
+    for n, shard_bytes in ((1, 10), (200, 1), (200, 50), (200, 333), (200, 10**9)):
+        data = lines("x" * (i * 37 % 90) for i in range(n))
+        for ending in (b"", b'{"text": "no line end"}'):
+            file = write(tmp_path / "a.jsonl", data + ending)
+            pieces = cut(file, shard_bytes)
+            assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == len(data + ending)
+            assert all(data[p.stop - 1 : p.stop] == b"\n" for p in pieces[:-1])
+            assert all(p.stop - p.start < shard_bytes + 130 for p in pieces)
+            assert [document.raw for document in read_all(pieces)[0]] == (data + ending).splitlines()
+            cuts += len(pieces)
+    assert cuts > 400
+
+
+def test_a_cut_just_after_a_line_end_stays_there(tmp_path):
+    file = write(tmp_path / "a.jsonl", b"0123456\n" * 12)
+    assert [(p.start, p.stop) for p in cut(file, 16)] == [(a, a + 16) for a in range(0, 96, 16)]
+
+
+def test_line_numbers_and_offsets_hold_in_every_piece(tmp_path):
+    data = lines(str(i) * (i % 7) for i in range(100)) + b"\n  \n" + b"\xef\xbb\xbf{}\n" + lines(str(i) for i in range(100))
+    file = write(tmp_path / "a.jsonl", data)
+    met = 0
+    for shard_bytes in (1, 100, 700, 10**6):
+        pieces = cut(file, shard_bytes)
+        for document in read_all(pieces)[0]:
+            path, line, byte = str(document).rsplit(":", 2)
+            assert path == str(file) and data.startswith(document.raw + b"\n", int(byte))
+            assert int(line) == 1 + data[: int(byte)].count(b"\n")
+            met += document.piece.start > 0
+    assert met > 500
+
+
+def test_cutting_reads_a_little_around_each_cut(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.jsonl", lines("x" * (i % 900) for i in range(20_000)) + b'{"text": "' + b"y" * 10**6 + b'"}\n')
+    read = count_reads(monkeypatch)
+    pieces = cut(file, 10**6)
+    assert len(pieces) >= 9 and sum(read) <= (len(pieces) + 10**6 // CUT_BYTES) * CUT_BYTES + 10**6 < pieces[-1].stop / 2
+
+
+def count_reads(monkeypatch) -> list[int]:
+    """Bytes of each read from now on, by what the files deliver."""
+    read: list[int] = []
+    original = inputs.open_raw
+
+    class Counting:
+        def __init__(self, where):
+            self.file = original(where)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def seek(self, at):
+            self.file.seek(at)
+
+        def read(self, n):
+            data = self.file.read(n)
+            read.append(len(data))
+            return data
+
+    monkeypatch.setattr(inputs, "open_raw", Counting)
+    return read
+
+
+# ---- cut: other formats
+
+
+@pytest.mark.parametrize(("name", "suffix"), CONTAINERS)
+def test_the_format_is_seen_from_the_first_bytes(name, suffix, tmp_path):
+    data = CONTAINERS[name, suffix](lines(["one", "two"]))
+    for file_name, kind in (("a.jsonl", "lines"), ("a", "lines"), ("a.txt", "text"), ("A.TXT", "text"), ("txt", "lines")):
+        for called in (file_name, file_name + suffix):
+            (piece,) = cut(write(tmp_path / called, data), 10)[-1:]
+            assert (piece.kind, piece.compression) == (kind, "" if not suffix else name.split()[0].rstrip(","))
+            if suffix:
+                assert (piece.start, piece.stop, piece.size) == (0, len(data), len(data)) and piece.weight == 4 * len(data)
+
+
+def test_pieces_of_parquet_are_all_row_groups(tmp_path):
+    texts = [str(i) * (i % 300) for i in range(1000)]
+    file = write(tmp_path / "a", parquet({"text": texts}, row_group_size=70, use_dictionary=False))
+    for shard_bytes in (1, 20_000, 10**9):
+        pieces = cut(file, shard_bytes)
+        assert [p.start for p in pieces] == [0, *(p.stop for p in pieces[:-1])] and pieces[-1].stop == 15
+        assert sum(p.size for p in pieces) == file.stat().st_size and all(p.kind == "parquet" for p in pieces)
+        assert sum(map(len, texts)) <= sum(p.weight for p in pieces) <= 1.2 * sum(map(len, texts)) + 15_000
+        assert all(p.weight <= shard_bytes or p.stop - p.start == 1 for p in pieces)
+        assert [document.text for document in read_all(pieces)[0]] == texts
+    assert len(cut(file, 1)) == 15 and len(cut(file, 10**9)) == 1
+
+
+def test_files_without_a_byte_have_no_pieces(tmp_path):
+    for name in ("a.jsonl", "a.txt", "a.jsonl.gz", "a.zst", "a.bz2", "a.xz", "a.parquet"):
+        assert cut(write(tmp_path / name, b""), 100) == []
+    empty = write(tmp_path / "none.parquet", parquet({"text": pa.array([], pa.string())}))
+    assert read_all(cut(empty, 100))[0] == []
+
+
+def foreign() -> dict[str, tuple[bytes, str]]:
+    """A real file of each format that is refused, and what its error says."""
+    text = lines(["one"])
+    made: dict[str, tuple[bytes, str]] = {}
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as packed:
+        packed.writestr("a.jsonl", text)
+    made["zip"] = archive.getvalue(), "a zip archive.*unpack"
+    for name, form in (("tar", tarfile.PAX_FORMAT), ("GNU tar", tarfile.GNU_FORMAT)):
+        archive = io.BytesIO()
+        with tarfile.open(fileobj=archive, mode="w", format=form) as tape:
+            tape.addfile(tarfile.TarInfo("a.jsonl"))
+        made[name] = archive.getvalue(), "a tar archive.*unpack"
+    table = pa.table({"text": ["one"]})
+    for name, new in (("Arrow file", pa.ipc.new_file), ("Arrow stream", pa.ipc.new_stream)):
+        sink = pa.BufferOutputStream()
+        with new(sink, table.schema) as writer:
+            writer.write_table(table)
+        made[name] = sink.getvalue().to_pybytes(), "an Arrow file.*parquet"
+    array = io.BytesIO()
+    np.save(array, np.arange(3))
+    made["numpy"] = array.getvalue(), "numpy"
+    made["pickle"] = pickle.dumps(["one"]), "a pickle"
+    database = sqlite3.connect(":memory:")
+    database.execute("create table t (x)")
+    made["SQLite"] = database.serialize(), "SQLite"
+    made["UTF-16"] = text.decode().encode("utf-16"), "UTF-16.*iconv"
+    made["UTF-16 without a mark"] = text.decode().encode("utf-16-le"), "UTF-16.*iconv"
+    made["index"] = b"MMIDIDX\x00\x00\x01", "tokenized documents"
+    made["JSON array"] = json.dumps([{"text": "one"}]).encode(), r"over several lines.*jq"
+    made["JSON, indented"] = json.dumps({"text": "one"}, indent=2).encode(), r"over several lines.*jq"
+    return made
+
+
+@pytest.mark.parametrize("name", foreign())
+def test_other_formats_are_refused_with_what_to_do(name, tmp_path):
+    data, reason = foreign()[name]
+    for packed in (
+        data,
+        *(pack(data) for (container, _), pack in CONTAINERS.items() if container in ("gzip", "zstd", "bzip2", "xz")),
+    ):
+        with pytest.raises(InputError, match=reason) as error:
+            cut(write(tmp_path / "a.jsonl", packed), 100)
+        assert "a.jsonl is" in str(error.value)
+
+
+def test_a_container_in_a_container_is_refused(tmp_path):
+    for inner, data in (("parquet", parquet({"text": ["x" * 9999]})), ("zstd", CONTAINERS["zstd", ".zst"](b"{}\n" * 999))):
+        with pytest.raises(InputError, match=f"is {inner} inside gzip: unpack it"):
+            cut(write(tmp_path / "a.gz", CONTAINERS["gzip", ".gz"](data)), 100)
+
+
+def test_a_name_that_the_content_belies_is_refused(tmp_path):
+    for suffix in (".gz", ".zst", ".bz2", ".xz", ".parquet"):
+        for data in (b'{"text": "plain"}\n', b"\x1e\x8b\x08\x00", b"PAR2", gzip_or_zstd(suffix)):
+            with pytest.raises(InputError, match=rf"is called \{suffix}, but its first bytes are"):
+                cut(write(tmp_path / f"a.jsonl{suffix}", data), 100)
+
+
+def gzip_or_zstd(suffix: str) -> bytes:
+    return CONTAINERS[("zstd", ".zst") if suffix == ".gz" else ("gzip", ".gz")](b"{}\n")
+
+
+def test_text_that_begins_like_a_format_is_text(tmp_path):
+    for text in (
+        "ORCHIDS",
+        "PARENTS",
+        "BZh9 is",
+        "PK is",
+        "Object",
+        "ARROW1 flew",
+        "7z",
+        "Rar!",
+        "xz",
+        "[1] Introduction",
+        "{ a set }",
+        "\0",
+    ):
+        file = write(tmp_path / "a.txt", text.encode())
+        assert [document.text for document in read_all(cut(file, 100))[0]] == [text]
+
+
+def test_what_cannot_be_cut_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"nope\.jsonl: no such file"):
+        cut(tmp_path / "nope.jsonl", 100)
+    with pytest.raises(InputError, match="not a regular file"):
+        cut(tmp_path, 100)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(InputError, match="not a regular file"):
+        cut(tmp_path / "fifo", 100)
+    whole = parquet({"text": ["one"] * 99})
+    for data in (whole[:-1], whole[: len(whole) // 2], b"PAR1", whole[:-6] + b"\xff\x7fPAR1"):
+        with pytest.raises(InputError, match=r"a\.parquet: damaged parquet data .*: is it complete\?"):
+            cut(write(tmp_path / "a.parquet", data), 100)
+
+
+# ---- take
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> list[Piece]:
+    """Pieces of every kind: plain lines in pieces, blank and bad ones, compressed, cut off, texts and parquet."""
+    folder = tmp_path_factory.mktemp("mixture")
+    data = lines(str(i) for i in range(12))
+    write(folder / "a.jsonl", b"\n" + data + b" \nbad\n\n" + lines([""]) + b"\n")
+    write(folder / "b.jsonl.gz", CONTAINERS["gzip", ".gz"](data))
+    write(folder / "c.jsonl.xz", CONTAINERS["xz", ".xz"](data * 50)[:-40])
+    write(folder / "d.txt", b"one document\n\nof four\nlines")
+    write(folder / "e.parquet", parquet({"text": ["x", None, "y", "z", ""]}, row_group_size=2))
+    write(folder / "f.txt", b"last")
+    return [piece for file in find([str(folder)]) for piece in cut(file, 60)]
+
+
+def test_the_first_documents_are_the_first_of_all(mixture):
+    everything, _ = read_all(mixture)
+    assert len(everything) > 30 and len({d.piece.url for d in everything}) == 6
+    assert {d.text is None for d in everything} == {True, False}
+    for n in range(len(everything) + 3):
+        taken = take(mixture, n)
+        documents, digest = read_all(taken)
+        assert [(str(d), d.text) for d in documents] == [(str(d), d.text) for d in everything[:n]]
+        assert len(taken) <= len(mixture)
+        if n >= len(everything):
+            assert digest == read_all(mixture)[1]
+
+
+def test_taking_reads_no_further_than_it_must(mixture):
+    missing = Piece("/nope/nope.jsonl", "lines", "", 0, 10, 10, 10)
+    n = len(read_all(mixture[:1])[0])
+    assert take([mixture[0], missing], n)[0].limit == n
+    with pytest.raises(FileNotFoundError):
+        take([mixture[0], missing], n + 1)
+    with pytest.raises(FileNotFoundError):
+        take([missing], 1)
+
+
+# ---- places
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A real S3 server on this machine, found as any other is: by the environment."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        s3fs.S3FileSystem().mkdir("bucket")
+        yield "s3://bucket"
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["memory", "s3"])
+def remote(request) -> str:
+    return "memory://folder" if request.param == "memory" else f"{request.getfixturevalue('bucket')}/folder"
+
+
+def upload(folder: Path, root: str) -> Place:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            (place(root) / file.relative_to(folder).as_posix()).write_bytes(file.read_bytes())
+    return place(root)
+
+
+def test_every_place_gives_the_same(remote, tmp_path):
+    texts = real.texts()[:40]
+    data = lines(texts)
+    for (name, suffix), pack in CONTAINERS.items():
+        write(tmp_path / f"data/{name}/a.jsonl{suffix}", pack(data))
+    write(tmp_path / "data/b.parquet", parquet({"text": texts, "id": list(range(40))}, row_group_size=7))
+    write(tmp_path / "data/c.txt", texts[0].encode())
+    write(tmp_path / "data/_temporary/d.jsonl", data)
+    here, there = str(tmp_path), str(upload(tmp_path, remote))
+    for patterns in ([""], ["/data/*.txt", "/data"], ["/data/*/*.gz", "/data/**/*.zst"], ["/data/b.parquet"]):
+        local, remotes = ([str(f) for f in find([root + p for p in patterns])] for root in (here, there))
+        assert remotes and remotes == [there + name.removeprefix(here) for name in local]
+    pieces = [[piece for file in find([root]) for piece in cut(file, 50_000)] for root in (here, there)]
+    (documents, digest), (others, other) = (read_all(p, id_key="id") for p in pieces)
+    assert digest == other and len(documents) == len(others) > 600
+    assert [d[1:] for d in documents] == [d[1:] for d in others]
+    assert [str(d).removeprefix(here) for d in documents] == [str(d).removeprefix(there) for d in others]
+
+
+def test_an_object_store_is_asked_for_what_is_read(bucket, tmp_path, monkeypatch):
+    data = lines("x" * 5000 for _ in range(4000))
+    upload(write(tmp_path / "big.jsonl", data).parent, bucket)
+    fetched: list[int] = []
+    fetch = s3fs.core.S3File._fetch_range
+
+    def counting(self, start, end):
+        fetched.append(end - start)
+        return fetch(self, start, end)
+
+    monkeypatch.setattr(s3fs.core.S3File, "_fetch_range", counting)
+    pieces = cut(place(f"{bucket}/big.jsonl"), 4 << 20)
+    assert len(pieces) == 5 and 0 < sum(fetched) <= 5 * CUT_BYTES
+    fetched.clear()
+    documents, _ = read_all(pieces[1:2])
+    assert sum(fetched) == pieces[1].stop - pieces[1].start and len(documents) > 800
+
+
+def test_an_object_that_changes_while_it_is_read_is_noticed(bucket, tmp_path):
+    upload(write(tmp_path / "x/changing.jsonl", lines("x" * 10_000 for _ in range(4000))).parent, bucket)
+    file = place(f"{bucket}/changing.jsonl")
+    documents = read(cut(file, 10**9)[0], "text", None, len)
+    assert next(documents).text == "x" * 10_000
+    upload(write(tmp_path / "x/changing.jsonl", lines("y" * 10_000 for _ in range(4000))).parent, bucket)
+    with pytest.raises(OSError, match="no longer exists"):
+        list(documents)
+
+
+def test_what_is_missing_on_an_object_store_is_named(bucket):
+    for pattern in (f"{bucket}/nope.jsonl", f"{bucket}/*.nope", "s3://nobucket/a.jsonl"):
+        with pytest.raises(InputError, match="no such file or folder"):
+            find([pattern])
+    with pytest.raises(InputError, match="no such file"):
+        cut(place(f"{bucket}/nope.jsonl"), 100)
