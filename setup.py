@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*", "tools", "tools.*"]),
-    package_data={"megatron_vocagno": ["py.typed"]},
+    package_data={"megatron_vocagno": ["py.typed"], "tools.preprocess": ["templates/*"]},
     install_requires=[
         "torch>=2.8",
         "deepspeed>=0.19.8,<0.20",

@@ -1,0 +1,295 @@
+"""What a dataset is like, as one HTML page that needs nothing else: no network, no scripts.
+
+    python -m tools.preprocess.report data/train --out report.html
+
+Counts of the whole dataset come from dataset.json and its indices. What training rows look like is measured on rows of
+sampled documents; the same dataset and seed give the same page, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import orjson
+
+from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from tools.preprocess import charts
+from tools.preprocess.interlinear import Cell, Interlinear, visible
+
+# ---- what bounds the page and the time
+MOST_TARGETS = 1 << 20
+EXAMPLES = 10
+EXAMPLE_CELLS = 300
+EXAMPLE_CHARACTERS = 8000  # of both sides
+MOST_SHARDS = 500
+QUARANTINE_BYTES = 16 << 20
+MOST_REASONS = 20
+REASON_CHARACTERS = 120
+ID_CHARACTERS = 120
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 for an error that the message explains."""
+    args = parse(argv)
+    try:
+        html = page(AlignedDataset.open(args.dataset), args.sample, args.seed, args.row_length)
+        args.out.write_text(html, encoding="utf-8")
+    except (CorpusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {args.out.stat().st_size:,} bytes")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="report", description="A dataset -> one HTML page about it.")
+    parser.add_argument("dataset", help="folder of the dataset")
+    parser.add_argument("--out", required=True, type=Path, help="the page")
+    parser.add_argument("--sample", type=positive_int, default=1000, help="documents whose rows are measured (default: 1000)")
+    parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
+    parser.add_argument("--row-length", type=row_length, default=2048, help="student positions of a row (default: 2048)")
+    return parser.parse_args(argv)
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return int(text)
+
+
+def row_length(text: str) -> int:
+    if int(text) <= 2 * SLACK:
+        raise argparse.ArgumentTypeError(f"{text} is too short, {2 * SLACK + 1} at least")
+    return int(text)
+
+
+def page(dataset: AlignedDataset, sample: int, seed: int, row_length: int) -> str:
+    """The page about a dataset; its size and the time it takes do not grow with the number of documents."""
+    documents = sampled(len(dataset), sample, seed)
+    interlinear = Interlinear(dataset)
+    template = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template.filters |= {"share": share, "size": size}
+    return template.get_template("report.html").render(
+        name=dataset.path.resolve().name,
+        dataset=dataset,
+        manifest=dataset.manifest,
+        totals=dataset.totals,
+        ios=truncated_share(dataset.totals.covered_tokens, dataset.totals.mapped_tokens),
+        widths=up_to_last(dataset.totals.span_widths[1:]),
+        seed=seed,
+        rows=measure_rows(dataset, documents, row_length, seed),
+        lengths=charts.doubling("Student tokens a document", dataset.student_lengths, "documents"),
+        overlaps=overlaps(interlinear),
+        examples=[Example.of(interlinear, int(document)) for document in documents[:EXAMPLES]],
+        refused=refused(dataset),
+        shards=dataset.manifest.shards[:MOST_SHARDS],
+    )
+
+
+def sampled(count: int, sample: int, seed: int) -> Int32:
+    """Documents in random order, each at most once."""
+    random = np.random.default_rng(seed)
+    chosen: Int32 = random.choice(count, min(sample, count), replace=False).astype(np.int32)
+    return chosen
+
+
+# ---- rows
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a teacher that reads so many positions of a row would miss."""
+
+    positions: int
+    rows: int  # rows with more
+    targets: int  # `Mapping.BEYOND_TEACHER`
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """Measured on rows of sampled documents, laid end to end as for training."""
+
+    row_length: int
+    documents: int
+    rows: int
+    targets: int
+    by_mapping: dict[str, int]
+    teacher_mean: float  # positions a row
+    teacher_p99: float
+    teacher_max: int
+    ratios: charts.Chart
+    capacities: list[Capacity]
+    starts: int  # of rows after the first
+    inside: int  # starts inside a teacher token: no common boundary was near
+    backs: list[int]  # starts that moved back by 0, 1, … student tokens
+
+
+def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, seed: int) -> RowSample:
+    """Reads about MOST_TARGETS student tokens at most."""
+    rows = Rows(dataset, documents, row_length)
+    # the last row is short and would count as a whole one
+    chosen = sampled(max(len(rows) - 1, 1), max(MOST_TARGETS // row_length, 1), seed).tolist()
+    measured = [rows[k] for k in chosen]
+    student = np.array([len(row.input_ids) for row in measured])
+    teacher = np.array([len(row.teacher_input_ids) for row in measured])
+    kinds = np.bincount(np.concatenate([row.mapping for row in measured]), minlength=len(Mapping))
+    lasts = np.concatenate([row.last for row in measured])
+    later = [k for k in chosen if k]
+    backs = np.array([k * rows.stride - rows.start(k) for k in later], np.int64)
+    firsts = [rows.pieces(k)[0] for k in later]
+    return RowSample(
+        row_length=row_length,
+        documents=len(documents),
+        rows=len(measured),
+        targets=len(lasts),
+        by_mapping={kind.name: int(kinds[kind]) for kind in Mapping},
+        teacher_mean=float(teacher.mean()),
+        teacher_p99=float(np.quantile(teacher, 0.99)),
+        teacher_max=int(teacher.max()),
+        ratios=charts.histogram("Teacher positions a student position", teacher / student, "rows", "{:.3f}".format),
+        capacities=list(capacities(teacher, lasts, row_length)),
+        starts=len(later),
+        inside=sum(not dataset.common_boundary(p.document, p.start, p.start + 1)[0] for p in firsts),
+        backs=np.bincount(backs).tolist(),
+    )
+
+
+def capacities(teacher: Int64, lasts: Int32, row_length: int) -> Iterator[Capacity]:
+    """Up to the first one that all rows fit. teacher: positions of each row; lasts: teacher positions each target needs."""
+    for factor in (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4, 6, 8):
+        positions = int(factor * row_length)
+        longer = int((teacher > positions).sum())
+        yield Capacity(positions, longer, int((lasts > positions).sum()))
+        if not longer:
+            return
+
+
+# ---- vocabularies
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """S: the student's vocabulary, T: the teacher's."""
+
+    by: str
+    common: int
+    student: int
+    teacher: int
+
+
+def overlaps(interlinear: Interlinear) -> list[Overlap]:
+    """By the strings as tokenizer.json writes them, and by the bytes of text that they stand for."""
+    student, teacher = interlinear.student, interlinear.teacher
+    by_string = set(student.pieces), set(teacher.pieces)
+    by_bytes = set(student.bytes) - {b""}, set(teacher.bytes) - {b""}
+    return [
+        Overlap("strings as written", len(by_string[0] & by_string[1]), len(by_string[0]), len(by_string[1])),
+        Overlap("bytes of text", len(by_bytes[0] & by_bytes[1]), len(by_bytes[0]), len(by_bytes[1])),
+    ]
+
+
+# ---- examples
+
+
+@dataclass(frozen=True)
+class Example:
+    """The beginning of a document."""
+
+    document: int
+    id: str  # "" without
+    student_tokens: int
+    teacher_tokens: int
+    shown: int  # student tokens
+    blocks: list[list[Cell]]
+
+    @classmethod
+    def of(cls, interlinear: Interlinear, document: int) -> Example:
+        blocks = list(beginning(interlinear.blocks(document)))
+        tokens = {cell.student.token for block in blocks for cell in block if cell.student}
+        dataset = interlinear.dataset
+        n, m = int(dataset.student_lengths[document]), int(dataset.teacher_lengths[document])
+        return cls(document, visible(dataset.id(document)[:ID_CHARACTERS]), n, m, len(tokens), blocks)
+
+
+def beginning(blocks: Iterator[list[Cell]]) -> Iterator[list[Cell]]:
+    """As many blocks as an example has room for; the last one may be cut."""
+    cells, characters = EXAMPLE_CELLS, EXAMPLE_CHARACTERS
+    for block in blocks:
+        for i, cell in enumerate(block):
+            cells -= 1
+            characters -= sum(len(part.text) for part in cell if part)
+            if cells < 0 or characters < 0:
+                yield block[:i]
+                return
+        yield block
+
+
+# ---- what was left out
+
+
+@dataclass(frozen=True)
+class Refused:
+    """reasons: the most frequent ones of quarantine.jsonl, with their counts, over the lines that were read."""
+
+    lines: int
+    complete: bool  # all of them were read
+    reasons: list[tuple[str, int]]
+
+
+def refused(dataset: AlignedDataset) -> Refused:
+    """Reasons that differ in their numbers alone are one."""
+    left, reasons = QUARANTINE_BYTES, Counter[str]()
+    for shard in dataset.manifest.shards:
+        if "quarantine.jsonl" not in shard.files:
+            continue
+        with (dataset.path / shard.path / "quarantine.jsonl").open("rb") as lines:
+            while line := lines.readline(left + 1):
+                left -= len(line)
+                if left < 0:
+                    return Refused(reasons.total(), False, reasons.most_common(MOST_REASONS))
+                reason = re.sub(r"\d[\d,]*", "#", orjson.loads(line)["reason"])
+                reasons[reason[:REASON_CHARACTERS]] += 1
+    return Refused(reasons.total(), True, reasons.most_common(MOST_REASONS))
+
+
+# ---- how numbers are written
+
+
+def share(part: int, whole: int) -> str:
+    if not whole:
+        return "–"
+    return "< 0.001 %" if 0 < part < whole / 200_000 else f"{100 * part / whole:.3f} %"
+
+
+def up_to_last(counts: Sequence[int]) -> Sequence[int]:
+    """Without the zeros at the end."""
+    return counts[: max((i + 1 for i, count in enumerate(counts) if count), default=0)]
+
+
+def truncated_share(part: int, whole: int) -> str:
+    """100 % only where it is all of them."""
+    return "100 %" if part == whole else f"{100_000 * part // whole / 1000:.3f} %"
+
+
+def size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:,.2f} MB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""One document of a dataset in the terminal: the student's tokens above, the teacher's beneath, character above character.
+
+    python -m tools.preprocess.show_document data/train 17
+    python -m tools.preprocess.show_document data/train --random --start 100 --stop 300
+
+The teacher tokens that a student token maps to are those that stand beneath it. Each student token has a colour, and so
+has what the teacher has beneath; a teacher token that several student tokens share is underlined.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich.cells import cell_len, chop_cells
+from rich.console import Console
+from rich.text import Text
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
+from tools.preprocess.interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
+
+COLOURS = ["cyan", "magenta", "green"]  # of the 16 that a terminal's theme keeps legible
+UNMAPPED_COLOUR = "red"
+NARROW = 60  # columns below which the sides are named by a letter
+LEGEND = f"{OPEN} {CLOSE} token   {OPEN_UNMAPPED} {CLOSE_UNMAPPED} unmapped   ␣ ␊ space, line feed   ⟨c3⟩ part of a character"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 2 for an error that the message explains."""
+    args = parse(argv)
+    console = Console(highlight=False)
+    try:
+        dataset = AlignedDataset.open(args.dataset)
+        document = chosen(dataset, args.index, args.id, args.random)
+        for line in shown(Interlinear(dataset), document, args.start, args.stop, console.width):
+            console.print(line, soft_wrap=True)
+    except (CorpusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="show_document", description="One document, its tokens on both sides.")
+    parser.add_argument("dataset", help="folder of the dataset")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("index", nargs="?", type=int, default=0, help="number of the document (default: 0)")
+    which.add_argument("--id", help="id of the document, in a dataset that was built with --id-key")
+    which.add_argument("--random", action="store_true", help="any document; the first line names it")
+    parser.add_argument("--start", type=int, default=0, help="first student token (default: 0)")
+    parser.add_argument("--stop", type=int, help="student token after the last (default: the end)")
+    return parser.parse_args(argv)
+
+
+def chosen(dataset: AlignedDataset, index: int, id_: str | None, any_document: bool) -> int:
+    """Raises DatasetError where there is no such document."""
+    if any_document:
+        return random.randrange(len(dataset))
+    if id_ is not None:
+        if dataset.manifest.id_key is None:
+            raise DatasetError(f"{dataset.path} has no ids: it was built without --id-key; name a document by its number")
+        found = next((i for i in range(len(dataset)) if dataset.id(i) == id_), None)
+        if found is None:
+            raise DatasetError(f"{dataset.path}: none of its {len(dataset):,} documents has the id {id_!r}")
+        return found
+    if not 0 <= index < len(dataset):
+        raise DatasetError(f"{dataset.path}: no document {index}; there are {len(dataset):,}, the first is 0")
+    return index
+
+
+def shown(interlinear: Interlinear, document: int, start: int, stop: int | None, width: int) -> Iterator[Text]:
+    """Lines of at most `width` columns. Raises DatasetError where tokens are asked for that the document lacks."""
+    dataset, blocks = interlinear.dataset, interlinear.blocks(document, start, stop)
+    n, m = int(dataset.student_lengths[document]), int(dataset.teacher_lengths[document])
+    id_ = f", {visible(dataset.id(document))}" if dataset.id(document) else ""
+    yield from wrapped(f"document {document:,} of {len(dataset):,}{id_}: {n:,} student tokens, {m:,} teacher tokens", width)
+    yield from wrapped(LEGEND, width)
+    names = ("student", "teacher") if width >= NARROW else ("s", "t")
+    digits = len(f"{max(n, m):,}")
+    room = max(width - len(names[0]) - digits - 2, 8)
+    for cells in lines(blocks, room):
+        yield Text()
+        yield row(cells, [cell.student for cell in cells], names[0], digits)
+        yield row(cells, [cell.teacher for cell in cells], names[1], digits)
+
+
+def wrapped(text: str, width: int) -> Iterator[Text]:
+    return iter(Text(text, style="dim").wrap(Console(width=width), width))
+
+
+def lines(blocks: Iterable[list[Cell]], room: int) -> Iterator[list[Cell]]:
+    """Cells that fit side by side, whole blocks where possible; a line of the text ends a line."""
+    line: list[Cell] = []
+    used = 0
+    for block in blocks:
+        cells = [piece for cell in block for piece in pieces(cell, room)]
+        needed = sum(columns(cell) for cell in cells)
+        if line and used + needed > room:
+            yield line
+            line, used = [], 0
+        for cell in cells:
+            if line and used + columns(cell) > room:
+                yield line
+                line, used = [], 0
+            line.append(cell)
+            used += columns(cell)
+        if any("␊" in part.text for cell in cells for part in cell if part):
+            yield line
+            line, used = [], 0
+    if line:
+        yield line
+
+
+def columns(cell: Cell) -> int:
+    """Of its text and of the two that brackets take."""
+    return max(cell_len(part.text) for part in cell if part) + 2
+
+
+def pieces(cell: Cell, room: int) -> list[Cell]:
+    """A cell that is too wide for a line, in pieces."""
+    if columns(cell) <= room:
+        return [cell]
+    sides = [[] if part is None else chop_cells(part.text, room - 2) for part in cell]
+    count = max(len(texts) for texts in sides)
+    cut = []
+    for k in range(count):
+        parts = []
+        for part, texts in zip(cell, sides, strict=True):
+            text = texts[k] if k < len(texts) else ""
+            ends = {"starts": k == 0 and part.starts, "ends": k == count - 1 and part.ends} if part else {}
+            parts.append(part._replace(text=text, **ends) if part else None)
+        cut.append(Cell(*parts))
+    return cut
+
+
+def row(cells: list[Cell], parts: list[Part | None], name: str, digits: int) -> Text:
+    """One side of a line, after its name and the position of its first token."""
+    first = next((f"{part.token:,}" for part in parts if part), "")
+    line = Text.assemble((f"{name} {first:>{digits}} ", "dim"))
+    for cell, part in zip(cells, parts, strict=True):
+        line.append_text(drawn(part, columns(cell), style(cell, part)))
+    return line
+
+
+def drawn(part: Part | None, width: int, style: str) -> Text:
+    if part is None:
+        return Text(" " * width)
+    opening, closing = (OPEN, CLOSE) if part.mapped else (OPEN_UNMAPPED, CLOSE_UNMAPPED)
+    opening, closing = opening if part.starts else " ", closing if part.ends else " "
+    gap = " " * (width - 2 - cell_len(part.text))
+    return Text(f"{opening}{part.text}{gap}{closing}", style)
+
+
+def style(cell: Cell, part: Part | None) -> str:
+    """The colour of the student token; a part of a teacher token that others share is underlined."""
+    if part is None or not part.mapped:
+        return UNMAPPED_COLOUR
+    colour = COLOURS[cell.student.token % len(COLOURS)] if cell.student else "default"
+    shared = part is cell.teacher and not (part.starts and part.ends)
+    return f"{colour} underline" if shared else colour
+
+
+if __name__ == "__main__":
+    sys.exit(main())
