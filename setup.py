@@ -44,7 +44,7 @@ setup(
         # ten times faster tokenizing, and alignment in no time
         "fast": ["gigatoken>=0.10,<0.11", "numba>=0.61"],
         # preprocessing on a Ray cluster, and from and to S3
-        "ray": ["ray>=2.50"],
+        "ray": ["ray>=2.52"],
         "s3": ["s3fs>=2025.3"],
         # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
         "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],

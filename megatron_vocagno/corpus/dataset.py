@@ -116,7 +116,7 @@ class AlignedDataset:
         self._student, self._teacher, self._anchors = PairReader(*student), PairReader(*teacher), PairReader(*anchors)
         self._codes = self._student.beside(np.uint8, *codes)
         self._ids = PairReader(*ids) if manifest.id_key is not None else None
-        for pair in filter(None, (self._teacher, self._anchors, self._ids)):
+        for pair in (self._teacher, self._anchors, *([self._ids] if self._ids is not None else [])):
             for k, (mine, students) in enumerate(zip(pair.first_documents[1:], self._student.first_documents[1:], strict=True)):
                 if mine != students:
                     raise DatasetError(f"{pair.prefixes[k]}.idx and {student[k]}.idx differ in their number of documents")

@@ -199,8 +199,9 @@ def check_size(file: Place, record: FileRecord) -> None:
     try:
         size = file.stat().st_size
     except OSError as error:
+        why = error.strerror or error
         raise DatasetError(
-            f"{file} is missing; dataset.json records it with {record.size:,} bytes ({error.strerror}): was the copy interrupted?"
+            f"{file} is missing; dataset.json records it with {record.size:,} bytes ({why}): was the copy interrupted?"
         ) from None
     if size != record.size:
         raise DatasetError(f"{file}: {size:,} bytes, dataset.json records {record.size:,}: cut off while copying, or disk full?")

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.workers import ONE_THREAD, Answer, Entry, Failure, Queue, Stop, attempt, pack, settle
 
-TASKS_A_CPU = 2  # handed to Ray; one runs, one is at hand
+TASKS_A_CPU = 2  # one runs, one is at hand
 SECONDS_TO_ANSWER = 10
 
 J = TypeVar("J")
@@ -35,7 +35,8 @@ def run_ray(task: Callable[[J], R], jobs: Sequence[J], address: str, stop: Stop 
     address: HOST:PORT of the cluster, or `auto`: as RAY_ADDRESS says, or the one that runs on this machine.
 
     The third death of a worker at one job is a Failure. Raises ClusterError. When the iterator is closed or dropped, its tasks
-    are killed; the cluster stays. The nodes need this package, and the same paths to input and output.
+    are killed; the cluster stays. The nodes need this package, and the same paths to input and output. What tasks `report` is
+    not heard.
     """
     ray = _connect(address)
     queue, in_flight = Queue(jobs), dict[Any, Entry[J]]()

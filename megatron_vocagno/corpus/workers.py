@@ -187,8 +187,8 @@ class _Worker(Generic[J]):
 
     @property
     def death(self) -> str:
-        code = self.process.exitcode
-        return f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit status {code}"
+        code = self.process.exitcode or 0
+        return f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit status {code}"
 
 
 class _Crew(Generic[J, R]):
@@ -262,7 +262,7 @@ class _Crew(Generic[J, R]):
         elif not worker.ready:
             self.false_starts += 1
             if (worker.process.exitcode or 0) > 0 or self.false_starts == FALSE_STARTS:
-                raise WorkerError(f"workers cannot start: the last one ended {worker.death}; what it wrote is above")
+                raise WorkerError(f"workers cannot start: the last one died {worker.death}; see what it wrote above")
 
     def dismiss(self) -> None:
         for worker in self.workers.values():
