@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
                     f"{len(old.shards):,} shards then, {len(made.shards):,} now. Name another --out, or use --force"
                 )
     if old is not None and part is not None and old.stamps != made.stamps:
-        other = next((a, b) for a, b in zip(old.stamps, made.stamps, strict=True) if a != b)
+        other = next((a, b) for a, b in zip_longest(old.stamps, made.stamps) if a != b)
         raise ChangedError(
             f"{out}: the input has changed since another task of this job array planned it: {other[0]} then, {other[1]} now "
             "(size, time). Run the build once without --shards, or name another --out"

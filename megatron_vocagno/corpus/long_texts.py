@@ -9,7 +9,9 @@ it, and one of them may differ from those of the whole.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,6 +28,16 @@ TRIES = 64  # places looked at
 PLACES = [re.compile(p) for p in (r"(?<=[^\W\d_])(?= [^\W\d_])", r"(?<=\w)(?=\n\w)", r"(?<=\w)(?=[^\w\s])", r"(?<=\S)(?=\S)")]
 
 
+@dataclass(frozen=True)
+class AlignedPart:
+    """Both sides' tokens and the spans of a part, in positions of the whole text; without EOS."""
+
+    student: Ragged
+    teacher: Ragged
+    aligned: AlignedTexts
+    n_bytes: int
+
+
 def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
     """The text, in parts of `PART` characters or a little less."""
     start = 0
@@ -36,20 +48,24 @@ def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
     yield text[start:]
 
 
-def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer) -> Iterator[tuple[Ragged, Ragged, AlignedTexts]]:
-    """Both sides' tokens and the spans of each part, in positions of the whole text; without EOS."""
+def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) -> Iterator[AlignedPart]:
+    """The parts of a text, each NFC-normalised (with `nfc`), tokenized by both and aligned.
+
+    Normalising the whole would take its size once more, and Python keeps four bytes a character where one of them needs it.
+    """
     done = Part(ends=False)
     for part in parts(text, (student, teacher)):
-        first = done.student == 0
+        part = unicodedata.normalize("NFC", part) if nfc else part
+        n_bytes, first = len(part.encode()), done.student == 0
         s, t = _side(student, part, first), _side(teacher, part, first)
-        yield s.tokens, t.tokens, align_texts(s, t, np.array([len(part.encode())]), done)
+        yield AlignedPart(s.tokens, t.tokens, align_texts(s, t, np.array([n_bytes]), done), n_bytes)
         done = Part(done.student + len(s.tokens.ids), done.teacher + len(t.tokens.ids), ends=False)
 
 
 def _side(tokenizer: Tokenizer, part: str, first: bool) -> Side:
     if first:
         return Side(tokenizer.encoder.encode([part]), tokenizer.prefixes([part]), tokenizer.short_byte_lengths)
-    ids = tokenizer.encode_continuation(part)
+    ids = tokenizer.encode_continuation(part, tokenizer.encoder)
     return Side(Ragged(ids, np.array([0, len(ids)])), np.zeros(1, np.uint8), tokenizer.short_byte_lengths)
 
 
@@ -64,7 +80,9 @@ def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
 
 
 def _is_boundary(text: str, place: int, tokenizer: Tokenizer) -> bool:
+    """By Hugging Face's tokenizers, which take less than gigatoken to begin."""
     left, right = text[place - AROUND : place], text[place : place + AROUND]
-    whole = tokenizer.encoder.encode([left + right]).ids
-    halves = np.concatenate([tokenizer.encoder.encode([left]).ids, tokenizer.encode_continuation(right)])
+    encoder = tokenizer.reference
+    whole = encoder.encode([left + right]).ids
+    halves = np.concatenate([encoder.encode([left]).ids, tokenizer.encode_continuation(right, encoder)])
     return np.array_equal(whole, halves)

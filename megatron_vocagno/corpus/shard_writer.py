@@ -37,7 +37,10 @@ CHECK_EVERY = 1000  # documents: one of so many is compared with Hugging Face's 
 
 @dataclass(frozen=True)
 class Text:
-    """A document, normalised, with its number in the shard and its UTF-8 bytes."""
+    """A document, with its number in the shard and its UTF-8 bytes.
+
+    Normalised; of a long one (above `PART` characters) the text is as it came, and its characters are counted.
+    """
 
     document: Document
     text: str
@@ -100,7 +103,7 @@ class ShardWriter:
         for number, document in enumerate(documents):
             text = document.text
             assert text is not None, "bad records are the caller's"
-            if text.isascii():
+            if text.isascii() or len(text) > PART:
                 yield Text(document, text, number, len(text))
             else:
                 text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -134,7 +137,7 @@ class ShardWriter:
         self.pairs["spans"].extend(aligned.codes, s_lengths)
         self.pairs["anchors"].extend(*aligned.side_lists)
         self._count(aligned.widths, aligned.covered, int(s_lengths.sum()), int(t_lengths.sum()))
-        self._count_documents(batch)
+        self._count_documents(batch, sum(t.n_bytes for t in batch))
 
     # ---- a document whose bytes do not add up
 
@@ -155,7 +158,7 @@ class ShardWriter:
         self.pairs["anchors"].add(np.concatenate([stored.anchors, stored.escapes.ravel()]))
         widths = np.bincount(np.minimum(spans.last - spans.first, 8), minlength=9)
         self._count(widths, held, len(stored.codes), len(teacher.ids) + 1)
-        self._count_documents([text])
+        self._count_documents([text], text.n_bytes)
         self.counts["offset_documents"] += 1
 
     # ---- a long document
@@ -166,8 +169,9 @@ class ShardWriter:
         for name in PAIRS:
             self.pairs[name].add(np.zeros(0, self.dtypes[name]))
         escapes = []
-        n_student = n_teacher = 0
-        for student, teacher, aligned in aligned_parts(text.text, self.student, self.teacher):
+        n_student = n_teacher = n_bytes = 0
+        for part in aligned_parts(text.text, self.student, self.teacher, self.nfc):
+            student, teacher, aligned = part.student, part.teacher, part.aligned
             if not aligned.good[0]:
                 for name in PAIRS:
                     self.pairs[name].forget_last()
@@ -178,11 +182,12 @@ class ShardWriter:
             escapes.append(aligned.escapes.ravel())
             self._count(aligned.widths, aligned.covered, len(student.ids), len(teacher.ids))
             n_student, n_teacher = n_student + len(student.ids), n_teacher + len(teacher.ids)
+            n_bytes += part.n_bytes
         anchor = [n_teacher] if n_student % ANCHOR_EVERY == 0 else []
         self._grow([self.student.eos_id], [self.teacher.eos_id], [0], anchor)
         self._count(np.zeros(9, np.int64), 0, 1, 1)
         self.pairs["anchors"].grow(np.concatenate(escapes))
-        self._count_documents([text])
+        self._count_documents([text], n_bytes)
 
     def _grow(self, student: ArrayLike, teacher: ArrayLike, codes: ArrayLike, anchors: ArrayLike) -> None:
         """More of the last document."""
@@ -198,11 +203,11 @@ class ShardWriter:
         self.counts["student_tokens"] += n_student
         self.counts["teacher_tokens"] += n_teacher
 
-    def _count_documents(self, batch: list[Text]) -> None:
+    def _count_documents(self, batch: list[Text], n_bytes: int) -> None:
         self.counts["documents"] += len(batch)
         self.counts["eos_tokens"] += len(batch)
         self.widths[0] += len(batch)
-        self.counts["text_bytes"] += sum(t.n_bytes for t in batch)
+        self.counts["text_bytes"] += n_bytes
         if "ids" in self.pairs:
             ids = [t.document.id.encode() for t in batch]
             self.pairs["ids"].extend(np.frombuffer(b"".join(ids), np.uint8), np.array([len(i) for i in ids]))

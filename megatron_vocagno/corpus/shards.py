@@ -163,7 +163,7 @@ def make_shard(job: Job) -> Result:
             with reaching(folder):
                 _upload(temporary, folder)
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(temporary)) from error  # a failed write does not say where
     finally:

@@ -92,15 +92,15 @@ class Tokenizer:
         tokens = self.encoder.encode(texts)
         return [self._place(text, tokens[i].astype(np.int32)) for i, text in enumerate(texts)]
 
-    def encode_continuation(self, text: str) -> NDArray[np.uint32]:
+    def encode_continuation(self, text: str, encoder: Encoder) -> NDArray[np.uint32]:
         """[N] ids of a text that follows other text: without a dummy prefix.
 
         The prefix is spent on a control character, whose tokens are taken off again.
         """
         if self.prefix == "never":
-            return self.encoder.encode([text]).ids
-        lead = len(self.encoder.encode([SPENT]).ids)
-        return self.encoder.encode([SPENT + text]).ids[lead:]
+            return encoder.encode([text]).ids
+        lead = len(encoder.encode([SPENT]).ids)
+        return encoder.encode([SPENT + text]).ids[lead:]
 
     def prefixes(self, texts: Sequence[str]) -> NDArray[np.uint8]:
         """uint8 [D]: how many spaces are put before each text (which is not empty)."""

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from backports import zstd
 
 from megatron_vocagno.corpus.documents import Document, read
-from megatron_vocagno.corpus.inputs import Piece
+from megatron_vocagno.corpus.inputs import Piece, cut
 
 
 def lines(texts: Iterable[str]) -> bytes:
@@ -97,6 +97,11 @@ def read_all(pieces: Iterable[Piece], text_key: str = "text", id_key: str | None
     digest = hashlib.sha256()
     documents = [document for piece in pieces for document in read(piece, text_key, id_key, digest.update)]
     return documents, digest.hexdigest()
+
+
+def of(file: Path, data: bytes, id_key: str | None = None) -> list[Document]:
+    """The documents of a file with this content."""
+    return read_all(cut(write(file, data), 10**9), id_key=id_key)[0]
 
 
 def write(file: Path, data: bytes) -> Path:
