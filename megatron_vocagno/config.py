@@ -34,13 +34,27 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Source(Part):
+    """A dataset of a blend."""
+
+    path: Path
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """Its share of the rows is its weight over the sum of all weights."""
+
+
 class Data(Part):
     """Aligned datasets, made by `tools.preprocess.build_dataset`."""
 
-    train: Path
+    train: Annotated[tuple[Source, ...], Field(min_length=1)]
+    """A path, or for a blend several tables `[[data.train]]`."""
     valid: Path | None = None
     row_length: Annotated[int, Field(ge=32)] = 2048
     """Student positions of a row (S)."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_path(cls, train: Any) -> Any:
+        return [{"path": train}] if isinstance(train, str | Path) else train
 
 
 class Student(Part):
@@ -231,6 +245,8 @@ def _explain(detail: Mapping[str, Any]) -> str:
 def _keys(sections: Sequence[str]) -> list[str]:
     part: type[BaseModel] = Run
     for section in sections:
+        if section.isdigit():  # a place in a list
+            continue
         annotation = part.model_fields[section].annotation
         members = [annotation, *getattr(annotation, "__args__", ())]
         part = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -50,14 +50,14 @@ def start_training(run: Run, settings_path: Path) -> None:
 
 def train(run: Run, settings: Settings, processes: Processes) -> None:
     """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world."""
-    parts = _open_data(run)
-    data = parts[0]  # for all they have in common
+    datasets = open_data(run.data.train)
+    data = datasets[0]  # for what they have in common
     valid = _open_valid(run, data)
     config, weights = _open_student(run, data, settings, processes)
     teacher = _open_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     mixture = Mixture([source.weight for source in run.data.train])
-    rows = BlendedRows([TrainRows(part, run.data.row_length, run.training.seed, longest) for part in parts], mixture)
+    rows = BlendedRows([TrainRows(ds, run.data.row_length, run.training.seed, longest) for ds in datasets], mixture)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
@@ -65,12 +65,12 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     engine = build_engine(run, settings, config, weights, layout, steps, processes)
     batches = Batches(rows, layout, engine.data_rank)
     scorer = _place(teacher, run, engine, processes)
-    fingerprint = mixture.fingerprint([part.fingerprint for part in parts])
+    fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
     position = keeper.resume(monitor.say)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
     monitor.say(_opening(run, layout, steps, position))
-    for line in _sources(parts, rows, layout):
+    for line in _sources(datasets, rows, layout):
         monitor.say(line)
     with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
@@ -227,23 +227,23 @@ def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:
     )
 
 
-def _sources(parts: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
+def _sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
     """A line for each dataset: its share of the rows."""
-    for data, part, share in zip(parts, rows.parts, rows.mixture.shares, strict=True):
+    for data, part, share in zip(datasets, rows.parts, rows.mixture.shares, strict=True):
         yield f"{float(100 * share):.3g} % of the rows from {data.path}: {len(data)} documents make {part.rows_in_epoch} an epoch"
         if part.rows_in_epoch < layout.rows * share:
             yield f"note: a step reads {float(layout.rows * share):.0f} of its rows: every step repeats its text"
 
 
-def _open_data(run: Run) -> list[AlignedDataset]:
-    """The datasets of the blend, made with the same tokenizers."""
-    parts = [AlignedDataset.open(source.path) for source in run.data.train]
-    for i, part in enumerate(parts):
-        part.require_tokenizers_of(parts[0])
-        for other in parts[:i]:
-            if part.fingerprint == other.fingerprint:
-                raise RunError(f"{part.path} and {other.path} in data.train are one dataset: name it once, with both weights")
-    return parts
+def open_data(sources: Sequence[Source]) -> list[AlignedDataset]:
+    """The datasets of a blend. Raises TokenizerMismatch, or RunError for one that is named twice."""
+    datasets = [AlignedDataset.open(source.path) for source in sources]
+    for i, data in enumerate(datasets):
+        data.require_tokenizers_of(datasets[0])
+        for other in datasets[:i]:
+            if data.fingerprint == other.fingerprint:
+                raise RunError(f"{data.path} and {other.path} in data.train are one dataset: name it once, with both weights")
+    return datasets
 
 
 def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:

@@ -57,6 +57,12 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ("training.steps=-1", "greater than 0"),
         ("eval.every=2", "no data.valid"),
         ("output.x=1", "'output' is a value, not a section"),
+        ("data.train=[]", "'data.train': Tuple should have at least 1 item"),
+        ('data.train=[{path="a", wieght=2}]', "no field 'data.train.0.wieght'; did you mean 'data.train.0.weight'?"),
+        ('data.train=[{path="a"}, {weight=2}]', "'data.train.1.path' is missing"),
+        ('data.train=[{path="a", weight=0}]', "'data.train.0.weight': Input should be greater than 0, not 0"),
+        ('data.train=[{path="a", weight=inf}]', "'data.train.0.weight': Input should be a finite number, not inf"),
+        ("data.train=7", "'data.train': Input should be a valid tuple, not 7"),
         ("guidance", "expected section.key=value"),
     ],
 )
@@ -64,6 +70,16 @@ def test_a_wrong_override_is_refused_with_its_place(tmp_path: Path, override: st
     with pytest.raises(RunError) as refusal:
         load_run(write(tmp_path, GOOD), [override])
     assert complaint in str(refusal.value)
+
+
+def test_one_path_is_a_blend_of_one(tmp_path: Path) -> None:
+    run = load_run(write(tmp_path, GOOD))
+    assert [(source.path, source.weight) for source in run.data.train] == [(Path("data/train"), 1.0)]
+    tables = '[[data.train]]\npath = "a"\nweight = 0.7\n[[data.train]]\npath = "b"\n'
+    run = load_run(write(tmp_path, GOOD.replace('train = "data/train"', "") + tables))
+    assert [(source.path, source.weight) for source in run.data.train] == [(Path("a"), 0.7), (Path("b"), 1.0)]
+    assert Run.model_validate(run.model_dump()) == Run.model_validate_json(run.model_dump_json()) == run
+    assert load_run(tmp_path / "run.toml", ["data.train=c"]).data.train[0].path == Path("c")
 
 
 def test_an_override_takes_the_place_of_its_alternative(tmp_path: Path) -> None:

@@ -2,4 +2,5 @@
 
 pack.py     rows cut at common boundaries of both token streams; pure
 loader.py   the batch of (step, micro-batch, data-parallel rank) as tensors; position
+blend.py    rows of several datasets, mixed in exact shares
 """

@@ -1,4 +1,4 @@
-"""Batches as a pure function of (dataset, seed, step, micro-batch, data-parallel rank).
+"""Batches as a pure function of (datasets, seed, step, micro-batch, data-parallel rank).
 
 No worker, no state, no look-ahead: the ranks of one pipeline ask for the same batch and get the same bytes, and a resumed
 run needs nothing but the number of rows it has consumed. A global batch is `gas * dp` micro-batches of B rows, micro-batch
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -67,7 +68,7 @@ class TrainRows:
 
     def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, teacher_limit: int | None = None) -> None:
         self.dataset, self.row_length, self.seed, self.teacher_limit = dataset, row_length, seed, teacher_limit
-        # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 150 MB
+        # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 100 MB
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
         if not len(self._epoch(0)[0]):
             raise ValueError("the dataset holds fewer than two tokens: nothing to learn from")
@@ -87,17 +88,25 @@ class TrainRows:
         rows, order = self._epoch(epoch)
         return rows[int(order[k])]
 
-    def _open_epoch(self, epoch: int) -> tuple[Rows, np.ndarray[tuple[int], np.dtype[np.int64]]]:
+    def _open_epoch(self, epoch: int) -> tuple[Rows, Int32]:
         random = np.random.default_rng([self.seed, epoch])
-        documents = random.permutation(len(self.dataset.student_lengths))
+        documents = random.permutation(np.arange(len(self.dataset.student_lengths), dtype=np.int32))
         rows = Rows(self.dataset, documents, self.row_length, self.teacher_limit)
-        return rows, random.permutation(len(rows))
+        return rows, random.permutation(np.arange(len(rows), dtype=np.int32))
+
+
+class EndlessRows(Protocol):
+    """Rows of one dataset or of a blend."""
+
+    @property
+    def row_length(self) -> int: ...
+    def __getitem__(self, index: int) -> Row: ...
 
 
 class Batches:
     """The micro-batches of one data-parallel rank."""
 
-    def __init__(self, rows: TrainRows, layout: Layout, rank: int) -> None:
+    def __init__(self, rows: EndlessRows, layout: Layout, rank: int) -> None:
         self.rows, self.layout, self.rank = rows, layout, rank
 
     def step(self, rows_done: int) -> list[Batch]:
@@ -126,7 +135,7 @@ def evaluation_batches(
     byte_lengths [V]: UTF-8 bytes of each student token. Ends of documents are not scored, they are no text; nor are the first
     tokens of documents: nothing before them speaks of them, and a dummy prefix makes their number of bytes depend on the text.
     """
-    rows = Rows(dataset, np.arange(len(dataset.student_lengths)), row_length)
+    rows = Rows(dataset, np.arange(len(dataset.student_lengths), dtype=np.int32), row_length)
     count = len(rows) if limit is None else min(limit, len(rows))
     for start in range(0, count, layout.rows):
         batches, tokens, text_bytes = [], 0, 0
@@ -150,7 +159,7 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         inputs[b, :n], targets[b, :n] = row.input_ids, row.target_ids
         first[b, :n], last[b, :n] = row.first, row.last
     counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
-    mapped = [int((row.mapping == Mapping.MAPPED).sum()) for row in rows]
+    mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
     return Batch(
         input_BS=torch.from_numpy(inputs),
         target_BS=torch.from_numpy(targets),

@@ -13,6 +13,7 @@ Everything here is a pure function of (dataset, order, k): nothing is read ahead
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -54,20 +55,19 @@ class Spans(Protocol):
     def first(self) -> Int32: ...
     @property
     def last(self) -> Int32: ...
-    @property
-    def common_boundary(self) -> npt.NDArray[np.bool_]: ...
 
 
 class AlignedDocuments(Protocol):
     """What rows need of a dataset. Lengths count the token that ends a document."""
 
     @property
-    def student_lengths(self) -> Int64: ...
+    def student_lengths(self) -> Int32: ...
     @property
-    def teacher_lengths(self) -> Int64: ...
+    def teacher_lengths(self) -> Int32: ...
     def student(self, document: int, start: int, stop: int) -> Int32: ...
     def teacher(self, document: int, start: int, stop: int) -> Int32: ...
     def spans(self, document: int, start: int, stop: int) -> Spans: ...
+    def common_boundary(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_]: ...
 
 
 class Piece(NamedTuple):
@@ -80,15 +80,15 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """One token stream of the documents in one order; positions count from its beginning."""
+    """The student's tokens of the documents in one order; positions count from its beginning."""
 
-    order: Int64
+    order: Int32
     """[D] documents."""
     starts: Int64
     """[D + 1] the position where each document of the order starts, and the stream's length."""
 
     @classmethod
-    def of(cls, order: Int64, lengths: Int64) -> Stream:
+    def of(cls, order: Int32, lengths: Int32) -> Stream:
         starts = np.zeros(len(order) + 1, np.int64)
         np.cumsum(lengths[order], out=starts[1:])
         return cls(order, starts)
@@ -100,16 +100,6 @@ class Stream:
         """The slot in the order, and the token within its document, at a position."""
         slot = int(np.searchsorted(self.starts, position, side="right")) - 1
         return slot, position - int(self.starts[slot])
-
-    def pieces(self, start: int, stop: int) -> list[Piece]:
-        """Positions [start, stop) as pieces of documents."""
-        pieces = []
-        while start < stop:
-            slot, token = self.place(start)
-            end = min(stop, int(self.starts[slot + 1]))
-            pieces.append(Piece(int(self.order[slot]), token, token + end - start))
-            start = end
-        return pieces
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ class Row:
 class Rows:
     """All rows of the documents in one order. `len(rows)`, `rows[k]`."""
 
-    def __init__(self, dataset: AlignedDocuments, order: Int64, row_length: int, teacher_limit: int | None = None) -> None:
+    def __init__(self, dataset: AlignedDocuments, order: Int32, row_length: int, teacher_limit: int | None = None) -> None:
         """row_length S > 2 * SLACK, so that each row ends after it starts; teacher_limit: most teacher positions of a row."""
         if row_length <= 2 * SLACK:
             raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
@@ -149,8 +139,8 @@ class Rows:
         self.row_length = row_length
         self.stride = row_length - SLACK
         self.teacher_limit = teacher_limit
-        self.student = Stream.of(order, dataset.student_lengths)
-        self.teacher = Stream.of(order, dataset.teacher_lengths)
+        self.student_lengths, self.teacher_lengths = dataset.student_lengths, dataset.teacher_lengths
+        self.student = Stream.of(order, self.student_lengths)
 
     def __len__(self) -> int:
         """The last row may be short; its last target is the last token of the last document."""
@@ -158,56 +148,77 @@ class Rows:
 
     def start(self, k: int) -> int:
         """Student position where row k starts."""
-        if k >= len(self):
-            return len(self.student) - 1
-        slot, token = self.student.place(k * self.stride)
-        lowest = max(0, token - SLACK)
-        common = self.dataset.spans(int(self.student.order[slot]), lowest, token + 1).common_boundary
-        back = np.flatnonzero(common[::-1])
-        return k * self.stride - (int(back[0]) if len(back) else 0)
+        slot, token = self._place(k)
+        return int(self.student.starts[slot]) + token
+
+    def pieces(self, k: int) -> list[Piece]:
+        """Row k's inputs and its last target, as pieces of documents."""
+        (slot, token), (last_slot, last_token) = self._place(k), self._place(k + 1)
+        documents = self.student.order[slot : last_slot + 1].tolist()
+        starts = [token] + [0] * (len(documents) - 1)
+        stops = [*self.student_lengths[documents[:-1]].tolist(), last_token + 1]
+        return [Piece(*piece) for piece in zip(documents, starts, stops, strict=True)]
 
     def __getitem__(self, k: int) -> Row:
         if not 0 <= k < len(self):
             raise IndexError(f"row {k} of {len(self)}")
-        start, stop = self.start(k), self.start(k + 1)
-        pieces = self.student.pieces(start, stop + 1)
+        pieces = self.pieces(k)
         ids = np.concatenate([self.dataset.student(*piece) for piece in pieces])
-        tokens = np.concatenate([np.arange(piece.start, piece.stop) for piece in pieces])
-        ends = np.concatenate([np.arange(p.start, p.stop) == self.dataset.student_lengths[p.document] - 1 for p in pieces])
-        first, last = self._teacher_spans(start, pieces)
+        begins = np.zeros(len(ids), np.bool_)
+        ends = np.zeros(len(ids), np.bool_)
+        borders = list(itertools.accumulate(piece.stop - piece.start for piece in pieces[:-1]))
+        begins[borders] = True
+        ends[[border - 1 for border in borders]] = True
+        ends[-1] = pieces[-1].stop == self.student_lengths[pieces[-1].document]
+        first, last, teacher = self._teacher(pieces)
 
-        # the teacher reads from the token that holds the row's first byte, and predicts from its second one on
-        origin = int(first[0])
-        needed = max(int(last[-1]), origin + 1)
-        if self.teacher_limit is not None:
-            needed = min(needed, origin + 1 + self.teacher_limit)
-        teacher = np.concatenate([self.dataset.teacher(*piece) for piece in self.teacher.pieces(origin, needed)])
-
-        first, last = first[1:] - (origin + 1), last[1:] - (origin + 1)
-        mapping = np.select(
-            [ends[1:], first == last, first < 0, last > len(teacher) - 1],
-            [Mapping.END_OF_DOCUMENT, Mapping.NO_TEXT, Mapping.NO_CONTEXT, Mapping.BEYOND_TEACHER],
-            Mapping.MAPPED,
-        ).astype(np.uint8)
-        mapped = mapping == Mapping.MAPPED
+        mapping = np.zeros(len(first), np.uint8)
+        # where several reasons hold, the last one is told
+        mapping[last > len(teacher) - 1] = Mapping.BEYOND_TEACHER
+        mapping[first < 0] = Mapping.NO_CONTEXT
+        mapping[first == last] = Mapping.NO_TEXT
+        mapping[ends[1:]] = Mapping.END_OF_DOCUMENT
+        unmapped = mapping != Mapping.MAPPED
+        first[unmapped] = last[unmapped] = 0
         return Row(
             input_ids=ids[:-1],
             target_ids=ids[1:],
-            starts_document=tokens[1:] == 0,
-            first=np.where(mapped, first, 0).astype(np.int32),
-            last=np.where(mapped, last, 0).astype(np.int32),
+            starts_document=begins[1:],
+            first=first,
+            last=last,
             mapping=mapping,
             teacher_input_ids=teacher[:-1],
             teacher_target_ids=teacher[1:],
         )
 
-    def _teacher_spans(self, start: int, pieces: list[Piece]) -> tuple[Int64, Int64]:
-        """Teacher stream positions [first, last) of the student tokens of pieces that start at a student position."""
-        slot, _ = self.student.place(start)
-        firsts, lasts = [], []
-        for offset, piece in enumerate(pieces):
-            spans = self.dataset.spans(*piece)
-            base = int(self.teacher.starts[slot + offset])
-            firsts.append(spans.first.astype(np.int64) + base)
-            lasts.append(spans.last.astype(np.int64) + base)
-        return np.concatenate(firsts), np.concatenate(lasts)
+    def _place(self, k: int) -> tuple[int, int]:
+        """Slot and token where row k starts; that of the last token for the row after the last."""
+        if k >= len(self):
+            return self.student.place(len(self.student) - 1)
+        slot, token = self.student.place(k * self.stride)
+        lowest = max(0, token - SLACK)
+        common = self.dataset.common_boundary(int(self.student.order[slot]), lowest, token + 1).tolist()
+        back = common[::-1].index(True) if True in common else 0
+        return slot, token - back
+
+    def _teacher(self, pieces: list[Piece]) -> tuple[Int32, Int32, Int32]:
+        """first, last [n] of the targets, among the teacher's targets and beyond; the teacher's u + 1 tokens.
+
+        The teacher reads from the token that holds the row's first byte, and predicts from its second one on.
+        """
+        spans = [self.dataset.spans(*piece) for piece in pieces]
+        lengths = [int(self.teacher_lengths[piece.document]) for piece in pieces]
+        origin = int(spans[0].first[0])
+        bases = list(itertools.accumulate(lengths[:-1], initial=-(origin + 1)))
+        first = np.concatenate([part.first + base for part, base in zip(spans, bases, strict=True)])[1:]
+        last = np.concatenate([part.last + base for part, base in zip(spans, bases, strict=True)])[1:]
+        room = max(int(last[-1]), 0) + 1
+        if self.teacher_limit is not None:
+            room = min(room, self.teacher_limit + 1)
+        tokens = []
+        for piece, base, length in zip(pieces, bases, lengths, strict=True):
+            # the document's tokens lie at [base + 1, base + 1 + length) of the teacher's
+            stop = min(length, room - (base + 1))
+            if (begin := max(0, -(base + 1))) < stop:
+                tokens.append(self.dataset.teacher(piece.document, begin, stop))
+        return first, last, np.concatenate(tokens)

@@ -48,7 +48,7 @@ class Keeper:
     def __init__(
         self, engine: Engine, run: Run, config: PretrainedConfig, settings: Settings, dataset: str, tokenizer: Path
     ) -> None:
-        """dataset: fingerprint of the training dataset; tokenizer: folder of the student's tokenizer."""
+        """dataset: fingerprint of the training data; tokenizer: folder of the student's tokenizer."""
         self.engine, self.run, self.config, self.tokenizer = engine, run, config, tokenizer
         self.root, self.keep = run.output / FOLDER, run.checkpoint.keep
         self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed)

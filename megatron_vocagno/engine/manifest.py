@@ -44,7 +44,7 @@ class Position(Frozen):
     rows: int
     """Rows consumed, over all ranks."""
     dataset: str
-    """Fingerprint of the training dataset."""
+    """Fingerprints and shares of the training datasets."""
     row_length: int
     seed: int
 

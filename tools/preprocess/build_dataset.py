@@ -14,6 +14,7 @@ Run it again after an interruption: it does what is missing. The same inputs and
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -27,13 +28,14 @@ from rich.text import Text
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import Engine, build, finish
-from megatron_vocagno.corpus.dataset import AlignedDataset, Manifest, merge
+from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, merge, read_manifest
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import find
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Slice, plan
 from megatron_vocagno.corpus.shards import OnBadLine, Settings
-from megatron_vocagno.corpus.workers import run_local
+from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
+from megatron_vocagno.corpus.workers import Failure, run_local
 from tools.preprocess.progress import BuildProgress, summary
 
 COMMANDS = ("plan", "finalize", "verify", "merge")
@@ -116,9 +118,15 @@ def finalize(argv: Sequence[str]) -> None:
 def verify(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="build_dataset verify", description="Read a dataset whole: hashes, ids, spans.")
     parser.add_argument("dataset", type=Path)
-    dataset = AlignedDataset.open(parser.parse_args(argv).dataset)
-    dataset.verify()
-    print(f"{dataset.path}: {len(dataset):,} documents in {len(dataset.manifest.shards):,} shards are as they were written")
+    add_workers(parser)
+    args = parser.parse_args(argv)
+    manifest = read_manifest(args.dataset)
+    complaints = verify_frame(args.dataset, manifest)
+    for found in run_local(verify_shard, shard_checks(args.dataset, manifest), args.workers):
+        complaints += [found.reason] if isinstance(found, Failure) else found
+    if complaints:
+        raise DatasetError("\n".join([f"{args.dataset} is not as it was written:", *complaints]))
+    print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are as they were written")
 
 
 def merge_datasets(argv: Sequence[str]) -> None:
@@ -147,26 +155,32 @@ def build_arguments() -> argparse.ArgumentParser:
     where.add_argument(
         "--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster (default: local)"
     )
-    where.add_argument("--workers", type=positive_int, default=os.cpu_count() or 1, help="local: processes (default: all cores)")
+    add_workers(where)
     where.add_argument("--ray-address", default="auto", help="ray: auto or HOST:PORT (default: auto)")
     where.add_argument("--shards", type=slice_of, metavar="I/N", help="make the I-th of N parts, I from 1; then `finalize`")
     return parser
 
 
+def add_workers(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--workers", type=positive_int, metavar="N", default=os.cpu_count() or 1, help="processes (default: all)")
+
+
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs, @list.txt; local or URLs (s3://…)")
     parser.add_argument("--max-documents", type=positive_int, metavar="N", help="the first N records of all inputs alone")
-    parser.add_argument("--shard-mb", type=positive_float, default=SHARD_BYTES / 2**20, help="text of a shard (default: 64)")
+    parser.add_argument(
+        "--shard-mb", type=positive_float, metavar="MB", default=SHARD_BYTES / 2**20, help="text of a shard (default: 64)"
+    )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is made")
     group.add_argument("--student", required=True, help="tokenizer: a folder, a tokenizer.json, or a SentencePiece model")
     group.add_argument("--teacher", required=True, help="the same for the teacher")
-    group.add_argument("--student-eos", help="end-of-text token, where the tokenizer names none")
-    group.add_argument("--teacher-eos", help="the same for the teacher")
-    group.add_argument("--text-key", default="text", help="key or column of the text (default: text)")
-    group.add_argument("--id-key", help="key or column of an id to keep with each document")
+    group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, where the tokenizer names none")
+    group.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
+    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column of the text (default: text)")
+    group.add_argument("--id-key", metavar="KEY", help="key or column of an id to keep with each document")
     group.add_argument(
         "--on-bad-line", choices=get_args(OnBadLine), default="error", help="records without text (default: error)"
     )
@@ -179,7 +193,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder of the dataset, local or a URL (s3://…)")
     parser.add_argument(
-        "--max-bad-fraction", type=fraction, default=0.001, help="refuse when more of the records are bad (default: 0.001)"
+        "--max-bad-fraction", type=fraction, metavar="X", default=0.001, help="refuse when more are bad (default: 0.001 of all)"
     )
     parser.add_argument("--verify", action="store_true", help="read everything again at the end and check it")
 
@@ -230,8 +244,8 @@ def positive_int(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0, or has no end")
     return float(text)
 
 
@@ -257,8 +271,7 @@ def tell_of_dataset(console: Console, out: Place, reused: int, check: bool) -> N
             dataset.verify()
         console.print(summary(out, dataset.manifest, reused))
     else:
-        manifest = Manifest.model_validate_json((out / "dataset.json").read_bytes())
-        console.print(summary(out, manifest, reused))
+        console.print(summary(out, read_manifest(out), reused))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,182 @@
+"""Claims: reading keeps up with any training, and starting does not wait for the corpus.
+
+    python -m benchmarks.loader [--folder DIR]
+
+- At least 5 M student tokens a CPU-second: packed rows of 2,048 with their teacher tokens and spans, in random order from
+  memory-mapped shards, collated.
+- Memory stays flat: after reading the dataset twice over the process holds at most 8 MB more than after a hundredth of it.
+- At most 5 s from opening to the first batch, with 6.3 M documents in 1,000 shards (15 G tokens).
+
+The dataset that is read has 24 M student tokens: random ids, spans as two BPE tokenizers give them, documents of lognormal
+length. The large one has real indices and sparse .bin files: opening reads nothing else, and its first batch is all zeros.
+Rates are those of the least disturbed of five rounds, in CPU time of the process, with files in the page cache; for the
+first start the indices are dropped from it. Exit status 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
+from megatron_vocagno.batch.pack import Rows
+from megatron_vocagno.corpus.dataset import PAIRS, ShardRecord, Totals, create
+from megatron_vocagno.corpus.indexed import token_dtype, write_index
+from megatron_vocagno.corpus.manifest import FileRecord
+from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
+from tests import tokenizers_for_tests as real
+from tests.datasets import invent_dataset
+
+ROW = 2048
+ROUNDS, ROWS = 5, 1024  # rows a round
+LEAST_TOKENS = 5e6  # a CPU-second
+MOST_GROWTH = 8e6  # bytes
+MOST_SECONDS = 5.0
+SHARDS, DOCUMENTS, TOKENS_A_DOCUMENT = 1000, 6_300_000, 2380
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Reading packed rows: rate, memory, start.")
+    parser.add_argument("--folder", type=Path, help="where to write, 1.5 GB (default: a temporary folder)")
+    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
+        root = Path(folder)
+        student = open_tokenizer(real.mistral_tokenizer_path())
+        teacher = open_tokenizer(real.smollm2_tokenizer_folder(root / "tokenizer"))
+        random = np.random.default_rng(0)
+        shards = [np.maximum(4, random.lognormal(6.9, 1.0, 1250)).astype(int).tolist() for _ in range(12)]
+        rows = TrainRows(invent_dataset(root / "read", student, teacher, shards), ROW, seed=0)
+        table = Table("read", "M student tokens a CPU-second", "µs a row", title="Reading rows", title_justify="left")
+        rate = rates(rows, table)
+        growth = memory_growth(rows)
+        invent_index(root / "large", student, teacher, random)
+        cold, warm = (start(root / "large", drop) for drop in (True, False))
+    console = Console()
+    console.print(table)
+    console.print(f"memory: {growth / 1e6:+.1f} MB over {2 * rows.rows_in_epoch:,} rows")
+    for name, (seconds, cpu, memory) in (("indices not in the page cache", cold), ("indices in the page cache", warm)):
+        line = f"start with {DOCUMENTS:,} documents, {name}: {seconds:.1f} s, {cpu:.1f} CPU-s, {memory / 1e6:.0f} MB"
+        console.print(line, soft_wrap=True)
+    reached = {
+        f"{LEAST_TOKENS / 1e6:.0f} M tokens a CPU-second": rate >= LEAST_TOKENS,
+        f"{MOST_GROWTH / 1e6:.0f} MB of growth": growth <= MOST_GROWTH,
+        f"{MOST_SECONDS:.0f} s to start": max(cold[0], warm[0]) <= MOST_SECONDS,
+    }
+    for goal, there in reached.items():
+        console.print(f"{'reached' if there else 'MISSED'}: {goal}")
+    return 0 if all(reached.values()) else 1
+
+
+def rates(rows: TrainRows, table: Table) -> float:
+    """Student tokens a CPU-second of whole batches; the rest stands in the table."""
+    batches = Batches(rows, Layout(micro_batch_rows=8, micro_batches=4, data_parallel=1), rank=0)
+    order = np.random.default_rng(0).permutation(np.arange(len(rows.dataset.student_lengths), dtype=np.int32))
+    packed = Rows(rows.dataset, order, ROW)
+
+    def ids_alone(first: int) -> None:
+        for k in range(first, first + ROWS):
+            np.concatenate([rows.dataset.student(*piece) for piece in packed.pieces(k % len(packed))])
+
+    def whole_rows(first: int) -> None:
+        for k in range(first, first + ROWS):
+            rows[k]
+
+    def whole_batches(first: int) -> None:
+        for k in range(first, first + ROWS, batches.layout.rows):
+            batches.step(k)
+
+    rate = 0.0
+    for name, read in (("student ids alone", ids_alone), ("rows", whole_rows), ("rows, collated", whole_batches)):
+        seconds = min(cpu_seconds(read, k * ROWS) for k in range(ROUNDS)) / ROWS
+        rate = rows.tokens_per_row / seconds
+        table.add_row(name, f"{rate / 1e6:.1f}", f"{seconds * 1e6:.0f}")
+    return rate
+
+
+def cpu_seconds(read: Callable[[int], None], first: int) -> float:
+    begin = time.process_time()
+    read(first)
+    return time.process_time() - begin
+
+
+def memory_growth(rows: TrainRows) -> float:
+    """Bytes of the process's own memory; the pages of mapped files belong to the page cache."""
+    last = 2 * rows.rows_in_epoch
+    for k in range(last // 100):
+        rows[k]
+    before = own_memory()
+    for k in range(last // 100, last):
+        rows[k]
+    return own_memory() - before
+
+
+def own_memory() -> float:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * float(status.split("RssAnon:")[1].split()[0])
+
+
+def invent_index(out: Path, student: Tokenizer, teacher: Tokenizer, random: np.random.Generator) -> None:
+    """A dataset whose indices are whole and whose numbers are all zero and take no room."""
+    records = []
+    for k in range(SHARDS):
+        folder = out / "shards" / f"{k:04}"
+        folder.mkdir(parents=True)
+        sigma = 1.1
+        lengths = random.lognormal(np.log(TOKENS_A_DOCUMENT) - sigma**2 / 2, sigma, DOCUMENTS // SHARDS)
+        n_student = np.maximum(2, lengths).astype(np.int64)
+        n_teacher = np.maximum(2, 0.84 * lengths).astype(np.int64)
+        ids = token_dtype(student.vocab_size), token_dtype(teacher.vocab_size)
+        for name, dtype, numbers in zip(
+            PAIRS,
+            (*ids, np.dtype(np.uint8), np.dtype(np.int32)),
+            (n_student, n_teacher, n_student, -(-n_student // 4096)),
+            strict=True,
+        ):
+            write_zeros(folder / name, dtype, numbers)
+        totals = Totals(documents=len(n_student), student_tokens=int(n_student.sum()), teacher_tokens=int(n_teacher.sum()))
+        sizes = {file.name: FileRecord(size=file.stat().st_size, sha256="") for file in sorted(folder.iterdir())}
+        records.append(ShardRecord(path=f"shards/{k:04}", totals=totals, files=sizes))
+    create(out, student, teacher, records, nfc=True)
+
+
+def write_zeros(prefix: Path, dtype: np.dtype[np.generic], lengths: NDArray[np.int64]) -> None:
+    write_index(prefix, dtype, lengths)
+    with Path(f"{prefix}.bin").open("wb") as file:
+        file.truncate(int(lengths.sum()) * dtype.itemsize)
+
+
+START = """
+import resource, sys, time
+from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
+from megatron_vocagno.corpus.dataset import AlignedDataset
+wall, cpu = time.perf_counter(), time.process_time()
+rows = TrainRows(AlignedDataset.open(sys.argv[1]), int(sys.argv[2]), seed=0)
+assert len(Batches(rows, Layout(8, 4, 1), 0).step(0)) == 4
+print(time.perf_counter() - wall, time.process_time() - cpu, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def start(dataset: Path, drop: bool) -> tuple[float, float, float]:
+    """Seconds, CPU-seconds and most bytes of a process that opens a dataset and reads its first batch."""
+    if drop:
+        for idx in dataset.rglob("*.idx"):
+            descriptor = os.open(idx, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+    done = subprocess.run([sys.executable, "-c", START, dataset, str(ROW)], check=True, capture_output=True, text=True)
+    seconds, cpu, memory = map(float, done.stdout.split())
+    return seconds, cpu, memory
+
+
+if __name__ == "__main__":
+    sys.exit(main())
