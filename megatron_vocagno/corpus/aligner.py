@@ -27,6 +27,13 @@ class Side:
     prefix: NDArray[np.uint8]
     byte_lengths: NDArray[np.uint16]
 
+    def part(self, start: int, stop: int) -> Side:
+        """Of the texts [start, stop)."""
+        bounds = self.tokens.bounds[start : stop + 1]
+        return Side(
+            Ragged(self.tokens.ids[bounds[0] : bounds[-1]], bounds - bounds[0]), self.prefix[start:stop], self.byte_lengths
+        )
+
 
 @dataclass(frozen=True)
 class Part:

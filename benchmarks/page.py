@@ -1,0 +1,32 @@
+"""docs/benchmarks.md: each benchmark owns the section between its two markers, and rewrites no other."""
+
+from __future__ import annotations
+
+import platform
+import re
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+def write_section(name: str, text: str, page: Path = PAGE) -> None:
+    """Replaces the section `name` of the page, or appends it."""
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
+    section = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->\n"
+    pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end of {name} -->\n", re.DOTALL)
+    new = pattern.sub(lambda _: section, old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
+    page.write_text(new, encoding="utf-8")
+
+
+def circumstances(*packages: str) -> str:
+    """Date, processor, versions."""
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{date.today().isoformat()}, {_processor()}, Python {platform.python_version()}, {versions}."
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return f"{len(names)} cores of {names[0]}" if names else platform.machine()
