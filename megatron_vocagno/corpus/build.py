@@ -31,6 +31,7 @@ from megatron_vocagno.corpus.workers import Failure, run_local
 
 BYTES_A_TEXT_BYTE = 2.2  # on the disk: 0.32 tokens a byte of student ids and codes (3 bytes), 0.27 of teacher ids (4)
 
+PLAN = ".build/plan.json"
 DOUBT = ".build/gigatoken-differs"
 
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
@@ -195,7 +196,7 @@ def _refuse_foreign(out: Place) -> None:
 
 def _read_plan(out: Place) -> Plan | None:
     with suppress(FileNotFoundError, ValidationError):
-        return Plan.model_validate_json((out / ".build" / "plan.json").read_bytes())
+        return Plan.model_validate_json((out / PLAN).read_bytes())
     return None
 
 
@@ -219,8 +220,10 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
             "(size, time). Run the build once without --shards, or name another --out"
         )
     if force:
-        # it would describe shards that are about to change
-        (out / "dataset.json").unlink(missing_ok=True)
+        # they would describe, and vouch for, shards that are about to change
+        for name in ("dataset.json", PLAN):
+            (out / name).unlink(missing_ok=True)
+        old = None
     if not (out / "shards").is_dir():
         _write_plan(out, made)
         return True
@@ -229,7 +232,7 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
 
 def _write_plan(out: Place, made: Plan) -> None:
     (out / ".build").mkdir(parents=True, exist_ok=True)
-    write_durably(out / ".build" / "plan.json", to_json(made))
+    write_durably(out / PLAN, to_json(made))
 
 
 def _refuse_strangers(out: Place, jobs: Sequence[Job], force: bool) -> None:

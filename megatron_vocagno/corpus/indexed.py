@@ -81,12 +81,12 @@ class PairWriter:
 
     def extend(self, numbers: NDArray[Any], lengths: NDArray[np.int64]) -> None:
         """Many documents, end to end, already of the dtype."""
-        self._bin.write(numbers.astype(self.dtype, casting="safe").tobytes())
+        self._bin.write(np.ascontiguousarray(numbers.astype(self.dtype, casting="safe", copy=False)).data)
         self._lengths.extend(lengths.tolist())
 
     def grow(self, numbers: NDArray[Any]) -> None:
         """More of the last document, of the dtype."""
-        self._bin.write(numbers.astype(self.dtype, casting="safe").tobytes())
+        self._bin.write(np.ascontiguousarray(numbers.astype(self.dtype, casting="safe", copy=False)).data)
         self._lengths[-1] += len(numbers)
 
     def forget_last(self) -> None:
