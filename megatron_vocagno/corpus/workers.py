@@ -277,10 +277,20 @@ def _interrupts_held() -> Iterator[None]:
     """Ctrl-C waits, and a process that is started meanwhile never sees it: who started it does, and ends it."""
     resource_tracker.ensure_running()  # its own start would let interrupts through
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGINT)
+    came: list[int] = []
+    # the mask is this thread's; a library's thread may take the signal, and then Python interrupts this one all the same
+    swapped = threading.current_thread() is threading.main_thread() and callable(handler)
+    if swapped:
+        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
+        if swapped:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from tests import tokenizers_for_tests as real
 from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
-from tests.corpus.test_build_dataset import arguments, finished, start, wait_until
+from tests.corpus.test_build_dataset import ROOT, arguments, finished, start, wait_until
+from tests.corpus.test_ray_engine import Cluster
 
 bucket = test_places.bucket  # an S3 server of this module
 
@@ -80,6 +82,22 @@ def test_two_tasks_at_once_give_the_bytes_of_one_build(built, corpus, settings, 
     for code, out, err in map(finished, [start(call(shards=f"{i}/2")) for i in (1, 2)]):
         assert (code, err) == (0, "") and "of 2 is done" in out
     finish(tmp_path / "out", settings)
+    assert contents(tmp_path / "out") == contents(built.path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
+def test_a_ray_cluster_gives_the_same_bytes(built, corpus, settings, tmp_path):
+    """Its workers run in another folder: relative names mean the same to them."""
+    names = [os.path.relpath(path, ROOT) for path in (corpus, tmp_path / "out", settings.student, settings.teacher)]
+    near = replace(settings, student=names[2], teacher=names[3])
+    cluster = Cluster()
+    try:
+        words = arguments(near, names[0], out=names[1], engine="ray", ray_address=cluster.address, shard_mb=SHARD / 2**20)
+        code, out, err = finished(start(words, env=cluster.environment))
+    finally:
+        cluster.end()
+    assert (code, err) == (0, "") and "shard 5/5" in out, err
     assert contents(tmp_path / "out") == contents(built.path)
 
 

@@ -41,8 +41,9 @@ def arguments(settings: Settings, *inputs: Path | str, **options: Any) -> list[s
 
 def start(words: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tools.preprocess.build_dataset", *words]
+    env = os.environ | options.pop("env", {}) | {"COLUMNS": "150"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"COLUMNS": "150"}, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, str, str]:
