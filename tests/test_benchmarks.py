@@ -61,5 +61,5 @@ def test_the_benchmark_of_preprocessing_writes_its_table(tmp_path: Path) -> None
     preprocess.main(["--quick", "--teacher", str(teacher), "--scratch", str(tmp_path), "--page", str(page)])
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
     assert len(rows) >= 12
-    assert sum("≤" in row or "≥" in row for row in rows) == 9
+    assert sum("≤" in row or "≥" in row for row in rows) == 10
     assert str(tmp_path) not in page.read_text() and str(teacher.parent.parent) not in page.read_text()

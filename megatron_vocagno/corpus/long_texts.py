@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_vocagno.corpus.aligner import AlignedTexts, Part, Side, align_texts
 from megatron_vocagno.corpus.encoders import Ragged
-from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.corpus.tokens import SPENT, Tokenizer
 
 PART = 1 << 20  # characters
 REACH = 1 << 16  # characters before the end of a part, within which a place to cut is sought
@@ -36,6 +36,7 @@ class AlignedPart:
     teacher: Ragged
     aligned: AlignedTexts
     n_bytes: int
+    by_offsets: bool
 
 
 def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
@@ -58,7 +59,13 @@ def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) 
         part = unicodedata.normalize("NFC", part) if nfc else part
         n_bytes, first = len(part.encode()), done.student == 0
         s, t = _side(student, part, first), _side(teacher, part, first)
-        yield AlignedPart(s.tokens, t.tokens, align_texts(s, t, np.array([n_bytes]), done), n_bytes)
+        aligned = align_texts(s, t, np.array([n_bytes]), done)
+        by_offsets = not aligned.good[0]
+        if by_offsets:
+            ends = _by_offsets(student, part, first), _by_offsets(teacher, part, first)
+            if ends[0] is not None and ends[1] is not None:
+                aligned = align_texts(ends[0], ends[1], np.array([n_bytes]), done)
+        yield AlignedPart(s.tokens, t.tokens, aligned, n_bytes, by_offsets)
         done = Part(done.student + len(s.tokens.ids), done.teacher + len(t.tokens.ids), ends=False)
 
 
@@ -67,6 +74,23 @@ def _side(tokenizer: Tokenizer, part: str, first: bool) -> Side:
         return Side(tokenizer.encoder.encode([part]), tokenizer.prefixes([part]), tokenizer.short_byte_lengths)
     ids = tokenizer.encode_continuation(part, tokenizer.encoder)
     return Side(Ragged(ids, np.array([0, len(ids)])), np.zeros(1, np.uint8), tokenizer.short_byte_lengths)
+
+
+def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
+    """The same tokens with the bytes that the tokenizer's own offsets give them: entry i of the table is token i.
+
+    None where the offsets do not tile the part either.
+    """
+    lead = "" if first or tokenizer.prefix == "never" else SPENT
+    tokens = tokenizer.encode_batch([lead + part])[0]
+    if tokens.ends_from == "unknown":
+        return None
+    ends = tokens.ends[len(tokenizer.reference.encode([lead]).ids) if lead else 0 :] - len(lead)
+    lengths = np.diff(ends, prepend=0).astype(np.uint16)
+    alone = lengths[:1] == 0  # a dummy prefix that stands alone is a token of one byte, less the prefix
+    lengths[:1] += alone
+    ids = np.arange(len(lengths), dtype=np.uint32)
+    return Side(Ragged(ids, np.array([0, len(ids)])), alone.astype(np.uint8), lengths)
 
 
 def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:

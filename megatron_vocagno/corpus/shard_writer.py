@@ -170,6 +170,7 @@ class ShardWriter:
             self.pairs[name].add(np.zeros(0, self.dtypes[name]))
         escapes = []
         n_student = n_teacher = n_bytes = 0
+        by_offsets = False
         for part in aligned_parts(text.text, self.student, self.teacher, self.nfc):
             student, teacher, aligned = part.student, part.teacher, part.aligned
             if not aligned.good[0]:
@@ -183,11 +184,13 @@ class ShardWriter:
             self._count(aligned.widths, aligned.covered, len(student.ids), len(teacher.ids))
             n_student, n_teacher = n_student + len(student.ids), n_teacher + len(teacher.ids)
             n_bytes += part.n_bytes
+            by_offsets = by_offsets or part.by_offsets
         anchor = [n_teacher] if n_student % ANCHOR_EVERY == 0 else []
         self._grow([self.student.eos_id], [self.teacher.eos_id], [0], anchor)
         self._count(np.zeros(9, np.int64), 0, 1, 1)
         self.pairs["anchors"].grow(np.concatenate(escapes))
         self._count_documents([text], n_bytes)
+        self.counts["offset_documents"] += by_offsets
 
     def _grow(self, student: ArrayLike, teacher: ArrayLike, codes: ArrayLike, anchors: ArrayLike) -> None:
         """More of the last document."""

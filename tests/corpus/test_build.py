@@ -1,4 +1,4 @@
-"""Whole builds: job arrays, what is reused and what is refused, places, and two builds at once."""
+"""Whole builds: job arrays, what is reused and what is refused, and two builds at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,13 @@ from megatron_vocagno.corpus import shards
 from megatron_vocagno.corpus.build import BuildError, build, finish
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.inputs import InputError
-from megatron_vocagno.corpus.places import PlaceError, place
+from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import ChangedError, Settings, make_shard
+from megatron_vocagno.corpus.shards import ChangedError, Settings
 from tests import tokenizers_for_tests as real
-from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
-from tests.corpus.test_build_dataset import ROOT, arguments, finished, start, wait_until
-from tests.corpus.test_ray_engine import Cluster
-
-bucket = test_places.bucket  # an S3 server of this module
+from tests.corpus.test_build_dataset import arguments, finished, start, wait_until
 
 SHORT = real.multilingual_texts() + [text for text in real.awkward_texts() if len(text) < 300]
 SHARD = 100_000
@@ -82,22 +77,6 @@ def test_two_tasks_at_once_give_the_bytes_of_one_build(built, corpus, settings, 
     for code, out, err in map(finished, [start(call(shards=f"{i}/2")) for i in (1, 2)]):
         assert (code, err) == (0, "") and "of 2 is done" in out
     finish(tmp_path / "out", settings)
-    assert contents(tmp_path / "out") == contents(built.path)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_a_ray_cluster_gives_the_same_bytes(built, corpus, settings, tmp_path):
-    """Its workers run in another folder: relative names mean the same to them."""
-    names = [os.path.relpath(path, ROOT) for path in (corpus, tmp_path / "out", settings.student, settings.teacher)]
-    near = replace(settings, student=names[2], teacher=names[3])
-    cluster = Cluster()
-    try:
-        words = arguments(near, names[0], out=names[1], engine="ray", ray_address=cluster.address, shard_mb=SHARD / 2**20)
-        code, out, err = finished(start(words, env=cluster.environment))
-    finally:
-        cluster.end()
-    assert (code, err) == (0, "") and "shard 5/5" in out, err
     assert contents(tmp_path / "out") == contents(built.path)
 
 
@@ -356,111 +335,6 @@ def tokens(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in contents(folder).items() if name.endswith((".bin", ".idx"))}
 
 
-# ---- places
-
-
-@pytest.fixture(params=["memory", "file", "s3"])
-def remote(request, tmp_path) -> Iterator[str]:
-    if request.param == "s3":
-        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}"
-    else:
-        yield f"file://{tmp_path}/remote" if request.param == "file" else f"memory://{tmp_path.name}"
-
-
-def download(url: str, folder: Path) -> Path:
-    for file in place(url).rglob("*"):
-        if file.is_file():
-            write(folder / str(file).removeprefix(str(place(url))).lstrip("/"), file.read_bytes())
-    return folder
-
-
-def test_every_place_gives_the_bytes_of_a_local_build(remote, built, corpus, settings, tmp_path):
-    source = place(f"{remote}/in/{corpus.name}")
-    source.parent.mkdir(parents=True, exist_ok=True)
-    source.write_bytes(corpus.read_bytes())
-    made: list[Any] = []
-    run = partial(build, [source], f"{remote}/out", settings, shard_bytes=SHARD, on_shard=made.append)
-    for i in (2, 1):
-        run(part=Slice(i, 2))
-    finish(f"{remote}/out", settings)
-    assert contents(download(f"{remote}/out", tmp_path / "a")) == contents(built.path)
-    AlignedDataset.open(tmp_path / "a").verify()
-    assert [result.reused for result in made] == [False] * 5
-    made.clear()
-    (place(f"{remote}/out") / "shards/0002/spans.idx").unlink()
-    run()
-    assert [result.reused for result in made] == [True, True, False, True, True]
-    assert contents(download(f"{remote}/out", tmp_path / "b")) == contents(built.path)
-    source.write_bytes(corpus.read_bytes().replace(b" the ", b" THE "))
-    with pytest.raises(ChangedError, match="other input"):
-        run()
-    run(shard_bytes=3 * SHARD, force=True)
-    fresh = place(f"{remote}/fresh")
-    build([source], fresh, settings, shard_bytes=3 * SHARD)
-    both = [contents(download(f"{remote}/{name}", tmp_path / f"c/{name}")) for name in ("out", "fresh")]
-    assert both[0] == both[1] and sum("shard.json" in name for name in both[0]) == 2
-
-
-@pytest.mark.slow
-def test_workers_build_from_and_into_an_object_store(bucket, built, corpus, settings, tmp_path):
-    place(f"{bucket}/cli/in/{corpus.name}").write_bytes(corpus.read_bytes())
-    call = partial(arguments, settings, f"{bucket}/cli/in/*.jsonl", out=f"{bucket}/cli/out", shard_mb=SHARD / 2**20, workers=2)
-    code, out, err = finished(start(call(shards="1/2")))
-    assert (code, err) == (0, ""), err
-    code, out, err = finished(start(call()))
-    assert (code, err) == (0, "") and "(3 reused)" in out
-    assert contents(download(f"{bucket}/cli/out", tmp_path / "a")) == contents(built.path)
-
-
-@pytest.mark.parametrize("remote", ["memory", "s3"], indirect=True)
-def test_an_upload_that_fails_leaves_no_finished_shard(remote, settings, tmp_path, monkeypatch):
-    """Neither a new one nor an old one with some new files."""
-    file = write_jsonl(tmp_path / "a.jsonl", SHORT)
-    out, original = f"{remote}/out", shutil.copyfileobj
-    build([file], out, settings)
-    other = replace(settings, nfc=False)
-    n_files = len(list((place(out) / "shards/0000").iterdir()))
-    for k in range(n_files):
-        left = [k]
-
-        def copy(source, target, *rest, left=left):
-            if not left[0]:
-                raise ConnectionError(104, "Connection reset by peer")
-            left[0] -= 1
-            original(source, target, *rest)
-
-        monkeypatch.setattr(shutil, "copyfileobj", copy)
-        with pytest.raises(OSError, match="reset by peer"):
-            build([file], out, other, force=True)
-        monkeypatch.undo()
-        assert shards.finished(plan_job(file, out, other)) is None
-        assert not (place(out) / "dataset.json").exists()
-    assert n_files == 9
-    build([file], out, other, force=True)
-    assert tokens(download(out, tmp_path / "out")) == tokens(make([file], tmp_path / "local", other).path)
-
-
-def plan_job(file: Path, out: str, settings: Settings) -> shards.Job:
-    from megatron_vocagno.corpus.plan import plan
-
-    (job,) = plan([file], settings).jobs(out, settings)
-    return job
-
-
-def test_an_object_store_that_does_not_answer_is_told(settings, tmp_path, monkeypatch):
-    file = write_jsonl(tmp_path / "a.jsonl", ["x"])
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "testing")
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises((PlaceError, OSError), match=r"127\.0\.0\.1:1"):
-        build([file], "s3://nobody/out", settings)
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
 # ---- what fails leaves nothing
 
 
@@ -510,4 +384,3 @@ def test_a_second_build_into_a_folder_is_refused(built, corpus, settings, tmp_pa
         run(part=Slice(2, 2))
     finish(out, settings)
     assert contents(out) == contents(built.path)
-    assert make_shard(plan_job(corpus, str(tmp_path / "alone"), settings)).record.totals == built.totals
