@@ -66,3 +66,7 @@ def _refuse(error: Exception) -> int:
 
 def _is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -123,7 +123,9 @@ def _make(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Fail
     if failures:
         shown = "\n".join(f"shard {f.job.name}: {f.reason}" for f in failures[:10])
         more = f"\nand {len(failures) - 10:,} more" if len(failures) > 10 else ""
-        raise ShardsFailed(f"{len(failures):,} of {len(jobs):,} shards could not be made; the others are finished\n{shown}{more}")
+        raise ShardsFailed(
+            f"{len(failures):,} of {len(jobs):,} shards could not be made; others are finished and stay\n{shown}{more}"
+        )
 
 
 def finish(

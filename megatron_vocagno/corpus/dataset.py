@@ -242,6 +242,10 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     if not opened:
         raise DatasetError("nothing to merge: no dataset was named")
     first = opened[0]
+    if len({ds.path.resolve() for ds in opened}) < len(opened):
+        raise DatasetError(
+            "one dataset is named twice: its documents would count twice; give it a weight in the run's blend instead"
+        )
     shards: list[ShardRecord] = []
     for ds in opened:
         ds.require_tokenizers_of(first)

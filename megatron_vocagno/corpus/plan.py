@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 import orjson
@@ -55,8 +56,15 @@ class Plan(Record):
         """About how much text it holds."""
         return sum(p.weight for shard in self.shards for p in shard)
 
+    @property
+    def root(self) -> str:
+        """The folder that all input files have in common, with a slash."""
+        folders = [source.url.split("/")[:-1] for source in self.sources]
+        common = takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))
+        return "".join(f"{parts[0]}/" for parts in common)
+
     def jobs(self, out: str, settings: Settings, trusted: bool = False, force: bool = False) -> list[Job]:
-        return [Job(i, pieces, out, settings, self.settings, trusted, force) for i, pieces in enumerate(self.shards)]
+        return [Job(i, pieces, self.root, out, settings, self.settings, trusted, force) for i, pieces in enumerate(self.shards)]
 
 
 @dataclass(frozen=True)
@@ -110,4 +118,4 @@ def _source(file: Place) -> Source:
     else:
         info = file.fs.info(file.path)
         modified = str(next((info[key] for key in ("ETag", "etag", "md5Hash", "created", "LastModified") if key in info), ""))
-    return Source(url=str(file), size=stat.st_size, modified=modified)
+    return Source(url=str(file.absolute()), size=stat.st_size, modified=modified)

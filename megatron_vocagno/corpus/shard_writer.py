@@ -26,8 +26,8 @@ from megatron_vocagno.corpus.dataset import PAIRS, Totals, sync
 from megatron_vocagno.corpus.documents import Document
 from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
+from megatron_vocagno.corpus.inputs import Piece
 from megatron_vocagno.corpus.long_texts import PART, aligned_parts
-from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer
 
@@ -52,8 +52,11 @@ class Text:
 class ShardWriter:
     """`write` takes a shard's documents, in order; the pairs lie in `folder` when it returns."""
 
-    def __init__(self, folder: Path, student: Tokenizer, teacher: Tokenizer, nfc: bool, with_ids: bool) -> None:
-        self.folder, self.student, self.teacher, self.nfc = folder, student, teacher, nfc
+    def __init__(
+        self, folder: Path, student: Tokenizer, teacher: Tokenizer, nfc: bool, with_ids: bool, name_of: Callable[[Piece], str]
+    ) -> None:
+        """name_of: what an input file is called in the quarantine."""
+        self.folder, self.student, self.teacher, self.nfc, self.name_of = folder, student, teacher, nfc, name_of
         self.dtypes: dict[str, np.dtype[Any]] = {
             "student": token_dtype(student.vocab_size),
             "teacher": token_dtype(teacher.vocab_size),
@@ -89,7 +92,7 @@ class ShardWriter:
     def quarantine(self, document: Document, reason: str) -> None:
         """Keeps a document aside, as it stands in the input."""
         piece = document.piece
-        row: dict[str, Any] = {"file": place(piece.url).name}  # not the path: bytes do not depend on places
+        row: dict[str, Any] = {"file": self.name_of(piece)}
         if piece.kind == "parquet":
             row |= {"row": document.offset + 1}
         else:

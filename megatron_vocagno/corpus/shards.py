@@ -90,12 +90,14 @@ def _tokenizer(path: str, eos: str | None, backend: Backend) -> Tokenizer:
 class Job:
     """One shard to make.
 
+    root      the folder that all input files have in common: they are named from there on
     trusted   the input's sizes and times are those of the plan that the shard was made by: its bytes need not be read again
     force     replace a shard that was made from other input or with other settings
     """
 
     index: int
     pieces: tuple[Piece, ...]
+    root: str
     out: str
     settings: Settings
     settings_sha256: str
@@ -105,6 +107,10 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.index:04}"
+
+    def file(self, piece: Piece) -> str:
+        """The name of an input file; not its path: bytes do not depend on places."""
+        return piece.url.removeprefix(self.root)
 
     @property
     def folder(self) -> Place:
@@ -174,7 +180,7 @@ def make_shard(job: Job) -> Result:
 def _write(job: Job, folder: Path) -> ShardFile:
     student, teacher = job.settings.tokenizers
     digest = hashlib.sha256()
-    writer = ShardWriter(folder, student, teacher, job.settings.nfc, with_ids=job.settings.id_key is not None)
+    writer = ShardWriter(folder, student, teacher, job.settings.nfc, job.settings.id_key is not None, job.file)
 
     def tell(counts: Counter[str]) -> None:
         report(Progress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))
@@ -184,7 +190,7 @@ def _write(job: Job, folder: Path) -> ShardFile:
     made = ShardFile(
         settings=job.settings_sha256,
         input=digest.hexdigest(),
-        pieces=tuple((place(p.url).name, p.start, p.stop) for p in job.pieces),
+        pieces=tuple((job.file(p), p.start, p.stop) for p in job.pieces),
         encoders=(student.encoder.name, teacher.encoder.name),
         record=ShardRecord(path=f"shards/{job.name}", totals=totals, files=files),
     )

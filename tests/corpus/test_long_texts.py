@@ -79,7 +79,7 @@ def short_parts(monkeypatch):
 
 def written(folder: Path, texts: Sequence[str], pair: Pair, nfc: bool = True) -> Totals:
     folder.mkdir()
-    writer = ShardWriter(folder, *pair, nfc, with_ids=True)
+    writer = ShardWriter(folder, *pair, nfc, with_ids=True, name_of=lambda piece: Path(piece.url).name)
     return writer.write((Document(PIECE, i, 0, b"", text, "", f"id {text[:9]}") for i, text in enumerate(texts)), lambda _: None)
 
 

@@ -8,13 +8,15 @@ import unicodedata
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import pytest
 
-from megatron_vocagno.corpus import shards
+from megatron_vocagno.corpus import long_texts, shard_writer, shards
 from megatron_vocagno.corpus.build import ShardsFailed
 from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
 from megatron_vocagno.corpus.plan import plan
 from megatron_vocagno.corpus.shards import ChangedError, make_shard
+from megatron_vocagno.corpus.spans import align
 from megatron_vocagno.corpus.workers import run_local
 from tests.corpus.conftest import contents, make, write_jsonl
 
@@ -74,6 +76,35 @@ def test_bad_lines_are_counted_and_left_out(mode, mixed, settings, tmp_path, mis
     assert [base64.b64decode(row["raw_base64"]) + b"\n" for row in rows] == list(BAD)
     assert [(row["file"], row["line"]) for row in rows] == [("mixed.jsonl", 6 + k) for k in range(len(BAD))]
     assert all(reason in row["reason"] for row, reason in zip(rows, BAD.values(), strict=True))
+    ds.verify()
+
+
+def test_files_of_one_name_are_told_apart(settings, tmp_path):
+    files = []
+    for year in ("2023", "2024"):
+        (tmp_path / "in" / year).mkdir(parents=True)
+        files.append(tmp_path / "in" / year / "part.jsonl")
+        files[-1].write_bytes(line("good") + b"[]\n")
+    make(files, tmp_path / "out", replace(settings, on_bad_line="quarantine"))
+    rows = [json.loads(row) for row in (tmp_path / "out/shards/0000/quarantine.jsonl").read_bytes().splitlines()]
+    assert [row["file"] for row in rows] == ["2023/part.jsonl", "2024/part.jsonl"]
+
+
+def test_a_long_document_with_an_underscore_of_sentencepiece_is_placed_by_offsets(settings, texts, tmp_path, monkeypatch):
+    """U+2581 is a space to the student's tokenizer, and three bytes in the text."""
+    monkeypatch.setattr(long_texts, "PART", 4000)
+    monkeypatch.setattr(shard_writer, "PART", 4000)
+    monkeypatch.setattr(shard_writer, "BATCH_BYTES", 4000)
+    prose = "\n".join(texts[:4])[:20_000]
+    document = prose[:9000] + " ▁x▁ " + prose[9000:]
+    ds = make([write_jsonl(tmp_path / "a.jsonl", [prose, document, "last"])], tmp_path / "out", settings)
+    assert (ds.totals.documents, ds.totals.offset_documents, ds.totals.mismatched_documents) == (3, 1, 0)
+    assert ds.totals.covered_tokens == ds.totals.mapped_tokens
+    student, teacher = settings.tokenizers
+    [s], [t] = student.encode_batch([document]), teacher.encode_batch([document])
+    assert s.ends_from == "offsets" and ds.student(1)[:-1].tolist() == s.ids.tolist()
+    spans = align(s, t)
+    assert np.array_equal(ds.spans(1).first[:-1], spans.first) and np.array_equal(ds.spans(1).last[:-1], spans.last)
     ds.verify()
 
 

@@ -117,15 +117,16 @@ def finalize(argv: Sequence[str]) -> None:
 
 def verify(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="build_dataset verify", description="Read a dataset whole: hashes, ids, spans.")
-    parser.add_argument("dataset", type=Path)
+    parser.add_argument("dataset", type=place)
     add_workers(parser)
     args = parser.parse_args(argv)
-    manifest = read_manifest(args.dataset)
+    manifest = read_manifest(AlignedDataset.open(args.dataset).path if "://" in str(args.dataset) else args.dataset)
     complaints = verify_frame(args.dataset, manifest)
     for found in run_local(verify_shard, shard_checks(args.dataset, manifest), args.workers):
         complaints += [found.reason] if isinstance(found, Failure) else found
     if complaints:
-        raise DatasetError("\n".join([f"{args.dataset} is not as it was written:", *complaints]))
+        advice = "delete the folder of each damaged shard, and run its build again: it makes what is missing"
+        raise DatasetError("\n".join([f"{args.dataset} is not as it was written:", *complaints, advice]))
     print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are as they were written")
 
 

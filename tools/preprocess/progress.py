@@ -67,6 +67,9 @@ class BuildProgress:
                 self.documents += totals.documents
                 self.text += totals.text_bytes
                 self.bad += totals.bad_lines + totals.broken_inputs
+            if totals.broken_inputs:
+                files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))
+                self.note(f"shard {job.name}: {totals.broken_inputs} of its input files ended early ({files})")
             how = "reused" if result.reused else f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB"
         self._show()
         if not self.console.is_terminal or isinstance(result, Failure):
