@@ -23,7 +23,7 @@ from megatron_vocagno.corpus.shards import ChangedError
 from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import write
-from tests.corpus.test_build import SHARD, SHORT, tokens
+from tests.corpus.test_build import SHARD, tokens
 from tests.corpus.test_build_dataset import ROOT, arguments, finished, start
 from tests.corpus.test_ray_engine import Cluster
 
@@ -84,32 +84,34 @@ def test_workers_build_from_and_into_an_object_store(bucket, built, corpus, sett
 
 
 @pytest.mark.parametrize("remote", ["memory", "s3"], indirect=True)
-def test_an_upload_that_fails_leaves_no_finished_shard(remote, settings, tmp_path, monkeypatch):
-    """Neither a new one nor an old one with some new files."""
-    file = write_jsonl(tmp_path / "a.jsonl", SHORT)
-    out, original = f"{remote}/out", shutil.copyfileobj
-    build([file], out, settings)
-    other = replace(settings, nfc=False)
-    n_files = len(list((place(out) / "shards/0000").iterdir()))
-    for k in range(n_files):
-        left = [k]
+def test_an_upload_that_breaks_off_leaves_no_finished_shard(remote, settings, tmp_path, monkeypatch):
+    """Neither a new one nor an old one with some new files, though these are of the same size."""
+    old, new = ([write_jsonl(tmp_path / f"{word}.jsonl", [f"the {word} sat"] * 9)] for word in ("cat", "dog"))
+    out = f"{remote}/out"
+    build(old, out, settings)
+    jobs = [replace(plan(inputs, settings).jobs(out, settings)[0], trusted=True) for inputs in (old, new)]
+    sizes = {file.name: file.stat().st_size for file in (place(out) / "shards/0000").iterdir()}
+    assert shards.finished(jobs[0]) and len(sizes) == 9
+    original = shutil.copyfileobj
+    for k in (1, 4, 8):
+        copied: list[str] = []
 
-        def copy(source, target, *rest, left=left):
-            if not left[0]:
-                raise ConnectionError(104, "Connection reset by peer")
-            left[0] -= 1
+        def copy(source, target, *rest, copied=copied, k=k):
             original(source, target, *rest)
+            copied.append(Path(source.name).name)
+            if len(copied) == k:  # nothing is there to go on with
+                shutil.rmtree(Path(source.name).parent)
 
         monkeypatch.setattr(shutil, "copyfileobj", copy)
-        with pytest.raises(OSError, match="reset by peer"):
-            build([file], out, other, force=True)
+        with pytest.raises(FileNotFoundError):
+            build(new, out, settings, force=True)
         monkeypatch.undo()
-        (job,) = plan([file], other).jobs(out, other)
-        assert shards.finished(job) is None
-        assert not (place(out) / "dataset.json").exists()
-    assert n_files == 9
-    build([file], out, other, force=True)
-    assert tokens(download(out, tmp_path / "out")) == tokens(make([file], tmp_path / "local", other).path)
+        there = {file.name: file.stat().st_size for file in (place(out) / "shards/0000").iterdir()}
+        assert len(copied) == k and there.items() <= sizes.items() and not (place(out) / "dataset.json").exists()
+        assert [shards.finished(job) for job in jobs] == [None, None]
+        build(old, out, settings, force=True)
+    build(new, out, settings, force=True)
+    assert tokens(download(out, tmp_path / "out")) == tokens(make(new, tmp_path / "local", settings).path)
 
 
 def test_an_object_store_that_does_not_answer_is_told(settings, tmp_path, monkeypatch):

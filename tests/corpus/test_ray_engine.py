@@ -61,7 +61,8 @@ class Cluster:
                 start_new_session=True,
             )
         try:
-            wait_until(lambda: "Ray runtime started" in self.log or self.head.poll() is not None, seconds=120)
+            # the address is the last of what it says, and comes a moment after "Ray runtime started"
+            wait_until(lambda: "--address='" in self.log.rpartition("'")[0] or self.head.poll() is not None, seconds=120)
             self.address = self.log.split("--address='")[1].split("'")[0]
         except BaseException:
             print(self.log)
