@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.page import circumstances, write_section
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Rows
 from megatron_vocagno.corpus.dataset import PAIRS, ShardRecord, Totals, create
@@ -72,6 +73,18 @@ def main() -> int:
         f"{MOST_GROWTH / 1e6:.0f} MB of growth": growth <= MOST_GROWTH,
         f"{MOST_SECONDS:.0f} s to start": max(cold[0], warm[0]) <= MOST_SECONDS,
     }
+    write_section(
+        "loader",
+        "\n".join(
+            [
+                f"## Reading\n\n`python -m benchmarks.loader`, {circumstances('numpy')}\n",
+                "| | measured | goal |\n|---|---|---|",
+                f"| student tokens a CPU-second, rows of {ROW:,} with spans, collated | {rate / 1e6:.1f} M | ≥ 5 M |",
+                f"| memory that grows while {2 * rows.rows_in_epoch:,} rows are read | {growth / 1e6:+.1f} MB | ≤ 8 MB |",
+                f"| start with {DOCUMENTS / 1e6:.1f} M documents, cold and warm | {cold[0]:.1f} s, {warm[0]:.1f} s | ≤ 5 s |",
+            ]
+        ),
+    )
     for goal, there in reached.items():
         console.print(f"{'reached' if there else 'MISSED'}: {goal}")
     return 0 if all(reached.values()) else 1
