@@ -73,6 +73,7 @@ __all__ = [
     "check_size",
     "create",
     "hash_file",
+    "local_folder",
     "merge",
     "read_manifest",
     "sync",
@@ -127,7 +128,7 @@ class AlignedDataset:
     @classmethod
     def open(cls, path: str | Place) -> AlignedDataset:
         """Raises DatasetError: no dataset, unknown version, or a file missing or of another size than recorded."""
-        root = _local(path)
+        root = local_folder(path)
         manifest = read_manifest(root)
         by_folder = itertools.groupby(recorded_files(root, manifest), key=lambda recorded: recorded[0].parent)
         with ThreadPoolExecutor(THREADS) as pool:
@@ -235,7 +236,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
 
     Raises TokenizerMismatch where tokenizers differ, DatasetError where settings do or `out` is taken.
     """
-    target = _local(out)
+    target = local_folder(out)
     if (target / DATASET).exists():
         raise DatasetError(f"{target} already holds a dataset; merge into a new folder")
     opened = [AlignedDataset.open(path) for path in datasets]
@@ -264,7 +265,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     return AlignedDataset.open(target)
 
 
-def _local(path: str | Place) -> Path:
+def local_folder(path: str | Place) -> Path:
     """Raises DatasetError for what lies in an object store."""
     where = place(path)
     # a URL that was taken for a path has lost a slash

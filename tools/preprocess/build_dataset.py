@@ -28,7 +28,7 @@ from rich.text import Text
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import Engine, build, finish
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, merge, read_manifest
+from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, local_folder, merge, read_manifest
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import find
 from megatron_vocagno.corpus.places import Place, place
@@ -120,9 +120,10 @@ def verify(argv: Sequence[str]) -> None:
     parser.add_argument("dataset", type=place)
     add_workers(parser)
     args = parser.parse_args(argv)
-    manifest = read_manifest(AlignedDataset.open(args.dataset).path if "://" in str(args.dataset) else args.dataset)
-    complaints = verify_frame(args.dataset, manifest)
-    for found in run_local(verify_shard, shard_checks(args.dataset, manifest), args.workers):
+    root = local_folder(args.dataset)
+    manifest = read_manifest(root)
+    complaints = verify_frame(root, manifest)
+    for found in run_local(verify_shard, shard_checks(root, manifest), args.workers):
         complaints += [found.reason] if isinstance(found, Failure) else found
     if complaints:
         advice = "delete the folder of each damaged shard, and run its build again: it makes what is missing"
