@@ -34,7 +34,7 @@ from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve
 from megatron_vocagno.model.student import check_row_length, student_config
 from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 from megatron_vocagno.monitor import Monitor
-from megatron_vocagno.objective.guidance import STATS, gather_guide, summarize
+from megatron_vocagno.objective.statistics import STATS, summarize
 
 USER_ERRORS = (RunError, CorpusError, ModelError)
 """What a user can mend; everything else is a fault of ours or of a machine."""
@@ -80,10 +80,10 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
             micro_batches = batches.step(position.rows)
             counts = count_step(micro_batches, run.guidance, engine.data_group, processes.device)
             clock.start_teacher()
-            guides = guide(micro_batches, scorer, run, processes)
+            teacher_losses = score(micro_batches, scorer, processes)
             clock.start_student()
             learning_rate = engine.learning_rate
-            loss = engine.train(micro_batches, guides, counts.kept)
+            loss = engine.train(micro_batches, teacher_losses, counts)
             position = position.after(layout.rows)
             numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
             for source, epochs in zip(run.data.train, rows.epochs(position.rows), strict=True):
@@ -97,15 +97,11 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
                 monitor.say(f"checkpoint: {saved}")
 
 
-def guide(batches: Sequence[Batch], scorer: Scorer | None, run: Run, processes: Processes) -> list[Tensor]:
-    """The teacher's losses on student positions, one [B, S] a batch; NaN where there is none. Collective."""
+def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes) -> list[Tensor]:
+    """The teacher's losses, one [B, U] a batch; [B, 0] where there is no teacher. Collective."""
     if scorer is None:
-        return [torch.full(batch.target_BS.shape, torch.nan, device=processes.device) for batch in batches]
-    losses = scorer.score(batches)
-    return [
-        gather_guide(loss_BU, batch.first_BS.to(loss_BU.device), batch.last_BS.to(loss_BU.device), run.guidance.aggregate)
-        for loss_BU, batch in zip(losses, batches, strict=True)
-    ]
+        return [torch.empty(len(batch.target_BS), 0, device=processes.device) for batch in batches]
+    return scorer.score(batches)
 
 
 def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Processes) -> dict[str, float]:
@@ -187,6 +183,7 @@ def _numbers(
     numbers = {
         "loss/train": loss,
         "loss/nonfinite_tokens": stats[STATS.index("nonfinite")].item(),
+        "loss/tokens_over_capacity": stats[STATS.index("over_capacity")].item(),
         "optimizer/learning_rate": learning_rate,
         "optimizer/skipped_steps": engine.skipped_steps,
         "throughput/student_tokens_per_second": counts.targets / whole,

@@ -30,11 +30,14 @@ class StepCounts:
     teacher_tokens: int
     mapping: tuple[int, ...]
     """Targets by `Mapping`."""
+    capacities: tuple[int, ...]
+    """The most tokens that can have weight in each micro-batch of this rank; under `sequence`, in any of its rows."""
 
 
 def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.ProcessGroup, device: torch.device) -> StepCounts:
     """Counts of a step from the micro-batches of this data-parallel rank. Collective over `group`, the data-parallel ranks."""
     planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    capacities = [_capacity(batch, guidance) for batch in batches]
     kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
     teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
     mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in Mapping]
@@ -49,7 +52,18 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
         )
     if guidance.objective == "clm":
         kept = sum(mapping)
-    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping))
+    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), tuple(capacities))
+
+
+def _capacity(batch: Batch, guidance: Guidance) -> int:
+    rows = list(zip(batch.row_mapped, batch.row_unmapped, strict=True))
+    # under `global` scope the best tokens of all ranks may all be this rank's
+    if guidance.objective == "clm" or guidance.scope == "global":
+        return sum(mapped + unmapped for mapped, unmapped in rows)
+    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    if guidance.scope == "sequence":
+        return max(planned([mapped], [unmapped]) for mapped, unmapped in rows)
+    return planned(batch.row_mapped, batch.row_unmapped)
 
 
 def sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:

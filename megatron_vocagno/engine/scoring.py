@@ -2,8 +2,8 @@
 
 Before a step, the ranks of one pipeline share the step's rows among them. Each scores its part with its own copy of the
 teacher, in batches of rows of similar length under a budget of padded tokens, and one float per teacher token goes round.
-The guide then travels with the labels as one [B, S] tensor: no teacher tensor ever enters the pipeline, and no stage waits
-for another's teacher.
+They then travel with the labels: nothing else of the teacher ever enters the pipeline, and no stage waits for another's
+teacher.
 """
 
 from __future__ import annotations

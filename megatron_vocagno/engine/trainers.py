@@ -1,7 +1,7 @@
 """The two DeepSpeed engines as the loop sees them: the pipeline, and the plain one with ZeRO-1/2/3.
 
-Both take the micro-batches of a step with their guides, learn from them, and count what they did; the loop that drives them
-cannot tell them apart.
+Both take the micro-batches of a step with the teacher's losses, learn from them, and count what they did; the loop that
+drives them cannot tell them apart.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Batch, Layout
+from megatron_vocagno.engine.counts import StepCounts
 from megatron_vocagno.engine.learning import Labels, Objective
 from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
+from megatron_vocagno.objective.linear_ce import LearnedRows
 
 
 class Engine(ABC):
@@ -36,10 +38,10 @@ class Engine(ABC):
         self.engine, self.objective, self.layout = engine, objective, layout
 
     @abstractmethod
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
+    def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         """One optimizer step on the micro-batches of this rank; the loss that was learned, over all ranks.
 
-        divisor: tokens that count, over all ranks.
+        teacher_losses  one [B, U] a batch, float32, nats; [B, 0] without a teacher
         """
 
     @abstractmethod
@@ -74,10 +76,17 @@ class Engine(ABC):
                     tensors = {hf_name(config, index, name): p.detach().cpu().contiguous() for name, p in named.items()}
                     write_tensors(tensors, folder / f"layer_{index:04d}.safetensors")
 
-    def _scale(self, divisor: float) -> Tensor:
-        """The divisor of one micro-batch's loss: DeepSpeed takes the mean over micro-batches and data-parallel ranks."""
-        parts = self.layout.micro_batches * self.layout.data_parallel
-        return torch.tensor([divisor / parts], dtype=torch.float32)
+    def _labels(self, batch: Batch, teacher_loss_BU: Tensor, divisor: float, capacity: int) -> Labels:
+        # DeepSpeed takes the mean over micro-batches and data-parallel ranks
+        divisor_1 = torch.tensor([divisor / (self.layout.micro_batches * self.layout.data_parallel)], dtype=torch.float32)
+        first_BS, last_BS = batch.first_BS, batch.last_BS
+        if not teacher_loss_BU.shape[1]:
+            first_BS = last_BS = torch.zeros_like(first_BS)
+        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, divisor_1, torch.empty(capacity, 0))
+
+    def _unguided(self, batch: Batch) -> Labels:
+        """For evaluation: the loss is a sum."""
+        return self._labels(batch, torch.empty(len(batch.target_BS), 0), 1.0, 0)
 
 
 class PipelineTrainer(Engine):
@@ -90,13 +99,16 @@ class PipelineTrainer(Engine):
         self.pipe_group = engine.grid.get_pipe_parallel_group()
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
-        return float(self.engine.train_batch(self._items(batches, guides, divisor)))
+    def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
+        items = (
+            (batch.input_BS, self._labels(batch, loss_BU, counts.kept, capacity))
+            for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True)
+        )
+        return float(self.engine.train_batch(items))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        guides = [torch.full_like(batch.target_BS, float("nan"), dtype=torch.float32) for batch in batches]
         self.objective.learning = False
-        total = self.engine.eval_batch(self._items(batches, guides, 1.0))
+        total = self.engine.eval_batch((batch.input_BS, self._unguided(batch)) for batch in batches)
         self.objective.learning = True
         return float(total)
 
@@ -105,10 +117,6 @@ class PipelineTrainer(Engine):
         for place, layer in enumerate(self.engine.module.forward_funcs):
             if isinstance(layer, nn.Module):
                 yield start + place, layer
-
-    def _items(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> Iterator[tuple[Tensor, Labels]]:
-        for batch, guide_BS in zip(batches, guides, strict=True):
-            yield batch.input_BS, (batch.target_BS, guide_BS, self._scale(divisor))
 
 
 class PlainTrainer(Engine):
@@ -121,11 +129,11 @@ class PlainTrainer(Engine):
         self.pipe_group = None
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], guides: Sequence[Tensor], divisor: float) -> float:
+    def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         self.engine.train()
         total = torch.zeros((), device=self.engine.device)
-        for batch, guide_BS in zip(batches, guides, strict=True):
-            loss = self._loss(batch, guide_BS, divisor)
+        for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True):
+            loss = self._loss(batch, self._labels(batch, loss_BU, counts.kept, capacity))
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach()
@@ -137,8 +145,7 @@ class PlainTrainer(Engine):
         self.objective.learning = False
         total = torch.zeros((), device=self.engine.device)
         for batch in batches:
-            no_guide_BS = torch.full_like(batch.target_BS, float("nan"), dtype=torch.float32)
-            total += self._loss(batch, no_guide_BS, 1.0)
+            total += self._loss(batch, self._unguided(batch))
         self.objective.learning = True
         return self._mean(total)
 
@@ -155,8 +162,8 @@ class PlainTrainer(Engine):
         dist.all_reduce(total)
         return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
 
-    def _loss(self, batch: Batch, guide_BS: Tensor, divisor: float) -> Tensor:
-        device = self.engine.device
-        target_BS = batch.target_BS.to(device)
-        loss_BS = self.engine(batch.input_BS.to(device), target_BS)
-        return self.objective(loss_BS, (target_BS, guide_BS.to(device), self._scale(divisor).to(device)))
+    def _loss(self, batch: Batch, labels: Labels) -> Tensor:
+        device, rows = self.engine.device, LearnedRows()
+        labels = Labels(*(label.to(device) for label in labels))
+        loss_BS = self.engine(batch.input_BS.to(device), labels.target_BS, rows)
+        return self.objective(loss_BS, labels, rows)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, skeleton
-from megatron_vocagno.objective.linear_ce import token_loss
+from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 # accepted by transformers though no configuration class lists them: older spellings of rope_parameters
@@ -206,9 +206,9 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight = weight_VH
 
-    def forward(self, hidden_BSH: Tensor, target_BS: Tensor) -> Tensor:
-        """[B, S] float32, nats; 0 where the target is -100."""
-        return token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten()).view(target_BS.shape)
+    def forward(self, hidden_BSH: Tensor, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
+        """[B, S] float32, nats; 0 where the target is -100. rows: see token_loss."""
+        return token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten(), rows=rows).view(target_BS.shape)
 
 
 def layer_count(config: PretrainedConfig) -> int:
@@ -323,11 +323,14 @@ class Student(nn.Module):
         for i, layer in enumerate(self.layers):
             load_layer(self.config, i, layer, weights)
 
-    def forward(self, ids_BS: Tensor, target_BS: Tensor) -> Tensor:
-        """ids_BS, target_BS [B, S] int64, the target of position i being token i + 1 -> [B, S] float32, nats, 0 where -100."""
+    def forward(self, ids_BS: Tensor, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
+        """ids_BS, target_BS [B, S] int64, the target of position i being token i + 1 -> [B, S] float32, nats, 0 where -100.
+
+        rows: which of the B * S tokens are learned, told before the backward; without it the backward asks the gradient.
+        """
         *body, head = self.layers
         hidden_BSH = ids_BS
         for layer in body:
             hidden_BSH = layer(hidden_BSH)
-        loss_BS: Tensor = head(hidden_BSH, target_BS)
+        loss_BS: Tensor = head(hidden_BSH, target_BS, rows)
         return loss_BS

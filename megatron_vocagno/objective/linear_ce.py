@@ -333,7 +333,8 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 def _add_product(sum_RH: Tensor, dz_RT: Tensor, head_TH: Tensor, dtype: torch.dtype) -> None:
     """sum += dz @ head, where both are of `dtype` or, on a CPU, copies of it."""
     if head_TH.dtype != sum_RH.dtype:
-        torch.addmm(sum_RH, dz_RT, head_TH, out_dtype=sum_RH.dtype, out=sum_RH)
+        # not addmm, which takes out_dtype in newer versions of torch alone
+        sum_RH += torch.mm(dz_RT, head_TH, out_dtype=sum_RH.dtype)
         return
     with _products_of(dtype):
         # not addmm_: on a CPU it makes one chain of additions as long as the vocabulary, which is twice as inexact

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import math
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
 from itertools import chain
 
 NAN = math.nan
 Row = list[float]
+
+
+def single(x: float) -> float:
+    """The float32 nearest to x."""
+    try:
+        (rounded,) = struct.unpack("f", struct.pack("f", x))
+    except OverflowError:
+        return math.copysign(math.inf, x)
+    return rounded
 
 
 def guide(losses: Row, first: int, last: int, how: str) -> float:
@@ -39,7 +51,7 @@ def select(excess: list[Row], eligible: list[list[bool]], keep: str, scope: str,
 
 def weights(student: list[Row], guides: list[Row], valid: list[list[bool]], keep: str, scope: str, unmapped: str, positive: bool):
     """All weights, unmapped tokens included; and the smallest kept excess of each group that keeps something."""
-    excess = [[s - g for s, g in zip(*rows, strict=True)] for rows in zip(student, guides, strict=True)]
+    excess = [[single(s - g) for s, g in zip(*rows, strict=True)] for rows in zip(student, guides, strict=True)]
     kept = select(excess, valid, keep, scope, positive)
     groups = zip(excess, kept, strict=True) if scope == "sequence" else [(list(chain(*excess)), list(chain(*kept)))]
     thresholds = [min(d for d, w in zip(*group, strict=True) if w) for group in groups if any(group[1])]
@@ -48,3 +60,76 @@ def weights(student: list[Row], guides: list[Row], valid: list[list[bool]], keep
             if v and math.isnan(g) and not math.isnan(loss) and unmapped == "include":
                 kept[row][i] = 1
     return kept, thresholds
+
+
+@dataclass(frozen=True)
+class Selected:
+    weight: list[list[int]]
+    guide: list[Row]
+    rows: list[list[int]]
+    """Positions of the tokens with weight, a list for each row ('sequence') or one for all."""
+    stats: dict[str, float]
+
+
+def select_tokens(
+    student: list[Row],
+    teacher: list[Row],
+    first: list[list[int]],
+    last: list[list[int]],
+    valid: list[list[bool]],
+    *,
+    aggregate: str,
+    keep: str,
+    scope: str,
+    unmapped: str,
+    require_positive: bool,
+    capacity: int | None,
+) -> Selected:
+    guides = [
+        [single(guide(losses, a, b, aggregate)) for a, b in zip(starts, ends, strict=True)]
+        for losses, starts, ends in zip(teacher, first, last, strict=True)
+    ]
+    weight, thresholds = weights(student, guides, valid, keep, scope, unmapped, require_positive)
+    width, over = len(student[0]), 0
+    everywhere = [[(row, i) for i in range(width)] for row in range(len(student))]
+    lists = everywhere if scope == "sequence" else [list(chain(*everywhere))]
+    rows = [[(row, i) for row, i in places if weight[row][i]] for places in lists]
+    for places in rows:
+        for row, i in places[capacity if capacity is not None else len(places) :]:
+            weight[row][i] = 0
+            over += 1
+    rows = [[row * width + i for row, i in places[:capacity]] for places in rows]
+    return Selected(weight, guides, rows, stats(student, guides, valid, weight, thresholds, over))
+
+
+def stats(
+    student: Iterable[Row],
+    guides: Iterable[Row],
+    valid: Iterable[list[bool]],
+    weight: Iterable[list[int]],
+    thresholds: Row,
+    over: int,
+) -> dict[str, float]:
+    tokens = [t for rows in zip(student, guides, valid, weight, strict=True) for t in zip(*rows, strict=True) if t[2]]
+    known = [(s, g, w) for s, g, _, w in tokens if not math.isnan(s)]
+    mapped, unmapped = [t for t in known if not math.isnan(t[1])], [t for t in known if math.isnan(t[1])]
+    kept, dropped = [t for t in mapped if t[2]], [t for t in mapped if not t[2]]
+    finite = [t for t in thresholds if math.isfinite(t)]
+    return {
+        "valid": len(tokens),
+        "nonfinite": sum(not math.isfinite(t[0]) for t in tokens),
+        "mapped": len(mapped),
+        "kept": len(kept),
+        "unmapped": len(unmapped),
+        "unmapped_kept": sum(t[2] for t in unmapped),
+        "over_capacity": over,
+        "student_kept_sum": sum(t[0] for t in kept),
+        "student_dropped_sum": sum(t[0] for t in dropped),
+        "student_unmapped_sum": sum(t[0] for t in unmapped),
+        "guide_kept_sum": sum(t[1] for t in kept),
+        "guide_dropped_sum": sum(t[1] for t in dropped),
+        "weight_sum": sum(t[2] for t in known),
+        "weighted_sum": sum(t[0] for t in known if t[2]),
+        "threshold_sum": sum(finite),
+        "thresholds": len(finite),
+    }

@@ -1,0 +1,135 @@
+"""How many of n tokens are kept, and which: the k = ceil(keep * n) highest, exactly, ties to the lower index.
+
+G groups of T values. Values are float32: infinities are legal, -0 equals +0, and NaN is never eligible. Nothing here rounds:
+counts are integers, the share is a fraction, and a threshold is one of the values. So equal inputs give equal choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@lru_cache
+def share(keep: float) -> Fraction:
+    """`keep` as it was written: 0.4 is 2/5 here, and not the double above it that makes ceil(0.4 * 5) doubtful.
+
+    Raises ValueError unless 0 < keep <= 1 with at most 6 decimals.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep = {keep}: expected a share above 0 and at most 1")
+    written = Fraction(str(keep))
+    if written.denominator > 10**6:  # the product with a count of tokens must stay within int64
+        raise ValueError(f"keep = {keep}: expected at most 6 decimals")
+    return written
+
+
+def kept_count(mapped: int, keep: float) -> int:
+    """k = ceil(keep * mapped), exactly. Raises ValueError: see share."""
+    part = share(keep)
+    return (mapped * part.numerator + part.denominator - 1) // part.denominator
+
+
+def highest(value_GT: Tensor, eligible_GT: Tensor, keep: float, ranks: dist.ProcessGroup | None) -> Tensor:
+    """True for the k highest eligible values of each group.
+
+    value_GT     [G, T] float32
+    eligible_GT  [G, T] bool, False where the value is NaN
+    ranks        where a group of values continues on other ranks; None is this process alone
+    returns      [G, T] bool
+
+    Reads k on the host, which on a CPU costs nothing; over several ranks nothing is read.
+    """
+    if spans_ranks(ranks):
+        return _highest_over_ranks(_sortable(value_GT, eligible_GT), keep, ranks)
+    return _highest_here(value_GT, eligible_GT, keep)
+
+
+def _highest_here(value_GT: Tensor, eligible_GT: Tensor, keep: float) -> Tensor:
+    """The k-th highest value is the threshold; of the values equal to it, as many as are missing are taken from the left."""
+    k_G = [kept_count(n, keep) for n in eligible_GT.sum(1).tolist()]
+    if not any(k_G):
+        return eligible_GT
+    # what is not eligible can at most tie with an eligible -inf, and the mask of ties tells the two apart
+    ranked_GT = value_GT.masked_fill(~eligible_GT, -torch.inf)
+    threshold_G = [row.topk(max(k, 1), sorted=False).values.amin() for row, k in zip(ranked_GT, k_G, strict=True)]
+    threshold_G1 = torch.stack(threshold_G)[:, None]
+    above_GT, tie_GT = ranked_GT > threshold_G1, (ranked_GT == threshold_G1) & eligible_GT
+    missing_G1 = torch.tensor(k_G, device=value_GT.device)[:, None] - above_GT.sum(1, keepdim=True)
+    return above_GT | (tie_GT & (tie_GT.cumsum(1) <= missing_G1))
+
+
+def _sortable(value_GT: Tensor, eligible_GT: Tensor) -> Tensor:
+    """Integers in the order of the floats: [0, 2^32) in int64, and -1 where not eligible.
+
+    The bits of positive floats are ordered already; those of negative ones run backwards. Adding 0 turns -0 into +0.
+    """
+    bits_GT = (value_GT + 0.0).view(torch.int32).long()
+    key_GT = torch.where(bits_GT >= 0, bits_GT + 2**31, -1 - bits_GT)
+    return key_GT.masked_fill(~eligible_GT, -1)
+
+
+def _highest_over_ranks(key_GT: Tensor, keep: float, ranks: dist.ProcessGroup | None) -> Tensor:
+    """True for the k highest keys of each group, ties to the lower rank, then to the lower index."""
+
+    def count_digits(found_G1: Tensor, shift: int, width: int) -> Tensor:
+        alike_GT = key_GT >> (shift + width) == found_G1
+        digit_GT = (key_GT >> shift) & ((1 << width) - 1)
+        return key_GT.new_zeros(len(key_GT), 1 << width).scatter_add_(1, digit_GT, alike_GT.long())
+
+    threshold_G1, missing_G1 = threshold_from_digits(count_digits, key_GT.new_zeros(len(key_GT), 1), keep, ranks)
+    tie_GT = key_GT == threshold_G1
+    nth_GT = tie_GT.cumsum(1) + on_lower_ranks(tie_GT.sum(), ranks)
+    return (key_GT > threshold_G1) | (tie_GT & (nth_GT <= missing_G1))
+
+
+def threshold_from_digits(
+    count_digits: Callable[[Tensor, int, int], Tensor], found_G1: Tensor, keep: float, ranks: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The k-th highest key of each group, and how many of the keys equal to it are among the k. Both [G, 1] int64.
+
+    count_digits  (found_G1, shift, width) -> [G, 2^width] int64: of this rank's eligible keys (32 bits) whose bits above
+                  shift + width are `found`, how many have which next `width` bits
+    found_G1      zeros [G, 1] int64, on the device of the keys
+
+    The key is found digit by digit, from counts. Counts of several ranks add up, which makes it exact at 40 KiB a rank,
+    whatever the number of tokens; and integer sums do not depend on an order, so the result repeats bitwise.
+    """
+    part, k_G1 = share(keep), None
+    for shift, width in ((21, 11), (10, 11), (0, 10)):  # histograms that stay small
+        count_GD = over_ranks(count_digits(found_G1, shift, width), ranks)
+        if k_G1 is None:
+            k_G1 = (count_GD.sum(1, keepdim=True) * part.numerator + part.denominator - 1) // part.denominator
+        at_least_GD = count_GD.flip(1).cumsum(1).flip(1)
+        digit_G1 = (at_least_GD >= k_G1).sum(1, keepdim=True) - 1
+        k_G1 = k_G1 - (at_least_GD - count_GD).gather(1, digit_G1)  # so many are still to be found among equal digits
+        found_G1 = (found_G1 << width) | digit_G1
+    assert k_G1 is not None
+    return found_G1, k_G1
+
+
+def spans_ranks(ranks: dist.ProcessGroup | None) -> bool:
+    """Whether there is anyone to add counts with."""
+    return ranks is not None and dist.get_world_size(ranks) > 1
+
+
+def over_ranks(x: Tensor, ranks: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """`x`, added up (or what `op` says) over the ranks, in place."""
+    if spans_ranks(ranks):
+        dist.all_reduce(x, op=op, group=ranks)
+    return x
+
+
+def on_lower_ranks(count: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
+    """The sum of `count`, a scalar, over the ranks before this one."""
+    if not spans_ranks(ranks):
+        return torch.zeros_like(count)
+    counts_R = count.new_zeros(dist.get_world_size(ranks))
+    me = dist.get_rank(ranks)
+    counts_R[me] = count
+    return over_ranks(counts_R, ranks)[:me].sum()

@@ -1,0 +1,292 @@
+"""Losses of both models -> which tokens the student learns from. One call a micro-batch, and no gradient.
+
+    g[i] = aggregate of l_T over the teacher tokens that cover student token i       gather_guide
+    d[i] = l_S[i] - g[i]                                                             the excess
+    w[i] = 1 for the k = ceil(keep * n) mapped tokens of highest d, 0 for the rest   select
+    w[i] = 1 ('include') or 0 ('exclude') where i is unmapped
+
+A student loss of NaN has weight 0 and is counted. A NaN in the range, as an empty range, makes a token unmapped. Infinite
+losses are legal; where both are (d = inf - inf), the token is mapped and never kept.
+
+B rows, S student positions, U teacher positions, N = B * S tokens, G selection groups of T tokens. Losses are float32, in nats.
+`loss_BS[b, i]`, `first_BS[b, i]` and `valid_BS[b, i]` speak of the token that position i predicts. What runs on a GPU is in
+`selection_triton`, with the same results; below is the method in torch, for every other device. Equal inputs give bitwise
+equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vocagno.objective.ranking import highest, kept_count, over_ranks, share
+from megatron_vocagno.objective.statistics import tally
+
+Aggregate = Literal["max", "mean", "sum", "min"]
+Scope = Literal["sequence", "microbatch", "global"]
+Unmapped = Literal["include", "exclude"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    weight_BS: Tensor
+    """[B, S] float32 of 0 and 1."""
+    guide_BS: Tensor
+    """[B, S] float32, nats; NaN where unmapped."""
+    rows_C: Tensor
+    """[C] int64, positions b * S + s, each at most once. One list for each row ('sequence') or one for all; in a list those with
+    weight, ascending. A GPU, which must know C beforehand, fills each list up to its capacity with tokens of weight 0, ascending.
+    """
+    stats_PK: Tensor
+    """[P, len(STATS)] float64, parts of the sums named in STATS: add over P."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How tokens are selected; each field is explained in select_tokens. Raises ValueError: unknown choices, keep."""
+
+    keep: float
+    scope: Scope
+    unmapped: Unmapped
+    require_positive: bool = False
+    group: dist.ProcessGroup | None = None
+    capacity: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_choices(self.scope, self.unmapped)
+        share(self.keep)
+
+    @property
+    def ranks(self) -> dist.ProcessGroup | None:
+        """Those whose tokens are ranked together."""
+        return self.group if self.scope == "global" else None
+
+
+@torch.no_grad()
+def select_tokens(
+    student_loss_BS: Tensor,
+    teacher_loss_BU: Tensor,
+    first_BS: Tensor,
+    last_BS: Tensor,
+    valid_BS: Tensor,
+    *,
+    aggregate: Aggregate,
+    keep: float,
+    scope: Scope,
+    unmapped: Unmapped,
+    require_positive: bool = False,
+    group: dist.ProcessGroup | None = None,
+    capacity: int | None = None,
+) -> Selection:
+    """Weights, the list of the rows that carry them, and sums, from the losses of both models.
+
+    student_loss_BS    [B, S] float, nats
+    teacher_loss_BU    [B, U] float, nats; NaN marks a teacher token without a usable loss. U may be 0
+    first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last); first == last is unmapped
+    valid_BS           [B, S] bool; False (padding, ignored target) has weight 0 and is counted nowhere
+    aggregate          of the losses in a range: see gather_guide
+    keep               the share of the mapped tokens that is kept, above 0, at most 1, with at most 6 decimals
+    scope              'sequence': each row by itself; 'microbatch': all N tokens; 'global': the tokens of all ranks of `group`
+                       as if their batches were concatenated in the order of the ranks (every rank must call)
+    unmapped           'include': weight 1; 'exclude': weight 0
+    require_positive   of the k tokens, keep only those with an excess above 0
+    group              heard by 'global' alone; None is this process alone
+    capacity           room in the list of rows, for 'sequence' in the list of each row: an upper bound of the tokens with
+                       weight, known before any loss is (planned_kept). It holds: where NaN turns mapped tokens into unmapped
+                       ones and more would have weight, the last of them lose it and are counted as over_capacity. None is
+                       room for all
+
+    Ties go to the lower index; where nothing is eligible, nothing is kept. Raises ValueError: unknown choices, keep, shapes
+    that do not fit; on the CPU also ranges outside of the teacher's row.
+    """
+    rule = Rule(keep, scope, unmapped, require_positive, group, capacity)
+    _check_same_shape(student_loss_BS, first_BS, valid_BS)
+    _check_ranges(teacher_loss_BU, first_BS, last_BS, aggregate)
+    if student_loss_BS.is_cuda:
+        from megatron_vocagno.objective import selection_triton
+
+        return selection_triton.select(
+            student_loss_BS, selection_triton.Spans(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, rule
+        )
+    return _select(student_loss_BS, gather_guide(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, rule)
+
+
+@torch.no_grad()
+def select_by_guide(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
+    """select_tokens where the guide [B, S] is known: float, nats, NaN where unmapped."""
+    _check_same_shape(student_loss_BS, guide_BS, valid_BS)
+    if student_loss_BS.is_cuda:
+        from megatron_vocagno.objective import selection_triton
+
+        return selection_triton.select(student_loss_BS, guide_BS, valid_BS, rule)
+    return _select(student_loss_BS, guide_BS, valid_BS, rule)
+
+
+def _select(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
+    student_BS, guide_BS, valid_BS = student_loss_BS.float(), guide_BS.float(), valid_BS.bool()
+    excess_BS = student_BS - guide_BS
+    kept_BS = _keep(excess_BS, valid_BS, rule)
+    threshold_G = _lowest(excess_BS, kept_BS, rule)
+    weight_BS = kept_BS
+    if rule.unmapped == "include":
+        weight_BS = kept_BS | (guide_BS.isnan() & ~student_BS.isnan() & valid_BS)
+    room_BS = _room(weight_BS, rule)
+    over_capacity = int(weight_BS.sum() - room_BS.sum())
+    stats_PK = tally(student_BS, guide_BS, valid_BS, room_BS, threshold_G, over_capacity)
+    return Selection(room_BS.float(), guide_BS, room_BS.flatten().nonzero().squeeze(1), stats_PK)
+
+
+def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> Tensor:
+    """[B, S] bool: the k highest in each scope. An excess of NaN is not eligible, whatever is said."""
+    excess_GT, eligible_GT = _grouped(excess_BS, rule), _grouped(eligible_BS & ~excess_BS.isnan(), rule)
+    kept_GT = highest(excess_GT, eligible_GT, rule.keep, rule.ranks)
+    if rule.require_positive:
+        kept_GT = kept_GT & (excess_GT > 0)
+    return kept_GT.view(excess_BS.shape)
+
+
+def _lowest(excess_BS: Tensor, kept_BS: Tensor, rule: Rule) -> Tensor:
+    """The smallest kept excess of each selection group [G]; +inf where nothing is kept."""
+    kept_GT = _grouped(torch.where(kept_BS, excess_BS, torch.inf), rule)
+    lowest_G = kept_GT.amin(1) if kept_GT.shape[1] else kept_GT.new_full(kept_GT.shape[:1], torch.inf)
+    return over_ranks(lowest_G, rule.ranks, dist.ReduceOp.MIN)
+
+
+def _room(weight_BS: Tensor, rule: Rule) -> Tensor:
+    """`weight_BS` without the tokens that come after the first `capacity` of their list."""
+    if rule.capacity is None:
+        return weight_BS
+    weight_GT = _grouped(weight_BS, rule)
+    return (weight_GT & (weight_GT.cumsum(1) <= rule.capacity)).view(weight_BS.shape)
+
+
+def _grouped(x_BS: Tensor, rule: Rule) -> Tensor:
+    """[B, S] -> [G, T]: the groups of a scope on this rank, which are the lists of rows too."""
+    return x_BS if rule.scope == "sequence" else x_BS.reshape(1, -1)
+
+
+# ---------------------------------------------------------------- the guide
+
+_COMBINE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, torch.dtype]] = {
+    "max": (torch.maximum, -torch.inf, torch.float32),
+    "min": (torch.minimum, torch.inf, torch.float32),
+    "sum": (torch.add, 0.0, torch.float64),
+    "mean": (torch.add, 0.0, torch.float64),
+}
+
+
+@torch.no_grad()
+def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggregate) -> Tensor:
+    """g: teacher losses, moved from teacher positions onto student positions.
+
+    loss_BU            [B, U] float, nats; NaN marks a teacher token without a usable loss (no context, broken score)
+    first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last)
+    how                'max' | 'mean' | 'sum' | 'min' over the range; sums and means add in float64 and round once
+    returns            [B, S] float32; NaN exactly where first == last (unmapped) or a loss in the range is NaN. U may be 0
+
+    Raises ValueError: unknown `how`, shapes that do not fit; on the CPU also a range outside of [0, U] (elsewhere the check
+    would wait for the device, and such a range is undefined).
+
+    A range is cut into the powers of two of its width, and level by level a table holds the aggregate of the next 1, 2, 4...
+    losses: log2 of the widest range gathers serve every width, exactly for max and min, in pairwise order for sums, and
+    without a [B, S, U] mask. Only on the CPU is the widest range asked for; elsewhere it is U.
+    """
+    widest = _check_ranges(loss_BU, first_BS, last_BS, how)
+    combine, nothing, dtype = _COMBINE[how]
+    table_BU, start_BS, width_BS = loss_BU.to(dtype), first_BS.long(), last_BS - first_BS
+    guide_BS = torch.full_like(start_BS, nothing, dtype=dtype)
+    for level in range(widest.bit_length()):
+        reach = 1 << level
+        step_BS = width_BS & reach
+        part_BS = table_BU.gather(1, start_BS.clamp(max=table_BU.shape[1] - 1))
+        guide_BS = torch.where(step_BS > 0, combine(guide_BS, part_BS), guide_BS)
+        start_BS = start_BS + step_BS
+        table_BU = combine(table_BU[:, :-reach], table_BU[:, reach:])
+    if how == "mean":
+        guide_BS = guide_BS / width_BS
+    return guide_BS.float().masked_fill_(width_BS == 0, torch.nan)
+
+
+# ---------------------------------------------------------------- the parts, and how many
+
+
+def select(
+    excess_BS: Tensor,
+    eligible_BS: Tensor,
+    keep: float,
+    scope: Scope,
+    group: dist.ProcessGroup | None = None,
+    require_positive: bool = False,
+) -> Tensor:
+    """w of the mapped tokens: the k = ceil(keep * eligible) tokens of highest excess, in each scope.
+
+    excess_BS    [B, S] float, nats; NaN is never eligible
+    eligible_BS  [B, S] bool
+    the others   as for select_tokens
+    returns      [B, S] float32 of 0 and 1; all 0 where nothing is eligible
+
+    Raises ValueError: see kept_count; unknown scope; shapes.
+    """
+    rule = Rule(keep, scope, "exclude", require_positive, group)
+    if excess_BS.shape != eligible_BS.shape:
+        raise ValueError(f"select: excess {list(excess_BS.shape)} and eligible {list(eligible_BS.shape)} differ in shape")
+    return _keep(excess_BS.detach().float(), eligible_BS.bool(), rule).float()
+
+
+def planned_kept(
+    mapped_rows: Sequence[int], unmapped_rows: Sequence[int], *, keep: float, scope: Scope, unmapped: Unmapped
+) -> int:
+    """The sum of the weights of one selection, from counts that are known before any loss is.
+
+    mapped_rows, unmapped_rows  valid tokens of each row: the rows of the micro-batch, for 'global' those of all ranks
+
+    The weights may sum to less: with `require_positive`, and where a loss is NaN. No row at all gives 0.
+    """
+    _check_choices(scope, unmapped)
+    kept = sum(kept_count(row, keep) for row in mapped_rows) if scope == "sequence" else kept_count(sum(mapped_rows), keep)
+    return kept + (sum(unmapped_rows) if unmapped == "include" else 0)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check_choices(scope: str, unmapped: str) -> None:
+    if scope not in ("sequence", "microbatch", "global"):
+        raise ValueError(f"unknown scope {scope!r}: expected sequence, microbatch or global")
+    if unmapped not in ("include", "exclude"):
+        raise ValueError(f"unknown policy {unmapped!r} for unmapped tokens: expected include or exclude")
+
+
+def _check_ranges(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: str) -> int:
+    """An upper bound of the ranges' widths: on the CPU the widest, elsewhere U."""
+    if how not in _COMBINE:
+        raise ValueError(f"unknown aggregate {how!r}: expected one of {', '.join(_COMBINE)}")
+    longest = loss_BU.shape[-1]
+    if loss_BU.dim() != 2 or first_BS.shape != last_BS.shape or first_BS.shape[:1] != loss_BU.shape[:1]:
+        raise ValueError(
+            f"gather_guide: losses [B, U] and ranges [B, S] expected, got losses {list(loss_BU.shape)}, "
+            f"first {list(first_BS.shape)}, last {list(last_BS.shape)}"
+        )
+    if loss_BU.device.type != "cpu" or not first_BS.numel():
+        return longest
+    least, widest = map(int, (last_BS - first_BS).aminmax())
+    begin, end = int(first_BS.amin()), int(last_BS.amax())
+    if begin < 0 or least < 0 or end > longest:
+        raise ValueError(
+            f"gather_guide: ranges reach from {begin} to {end} and must be ordered within [0, {longest}]: "
+            "do the spans belong to this row of the teacher, and count from its first token?"
+        )
+    return widest
+
+
+def _check_same_shape(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor) -> None:
+    if not student_loss_BS.shape == guide_BS.shape == valid_BS.shape or student_loss_BS.dim() != 2:
+        raise ValueError(
+            f"[B, S] three times expected, got student losses {list(student_loss_BS.shape)}, guide {list(guide_BS.shape)}, "
+            f"valid {list(valid_BS.shape)}"
+        )
