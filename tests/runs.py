@@ -149,9 +149,9 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def spawn(processes: int, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def spawn(processes: int, arguments: Sequence[str], program: Sequence[str] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
     """The same without the launcher, as torchrun would set it up: half the time of a small run is the launcher's."""
-    command = [sys.executable, SCRIPT, *arguments]
+    command = [sys.executable, *program, *arguments]
     shared = environment(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
     with tempfile.TemporaryFile("w+") as output:
         ranks = [

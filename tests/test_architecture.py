@@ -38,7 +38,7 @@ DOORS = {
     "tensorboard": ["monitor.py"],
     "rich": [],
     "gguf": ["model/gguf.py"],
-    "triton": [],
+    "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py", "objective/selection_kernels_triton.py"],
 }
 
 

@@ -1,8 +1,13 @@
 """Losses -> weights -> loss: the method itself, in torch. Nothing here knows a model, an engine, a file or the configuration.
 
-    guidance.py    the equations: teacher losses onto student positions, which tokens are kept, the loss and its sums
-    linear_ce.py   where the losses come from: one float32 loss a token out of hidden states and a head, no logits kept
+    linear_ce.py    where the losses come from: one float32 loss a token out of hidden states and a head, no logits kept
+    selection.py    both models' losses -> which tokens the student learns from, in one call
+      ranking.py      the highest k of each group, exactly, over ranks as well
+      statistics.py   what a selection did, as sums that add up
+    guidance.py     the equation that the weights go into: the guided loss; and the public names of all of the above
 
-The order of use: `linear_ce.token_loss` of the teacher, `guidance.gather_guide`, `linear_ce.token_loss` of the student,
-`guidance.guided_loss`. docs/method.md explains the method and what the paper leaves open.
+The order of use: `linear_ce.token_loss` of the teacher, `linear_ce.token_loss` of the student, `selection.select_tokens`,
+`guidance.weighted_loss`; the backward of the student's losses then visits the rows that the selection named. What runs on a GPU
+in place of torch is in the files whose names end in _triton; they are imported when a tensor of a GPU comes along, and not
+before. docs/method.md explains the method and what the paper leaves open, docs/kernels.md how it is computed.
 """

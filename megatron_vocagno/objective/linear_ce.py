@@ -36,7 +36,7 @@ from torch import Tensor
 
 from megatron_vocagno.objective import linear_ce_tiles
 
-CPU_TILE_BYTES, GPU_TILE_BYTES = 16 * 2**20, 256 * 2**20
+CPU_TILE_BYTES, GPU_TILE_BYTES = 10 * 2**20, 256 * 2**20
 """Scratch of a tile: [N, T] float32 logits and, on the CPU, the [T, H] slice of the head where it has to be upcast.
 
 A CPU's stays in its caches. A GPU's is as large as memory allows, since every tile reads all hidden states again and, in the

@@ -1,0 +1,66 @@
+"""Ways from hidden states and a head to a loss per token, as `benchmarks.head` compares them: (hidden, head, target) -> loss [N]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vocagno.objective.linear_ce import token_loss
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def dense(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+    """Logits as a model of Hugging Face makes them, and as its loss takes them: upcast to float32."""
+    return F.cross_entropy((hidden_NH @ head_VH.T).float(), target_N, reduction="none")
+
+
+def dense_as_is(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+    """The same without the upcast: the loss has the logits' 8 bits."""
+    return F.cross_entropy(hidden_NH @ head_VH.T, target_N, reduction="none")
+
+
+def ours(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+    return token_loss(hidden_NH, head_VH, target_N)
+
+
+def torch_chunked(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+    """torch.nn.functional.linear_cross_entropy with the chunks that it picks. It has losses per token, and no rows to skip."""
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden_NH, head_VH, target_N, reduction="none", options=options)
+
+
+def row_chunks(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+    """The order of Liger's fused linear cross-entropy, rows outside, in torch: Liger's own is Triton and has none for CPUs.
+
+    Its chunks: about as many rows as make their logits no larger than the hidden states.
+    """
+    loss_N: Tensor = _RowChunks.apply(hidden_NH, head_VH, target_N)
+    return loss_N
+
+
+class _RowChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
+        size = hidden_NH.shape[1] * len(hidden_NH) // len(head_VH)
+        ctx.rows = 1 << max(size, 1).bit_length()
+        ctx.save_for_backward(hidden_NH, head_VH, target_N)
+        chunks = zip(hidden_NH.split(ctx.rows), target_N.split(ctx.rows), strict=True)
+        return torch.cat([dense(hidden, head_VH, target) for hidden, target in chunks])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_NH, head_VH, target_N = ctx.saved_tensors
+        dhidden_NH, dhead_VH = torch.empty_like(hidden_NH), torch.zeros_like(head_VH)
+        parts = (x.split(ctx.rows) for x in (hidden_NH, target_N, gradients[0], dhidden_NH))
+        for hidden, target, gradient, dhidden in zip(*parts, strict=True):
+            dz = torch.softmax((hidden @ head_VH.T).float(), 1).mul_(gradient[:, None])
+            dz[torch.arange(len(target)), target] -= gradient
+            dz = dz.to(head_VH.dtype)
+            torch.mm(dz, head_VH, out=dhidden)
+            dhead_VH.addmm_(dz.T, hidden)
+        return dhidden_NH, dhead_VH, None

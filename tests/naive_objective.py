@@ -1,0 +1,43 @@
+"""The training command with the objective as one would write it from the paper: whole logits, and one token after the other."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_vocagno import pretrain
+from megatron_vocagno.engine import learning
+from megatron_vocagno.model import student
+from megatron_vocagno.objective.selection import Selection
+from megatron_vocagno.objective.statistics import STATS
+from tests.objective import slow
+
+
+def token_loss(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, **_: object) -> Tensor:
+    return F.cross_entropy(hidden_NH.float() @ head_VH.float().T, target_N, reduction="none", ignore_index=-100)
+
+
+def select_tokens(
+    student_BS: Tensor, teacher_BU: Tensor, first_BS: Tensor, last_BS: Tensor, valid_BS: Tensor, **choices: object
+) -> Selection:
+    spans = [zip(*rows, strict=True) for rows in zip(first_BS.tolist(), last_BS.tolist(), strict=True)]
+    guides = [
+        [slow.guide(losses, first, last, str(choices["aggregate"])) for first, last in row]
+        for losses, row in zip(teacher_BU.tolist(), spans, strict=True)
+    ]
+    assert choices["scope"] == "microbatch"
+    weights, _ = slow.weights(
+        student_BS.tolist(), guides, valid_BS.tolist(), str(choices["keep"]), "microbatch", str(choices["unmapped"]), False
+    )
+    weight_BS = torch.tensor(weights, dtype=torch.float32)
+    nothing = torch.zeros(1, len(STATS), dtype=torch.float64)
+    return Selection(weight_BS, torch.tensor(guides), weight_BS.flatten().nonzero().squeeze(1), nothing)
+
+
+if __name__ == "__main__":
+    learning.token_loss = student.token_loss = token_loss  # type: ignore[assignment]
+    learning.select_tokens = select_tokens  # type: ignore[assignment]
+    sys.exit(pretrain.main())
