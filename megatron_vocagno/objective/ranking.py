@@ -35,33 +35,45 @@ def kept_count(mapped: int, keep: float) -> int:
     return (mapped * part.numerator + part.denominator - 1) // part.denominator
 
 
-def highest(value_GT: Tensor, eligible_GT: Tensor, keep: float, ranks: dist.ProcessGroup | None) -> Tensor:
-    """True for the k highest eligible values of each group.
+def highest(value_GT: Tensor, eligible_GT: Tensor, keep: float, ranks: dist.ProcessGroup | None) -> tuple[Tensor, Tensor]:
+    """The k highest eligible values of each group, and the lowest of them.
 
     value_GT     [G, T] float32
     eligible_GT  [G, T] bool, False where the value is NaN
     ranks        where a group of values continues on other ranks; None is this process alone
-    returns      [G, T] bool
+    returns      [G, T] bool; [G] float32, of all ranks, +inf where k is 0
 
     Reads k on the host, which on a CPU costs nothing; over several ranks nothing is read.
     """
     if spans_ranks(ranks):
-        return _highest_over_ranks(_sortable(value_GT, eligible_GT), keep, ranks)
+        kept_GT = _highest_over_ranks(_sortable(value_GT, eligible_GT), keep, ranks)
+        return kept_GT, lowest(value_GT, kept_GT, ranks)
     return _highest_here(value_GT, eligible_GT, keep)
 
 
-def _highest_here(value_GT: Tensor, eligible_GT: Tensor, keep: float) -> Tensor:
-    """The k-th highest value is the threshold; of the values equal to it, as many as are missing are taken from the left."""
+def lowest(value_GT: Tensor, kept_GT: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
+    """The lowest of the kept values of each group, [G] float32, of all ranks; +inf where there is none."""
+    value_GT = torch.where(kept_GT, value_GT, torch.inf)
+    lowest_G = value_GT.amin(1) if value_GT.shape[1] else value_GT.new_full(value_GT.shape[:1], torch.inf)
+    return over_ranks(lowest_G, ranks, dist.ReduceOp.MIN)
+
+
+def _highest_here(value_GT: Tensor, eligible_GT: Tensor, keep: float) -> tuple[Tensor, Tensor]:
+    """All that reach the k-th highest value; where those are more than k, the last of the ties fall out."""
     k_G = [kept_count(n, keep) for n in eligible_GT.sum(1).tolist()]
-    if not any(k_G):
-        return eligible_GT
-    # what is not eligible can at most tie with an eligible -inf, and the mask of ties tells the two apart
-    ranked_GT = value_GT.masked_fill(~eligible_GT, -torch.inf)
-    threshold_G = [row.topk(max(k, 1), sorted=False).values.amin() for row, k in zip(ranked_GT, k_G, strict=True)]
+    # what is not eligible can at most tie with an eligible -inf, and `eligible` tells the two apart
+    ranked_GT = torch.where(eligible_GT, value_GT, -torch.inf)
+    none = value_GT.new_tensor(torch.inf)
+    threshold_G = [row.topk(k, sorted=False).values.amin() if k else none for row, k in zip(ranked_GT, k_G, strict=True)]
+    if not threshold_G:
+        return eligible_GT, value_GT.new_empty(0)
     threshold_G1 = torch.stack(threshold_G)[:, None]
-    above_GT, tie_GT = ranked_GT > threshold_G1, (ranked_GT == threshold_G1) & eligible_GT
-    missing_G1 = torch.tensor(k_G, device=value_GT.device)[:, None] - above_GT.sum(1, keepdim=True)
-    return above_GT | (tie_GT & (tie_GT.cumsum(1) <= missing_G1))
+    kept_GT = eligible_GT & (ranked_GT >= threshold_G1)
+    if kept_GT.sum(1).tolist() != k_G:
+        above_GT, tie_GT = ranked_GT > threshold_G1, kept_GT & (ranked_GT == threshold_G1)
+        missing_G1 = torch.tensor(k_G, device=value_GT.device)[:, None] - above_GT.sum(1, keepdim=True)
+        kept_GT = above_GT | (tie_GT & (tie_GT.cumsum(1) <= missing_G1))
+    return kept_GT, threshold_G1.squeeze(1)
 
 
 def _sortable(value_GT: Tensor, eligible_GT: Tensor) -> Tensor:

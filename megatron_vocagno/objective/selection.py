@@ -23,8 +23,9 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
-from megatron_vocagno.objective.ranking import highest, kept_count, over_ranks, share
+from megatron_vocagno.objective.ranking import highest, kept_count, lowest, share
 from megatron_vocagno.objective.statistics import tally
 
 Aggregate = Literal["max", "mean", "sum", "min"]
@@ -106,10 +107,10 @@ def select_tokens(
     """
     rule = Rule(keep, scope, unmapped, require_positive, group, capacity)
     _check_same_shape(student_loss_BS, first_BS, valid_BS)
-    _check_ranges(teacher_loss_BU, first_BS, last_BS, aggregate)
     if student_loss_BS.is_cuda:
         from megatron_vocagno.objective import selection_triton
 
+        _check_ranges(teacher_loss_BU, first_BS, last_BS, aggregate)
         return selection_triton.select(
             student_loss_BS, selection_triton.Spans(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, rule
         )
@@ -129,40 +130,32 @@ def select_by_guide(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor,
 
 def _select(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
     student_BS, guide_BS, valid_BS = student_loss_BS.float(), guide_BS.float(), valid_BS.bool()
-    excess_BS = student_BS - guide_BS
-    kept_BS = _keep(excess_BS, valid_BS, rule)
-    threshold_G = _lowest(excess_BS, kept_BS, rule)
-    weight_BS = kept_BS
+    weight_BS, threshold_G = _keep(student_BS - guide_BS, valid_BS, rule)
     if rule.unmapped == "include":
-        weight_BS = kept_BS | (guide_BS.isnan() & ~student_BS.isnan() & valid_BS)
-    room_BS = _room(weight_BS, rule)
-    over_capacity = int(weight_BS.sum() - room_BS.sum())
-    stats_PK = tally(student_BS, guide_BS, valid_BS, room_BS, threshold_G, over_capacity)
-    return Selection(room_BS.float(), guide_BS, room_BS.flatten().nonzero().squeeze(1), stats_PK)
+        weight_BS = weight_BS | (valid_BS & guide_BS.isnan() & ~student_BS.isnan())
+    over_capacity = 0
+    if rule.capacity is not None:
+        room_BS = _first(weight_BS, rule.capacity, rule)
+        over_capacity = int((weight_BS ^ room_BS).sum())
+        weight_BS = room_BS
+    stats_PK = tally(student_BS, guide_BS, valid_BS, weight_BS, threshold_G, over_capacity)
+    return Selection(weight_BS.float(), guide_BS, weight_BS.flatten().nonzero().squeeze(1), stats_PK)
 
 
-def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> Tensor:
-    """[B, S] bool: the k highest in each scope. An excess of NaN is not eligible, whatever is said."""
-    excess_GT, eligible_GT = _grouped(excess_BS, rule), _grouped(eligible_BS & ~excess_BS.isnan(), rule)
-    kept_GT = highest(excess_GT, eligible_GT, rule.keep, rule.ranks)
+def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    """[B, S] bool: the k highest in each scope; [G]: the lowest of them. NaN is not eligible, whatever is said."""
+    excess_GT, eligible_GT = _grouped(excess_BS, rule), _grouped(eligible_BS & (excess_BS == excess_BS), rule)
+    kept_GT, lowest_G = highest(excess_GT, eligible_GT, rule.keep, rule.ranks)
     if rule.require_positive:
         kept_GT = kept_GT & (excess_GT > 0)
-    return kept_GT.view(excess_BS.shape)
+        lowest_G = lowest(excess_GT, kept_GT, rule.ranks)
+    return kept_GT.view(excess_BS.shape), lowest_G
 
 
-def _lowest(excess_BS: Tensor, kept_BS: Tensor, rule: Rule) -> Tensor:
-    """The smallest kept excess of each selection group [G]; +inf where nothing is kept."""
-    kept_GT = _grouped(torch.where(kept_BS, excess_BS, torch.inf), rule)
-    lowest_G = kept_GT.amin(1) if kept_GT.shape[1] else kept_GT.new_full(kept_GT.shape[:1], torch.inf)
-    return over_ranks(lowest_G, rule.ranks, dist.ReduceOp.MIN)
-
-
-def _room(weight_BS: Tensor, rule: Rule) -> Tensor:
-    """`weight_BS` without the tokens that come after the first `capacity` of their list."""
-    if rule.capacity is None:
-        return weight_BS
+def _first(weight_BS: Tensor, capacity: int, rule: Rule) -> Tensor:
+    """The first `capacity` of the tokens with weight, in each list."""
     weight_GT = _grouped(weight_BS, rule)
-    return (weight_GT & (weight_GT.cumsum(1) <= rule.capacity)).view(weight_BS.shape)
+    return (weight_GT & (weight_GT.cumsum(1) <= capacity)).view(weight_BS.shape)
 
 
 def _grouped(x_BS: Tensor, rule: Rule) -> Tensor:
@@ -196,17 +189,20 @@ def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggreg
     losses: log2 of the widest range gathers serve every width, exactly for max and min, in pairwise order for sums, and
     without a [B, S, U] mask. Only on the CPU is the widest range asked for; elsewhere it is U.
     """
-    widest = _check_ranges(loss_BU, first_BS, last_BS, how)
+    levels = _check_ranges(loss_BU, first_BS, last_BS, how).bit_length()
     combine, nothing, dtype = _COMBINE[how]
-    table_BU, start_BS, width_BS = loss_BU.to(dtype), first_BS.long(), last_BS - first_BS
-    guide_BS = torch.full_like(start_BS, nothing, dtype=dtype)
-    for level in range(widest.bit_length()):
-        reach = 1 << level
-        step_BS = width_BS & reach
-        part_BS = table_BU.gather(1, start_BS.clamp(max=table_BU.shape[1] - 1))
-        guide_BS = torch.where(step_BS > 0, combine(guide_BS, part_BS), guide_BS)
-        start_BS = start_BS + step_BS
-        table_BU = combine(table_BU[:, :-reach], table_BU[:, reach:])
+    width_BS = last_BS.long() - first_BS
+    # columns of `nothing` on the left, for the ranges that lack a level: its first is there at every level
+    table_BU = pad(loss_BU.to(dtype), (1 << levels, 0), value=nothing)
+    start_BS = first_BS.long() + (1 << levels)
+    guide_BS = torch.full_like(width_BS, nothing, dtype=dtype)
+    for level in range(levels):
+        if level:
+            half = 1 << (level - 1)
+            table_BU = combine(table_BU[:, :-half], table_BU[:, half:])
+        has_BS = (width_BS >> level) & 1
+        guide_BS = combine(guide_BS, table_BU.gather(1, start_BS * has_BS))
+        start_BS.add_(has_BS, alpha=1 << level)
     if how == "mean":
         guide_BS = guide_BS / width_BS
     return guide_BS.float().masked_fill_(width_BS == 0, torch.nan)
@@ -235,7 +231,8 @@ def select(
     rule = Rule(keep, scope, "exclude", require_positive, group)
     if excess_BS.shape != eligible_BS.shape:
         raise ValueError(f"select: excess {list(excess_BS.shape)} and eligible {list(eligible_BS.shape)} differ in shape")
-    return _keep(excess_BS.detach().float(), eligible_BS.bool(), rule).float()
+    weight_BS, _ = _keep(excess_BS.detach().float(), eligible_BS.bool(), rule)
+    return weight_BS.float()
 
 
 def planned_kept(
@@ -287,6 +284,6 @@ def _check_ranges(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: str) 
 def _check_same_shape(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor) -> None:
     if not student_loss_BS.shape == guide_BS.shape == valid_BS.shape or student_loss_BS.dim() != 2:
         raise ValueError(
-            f"[B, S] three times expected, got student losses {list(student_loss_BS.shape)}, guide {list(guide_BS.shape)}, "
-            f"valid {list(valid_BS.shape)}"
+            f"[B, S] three times expected, got student losses {list(student_loss_BS.shape)}, guide or ranges "
+            f"{list(guide_BS.shape)}, valid {list(valid_BS.shape)}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ STATS = (
 )
 """The sums' names, in their order. Add them over micro-batches, steps and ranks, then `summarize`."""
 
-_NOT_VALID, _NAN, _DROPPED, _KEPT, _UNMAPPED, _UNMAPPED_KEPT = range(6)
+_DROPPED, _KEPT, _UNMAPPED, _UNMAPPED_KEPT, _NAN = range(1, 6)  # and 0: not valid
 
 
 def tally(
@@ -34,21 +36,24 @@ def tally(
     """The sums named in STATS. A token whose student loss is NaN stands in valid and nonfinite alone.
 
     student_BS, guide_BS  [B, S] float32, nats; a guide of NaN is unmapped
-    valid_BS, weight_BS   [B, S] bool
+    valid_BS, weight_BS   [B, S] bool; where the student is NaN there is no weight
     threshold_G           [G] float32, the smallest excess that the ranking kept in each group; infinite where there is none
     over_capacity         tokens that lost their weight
     returns               [1, len(STATS)] float64
 
     Every token is of one kind, and a sum is over one or two kinds: so each loss is read once. The device is waited for.
     """
-    kind_N = (guide_BS.isnan() * 2 + weight_BS + _DROPPED).masked_fill_(student_BS.isnan(), _NAN).mul_(valid_BS).flatten()
+    kind_BS = guide_BS.isnan() * (_UNMAPPED - _DROPPED) + weight_BS + _DROPPED
+    kind_N = kind_BS.add_(student_BS.isnan(), alpha=_NAN).clamp_(max=_NAN).mul_(valid_BS).flatten()
     count = torch.bincount(kind_N, minlength=6).tolist()
     student = torch.bincount(kind_N, student_BS.flatten().double(), minlength=6).tolist()
     guide = torch.bincount(kind_N, guide_BS.flatten().double(), minlength=6).tolist()
-    finite_G = threshold_G[threshold_G.isfinite()]
+    # an infinite loss shows in the sum over its kind
+    infinite = 0 if all(map(math.isfinite, student[_DROPPED:_NAN])) else int((student_BS.isinf() & valid_BS).sum())
+    thresholds = [threshold for threshold in threshold_G.tolist() if math.isfinite(threshold)]
     named = {
-        "valid": sum(count[_NAN:]),
-        "nonfinite": count[_NAN] + int((student_BS.isinf() & valid_BS).sum()),
+        "valid": sum(count[_DROPPED:]),
+        "nonfinite": count[_NAN] + infinite,
         "mapped": count[_KEPT] + count[_DROPPED],
         "kept": count[_KEPT],
         "unmapped": count[_UNMAPPED] + count[_UNMAPPED_KEPT],
@@ -61,8 +66,8 @@ def tally(
         "guide_dropped_sum": guide[_DROPPED],
         "weight_sum": count[_KEPT] + count[_UNMAPPED_KEPT],
         "weighted_sum": student[_KEPT] + student[_UNMAPPED_KEPT],
-        "threshold_sum": finite_G.sum(dtype=torch.float64).item(),
-        "thresholds": len(finite_G),
+        "threshold_sum": sum(thresholds),
+        "thresholds": len(thresholds),
     }
     return torch.tensor([[named[name] for name in STATS]], dtype=torch.float64, device=student_BS.device)
 

@@ -9,6 +9,7 @@ import random
 import pytest
 import torch
 
+from megatron_vocagno.objective import ranking
 from megatron_vocagno.objective.guidance import kept_count, planned_kept, select
 from tests.objective import slow
 
@@ -72,6 +73,29 @@ def test_every_float_is_ranked_in_its_order() -> None:
         assert torch.equal(select(values[None], torch.ones(1, len(values)).bool(), keep, "microbatch")[0], want)
         met += 1
     assert met > 50 and len(values) > 500
+
+
+def test_counts_of_digits_find_what_ranking_finds() -> None:
+    """The road over ranks, walked by one: every float, infinities, ties and groups without an eligible token."""
+    generator = torch.Generator().manual_seed(0)
+    met = dict.fromkeys(["ties", "infinite", "nothing eligible"], 0)
+    for number in range(200):
+        shape = (3, int(torch.randint(1, 60, (), generator=generator)))
+        value_GT = torch.randint(-(2**31), 2**31, shape, generator=generator).to(torch.int32).view(torch.float32)
+        if number % 2:  # few values
+            value_GT = torch.tensor([-math.inf, -1.0, -0.0, 0.0, 1e-45, math.inf])[
+                torch.randint(0, 6, shape, generator=generator)
+            ]
+        eligible_GT = (torch.rand(shape, generator=generator) < [0.0, 0.5, 1.0][number % 3]) & ~value_GT.isnan()
+        keep = [0.1, 0.4, 1.0][number // 2 % 3]
+        want_GT, lowest_G = ranking.highest(value_GT, eligible_GT, keep, None)
+        assert torch.equal(ranking._highest_over_ranks(ranking._sortable(value_GT, eligible_GT), keep, None), want_GT)
+        assert torch.equal(lowest_G, ranking.lowest(value_GT, want_GT, None))
+        dropped_GT = eligible_GT & ~want_GT
+        met["ties"] += bool((dropped_GT & (value_GT == lowest_G[:, None])).any())
+        met["infinite"] += bool((eligible_GT & value_GT.isinf()).any())
+        met["nothing eligible"] += not eligible_GT.any()
+    assert min(met.values()) > 20, met
 
 
 def test_the_count_is_the_exact_ceiling_of_the_written_share() -> None:

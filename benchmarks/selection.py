@@ -1,0 +1,213 @@
+"""What choosing tokens costs on the CPU, against the method as one would write it down from the paper.
+
+    python -m benchmarks.selection            a table, on the terminal
+    python -m benchmarks.selection --write    and in docs/benchmarks.md
+
+16,384 tokens: 8 rows of 2,048, with 2.15 teacher tokens a student token, ranges of 0 to 14. All arms give weights, the list
+of the rows that have weight, and the sums that a run logs.
+
+- `select_tokens`: objective/selection.py
+- `padded`: ranges padded to the widest [B, S, W], reduced, `topk`, masks
+- `segments`: the ranges' losses laid end to end, `segment_reduce`, `topk`, masks
+
+Operations are those that a TorchDispatchMode sees, without views and single numbers; on a GPU each would be a launch or more.
+Bytes are those of the operations' tensors, read and written once. Times are taken in turns, on one thread: medians, and the
+median of the ratios within a turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.page import circumstances, write_section
+from megatron_vocagno.objective.selection import kept_count, select_tokens
+
+ROWS, WIDTH, RATIO = 8, 2048, 2.15
+KEEP = 0.4
+ROUNDS, WARM_UP = 60, 5
+# what moves nothing: views, and numbers that Python gives or takes
+FREE = {
+    "view",
+    "_unsafe_view",
+    "select",
+    "slice",
+    "expand",
+    "detach",
+    "alias",
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "unbind",
+    "split",
+}
+FREE |= {"_local_scalar_dense", "scalar_tensor", "lift_fresh"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    student_BS: Tensor
+    teacher_BU: Tensor
+    first_BS: Tensor
+    last_BS: Tensor
+    valid_BS: Tensor
+
+
+Arm = Callable[[Inputs, str, str], tuple[Tensor, Tensor]]
+"""(inputs, aggregate, scope) -> (weights, rows)"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Selection on the CPU: operations, bytes, time.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that are timed")
+    parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    x = inputs()
+    lines = ["| scope, aggregate | arm | operations | MB moved | ms | times as long |", "|---|---|---|---|---|---|"]
+    table = Table("scope, aggregate", "arm", "operations", "MB moved", "ms", "times as long", title="Selection, 16,384 tokens")
+    for scope in ("microbatch", "sequence", "global"):
+        for aggregate in ("max", "mean", "sum", "min"):
+            for cells in compare(x, aggregate, scope, arguments.rounds):
+                table.add_row(*cells)
+                lines.append(f"| {' | '.join(cells)} |")
+    Console().print(table)
+    if arguments.write:
+        head = f"## Selection\n\n`python -m benchmarks.selection`, {circumstances('torch')}\n"
+        write_section("selection", "\n".join([head, *lines]))
+    return 0
+
+
+def compare(x: Inputs, aggregate: str, scope: str, rounds: int) -> list[list[str]]:
+    """A line an arm. Raises AssertionError where the arms do not choose the same tokens."""
+    arms = {"select_tokens": ours, "padded": padded, "segments": segments}
+    chosen = {name: arm(x, aggregate, scope) for name, arm in arms.items()}
+    if aggregate in ("max", "min"):  # a float32 mean is another number, and ranks other tokens last
+        for weight_BS, rows_C in chosen.values():
+            assert torch.equal(weight_BS, chosen["padded"][0]) and torch.equal(rows_C, chosen["padded"][1])
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(WARM_UP + rounds):
+        for name in list(arms)[:: 1 if turn % 2 else -1]:
+            begin = time.perf_counter()
+            arms[name](x, aggregate, scope)
+            seconds[name].append(time.perf_counter() - begin)
+    lines = []
+    for name, arm in arms.items():
+        with Counted() as counted:
+            arm(x, aggregate, scope)
+        own, mine = seconds[name][WARM_UP:], seconds["select_tokens"][WARM_UP:]
+        ratio = median(a / b for a, b in zip(own, mine, strict=True))
+        cells = f"{counted.operations}", f"{counted.bytes / 1e6:.1f}", f"{1e3 * median(own):.2f}", f"{ratio:.1f}"
+        lines.append([f"{scope}, {aggregate}" if arm is ours else "", name, *cells])
+    return lines
+
+
+class Counted(TorchDispatchMode):
+    """Operations that move something, and the bytes of their tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ not in FREE:
+            self.operations += 1
+            leaves = tree_leaves((args, kwargs, result))
+            self.bytes += sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
+        return result
+
+
+def inputs() -> Inputs:
+    """Losses as two models give them: small for most tokens, alike in both. A twentieth is unmapped, a twentieth padding."""
+    generator = torch.Generator().manual_seed(0)
+    width = int(WIDTH * RATIO)
+    shares = torch.tensor([5, 34, 27, 18, 9, 4, 2, 1, 1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    length_BS = torch.multinomial(shares, ROWS * WIDTH, replacement=True, generator=generator).view(ROWS, WIDTH)
+    first_BS = (torch.arange(WIDTH) * RATIO).long().clamp(max=width - len(shares)).expand(ROWS, WIDTH)
+    teacher_BU = torch.empty(ROWS, width).exponential_(0.4, generator=generator)
+    student_BS = teacher_BU.gather(1, first_BS) * torch.rand(ROWS, WIDTH, generator=generator) * 2
+    valid_BS = torch.rand(ROWS, WIDTH, generator=generator) < 0.95
+    return Inputs(student_BS, teacher_BU, first_BS.int(), (first_BS + length_BS).int(), valid_BS)
+
+
+# ---------------------------------------------------------------- arms
+
+
+def ours(x: Inputs, aggregate: str, scope: str) -> tuple[Tensor, Tensor]:
+    settings = {"aggregate": aggregate, "keep": KEEP, "scope": scope, "unmapped": "include"}
+    selected = select_tokens(x.student_BS, x.teacher_BU, x.first_BS, x.last_BS, x.valid_BS, **settings)  # type: ignore[arg-type]
+    return selected.weight_BS, selected.rows_C
+
+
+def padded(x: Inputs, aggregate: str, scope: str) -> tuple[Tensor, Tensor]:
+    length_BS = x.last_BS - x.first_BS
+    step_W = torch.arange(int(length_BS.max()))
+    at_BSW = (x.first_BS[:, :, None] + step_W).clamp(max=x.teacher_BU.shape[1] - 1)
+    inside_BSW = step_W < length_BS[:, :, None]
+    loss_BSW = x.teacher_BU[:, None].expand(-1, WIDTH, -1).gather(2, at_BSW)
+    if aggregate == "max":
+        guide_BS = loss_BSW.masked_fill(~inside_BSW, -torch.inf).amax(2)
+    elif aggregate == "min":
+        guide_BS = loss_BSW.masked_fill(~inside_BSW, torch.inf).amin(2)
+    else:
+        guide_BS = loss_BSW.masked_fill(~inside_BSW, 0.0).sum(2)
+    if aggregate == "mean":
+        guide_BS = guide_BS / length_BS
+    return choose(x, guide_BS, scope)
+
+
+def segments(x: Inputs, aggregate: str, scope: str) -> tuple[Tensor, Tensor]:
+    length_N = (x.last_BS - x.first_BS).flatten().long()
+    row_N = torch.arange(ROWS).repeat_interleave(WIDTH) * x.teacher_BU.shape[1]
+    begin_N = x.first_BS.flatten() + row_N - (length_N.cumsum(0) - length_N)
+    at = begin_N.repeat_interleave(length_N) + torch.arange(int(length_N.sum()))
+    guide_N = torch.segment_reduce(x.teacher_BU.flatten()[at], aggregate, lengths=length_N)
+    return choose(x, guide_N.view_as(x.student_BS), scope)
+
+
+def choose(x: Inputs, guide_BS: Tensor, scope: str) -> tuple[Tensor, Tensor]:
+    mapped_BS = x.valid_BS & (x.last_BS > x.first_BS)
+    unmapped_BS = x.valid_BS & ~mapped_BS
+    excess_BS = (x.student_BS - guide_BS).masked_fill(~mapped_BS, -torch.inf)
+    kept_BS = torch.zeros_like(mapped_BS)
+    groups = zip(excess_BS, mapped_BS, kept_BS, strict=True) if scope == "sequence" else [(excess_BS, mapped_BS, kept_BS)]
+    thresholds = []
+    for excess, mapped, kept in groups:
+        values, chosen = excess.flatten().topk(kept_count(int(mapped.sum()), KEEP))
+        kept.view(-1)[chosen] = True
+        thresholds.append(values[-1])
+    weight_BS = (kept_BS | unmapped_BS).float()
+    log(x, guide_BS, mapped_BS, unmapped_BS, kept_BS, torch.stack(thresholds))
+    return weight_BS, weight_BS.flatten().nonzero().squeeze(1)
+
+
+def log(x: Inputs, guide_BS: Tensor, mapped_BS: Tensor, unmapped_BS: Tensor, kept_BS: Tensor, thresholds: Tensor) -> Tensor:
+    """The same sums as statistics.STATS."""
+    dropped_BS, finite_BS = mapped_BS & ~kept_BS, x.student_BS.isfinite()
+    sums = [mask.sum() for mask in (x.valid_BS, x.valid_BS & ~finite_BS, mapped_BS, kept_BS, unmapped_BS)]
+    for loss_BS, mask in (
+        (x.student_BS, kept_BS),
+        (x.student_BS, dropped_BS),
+        (x.student_BS, unmapped_BS),
+        (guide_BS, kept_BS),
+        (guide_BS, dropped_BS),
+    ):
+        sums.append(loss_BS[mask].sum(dtype=torch.float64))
+    return torch.stack([x.double() for x in (*sums, thresholds.sum())])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
