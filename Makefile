@@ -1,12 +1,15 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite
 # make lint   ruff and mypy
+#
+# make gpu-test    the kernels' and the objective's tests on the GPU that is here
+# make gpu-bench   what the objective costs on it, into docs/kernels.md; under ten minutes
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -18,6 +21,13 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-test: install
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-test: there is no GPU here, so nothing was tested")'
+	$(BIN)/python -m pytest tests/kernels tests/objective
+
+gpu-bench: install
+	$(BIN)/python -m benchmarks.gpu --write
 
 install: $(VENV)/installed
 

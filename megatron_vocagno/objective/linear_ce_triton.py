@@ -30,7 +30,7 @@ def fold_tile(
 
     logits_NT  [N, T] float32; rows may lie further apart than T, columns are neighbours
     target_N   [N] int64; any value: one outside of the tile is not met
-    peak_N     [N] float32, the highest z so far; -inf before the first tile
+    peak_N     [N] float32, contiguous as the next two: the highest z so far; -inf before the first tile
     sum_N      [N] float32, the sum of exp(z - peak); 0 before the first tile
     picked_N   [N] float32, z[target] once its tile came; NaN before
 
@@ -39,9 +39,8 @@ def fold_tile(
     rows, columns = logits_NT.shape
     if rows:
         grid = (triton.cdiv(rows, _ROWS),)
-        _fold_tile[grid](
-            logits_NT, logits_NT.stride(0), begin, target_N, peak_N, sum_N, picked_N, softcap, rows, columns, _ROWS, _COLUMNS
-        )
+        stride, target_N = logits_NT.stride(0), target_N.contiguous()
+        _fold_tile[grid](logits_NT, stride, begin, target_N, peak_N, sum_N, picked_N, softcap, rows, columns, _ROWS, _COLUMNS)
 
 
 def dlogits_tile(
@@ -57,7 +56,7 @@ def dlogits_tile(
     """out = (exp(z - peak) * scale - [column == target] * gradient) * (1 - (z / softcap)^2), for columns [begin, begin + T).
 
     logits_RT   [R, T] float32, as for fold_tile
-    scale_R     [R] float32, gradient * (1 + 2 * z_loss * lse) / sum; the others as for fold_tile
+    scale_R     [R] float32, contiguous as all of [R]: gradient * (1 + 2 * z_loss * lse) / sum; the others as for fold_tile
     gradient_R  [R] float32, dloss
     out_RT      [R, T] float32, float16 or bfloat16, rounded once; logits_RT itself, or no part of it
 
@@ -89,12 +88,13 @@ def fused_softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(z), sum(exp(z - max(z))) and z[target], float32 [N], of all V columns; no logit is written.
 
-    hidden_NH, head_VH  [N, H], [V, H], float32 (IEEE products), float16 or bfloat16; columns are neighbours
+    hidden_NH, head_VH  [N, H], [V, H], float32 (IEEE products), float16 or bfloat16; copied where columns are not neighbours
     target_N            [N] int64
     first_id            the token of the head's first row: of a shard of the vocabulary. A target outside of the shard gets NaN
 
     The parts of the vocabulary are merged in one fixed order. N may be 0; V may not.
     """
+    hidden_NH, head_VH = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden_NH, head_VH))
     (rows, size), columns = hidden_NH.shape, head_VH.shape[0]
     block = _block(hidden_NH.dtype)
     row_blocks, tiles = triton.cdiv(rows, block.rows), triton.cdiv(columns, block.columns)
@@ -109,7 +109,7 @@ def fused_softmax(
             hidden_NH.stride(0),
             head_VH,
             head_VH.stride(0),
-            target_N,
+            target_N.contiguous(),
             first_id,
             peak_SN,
             sum_SN,

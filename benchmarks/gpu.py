@@ -1,0 +1,314 @@
+"""The objective on the GPU that is here: the output heads of TinyLlama and of a 7B Qwen, forward and backward, and the selection.
+
+    python -m benchmarks.gpu [--write] [--dry-run]
+
+Arms of one group are timed in turn, round after round, by CUDA events; a time is the median of its rounds. Memory is what the
+allocator held at most, above what lay there before. The share of the roofline is the time that the arm's own FLOPs or bytes
+need at least at the GPU's data sheet rates (the larger of the two), by the time that it took: products of 16 bits, and what its
+kernels ask of memory with no cache between them. Arms whose inner workings are another library's have no such share. An arm
+that does not fit into memory says so. Under ten minutes in all.
+
+--write    puts the tables into docs/kernels.md
+--dry-run  tiny shapes on the CPU, to see that everything runs; the times say nothing
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from benchmarks import selection
+from benchmarks.head_arms import Loss, dense, torch_chunked
+from benchmarks.page import circumstances, write_section
+from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, LearnedRows, token_loss
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+WARM_UP, ROUNDS, SECONDS = 3, 21, 20.0
+"""Rounds of a group: three to warm up, then 21, or as many as fit into 20 seconds."""
+KEPT = 0.4
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Data sheet: dense 16-bit products, memory."""
+
+    flops: float
+    bytes: float
+
+
+CHIPS = {
+    "A100": Chip(312e12, 2.04e12),
+    "H100": Chip(989e12, 3.35e12),
+    "H200": Chip(989e12, 4.8e12),
+    "B200": Chip(2250e12, 8.0e12),
+    "MI300X": Chip(1307e12, 5.3e12),
+}
+"""By what the GPU's name contains; the SXM or OAM module each."""
+
+
+@dataclass(frozen=True)
+class Head:
+    name: str
+    tokens: int
+    size: int
+    vocabulary: int
+
+    @property
+    def product(self) -> float:
+        """U: FLOPs of hidden @ head^T."""
+        return 2.0 * self.tokens * self.size * self.vocabulary
+
+
+HEADS = (Head("TinyLlama", 16_384, 2048, 32_000), Head("Qwen2.5-Math-7B", 16_384, 3584, 152_064))
+TINY = (Head("tiny", 64, 16, 300),)
+
+
+@dataclass(frozen=True)
+class Work:
+    flops: float
+    bytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        """No less, whichever of the two takes longer."""
+        return max(self.flops / chip.flops, self.bytes / chip.bytes)
+
+
+def tiles_work(head: Head, kept: float | None, itemsize: int = 2) -> Work:
+    """Ours. kept: the share of tokens in the backward; None for a forward alone.
+
+    Forward: a product, whose float32 tiles are written and read once, and which reads all hidden states for each tile. Backward,
+    for the kept rows: that product again; gradients of the tile, written once and read by two products; the one for the hidden
+    states is read and written in float32 for each tile, the one for the head is written once.
+    """
+    n, h, v = head.tokens, head.size, head.vocabulary
+    forward = _tiles(n, v) * itemsize * n * h + itemsize * v * h + 8 * n * v
+    if kept is None:
+        return Work(head.product, forward)
+    rows = kept * n
+    backward = _tiles(rows, v) * (2 * itemsize + 2 * 4) * rows * h + 3 * itemsize * v * h + (8 + 3 * itemsize) * rows * v
+    return Work((1 + 3 * kept) * head.product, forward + backward)
+
+
+def _tiles(rows: float, vocabulary: int) -> int:
+    return math.ceil(vocabulary * rows * 4 / GPU_TILE_BYTES)
+
+
+def fused_work(head: Head, itemsize: int = 2) -> Work:
+    return Work(head.product, itemsize * (head.tokens + head.vocabulary) * head.size)
+
+
+def dense_work(head: Head, learns: bool, itemsize: int = 2) -> Work:
+    """Logits in 16 bits and in float32, their log-softmax; in the backward a gradient of each of the three."""
+    n, h, v = head.tokens, head.size, head.vocabulary
+    forward = itemsize * (n + v) * h + (2 * itemsize + 3 * 4) * n * v
+    if not learns:
+        return Work(head.product, forward)
+    return Work(3 * head.product, forward + (5 * 4 + 3 * itemsize) * n * v + itemsize * (2 * n + 2 * v) * h)
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    run: Callable[[], object]
+    work: Work | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    milliseconds: float
+    memory: int
+    """Bytes."""
+
+
+Results: TypeAlias = dict[str, Result | None]
+"""By the arm's name; None: it did not fit into memory."""
+
+
+def contest(arms: Sequence[Arm], device: torch.device, rounds: int) -> Results:
+    """All arms in turn, round after round."""
+    memory: dict[str, int] = {}
+    for arm in arms:
+        try:
+            memory[arm.name] = _memory(arm.run, device)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    fitting = [arm for arm in arms if arm.name in memory]
+    times: dict[str, list[float]] = {arm.name: [] for arm in fitting}
+    until = time.perf_counter() + SECONDS
+    for number in range(WARM_UP + rounds):
+        for arm in fitting:
+            milliseconds = _milliseconds(arm.run, device)
+            if number >= WARM_UP:
+                times[arm.name].append(milliseconds)
+        if number > WARM_UP and time.perf_counter() > until:
+            break
+    return {arm.name: Result(statistics.median(times[arm.name]), memory[arm.name]) if arm in fitting else None for arm in arms}
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        begin = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - begin)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _memory(run: Callable[[], object], device: torch.device) -> int:
+    """What the allocator holds at most while it runs; 0 on a CPU, which does not say."""
+    if device.type == "cpu":
+        run()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# ---------------------------------------------------------------- the arms
+
+
+def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
+    """(forward and backward, forward alone) in bfloat16; on a CPU the fused forward, a kernel, is left out."""
+    generator = torch.Generator(device).manual_seed(0)
+    draw = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+    hidden = torch.randn(head.tokens, head.size, **draw).requires_grad_()  # type: ignore[call-overload]
+    weight = (torch.randn(head.vocabulary, head.size, **draw) * head.size**-0.5).requires_grad_()  # type: ignore[call-overload]
+    target = torch.randint(0, head.vocabulary, (head.tokens,), generator=generator, device=device)
+    order = torch.rand(head.tokens, generator=generator, device=device).argsort()
+    kept_rows = order[: round(KEPT * head.tokens)].sort().values
+    kept = torch.zeros(head.tokens, device=device).index_fill_(0, kept_rows, 1.0 / len(kept_rows))
+    every = torch.full_like(kept, 1.0 / head.tokens)
+
+    def ours(gradient: Tensor, learned: Tensor) -> None:
+        rows = LearnedRows()
+        loss = token_loss(hidden, weight, target, rows=rows)
+        rows.tell(learned)
+        torch.autograd.grad(loss, (hidden, weight), gradient)
+
+    def learn(loss: Loss) -> None:
+        torch.autograd.grad((loss(hidden, weight, target).float() * kept).sum(), (hidden, weight))
+
+    @torch.no_grad()
+    def score(loss: Loss) -> None:
+        loss(hidden, weight, target)
+
+    learning = [
+        Arm(f"ours, {KEPT:.0%} kept", lambda: ours(kept, kept_rows), tiles_work(head, KEPT)),
+        Arm("ours, 100% kept", lambda: ours(every, torch.arange(head.tokens, device=device)), tiles_work(head, 1.0)),
+        Arm("F.cross_entropy, dense float32 logits", lambda: learn(dense), dense_work(head, learns=True)),
+        Arm("F.linear_cross_entropy", lambda: learn(torch_chunked)),
+    ]
+    scoring = [
+        Arm("ours", lambda: score(token_loss), tiles_work(head, None)),
+        Arm("F.cross_entropy, dense float32 logits", lambda: score(dense), dense_work(head, learns=False)),
+        Arm("F.linear_cross_entropy", lambda: score(torch_chunked)),
+    ]
+    if device.type != "cpu":
+        scoring.insert(1, Arm("ours, fused", lambda: score(partial(token_loss, forward="fused")), fused_work(head)))
+        if (liger := _liger()) is not None:
+            learning.append(Arm("Liger", lambda: learn(liger)))
+    return learning, scoring
+
+
+def _liger() -> Loss | None:
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="none")
+
+    def run(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        found: Tensor = loss(weight, hidden, target)
+        return found
+
+    return run
+
+
+def selection_arms(device: torch.device) -> list[Arm]:
+    """Those of benchmarks.selection, with `max`."""
+    x = selection.Inputs(*(getattr(selection.inputs(), field.name).to(device) for field in fields(selection.Inputs)))
+    least = sum(getattr(x, field.name).nbytes for field in fields(x)) + x.student_BS.numel() * (4 + 4 + 8)
+
+    def arm(run: selection.Arm, scope: str) -> Callable[[], object]:
+        def on_device() -> object:
+            with device:  # where the naive arm makes its tensors
+                return run(x, "max", scope)
+
+        return on_device
+
+    return [
+        Arm("ours, microbatch", arm(selection.ours, "microbatch"), Work(0.0, float(least))),
+        Arm("topk and gather, microbatch", arm(selection.padded, "microbatch")),
+        Arm("ours, sequence", arm(selection.ours, "sequence"), Work(0.0, float(least))),
+        Arm("topk and gather, sequence", arm(selection.padded, "sequence")),
+    ]
+
+
+# ---------------------------------------------------------------- the page
+
+
+def table(title: str, results: Results, arms: Sequence[Arm], chip: Chip | None) -> str:
+    lines = [f"**{title}**", "", "| | ms | GiB | TFLOP | GB moved | share of the roofline |", "|---|---|---|---|---|---|"]
+    for arm in arms:
+        work, result = arm.work, results[arm.name]
+        counted = f"{work.flops / 1e12:.2f} | {work.bytes / 1e9:.2f}" if work else " | "
+        if result is None:
+            lines.append(f"| {arm.name} | out of memory | | {counted} | |")
+            continue
+        share = f"{1000 * work.seconds(chip) / result.milliseconds:.0%}" if work and chip else ""
+        lines.append(f"| {arm.name} | {result.milliseconds:.3f} | {result.memory / 2**30:.2f} | {counted} | {share} |")
+    return "\n".join(lines)
+
+
+def measure(device: torch.device, heads: Sequence[Head], chip: Chip | None, rounds: int = ROUNDS) -> str:
+    """All tables."""
+    tables = []
+    for head in heads:
+        shape = f"{head.name}: N {head.tokens:,}, H {head.size:,}, V {head.vocabulary:,}, bfloat16"
+        for what, arms in zip(("forward and backward", "forward alone"), head_arms(head, device), strict=True):
+            tables.append(table(f"{shape}, {what}", contest(arms, device, rounds), arms, chip))
+    arms = selection_arms(device)
+    tables.append(table(f"selection of {selection.ROWS} x {selection.WIDTH:,} tokens", contest(arms, device, rounds), arms, chip))
+    return "\n\n".join(tables)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        print(measure(torch.device("cpu"), TINY, None, rounds=2), "\n\nA dry run on a CPU: these times say nothing.", sep="")
+        return
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: there is no GPU here, so nothing was measured (torch.cuda.is_available() is False)")
+    name = torch.cuda.get_device_name()
+    chip = next((chip for part, chip in CHIPS.items() if part in name), None)
+    text = f"`python -m benchmarks.gpu`, {name}; {circumstances('torch', 'triton')}\n\n" + measure(
+        torch.device("cuda"), HEADS, chip
+    )
+    print(text)
+    if options.write:
+        write_section("measured", text, PAGE)
+
+
+if __name__ == "__main__":
+    main()

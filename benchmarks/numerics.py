@@ -1,0 +1,72 @@
+"""How far the losses of a 16-bit head are from those of float64, and whether other tokens are kept for it. Runs on a CPU.
+
+    python -m benchmarks.numerics [--write]
+
+4,096 tokens, H 256, V 32,000; hidden states and head rounded to bfloat16, logits of standard deviation 3. The guide is the loss
+of the same tokens under a head that differs by a tenth, in float64: two models that agree on most tokens. 40 % are kept by
+excess. --write puts the table into docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.page import circumstances, write_section
+from megatron_vocagno.objective.linear_ce import token_loss
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+N, H, V, KEPT = 4096, 256, 32_000, 1639
+
+
+def losses() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The losses and the guide in float64, and the losses as others compute them."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, H, generator=generator).bfloat16()
+    drawn, change = ((torch.randn(V, H, generator=generator) * 3 * H**-0.5) for _ in range(2))
+    head, other = drawn.bfloat16(), (drawn + change / 10).bfloat16()
+    target = torch.randint(0, V, (N,), generator=generator)
+    true, guide = (F.cross_entropy(hidden.double() @ w.double().T, target, reduction="none") for w in (head, other))
+    logits = hidden @ head.T
+    options = torch.nn.LinearCrossEntropyOptions()
+    return (
+        true,
+        guide,
+        {
+            "`token_loss`: bfloat16 factors, float32 logits": token_loss(hidden, head, target),
+            "bfloat16 logits, float32 cross-entropy": F.cross_entropy(logits.float(), target, reduction="none"),
+            "bfloat16 logits, bfloat16 cross-entropy": F.cross_entropy(logits, target, reduction="none"),
+            "`F.linear_cross_entropy`": F.linear_cross_entropy(hidden, head, target, reduction="none", options=options),
+        },
+    )
+
+
+def table() -> str:
+    true, guide, found = losses()
+    kept = set((true - guide).topk(KEPT).indices.tolist())
+    head = f"| | largest error, nats | tokens kept instead of others, of {KEPT:,} | distinct losses, of {N:,} |"
+    lines = [head, "|---|---|---|---|"]
+    for name, loss in found.items():
+        others = set((loss.double() - guide).topk(KEPT).indices.tolist()) - kept
+        error = (loss.double() - true).abs().max().item()
+        lines.append(f"| {name} | {error:.0e} | {len(others)} | {len(set(loss.tolist())):,} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+    options = parser.parse_args(arguments)
+    text = table()
+    print(text)
+    if options.write:
+        write_section("numerics", f"`python -m benchmarks.numerics --write`, {circumstances('torch')}\n\n{text}", PAGE)
+
+
+if __name__ == "__main__":
+    main()

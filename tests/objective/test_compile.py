@@ -1,0 +1,53 @@
+"""Every kernel is compiled for four GPUs by the functions that launch it; none of the GPUs need be there."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from benchmarks.compile_table import PAGE, all_launches, table
+from benchmarks.offline import SHARED_LIMIT, TARGETS, Launch
+from tests.runs import REPOSITORY
+
+pytestmark = pytest.mark.slow
+OBJECTIVE = REPOSITORY / "megatron_vocagno" / "objective"
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[str, Launch]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        return all_launches()
+
+
+def launched(module: Path) -> set[str]:
+    """Names of what is called as kernel[grid](...) or kernels.kernel[grid](...)."""
+    calls = (node.func for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(node, ast.Call))
+    kernels = (call.value for call in calls if isinstance(call, ast.Subscript))
+    return {kernel.attr if isinstance(kernel, ast.Attribute) else ast.unparse(kernel) for kernel in kernels}
+
+
+def test_every_kernel_that_is_launched_compiles_for_every_gpu(found: list[tuple[str, Launch]]) -> None:
+    modules = list(OBJECTIVE.glob("*_triton.py"))
+    kernels = set().union(*(launched(module) for module in modules))
+    assert len(modules) >= 2 and len(kernels) >= 8, kernels
+    assert {(launch.kernel, launch.target) for _, launch in found} == {
+        (kernel, target) for kernel in kernels for target in TARGETS
+    }
+
+
+def test_nothing_spills_and_every_block_fits(found: list[tuple[str, Launch]]) -> None:
+    """A spilled register is a trip to memory for each thread; a block that does not fit is refused at its launch."""
+    for case, launch in found:
+        assert launch.spilled == 0, (case, launch)
+        assert launch.shared <= SHARED_LIMIT[launch.target], (case, launch)
+        assert 0 < launch.registers <= 255 and launch.warps * TARGETS[launch.target].warp_size <= 1024, (case, launch)
+        assert all(0 < size < 2**16 for size in launch.grid[1:]) and 0 < launch.grid[0] < 2**31, (case, launch)
+    assert len(found) > 100
+    assert max(launch.shared for _, launch in found) > 100 * 1024, "the tiles of the fused forward are not pipelined"
+
+
+def test_the_page_shows_what_is_compiled(found: list[tuple[str, Launch]]) -> None:
+    assert table(found) in PAGE.read_text(encoding="utf-8"), "python -m benchmarks.compile_table --write"

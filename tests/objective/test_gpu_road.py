@@ -1,0 +1,124 @@
+"""What training does with tensors on a GPU, without one: fake tensors go through the doors, and kernels through the compiler.
+
+Shapes, dtypes and launches are real, values are not: those are the affair of tests/kernels.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from benchmarks.offline import Launch, compiled_for
+from megatron_vocagno.objective.linear_ce import LearnedRows, _Options, _TokenLoss
+from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.objective.statistics import STATS
+from tests.kernels import INTERPRETED
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")]
+GPU = torch.device("cuda")
+
+
+class _NoGuard(TorchFunctionMode):
+    """x[i] and out=x by functions that ask for no device guard, which a torch without CUDA does not have."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is Tensor.__getitem__:
+            x, index = args
+            axis = 0
+            for part in index if isinstance(index, tuple) else (index,):
+                if part is None:
+                    x = x.unsqueeze(axis)
+                elif isinstance(part, Tensor):
+                    x = x.index_select(axis, part)
+                elif isinstance(part, int):
+                    x, axis = x.select(axis, part), axis - 1
+                else:
+                    start, stop, _ = part.indices(x.shape[axis])
+                    x = x.narrow(axis, start, max(stop - start, 0))
+                axis += 1
+            return x
+        if kwargs and "out" in kwargs:
+            out = kwargs.pop("out")
+            made = function(*args, **kwargs)
+            assert (made.shape, made.dtype, made.device) == (out.shape, out.dtype, out.device)
+            return out
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def on_a_gpu(target: str = "sm_90") -> Iterator[list[Launch]]:
+    with FakeTensorMode(), _NoGuard(), compiled_for(target) as launches:
+        yield launches
+
+
+class _Context:
+    """What autograd hands from the forward to the backward. Its engine needs a device even for fake tensors."""
+
+    needs_input_grad = (True, True, False, False)
+    saved_tensors: tuple[Tensor, ...]
+
+    def save_for_backward(self, *tensors: Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize("forward", ["tiles", "fused"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_token_loss_runs_its_kernels_on_float32_tiles(dtype: torch.dtype, forward: str) -> None:
+    rows, size, vocabulary, learned = 16_384, 2048, 32_003, 6000
+    with on_a_gpu() as launches:
+        hidden = torch.empty(rows, size, device=GPU, dtype=dtype)
+        head = torch.empty(vocabulary, size, device=GPU, dtype=dtype)
+        target = torch.empty(rows, device=GPU, dtype=torch.int64)
+        told, context = LearnedRows(), _Context()
+        options = _Options(ignore_index=-100, softcap=None, z_loss=1e-4, rows=told, group=None, first_id=0, forward=forward)
+        loss = _TokenLoss.forward(context, hidden, head, target, options)
+        tiles = Counter(launch.kernel for launch in launches)
+        assert loss.is_cuda and loss.dtype == torch.float32 and loss.shape == (rows,)
+        assert tiles["_fused_softmax"] == 1 if forward == "fused" else tiles["_fold_tile"] > 1
+        assert len(tiles) == 1
+        launches.clear()
+        told.tell(torch.empty(learned, device=GPU, dtype=torch.int64))
+        dhidden, dhead, *_ = _TokenLoss.backward(context, torch.empty_like(loss))
+        assert {launch.kernel for launch in launches} == {"_dlogits_tile"}
+        assert all(launch.grid[0] == learned // 4 for launch in launches)
+    assert (dhidden.shape, dhidden.dtype, dhead.shape, dhead.dtype) == (hidden.shape, dtype, head.shape, dtype)
+
+
+@pytest.mark.parametrize(
+    ("scope", "batch", "kernels"),
+    [
+        ("sequence", (8, 2048), {"select_row": 1}),
+        ("microbatch", (8, 2048), {"keys": 1, "threshold": 1, "weights": 1}),
+        ("global", (16, 4096), {"keys": 1, "histogram": 3, "count": 1, "weights": 1}),
+    ],
+)
+def test_a_selection_waits_for_nothing_and_launches_what_it_says(
+    scope: str, batch: tuple[int, int], kernels: dict[str, int]
+) -> None:
+    """A value asked of the device (item, nonzero, a mask as index) is an error of fake tensors."""
+    with on_a_gpu() as launches:
+        float_BS, int_BS = torch.empty(*batch, device=GPU), torch.empty(*batch, device=GPU, dtype=torch.int32)
+        selection = select_tokens(
+            float_BS,
+            torch.empty(batch[0], 3 * batch[1], device=GPU),
+            int_BS,
+            int_BS,
+            int_BS.bool(),
+            aggregate="max",
+            keep=0.4,
+            scope=scope,
+            unmapped="include",
+            capacity=1000,
+        )
+    assert Counter(launch.kernel for launch in launches) == kernels
+    assert selection.weight_BS.shape == batch and selection.weight_BS.is_cuda
+    assert selection.rows_C.shape == (1000 * (batch[0] if scope == "sequence" else 1),)
+    assert selection.stats_PK.shape[1] == len(STATS)
