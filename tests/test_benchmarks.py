@@ -1,14 +1,18 @@
-"""The benchmarks' corpus, their page, and that the one of preprocessing runs."""
+"""The benchmarks' corpus, their page, and that those of preprocessing and of a step run."""
 
 from __future__ import annotations
 
 import itertools
+from difflib import SequenceMatcher
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pytest
+import torch
+from tokenizers import Tokenizer
 
-from benchmarks import corpus, preprocess
+from benchmarks import corpus, preprocess, step, step_arms, step_memory
 from benchmarks.page import write_section
 from tests.tokenizers_for_tests import package_folder
 
@@ -63,3 +67,57 @@ def test_the_benchmark_of_preprocessing_writes_its_table(tmp_path: Path) -> None
     assert len(rows) >= 12
     assert sum("≤" in row or "≥" in row for row in rows) == 10
     assert str(tmp_path) not in page.read_text() and str(teacher.parent.parent) not in page.read_text()
+
+
+def test_peak_memory_is_that_of_the_stretch_alone() -> None:
+    size = 100_000_000
+    np.ones(2 * size, np.uint8)
+    before = step_memory.start()
+    np.ones(size, np.uint8)
+    assert 0.95 * size < step_memory.peak() - before < 1.2 * size
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[step_arms.Case, step_arms.Case]:
+    return step.prepare(tmp_path_factory.mktemp("step"), step.QUICK)
+
+
+@pytest.mark.slow
+def test_the_steps_that_are_compared_have_the_same_losses(cases: tuple[step_arms.Case, step_arms.Case]) -> None:
+    case = cases[0]
+    students = step_arms._student(case), step_arms._hugging_face(case.student, torch.float32)
+    teachers = step_arms._teacher(case), step_arms._hugging_face(case.teacher, torch.float32)
+    for inputs in step_arms.inputs_of(case):
+        read = (
+            (*students, inputs.batch.input_BS, inputs.batch.target_BS),
+            (*teachers, inputs.teacher_input_BU, inputs.teacher_target_BU),
+        )
+        for ours, theirs, ids, target in read:
+            with torch.no_grad():
+                loss = ours(ids, target)
+                dense = step_arms._dense_loss(theirs(ids).logits, target, "none").view_as(target)
+            assert (target != -100).sum() > 150
+            assert loss.std() > 0.01  # not the same for every token
+            torch.testing.assert_close(loss, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_texts_for_another_trainer_are_those_of_the_rows(cases: tuple[step_arms.Case, step_arms.Case]) -> None:
+    case = cases[0]
+    student = Tokenizer.from_file(str(case.student / "tokenizer.json"))
+    rows = [row for inputs in step_arms.inputs_of(case) for row in inputs.batch.input_BS.tolist()]
+    assert len(rows) == case.rows * case.steps
+    for text, row in zip(step.row_texts(case), rows, strict=True):
+        again = student.encode(text, add_special_tokens=False).ids
+        # the row's first and last token may be cut otherwise, and it is padded
+        assert SequenceMatcher(None, again, row, autojunk=False).ratio() > 0.85
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_step_writes_its_table(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    step.main(["--quick", "--write", str(page)])
+    rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
+    assert len(rows) == 9
+    assert sum(" × (" in row and "≤" in row for row in rows) == 7
+    assert str(tmp_path) not in page.read_text()
