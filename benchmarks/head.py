@@ -34,8 +34,7 @@ import torch
 
 from benchmarks import step_memory
 from benchmarks.head_arms import Loss, dense, dense_as_is, ours, row_chunks, torch_chunked
-from benchmarks.page import circumstances, write_section
-from benchmarks.preprocess import Figure, show
+from benchmarks.page import Figure, circumstances, markdown, show, write_section
 
 ROUNDS = 7
 PEER_ROUNDS = 2  # an arm of 10 times the time needs no more
@@ -144,7 +143,7 @@ def measure(case: Case, rounds: int) -> list[Figure]:
         ),
     ]
     for arm in case.peers:
-        figures.append(Figure(f"  {PEERS[arm]}", f"{ratio(arm):.2f} ×, memory {memory[arm] / memory['dense']:.2f} ×"))
+        figures.append(Figure(f"– {PEERS[arm]}", f"{ratio(arm):.2f} ×, memory {memory[arm] / memory['dense']:.2f} ×"))
     return figures
 
 
@@ -170,16 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(figure.met is False for figure in figures))
 
 
+TEXT = """Ratios to dense logits, upcast to float32. (N tokens, H hidden size, V vocabulary); 40 %: the share that is learned. One
+thread, CPU time. Lines with a dash are peers in the same run."""
+
+
 def section(figures: Sequence[Figure]) -> str:
-    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
-    return "\n".join(
-        [
-            f"## The head's loss\n\n`python -m benchmarks.head`, {circumstances('torch')}\n",
-            "Ratios to dense logits, upcast to float32. (N tokens, H hidden size, V vocabulary); 40 %: the share learned. One thread, CPU time.\n",
-            "| | measured | goal |\n|---|---|---|",
-            *rows,
-        ]
-    )
+    return f"## The head's loss\n\n`python -m benchmarks.head`, {circumstances('torch')}\n\n{TEXT}\n\n{markdown(figures)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Ways from hidden states and a head to a loss per token, as `benchmarks.head` compares them: (hidden, head, target) -> loss [N]."""
+"""Ways from hidden states and a head to a loss per token, as `benchmarks.head` compares them.
+
+hidden [N, H], head [V, H], target [N] -> loss [N].
+"""
 
 from __future__ import annotations
 

@@ -1,14 +1,45 @@
-"""docs/benchmarks.md: each benchmark owns the section between its two markers, and rewrites no other."""
+"""What a benchmark shows: figures with their goals, on the terminal and in docs/benchmarks.md.
+
+On the page each benchmark owns the section between its two markers, and rewrites no other.
+"""
 
 from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One line of a table. met: None where there is no goal."""
+
+    what: str
+    measured: str
+    goal: str = ""
+    met: bool | None = None
+
+
+def show(figures: Sequence[Figure]) -> None:
+    table = Table("", "measured", "goal", "")
+    for figure in figures:
+        table.add_row(figure.what, figure.measured, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
+    Console().print(table)
+
+
+def markdown(figures: Sequence[Figure]) -> str:
+    """The same as a table of the page."""
+    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
+    return "\n".join(["| | measured | goal |", "|---|---|---|", *rows])
 
 
 def write_section(name: str, text: str, page: Path = PAGE) -> None:

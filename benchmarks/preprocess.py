@@ -37,11 +37,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import orjson
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks import corpus
-from benchmarks.page import PAGE, circumstances, write_section
+from benchmarks.page import PAGE, Figure, circumstances, markdown, show, write_section
 from benchmarks.passes import (
     Apart,
     Cost,
@@ -75,16 +73,6 @@ class Sizes:
 
 
 QUICK = Sizes(2 * MB, MB // 2, MB // 2, MB // 8, MB // 2, MB // 32, 3 * MB, 1)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One line of the table. met: None where there is no goal."""
-
-    what: str
-    measured: str
-    goal: str = ""
-    met: bool | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -310,16 +298,8 @@ def peak_memory(pid: int | None) -> int:
 # ---- the table
 
 
-def show(figures: Sequence[Figure]) -> None:
-    table = Table("", "measured", "goal", "")
-    for figure in figures:
-        table.add_row(figure.what, figure.measured, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
-    Console().print(table)
-
-
 def section(figures: Sequence[Figure], content: str, args: argparse.Namespace) -> str:
     command = f"python -m benchmarks.preprocess{' --debian CACHE' if args.debian else ''}{' --quick' if args.quick else ''}"
-    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
     return "\n".join(
         [
             "## Preprocessing",
@@ -328,9 +308,7 @@ def section(figures: Sequence[Figure], content: str, args: argparse.Namespace) -
             "",
             f"Text: {content}. Student: {name(args.student)}; teacher: {name(args.teacher)}.",
             "",
-            "| | measured | goal |",
-            "|---|---|---|",
-            *rows,
+            markdown(figures),
         ]
     )
 

@@ -45,8 +45,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import step_memory
-from benchmarks.page import PAGE, circumstances, write_section
-from benchmarks.preprocess import Figure, show
+from benchmarks.page import PAGE, Figure, circumstances, markdown, show, write_section
 from benchmarks.step_arms import Case, Step, cached, clm, floor, guided, inputs_of, naive
 from benchmarks.trl_gold import Gold
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -278,7 +277,6 @@ Peak memory: what steps add to models and batches, gradients and AdamW's state w
 
 def section(figures: Sequence[Figure], args: argparse.Namespace) -> str:
     command = f"python -m benchmarks.step{' --trl PYTHON' if args.trl else ''}{' --quick' if args.quick else ''}"
-    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
     return "\n".join(
         [
             "## A training step",
@@ -287,9 +285,7 @@ def section(figures: Sequence[Figure], args: argparse.Namespace) -> str:
             "",
             TEXT,
             "",
-            "| | measured | goal |",
-            "|---|---|---|",
-            *rows,
+            markdown(figures),
         ]
     )
 

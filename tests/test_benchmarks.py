@@ -121,3 +121,18 @@ def test_the_benchmark_of_a_step_writes_its_table(tmp_path: Path) -> None:
     assert len(rows) == 9
     assert sum(" × (" in row and "≤" in row for row in rows) == 7
     assert str(tmp_path) not in page.read_text()
+
+
+def test_all_ways_to_the_heads_loss_agree() -> None:
+    """What is compared is the same: losses, and gradients where tokens are learned."""
+    from benchmarks import head
+
+    case = replace(head.CASES[0], tokens=40, size=16, vocabulary=300)
+    want: list[torch.Tensor] = []
+    for arm in ("dense", "ours", "rows", "torch", "as is"):
+        one = head.Head(case)
+        one.step(arm)
+        assert one.hidden.grad is not None and one.head.grad is not None and one.head.grad.any()
+        want = want or [one.hidden.grad, one.head.grad]
+        for mine, theirs in zip([one.hidden.grad, one.head.grad], want, strict=True):
+            torch.testing.assert_close(mine, theirs)

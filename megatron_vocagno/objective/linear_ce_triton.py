@@ -258,7 +258,7 @@ def _dlogits_tile(
     tl.store(out + out_M[:, None] + t_T[None, :], d_MT.to(out.dtype.element_ty), mask=mask_MT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_id", "N", "V", "tiles"), do_not_specialize_on_alignment=("target",))
 def _fused_softmax(
     hidden,  # [N, H] float32, float16 or bfloat16
     hidden_stride,
