@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*", "tools", "tools.*"]),
     package_data={"megatron_vocagno": ["py.typed"], "tools.preprocess": ["templates/*"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.9",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.20,<6",
         "tokenizers>=0.22",

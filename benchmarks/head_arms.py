@@ -49,8 +49,9 @@ def row_chunks(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
 class _RowChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-        size = hidden_NH.shape[1] * len(hidden_NH) // len(head_VH)
-        ctx.rows = 1 << max(size, 1).bit_length()
+        # the next power of two of N / (V / H), both rounded up
+        rows = -(-len(hidden_NH) // -(-len(head_VH) // hidden_NH.shape[1]))
+        ctx.rows = 1 << (rows - 1).bit_length()
         ctx.save_for_backward(hidden_NH, head_VH, target_N)
         chunks = zip(hidden_NH.split(ctx.rows), target_N.split(ctx.rows), strict=True)
         return torch.cat([dense(hidden, head_VH, target) for hidden, target in chunks])

@@ -201,6 +201,8 @@ def _numbers(
         for reason in pack.Mapping:
             if reason != pack.Mapping.MAPPED:
                 numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
+        lost = counts.mapping[pack.Mapping.MAPPED] - stats[STATS.index("mapped")].item()
+        numbers["guidance/unmapped_nan"] = lost / counts.targets
         numbers |= {
             "teacher/seconds": teacher,
             "teacher/share_of_time": teacher / whole,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 

@@ -4,7 +4,7 @@
     selection.py    both models' losses -> which tokens the student learns from, in one call
       ranking.py      the highest k of each group, exactly, over ranks as well
       statistics.py   what a selection did, as sums that add up
-    guidance.py     the equation that the weights go into: the guided loss; and the public names of all of the above
+    guidance.py     the equation that the weights go into: the guided loss
 
 The order of use: `linear_ce.token_loss` of the teacher, `linear_ce.token_loss` of the student, `selection.select_tokens`,
 `guidance.weighted_loss`; the backward of the student's losses then visits the rows that the selection named. What runs on a GPU

@@ -2,8 +2,9 @@
 
     L = sum(w * l_S) / sum(w)
 
-`selection` says which tokens have weight, and why. B rows, S student positions; losses are float32, in nats. No function waits
-for a GPU, except `summarize`.
+`selection` says which tokens have weight, and why; training calls `select_tokens` and `weighted_loss`. guided_loss and clm_loss
+are both in one, for loops of one's own. B rows, S student positions; losses are float32, in nats. No function waits for a GPU,
+except `summarize`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def weighted_loss(student_loss_BS: Tensor, weight_BS: Tensor, normalizer: float 
     `where`, because 0 * NaN is NaN in the product and in its gradient; and a denominator of infinity, because a guard after
     the division would come too late for the gradient.
     """
-    total = torch.where(weight_BS > 0, student_loss_BS.float(), 0.0).sum()
+    total = torch.where(weight_BS != 0, weight_BS * student_loss_BS.float(), 0.0).sum()
     if isinstance(normalizer, Tensor):
         return total / normalizer.detach().float().masked_fill(normalizer == 0, torch.inf)
     return total / (normalizer or torch.inf)

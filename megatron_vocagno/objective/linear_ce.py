@@ -55,6 +55,8 @@ class LearnedRows:
 
     def tell(self, rows_R: Tensor) -> None:
         """rows_R [R] int64: each row at most once, and all whose loss will get a gradient. More may be named."""
+        if rows_R.dim() != 1 or rows_R.dtype != torch.int64:
+            raise ValueError(f"rows to learn: positions [R] int64 expected, got {rows_R.dtype} {list(rows_R.shape)}")
         self.rows_R = rows_R
 
 
@@ -84,7 +86,8 @@ def token_loss(
 ) -> Tensor:
     """-log softmax(hidden @ head^T)[target] of each token.
 
-    hidden_NH, head_VH  [N, H], [V, H], one floating dtype; a frozen one costs nothing in the backward
+    hidden_NH, head_VH  [N, H], [V, H], one dtype: float32, bfloat16, float16 or float64; a frozen one costs nothing in the
+                        backward
     target_N            [N] int, in [0, V) or ignore_index
     softcap             c above 0: logits become c * tanh(logits / c)
     z_loss              adds z_loss * lse^2 to the loss of each token, and so to what a selection compares
@@ -100,7 +103,9 @@ def token_loss(
     for the device, and the loss of such a token is NaN, as it is where no shard holds the target).
     """
     _check(hidden_NH, head_VH, target_N, softcap)
-    if target_N.device.type == "cpu" and group is None:
+    if forward not in ("tiles", "fused"):
+        raise ValueError(f"token_loss: unknown forward {forward!r}: expected tiles or fused")
+    if target_N.device.type == "cpu" and group is None and not first_id:
         _check_targets(target_N, head_VH.shape[0], ignore_index)
     options = _Options(ignore_index, softcap, z_loss, rows, group, first_id, forward)
     loss_N: Tensor = _TokenLoss.apply(hidden_NH, head_VH, target_N.long(), options)  # type: ignore[no-untyped-call]
@@ -108,7 +113,12 @@ def token_loss(
 
 
 def _check(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, softcap: float | None) -> None:
-    if hidden_NH.dim() != 2 or head_VH.dim() != 2 or hidden_NH.shape[1] != head_VH.shape[1]:
+    if hidden_NH.dim() != 2 or head_VH.dim() != 2:
+        raise ValueError(
+            f"token_loss: hidden states [N, H] and head [V, H] expected, got {list(hidden_NH.shape)} and {list(head_VH.shape)}: "
+            "rows and positions are one axis here, hidden.flatten(0, 1)"
+        )
+    if hidden_NH.shape[1] != head_VH.shape[1]:
         raise ValueError(
             f"token_loss: hidden states [N, H] and head [V, H] expected, got {list(hidden_NH.shape)} and "
             f"{list(head_VH.shape)}: does the head belong to this model?"
@@ -116,7 +126,13 @@ def _check(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, softcap: float 
     if target_N.shape != hidden_NH.shape[:1]:
         raise ValueError(f"token_loss: {hidden_NH.shape[0]} hidden states, but targets of shape {list(target_N.shape)}")
     if hidden_NH.dtype != head_VH.dtype:
-        raise ValueError(f"token_loss: hidden states are {hidden_NH.dtype}, the head is {head_VH.dtype}")
+        raise ValueError(
+            f"token_loss: hidden states are {hidden_NH.dtype}, the head is {head_VH.dtype}: give it head.to(hidden.dtype)"
+        )
+    if hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"token_loss: hidden states and head are {hidden_NH.dtype}: expected float32, 16 bits or float64")
+    if target_N.is_floating_point() or target_N.dtype == torch.bool:
+        raise ValueError(f"token_loss: targets are {target_N.dtype}: expected the integers of token ids")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"token_loss: softcap = {softcap}: expected a number above 0, or None for no cap")
 
@@ -139,7 +155,7 @@ class _TokenLoss(torch.autograd.Function):
         ctx.options = options
         loss_N = softmax.peak_N - softmax.picked_N + softmax.sum_N.log()
         if options.z_loss:
-            loss_N = loss_N + options.z_loss * softmax.lse_N**2
+            loss_N = loss_N + options.z_loss * (softmax.peak_N + softmax.sum_N.log()) ** 2
         return loss_N.masked_fill(target_N == options.ignore_index, 0.0)
 
     @staticmethod
@@ -154,8 +170,9 @@ class _TokenLoss(torch.autograd.Function):
         learned = _Learned(
             hidden_NH[rows_R].masked_fill_(idle_R[:, None], 0.0),
             target_N[rows_R],
+            peak_N[rows_R].masked_fill_(idle_R, 0.0),
+            sum_N[rows_R].masked_fill_(idle_R, 1.0),
             gradient_R,
-            _Softmax(peak_N[rows_R].masked_fill_(idle_R, 0.0), sum_N[rows_R].masked_fill_(idle_R, 1.0), gradient_R),
         )
         with torch.autocast(hidden_NH.device.type, enabled=False):
             dhidden_RH, dhead_VH = _gradients(learned, head_VH, options, ctx.needs_input_grad)
@@ -172,7 +189,7 @@ class _TokenLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Softmax:
-    """What a softmax needs besides its logits z, and z at the target."""
+    """What the softmax of logits z needs besides them, and z at the target."""
 
     peak_N: Tensor
     """max(z)"""
@@ -180,10 +197,6 @@ class _Softmax:
     """sum(exp(z - peak))"""
     picked_N: Tensor
     """z[target]; NaN where no tile holds the target."""
-
-    @property
-    def lse_N(self) -> Tensor:
-        return self.peak_N + self.sum_N.log()
 
 
 def _softmax(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, options: _Options) -> _Softmax:
@@ -213,8 +226,9 @@ def _over_shards(mine: _Softmax, group: dist.ProcessGroup | None) -> _Softmax:
         return mine
     peak_N = mine.peak_N.clone()
     dist.all_reduce(peak_N, op=dist.ReduceOp.MAX, group=group)
-    here_N = ~mine.picked_N.isnan()
-    sums_3N = torch.stack([mine.sum_N * (mine.peak_N - peak_N).exp(), mine.picked_N.nan_to_num(), here_N.to(peak_N.dtype)])
+    absent_N = mine.picked_N.isnan()
+    rescaled_N = mine.sum_N * (mine.peak_N - peak_N).exp()
+    sums_3N = torch.stack([rescaled_N, mine.picked_N.masked_fill(absent_N, 0.0), (~absent_N).to(peak_N.dtype)])
     dist.all_reduce(sums_3N, group=group)
     sum_N, picked_N, holders_N = sums_3N
     return _Softmax(peak_N, sum_N, picked_N.masked_fill(holders_N != 1, torch.nan))
@@ -229,8 +243,9 @@ class _Learned:
 
     hidden_RH: Tensor
     target_R: Tensor
+    peak_R: Tensor
+    sum_R: Tensor
     gradient_R: Tensor
-    softmax: _Softmax
 
 
 def _learned(gradient_N: Tensor, told: LearnedRows | None) -> tuple[Tensor, Tensor]:
@@ -238,27 +253,31 @@ def _learned(gradient_N: Tensor, told: LearnedRows | None) -> tuple[Tensor, Tens
     if told is None or told.rows_R is None:
         rows_R = gradient_N.nonzero().squeeze(1)
         return rows_R, gradient_N[rows_R]
-    gradient_R = gradient_N[told.rows_R]
-    missed = gradient_N.count_nonzero() - gradient_R.count_nonzero()
+    rows_R = told.rows_R
+    told_N = torch.zeros_like(gradient_N, dtype=torch.bool).index_fill_(0, rows_R, True)
+    missed, repeated = (gradient_N.masked_fill(told_N, 0.0) != 0).sum(), len(rows_R) - told_N.sum()
     if gradient_N.device.type != "cpu":
-        return told.rows_R, torch.where(missed > 0, torch.nan, gradient_R)
-    if missed:
-        raise ValueError(f"token_loss: {int(missed)} rows have a gradient and are not among the rows told to be learned")
-    return told.rows_R, gradient_R
+        return rows_R, torch.where(missed + repeated > 0, torch.nan, gradient_N[rows_R])
+    if missed or repeated:
+        raise ValueError(
+            f"token_loss: of the rows that were told, {int(repeated)} are repeated; {int(missed)} rows have a gradient and were "
+            "not told. Does the loss weigh the tokens that the selection chose, and no others?"
+        )
+    return rows_R, gradient_N[rows_R]
 
 
 def _gradients(
     learned: _Learned, head_VH: Tensor, options: _Options, needed: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None]:
     """dhidden [R, H] as exact as the logits, and dhead [V, H] in the head's dtype; None where not needed."""
-    hidden_RH, gradient_R, softmax = learned.hidden_RH, learned.gradient_R, learned.softmax
+    hidden_RH, gradient_R = learned.hidden_RH, learned.gradient_R
     dhidden_RH = torch.zeros_like(hidden_RH, dtype=_exact(hidden_RH.dtype)) if needed[0] else None
     if not len(gradient_R):
         return dhidden_RH, torch.zeros_like(head_VH) if needed[1] else None
     dhead_VH = torch.empty_like(head_VH) if needed[1] else None
-    scale_R = gradient_R / softmax.sum_N
+    scale_R = gradient_R / learned.sum_R
     if options.z_loss:
-        scale_R = scale_R * (1 + 2 * options.z_loss * softmax.lse_N)
+        scale_R = scale_R * (1 + 2 * options.z_loss * (learned.peak_R + learned.sum_R.log()))
     dlogits_tile = _tile_passes(hidden_RH).dlogits_tile
     for begin, head_TH, logits_RT in _tiles(hidden_RH, head_VH):
         # on a CPU the tile is rounded by the products themselves
@@ -267,7 +286,7 @@ def _gradients(
             logits_RT,
             options.first_id + begin,
             learned.target_R,
-            softmax.peak_N,
+            learned.peak_R,
             scale_R,
             gradient_R,
             options.softcap,
@@ -289,7 +308,7 @@ def _tiles(hidden_NH: Tensor, head_VH: Tensor) -> Iterator[tuple[int, Tensor, Te
     upcast = hidden_NH.device.type == "cpu" and hidden_NH.dtype != _exact(hidden_NH.dtype)
     budget = CPU_TILE_BYTES if hidden_NH.device.type == "cpu" else GPU_TILE_BYTES
     # whole multiples of 128: aligned for every tensor core
-    width = max(budget // 4 // max(rows + upcast * size, 1) // 128 * 128, 128)
+    width = max(budget // _exact(hidden_NH.dtype).itemsize // max(rows + upcast * size, 1) // 128 * 128, 128)
     # one buffer: what is freed and asked for again is handed out as untouched pages by a CPU's allocator
     buffer = hidden_NH.new_empty(rows * min(width, len(head_VH)), dtype=_exact(hidden_NH.dtype))
     if upcast:

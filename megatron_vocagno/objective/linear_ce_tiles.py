@@ -18,7 +18,8 @@ def fold_tile(
     here_N, column_N = _columns(target_N, begin, logits_NT.shape[1])
     torch.where(here_N, logits_NT.gather(1, column_N[:, None]).squeeze(1), picked_N, out=picked_N)
     higher_N = torch.maximum(peak_N, logits_NT.amax(1))
-    sum_N.mul_((peak_N - higher_N).exp_()).add_(logits_NT.sub_(higher_N[:, None]).exp_().sum(1))
+    base_N = higher_N.masked_fill(higher_N == -torch.inf, 0.0)  # -inf - -inf is NaN
+    sum_N.mul_((peak_N - base_N).exp_()).add_(logits_NT.sub_(base_N[:, None]).exp_().sum(1))
     peak_N.copy_(higher_N)
 
 
@@ -35,9 +36,8 @@ def dlogits_tile(
     """out = exp(z - peak) * scale - onehot(target) * gradient, times the slope of the softcap. `out` may be the tile itself."""
     slope_RT = None
     if softcap is not None:
-        logits_RT.div_(softcap).tanh_()
-        slope_RT = 1 - logits_RT.square()
-        logits_RT.mul_(softcap)
+        slope_RT = logits_RT.div_(softcap).cosh().square_().reciprocal_()  # 1 - tanh^2 cancels where tanh is near 1
+        logits_RT.tanh_().mul_(softcap)
     dz_RT = logits_RT.sub_(peak_R[:, None]).exp_().mul_(scale_R[:, None])
     here_R, column_R = _columns(target_R, begin, dz_RT.shape[1])
     dz_RT[torch.arange(len(target_R), device=target_R.device), column_R] -= gradient_R * here_R

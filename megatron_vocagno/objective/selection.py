@@ -61,6 +61,8 @@ class Rule:
     def __post_init__(self) -> None:
         _check_choices(self.scope, self.unmapped)
         share(self.keep)
+        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 0):
+            raise ValueError(f"capacity = {self.capacity}: expected a number of tokens, or None for room for all")
 
     @property
     def ranks(self) -> dist.ProcessGroup | None:
@@ -269,6 +271,8 @@ def _check_ranges(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: str) 
             f"gather_guide: losses [B, U] and ranges [B, S] expected, got losses {list(loss_BU.shape)}, "
             f"first {list(first_BS.shape)}, last {list(last_BS.shape)}"
         )
+    if first_BS.is_floating_point() or last_BS.is_floating_point():
+        raise ValueError(f"gather_guide: ranges of integers expected, got {first_BS.dtype} and {last_BS.dtype}")
     if loss_BU.device.type != "cpu" or not first_BS.numel():
         return longest
     least, widest = map(int, (last_BS - first_BS).aminmax())

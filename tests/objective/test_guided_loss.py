@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vocagno.objective.guidance import STATS, GuidedLoss, clm_loss, gather_guide, guided_loss, summarize
+from megatron_vocagno.objective.guidance import STATS, GuidedLoss, clm_loss, gather_guide, guided_loss, summarize, weighted_loss
 from tests.objective import slow
 
 NAN, INF = math.nan, math.inf
@@ -205,3 +205,12 @@ def test_unknown_policy_and_unfit_shapes_are_refused() -> None:
         guided_loss(x, x[:1], valid, keep=0.4, scope="microbatch", unmapped="include")
     with pytest.raises(ValueError, match="valid"):
         clm_loss(x, valid[:, :2])
+
+
+def test_a_weighted_loss_weighs() -> None:
+    """Any weights: those of a selection are 0 and 1. What has none leaks nothing."""
+    loss = torch.tensor([[1.0, 2.0, torch.nan, torch.inf]], requires_grad=True)
+    total = weighted_loss(loss, torch.tensor([[0.25, -0.5, 0.0, 0.0]]), 3.0)
+    total.backward()
+    assert total.item() == (0.25 - 1.0) / 3
+    assert loss.grad is not None and torch.equal(loss.grad, torch.tensor([[0.25, -0.5, 0.0, 0.0]]) / 3)

@@ -212,8 +212,17 @@ def test_misfits_are_refused_with_both_values() -> None:
         token_loss(hidden, head[:, :7], target)
     with pytest.raises(ValueError, match=r"4 hidden states.*\[3\]"):
         token_loss(hidden, head, target[:3])
-    with pytest.raises(ValueError, match="bfloat16"):
+    with pytest.raises(ValueError, match=r"bfloat16: give it head\.to"):
         token_loss(hidden, head.bfloat16(), target)
+    with pytest.raises(ValueError, match=r"\[2, 2, 8\].*flatten"):
+        token_loss(hidden.view(2, 2, 8), head, target)
+    with pytest.raises(ValueError, match="int64: expected float32"):
+        token_loss(hidden.long(), head.long(), target)
+    for other in (target.float(), target > 0):
+        with pytest.raises(ValueError, match="integers of token ids"):
+            token_loss(hidden, head, other)
+    with pytest.raises(ValueError, match="'fuesd'"):
+        token_loss(hidden, head, target, forward="fuesd")  # type: ignore[arg-type]
     for bad in (20, -1):
         target[2] = bad
         with pytest.raises(ValueError, match=f"target {bad} .* 20 rows"):

@@ -101,11 +101,29 @@ def test_only_the_rows_told_are_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts == [60, len(told)] and len(told) < 40
 
 
-def test_a_gradient_outside_of_the_rows_told_is_refused() -> None:
+def test_rows_told_wrongly_are_refused() -> None:
     hidden, head, target, weight = make(60, 16, 300, torch.float32)
-    told = weight.nonzero().squeeze(1)[2:]
+    told = weight.nonzero().squeeze(1)
     with pytest.raises(ValueError, match="2 rows have a gradient"):
-        backward_with(LearnedRows(), told, hidden, head, target, weight)
+        backward_with(LearnedRows(), told[2:], hidden, head, target, weight)
+    with pytest.raises(ValueError, match="1 are repeated; 1 rows have a gradient"):
+        backward_with(LearnedRows(), torch.cat([told[1:], told[1:2]]), hidden, head, target, weight)
+    for bad in (told.int(), weight > 0, told[None]):
+        with pytest.raises(ValueError, match="int64 expected"):
+            LearnedRows().tell(bad)
+
+
+@pytest.mark.usefixtures("narrow_tiles")
+def test_a_tile_of_minus_infinity_adds_nothing() -> None:
+    hidden, head, target, _ = make(20, 1, 300, torch.float32)
+    hidden = hidden.abs() + 0.1
+    for begin in (0, 128, 256):
+        masked = head.clone()
+        masked[begin : begin + 128] = -torch.inf
+        loss = token_loss(hidden, masked, target)
+        lost = (target >= begin) & (target < begin + 128)
+        assert loss[lost].isinf().all() and loss[~lost].isfinite().all() and lost.any()
+        torch.testing.assert_close(loss[~lost], dense(hidden, masked, target)[~lost])
 
 
 @pytest.mark.usefixtures("narrow_tiles")
@@ -121,7 +139,8 @@ def test_a_tied_head_gets_both_gradients() -> None:
 
     ours = gradient(token_loss)
     torch.testing.assert_close(ours, gradient(dense))
-    torch.testing.assert_close(ours, gradient(lambda *x: token_loss(*x, rows=None)))
+    for part in (lambda x, w, t: token_loss(x.detach(), w, t), lambda x, w, t: token_loss(x, w.detach(), t)):
+        assert (ours - gradient(part)).abs().max() > 1e-3, "one of the two gradients is nothing"
 
 
 @pytest.mark.usefixtures("narrow_tiles")

@@ -45,14 +45,17 @@ def rank_main(rank: int, folder: Path) -> None:
         results.append((loss.detach(), hidden.grad, shard.grad))
     hidden, head, target, _ = case(torch.float32)
     nowhere = token_loss(hidden, head[:100], target, group=dist.group.WORLD, first_id=100 * rank)
-    torch.save((results, nowhere), folder / f"rank{rank}.pt")
+    head[128] = -torch.inf  # of one rank: an infinite loss stays infinite
+    shard = head[:150] if rank == 0 else head[150:]
+    infinite = token_loss(hidden.abs().detach(), shard, target, group=dist.group.WORLD, first_id=150 * rank)
+    torch.save((results, nowhere, infinite), folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_shards_learn_as_one_head(tmp_path: Path) -> None:
     mp.spawn(rank_main, args=(tmp_path,), nprocs=RANKS)  # type: ignore[no-untyped-call]
-    (first, nowhere), (second, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS))
+    (first, nowhere, infinite), (second, _, _) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS))
     met = 0
     for (_, softcap, z_loss, dtype), a, b in zip(CASES, first, second, strict=True):
         hidden, head, target, weight = case(dtype)
@@ -69,3 +72,4 @@ def test_two_shards_learn_as_one_head(tmp_path: Path) -> None:
     target = case(torch.float32)[2]
     assert torch.equal(nowhere.isnan(), target >= 200), "a target that no shard holds has no loss"
     assert nowhere.isnan().any()
+    assert torch.equal(infinite.isinf(), target == 128) and infinite.isinf().any()
