@@ -339,10 +339,12 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
     A process-wide switch of torch, set for the length of a product.
     """
+    if dtype != torch.bfloat16:
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
-    if dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
