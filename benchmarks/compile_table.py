@@ -3,7 +3,7 @@
     python -m benchmarks.compile_table [--write]
 
 --write puts the table into docs/kernels.md. The cases call the functions that training calls, with the shapes of TinyLlama's
-head at 16,384 tokens and with ragged ones.
+head at 16,384 tokens, and each kernel again with odd ones: the compiler knows which sizes are divisible by 16.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.offline import TARGETS, Launch, compiled_for
 from benchmarks.page import write_section
+from megatron_vocagno.objective.rule import Aggregate
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+AGGREGATES: tuple[Aggregate, ...] = ("max", "mean", "sum", "min")
 N, H, V, T = 16_384, 2048, 32_000, 4096
 
 
@@ -35,17 +37,25 @@ def linear_ce_cases() -> Iterator[str]:
     """Launches, and then says what was launched."""
     from megatron_vocagno.objective.linear_ce_triton import dlogits_tile, fold_tile, fused_softmax
 
-    target, peak, total, picked = _empty(N, dtype=torch.int64), _empty(N), _empty(N), _empty(N)
-    for width, softcap, name in ((T, None, ""), (T, 30.0, ", softcap"), (T - 7, None, ", ragged")):
-        fold_tile(_empty(N, width), T, target, peak, total, picked, softcap)
+    for rows, width, softcap, name in ((N, T, None, ""), (N, T, 30.0, ", softcap"), (N - 1, T - 7, 30.0, ", odd, softcap")):
+        target, (peak, total, picked) = _empty(rows, dtype=torch.int64), (_empty(rows) for _ in range(3))
+        fold_tile(_empty(rows, width), T, target, peak, total, picked, softcap)
         yield f"float32{name}"
         for dtype in DTYPES:
-            dlogits_tile(_empty(N, width), T, target, peak, total, picked, softcap, _empty(N, width, dtype=dtype))
+            out = _empty(rows, width, dtype=dtype)
+            dlogits_tile(_empty(rows, width), T, target, peak, total, picked, softcap, out)
             yield f"to {_name(dtype)}{name}"
-    for softcap, name in ((None, ""), (30.0, ", softcap")):
-        for dtype in DTYPES:
-            fused_softmax(_empty(N, H, dtype=dtype), _empty(V, H, dtype=dtype), target, softcap, 0)
-            yield f"{_name(dtype)}{name}"
+    for rows, columns, dtypes, name in (
+        (N, V, DTYPES, ""),
+        (N - 1, V + 3, DTYPES, ", odd"),
+        (N, 600_000, DTYPES[:1], ", head above 2 GiB"),  # AMD addresses less with 32 bits
+    ):
+        for softcap, capped in ((None, ""), (30.0, ", softcap")):
+            for dtype in dtypes:
+                hidden, head = (_empty(lines, H, dtype=dtype, device="cuda") for lines in (rows, columns))
+                target = _empty(rows + 1, dtype=torch.int64, device="cuda").narrow(0, 1, rows)  # not aligned
+                fused_softmax(hidden, head, target, softcap, first_id=rows % 2)
+                yield f"{_name(dtype)}{name}{capped}"
 
 
 def selection_cases(lanes: int) -> Iterator[str]:
@@ -53,14 +63,17 @@ def selection_cases(lanes: int) -> Iterator[str]:
     from megatron_vocagno.objective.selection_triton import select_tokens
 
     selection_triton.LANES = lanes
-    for scope, batch, name in (
-        ("microbatch", (8, 2048), ""),
-        ("microbatch", (8, 4096), "32,768 tokens"),
-        ("microbatch", (16, 4096), "65,536 tokens"),
-        ("sequence", (8, 2048), "rows of 2,048"),
-        ("sequence", (1, 32_768), "rows of 32,768"),
+    for scope, batch, aggregates, name in (
+        ("microbatch", (8, 2048), AGGREGATES, ""),
+        ("microbatch", (7, 2047), AGGREGATES[:1], "odd"),
+        ("microbatch", (8, 4096), AGGREGATES[:1], "32,768 tokens"),
+        ("microbatch", (16, 4096), AGGREGATES[:1], "65,536 tokens"),
+        ("microbatch", (15, 4095), AGGREGATES[:1], "odd, 61,425 tokens"),
+        ("sequence", (8, 2048), AGGREGATES[:2], "rows of 2,048"),
+        ("sequence", (7, 2047), AGGREGATES[:1], "odd, rows of 2,047"),
+        ("sequence", (1, 32_768), AGGREGATES[:1], "rows of 32,768"),
     ):
-        for aggregate in ("max", "mean", "sum", "min") if batch == (8, 2048) else ("max",):
+        for aggregate in aggregates:
             for unmapped, positive in (("include", False), ("exclude", True)) if aggregate == "max" else (("include", False),):
                 select_tokens(
                     _empty(*batch),
@@ -74,7 +87,7 @@ def selection_cases(lanes: int) -> Iterator[str]:
                     unmapped=unmapped,
                     require_positive=positive,
                 )
-                yield ", ".join(filter(None, (name, aggregate, unmapped)))
+                yield ", ".join(filter(None, (name, aggregate, unmapped, "require_positive" if positive else "")))
 
 
 def launches_for(target: str) -> list[tuple[str, Launch]]:
@@ -100,6 +113,7 @@ def table(found: Sequence[tuple[str, Launch]]) -> str:
     row_of: dict[tuple[str, str, int], list[str]] = {}
     nth: Counter[tuple[str, str, str]] = Counter()
     for case, launch in found:  # one target after another, each with the same launches
+        case = ", ".join([case, *(f"{name} {value}" for name, value in launch.bits)])
         here = (launch.kernel, case, launch.target)
         spilled = f", **{launch.spilled} B spilled**" if launch.spilled else ""
         cell = f"{launch.warps} × {launch.registers}, {_size(launch.shared)}{spilled}"
@@ -118,8 +132,8 @@ def _size(size: int) -> str:
     return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(*shape, dtype=dtype)
+def _empty(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device=device)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeAlias
 
@@ -48,13 +49,13 @@ class Chip:
 
 
 CHIPS = {
-    "A100": Chip(312e12, 2.04e12),
-    "H100": Chip(989e12, 3.35e12),
-    "H200": Chip(989e12, 4.8e12),
-    "B200": Chip(2250e12, 8.0e12),
-    "MI300X": Chip(1307e12, 5.3e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2.04e12),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 3.35e12),
+    "NVIDIA H200": Chip(989e12, 4.8e12),
+    "NVIDIA B200": Chip(2250e12, 8.0e12),
+    "AMD Instinct MI300X": Chip(1307e12, 5.3e12),
 }
-"""By what the GPU's name contains; the SXM or OAM module each."""
+"""By the whole name: an H100 of another form has other rates. A GPU that is not here gets no share of the roofline."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,16 @@ def tiles_work(head: Head, kept: float | None, itemsize: int = 2) -> Work:
     """Ours. kept: the share of tokens in the backward; None for a forward alone.
 
     Forward: a product, whose float32 tiles are written and read once, and which reads all hidden states for each tile. Backward,
-    for the kept rows: that product again; gradients of the tile, written once and read by two products; the one for the hidden
-    states is read and written in float32 for each tile, the one for the head is written once.
+    for the kept rows: that product again; gradients of the tile, written once and read by two products; the one for the head is
+    written once. The one for the hidden states is a float32 product for each tile, written, and read again to be added to the
+    sum, which is read and written.
     """
     n, h, v = head.tokens, head.size, head.vocabulary
     forward = _tiles(n, v) * itemsize * n * h + itemsize * v * h + 8 * n * v
     if kept is None:
         return Work(head.product, forward)
     rows = kept * n
-    backward = _tiles(rows, v) * (2 * itemsize + 2 * 4) * rows * h + 3 * itemsize * v * h + (8 + 3 * itemsize) * rows * v
+    backward = _tiles(rows, v) * (2 * itemsize + 4 * 4) * rows * h + 3 * itemsize * v * h + (8 + 3 * itemsize) * rows * v
     return Work((1 + 3 * kept) * head.product, forward + backward)
 
 
@@ -224,11 +226,12 @@ def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
     if device.type != "cpu":
         scoring.insert(1, Arm("ours, fused", lambda: score(partial(token_loss, forward="fused")), fused_work(head)))
         if (liger := _liger()) is not None:
-            learning.append(Arm("Liger", lambda: learn(liger)))
+            learning.append(Arm(f"Liger {version('liger-kernel')}", lambda: learn(liger)))
     return learning, scoring
 
 
 def _liger() -> Loss | None:
+    """None where it is not installed; `main` says so."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
     except ImportError:
@@ -301,10 +304,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu: there is no GPU here, so nothing was measured (torch.cuda.is_available() is False)")
     name = torch.cuda.get_device_name()
-    chip = next((chip for part, chip in CHIPS.items() if part in name), None)
-    text = f"`python -m benchmarks.gpu`, {name}; {circumstances('torch', 'triton')}\n\n" + measure(
-        torch.device("cuda"), HEADS, chip
-    )
+    parts = [f"`python -m benchmarks.gpu`, {name}; {circumstances('torch', 'triton')}"]
+    if _liger() is None:
+        parts.append("Liger is not installed, so it has no row: `pip install liger-kernel`.")
+    text = "\n\n".join([*parts, measure(torch.device("cuda"), HEADS, CHIPS.get(name))])
     print(text)
     if options.write:
         write_section("measured", text, PAGE)

@@ -17,7 +17,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -52,6 +52,8 @@ class Launch:
     spilled: int
     """Bytes of memory for each thread, which spilled registers take. (AMD's scalar registers spill into vector registers.)"""
     shared: int
+    bits: tuple[tuple[str, int], ...] = ()
+    """Of a histogram: which bits it counts."""
 
 
 @contextmanager
@@ -64,7 +66,8 @@ def compiled_for(target: str) -> Iterator[list[Launch]]:
         args = tuple(_Pointer(x) if isinstance(x, Tensor) else x for x in args)
         options = {name: _Pointer(x) if isinstance(x, Tensor) else x for name, x in options.items()}
         compiled = run(self, *args, grid=grid, warmup=True, **options)
-        launches.append(_launch(self.fn.__name__, target, grid, compiled))
+        bits = tuple((name.lower(), options[name]) for name in ("SHIFT", "WIDTH") if name in options)
+        launches.append(replace(_launch(self.fn.__name__, target, grid, compiled), bits=bits))
         return compiled
 
     JITFunction.run = compile_only

@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.page import circumstances, write_section
-from megatron_vocagno.objective.selection import kept_count, select_tokens
+from megatron_vocagno.objective.ranking import kept_count
+from megatron_vocagno.objective.selection import select_tokens
 
 ROWS, WIDTH, RATIO = 8, 2048, 2.15
 KEEP = 0.4

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vocagno import pretrain
 from megatron_vocagno.engine import learning
 from megatron_vocagno.model import student
-from megatron_vocagno.objective.selection import Selection
+from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective import slow
 

@@ -15,6 +15,7 @@ from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES
 
 TINYLLAMA, QWEN = HEADS
 CPU = torch.device("cpu")
+H100 = CHIPS["NVIDIA H100 80GB HBM3"]
 
 
 def test_flops_are_those_of_the_products_that_each_arm_makes() -> None:
@@ -36,10 +37,50 @@ def test_bytes_are_dominated_by_what_is_as_wide_as_the_vocabulary() -> None:
     assert tiles_work(QWEN, KEPT).bytes < dense_work(QWEN, learns=True).bytes
 
 
+def test_bytes_of_the_backward_are_those_of_each_operation_on_a_tile() -> None:
+    """Counted one by one, as _gradients runs them."""
+    h, v = QWEN.size, QWEN.vocabulary
+    rows = QWEN.tokens // 4
+    width = GPU_TILE_BYTES // 4 // rows
+    moved, met = 0, 0
+    for begin in range(0, v, width):
+        t = min(width, v - begin)
+        hidden, head, logits, dz, sums = 2 * rows * h, 2 * t * h, 4 * rows * t, 2 * rows * t, 4 * rows * h
+        moved += hidden + head + logits  # the product
+        moved += logits + dz  # its gradient
+        moved += dz + head + sums  # the product for the hidden states
+        moved += 3 * sums  # added
+        moved += dz + hidden + head  # the product for the head
+        met += 1
+    assert met == 10
+    assert tiles_work(QWEN, 0.25).bytes - tiles_work(QWEN, None).bytes == moved
+
+
+def test_the_page_has_the_arithmetic_of_today() -> None:
+    page = gpu.PAGE.read_text(encoding="utf-8")
+
+    def cells(works: list[Work]) -> str:
+        return " | ".join(
+            f"{work.flops / 1e12:#.3g} | {work.bytes / 1e9:.1f} | {work.flops / H100.flops * 1e3:.1f}, "
+            f"{work.bytes / H100.bytes * 1e3:.1f}"
+            for work in works
+        )
+
+    for name, count in {
+        "dense, forward and backward": lambda head: dense_work(head, learns=True),
+        **{f"ours, f = {share}": lambda head, share=share: tiles_work(head, float(share)) for share in ("0.40", "0.45", "0.50")},
+        "ours, f = 2/3": lambda head: tiles_work(head, 2 / 3),
+        "ours, f = 1": lambda head: tiles_work(head, 1.0),
+        "a forward alone (teacher): dense": lambda head: dense_work(head, learns=False),
+        "a forward alone: tiles": lambda head: tiles_work(head, None),
+        "a forward alone: fused": lambda head: fused_work(head),
+    }.items():
+        assert f"| {name} | {cells([count(head) for head in HEADS])} |" in page, (name, cells([count(h) for h in HEADS]))
+
+
 def test_the_roofline_is_the_slower_of_arithmetic_and_memory() -> None:
-    h100 = CHIPS["H100"]
-    assert Work(989e12, 1.0).seconds(h100) == 1.0 and Work(1.0, 3.35e12).seconds(h100) == 1.0
-    assert tiles_work(TINYLLAMA, KEPT).seconds(h100) == tiles_work(TINYLLAMA, KEPT).flops / 989e12
+    assert Work(989e12, 1.0).seconds(H100) == 1.0 and Work(1.0, 3.35e12).seconds(H100) == 1.0
+    assert tiles_work(TINYLLAMA, KEPT).seconds(H100) == tiles_work(TINYLLAMA, KEPT).flops / 989e12
 
 
 def test_arms_take_turns_and_a_time_is_a_median() -> None:
@@ -56,7 +97,7 @@ def test_an_arm_that_does_not_fit_is_left_out_and_said_so() -> None:
 
     arms = [Arm("large", too_large), Arm("small", lambda: None, Work(9.89e12, 0.0))]
     assert contest(arms, CPU, rounds=2)["large"] is None
-    rows = table("t", {"large": None, "small": Result(20.0, 2**30)}, arms, CHIPS["H100"]).splitlines()[4:]
+    rows = table("t", {"large": None, "small": Result(20.0, 2**30)}, arms, H100).splitlines()[4:]
     assert rows == ["| large | out of memory | |  |  | |", "| small | 20.000 | 1.00 | 9.89 | 0.00 | 50% |"]
 
 
@@ -73,6 +114,17 @@ def test_all_arms_run(capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert re.search(rf"^\| {arm}.* \| \d+\.\d+ \|", printed, re.MULTILINE), arm
     assert "these times say nothing" in printed and "%  |" not in printed
+
+
+def test_a_library_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 PCIe")
+    rates = []
+    monkeypatch.setattr(gpu, "measure", lambda device, heads, chip: rates.append(chip) or "tables")
+    monkeypatch.setattr(gpu, "_liger", lambda: None)
+    gpu.main([])
+    assert "Liger is not installed, so it has no row" in capsys.readouterr().out
+    assert rates == [None], "the rates of another form of the chip"
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

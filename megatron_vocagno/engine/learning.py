@@ -12,7 +12,8 @@ from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
-from megatron_vocagno.objective.selection import Selection, select_tokens
+from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS
 
 

@@ -2,6 +2,7 @@
 
     linear_ce.py    where the losses come from: one float32 loss a token out of hidden states and a head, no logits kept
     selection.py    both models' losses -> which tokens the student learns from, in one call
+      rule.py         what a selection is asked for, and what it answers
       ranking.py      the highest k of each group, exactly, over ranks as well
       statistics.py   what a selection did, as sums that add up
     guidance.py     the equation that the weights go into: the guided loss

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vocagno.objective.ranking import kept_count, over_ranks
-from megatron_vocagno.objective.selection import Rule, Scope, Unmapped, gather_guide, planned_kept, select, select_by_guide
+from megatron_vocagno.objective.rule import Rule, Scope, Unmapped
+from megatron_vocagno.objective.selection import gather_guide, planned_kept, select, select_by_guide
 from megatron_vocagno.objective.statistics import STATS, summarize
 
 __all__ = [

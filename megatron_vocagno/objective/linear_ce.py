@@ -96,10 +96,11 @@ def token_loss(
     group               ranks that hold a shard of the head each, and the same hidden states and targets; all must call, forward
                         and backward. hidden's gradient is the whole one on every rank, the head's is the shard's
     first_id            the id of the shard's first row
-    forward             'fused': no tile is written to memory (a GPU's kernel of our own instead of the GEMM library's)
+    forward             'fused': no tile is written to memory (a kernel of our own instead of the GEMM library's). On a GPU
+                        alone, for float32 and 16 bits, where H and the strides of rows are multiples of 16 elements
     returns             [N] float32 (float64 for float64), nats; 0 without a gradient where target == ignore_index. N may be 0
 
-    Raises ValueError: shapes or dtypes that do not fit; on the CPU also a target out of range (elsewhere the check would wait
+    Raises ValueError: shapes or dtypes that do not fit, or that 'fused' does not take; on the CPU also a target out of range (elsewhere the check would wait
     for the device, and the loss of such a token is NaN, as it is where no shard holds the target).
     """
     _check(hidden_NH, head_VH, target_N, softcap)

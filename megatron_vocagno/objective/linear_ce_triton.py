@@ -34,7 +34,7 @@ def fold_tile(
     sum_N      [N] float32, the sum of exp(z - peak); 0 before the first tile
     picked_N   [N] float32, z[target] once its tile came; NaN before
 
-    A NaN logit makes the row's sum NaN. A row or column may be absent (N = 0, T = 0).
+    A NaN logit makes the row's sum NaN. N and T may be 0.
     """
     rows, columns = logits_NT.shape
     if rows:
@@ -88,13 +88,17 @@ def fused_softmax(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """max(z), sum(exp(z - max(z))) and z[target], float32 [N], of all V columns; no logit is written.
 
-    hidden_NH, head_VH  [N, H], [V, H], float32 (IEEE products), float16 or bfloat16; copied where columns are not neighbours
+    hidden_NH, head_VH  [N, H], [V, H], float32 (IEEE products), float16 or bfloat16; copied where columns are not neighbours.
+                        H and the distance of rows are multiples of 16
     target_N            [N] int64
     first_id            the token of the head's first row: of a shard of the vocabulary. A target outside of the shard gets NaN
 
-    The parts of the vocabulary are merged in one fixed order. N may be 0; V may not.
+    The parts of the vocabulary are merged in one fixed order. N may be 0.
+
+    Raises ValueError: factors that the kernel would read slowly or not at all, see _check; V = 0.
     """
     hidden_NH, head_VH = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden_NH, head_VH))
+    _check(hidden_NH, head_VH)
     (rows, size), columns = hidden_NH.shape, head_VH.shape[0]
     block = _block(hidden_NH.dtype)
     row_blocks, tiles = triton.cdiv(rows, block.rows), triton.cdiv(columns, block.columns)
@@ -129,6 +133,25 @@ def fused_softmax(
     return peak_N, (sum_SN * (peak_SN - peak_N).exp()).sum(0), picked_N
 
 
+def _check(hidden_NH: Tensor, head_VH: Tensor) -> None:
+    """Any N and V do, by one and the same kernel. Factors that cannot be read 16 bytes at a time would need another one, without
+    pipelining and with registers spilled."""
+    for name, x in (("hidden states", hidden_NH), ("head", head_VH)):
+        if not (x.is_cuda or triton.knobs.runtime.interpret):
+            raise ValueError(f'forward="fused": {name} on {x.device}, where its kernel needs a GPU: use forward="tiles"')
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f'forward="fused": no kernel for {name} of {x.dtype}: use forward="tiles"')
+        if x.shape[1] % 16 or x.stride(0) % 16:
+            raise ValueError(
+                f'forward="fused": {name} of {x.shape[1]} columns in rows {x.stride(0)} elements apart, where both must be '
+                'multiples of 16: use forward="tiles"'
+            )
+        if x.storage_offset() * x.element_size() % 16:
+            raise ValueError(f'forward="fused": {name} that begin between multiples of 16 bytes: use forward="tiles"')
+    if not len(head_VH):
+        raise ValueError('forward="fused": the head has no row')
+
+
 @dataclass(frozen=True)
 class _Block:
     rows: int
@@ -140,7 +163,7 @@ class _Block:
 
 _BLOCKS = {
     "sm_90": _Block(128, 256, 64, 8, 3),
-    "cuda": _Block(128, 128, 64, 8, 3),  # 128 x 256 does not fit into the registers of sm_80, nor of sm_100 with a softcap
+    "cuda": _Block(128, 128, 64, 8, 3),  # 128 x 256 does not fit into the registers of sm_80, nor of sm_100
     "hip": _Block(128, 128, 64, 8, 2),
     "float32": _Block(64, 64, 32, 8, 2),  # products of float32 without rounding: no tensor core makes them
     "interpreter": _Block(16, 64, 32, 4, 1),
@@ -185,7 +208,7 @@ def _fold(peak_M, sum_M, z_MT):
     return higher_M, sum_M
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("begin", "N"), do_not_specialize_on_alignment=("target",))
 def _fold_tile(
     logits,  # [N, T] float32
     stride,  # of its rows
@@ -219,7 +242,7 @@ def _fold_tile(
     tl.store(picked + n_M, _cap(tl.load(row_M + column_M, mask=here_M, other=0.0), softcap), mask=here_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("begin", "R"), do_not_specialize_on_alignment=("target",))
 def _dlogits_tile(
     logits,  # [R, T] float32
     stride,
@@ -278,13 +301,16 @@ def _fused_softmax(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """One program: ROWS rows and one part of the vocabulary, COLUMNS at a time, their products summed over DEPTH at a time."""
+    """One program: ROWS rows and one part of the vocabulary, COLUMNS at a time, their products summed over DEPTH at a time.
+
+    Rows beyond N and V are read as the last one and then left out: a mask in the inner loop takes the registers that are short.
+    """
     part = tl.program_id(0)
     n_M = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     k_K = tl.arange(0, DEPTH)
     inside_M = n_M < N
     column_M = tl.load(target + n_M, mask=inside_M, other=-1) - first_id
-    hidden_M = hidden + n_M.to(tl.int64) * hidden_stride
+    hidden_M = hidden + tl.minimum(n_M, N - 1).to(tl.int64) * hidden_stride
     peak_M = tl.full((ROWS,), float("-inf"), tl.float32)
     sum_M = tl.zeros((ROWS,), tl.float32)
     picked_M = tl.zeros((ROWS,), tl.float32)
@@ -292,12 +318,12 @@ def _fused_softmax(
     last = tl.minimum(first + tiles * COLUMNS, V)
     for start in range(first, last, COLUMNS):
         v_T = start + tl.arange(0, COLUMNS)
-        head_T = head + v_T.to(tl.int64) * head_stride
+        head_T = head + tl.minimum(v_T, V - 1).to(tl.int64) * head_stride
         x_MT = tl.zeros((ROWS, COLUMNS), tl.float32)
         for k in range(0, H, DEPTH):
             h_K = k + k_K
-            hidden_MK = tl.load(hidden_M[:, None] + h_K[None, :], mask=inside_M[:, None] & (h_K < H)[None, :], other=0.0)
-            head_KT = tl.load(head_T[None, :] + h_K[:, None], mask=(v_T < V)[None, :] & (h_K < H)[:, None], other=0.0)
+            hidden_MK = tl.load(hidden_M[:, None] + h_K[None, :], mask=(h_K < H)[None, :], other=0.0)
+            head_KT = tl.load(head_T[None, :] + h_K[:, None], mask=(h_K < H)[:, None], other=0.0)
             x_MT = tl.dot(hidden_MK, head_KT, x_MT, input_precision="ieee")
         z_MT = tl.where((v_T < V)[None, :], _cap(x_MT, softcap), float("-inf"))
         picked_M += tl.sum(tl.where(v_T[None, :] == column_M[:, None], z_MT, 0.0), 1)

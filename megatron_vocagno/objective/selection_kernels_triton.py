@@ -1,7 +1,7 @@
 """The kernels of `selection_triton`, which says how they work together.
 
 Keys: the 32 bits of an excess as an unsigned integer in the order of the floats, -0 being +0. Below those of all floats are
-two more: of a token that has no weight whatever is kept (padding, a loss of NaN), and of an unmapped one.
+two more: of a token that can have no weight (padding, a loss of NaN), and of an unmapped one.
 
 In a kernel, T tokens are what a program holds at a time. Offsets are 64 bits wide; shapes stand beside the pointers, which are
 to contiguous memory.
@@ -31,7 +31,7 @@ def _total(x_T, where_T):
 
 @triton.jit
 def _aggregate(loss, first_T, last_T, AGGREGATE: tl.constexpr):
-    """Of the losses in [first, last) of one teacher row; NaN where there is none, or one of them is NaN."""
+    """Of the losses in [first, last) of one teacher row; NaN where there is none, as where last <= first, or one is NaN."""
     width_T = last_T - first_T
     if AGGREGATE == "max":
         guide_T = tl.full(first_T.shape, float("-inf"), tl.float32)
@@ -39,7 +39,7 @@ def _aggregate(loss, first_T, last_T, AGGREGATE: tl.constexpr):
         guide_T = tl.full(first_T.shape, float("inf"), tl.float32)
     else:
         guide_T = tl.zeros(first_T.shape, tl.float64)  # exact enough to round once, whatever the order
-    nan_T = width_T == 0
+    nan_T = width_T <= 0
     for j in range(tl.max(width_T, 0)):
         inside_T = j < width_T
         loss_T = tl.load(loss + first_T + j, mask=inside_T, other=0.0).to(tl.float32)
@@ -137,12 +137,12 @@ def _kth_highest(key, numerator, denominator):
 
 
 @triton.jit
-def _above_zero(key, threshold, missing):
-    """The cut that keeps of the k highest those above 0, how many ties at it are kept, and the smallest kept key, or NONE."""
-    missing = tl.where(threshold > ZERO, missing, 0)
-    threshold = tl.where(threshold > ZERO, threshold, ZERO)
-    above = tl.min(tl.where(key > threshold, key, NONE).to(tl.uint32))
-    return threshold, missing, tl.where(missing > 0, threshold, above)
+def _above_zero(key, cut_key, missing):
+    """Where the cut is if of the k highest those above 0 are kept; how many ties at it are; the smallest kept key, or NONE."""
+    missing = tl.where(cut_key > ZERO, missing, 0)
+    cut_key = tl.where(cut_key > ZERO, cut_key, ZERO)
+    above = tl.min(tl.where(key > cut_key, key, NONE).to(tl.uint32))
+    return cut_key, missing, tl.where(missing > 0, cut_key, above)
 
 
 @triton.jit
@@ -164,21 +164,21 @@ def threshold(
     p_P = tl.arange(0, BLOCKS)
     i_PT = p_P[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     key_PT = tl.load(key + i_PT, mask=i_PT < N, other=0)
-    threshold, k = _kth_highest(key_PT, numerator, denominator)
-    certain_P = tl.sum((key_PT > threshold).to(tl.int32), 1)
+    cut_key, k = _kth_highest(key_PT, numerator, denominator)
+    certain_P = tl.sum((key_PT > cut_key).to(tl.int32), 1)
     missing = k - tl.sum(certain_P)
-    smallest = threshold
+    smallest = cut_key
     if POSITIVE:
-        threshold, missing, smallest = _above_zero(key_PT, threshold, missing)
-        certain_P = tl.sum((key_PT > threshold).to(tl.int32), 1)
-    ties_P = tl.sum((key_PT == threshold).to(tl.int32), 1)
+        cut_key, missing, smallest = _above_zero(key_PT, cut_key, missing)
+        certain_P = tl.sum((key_PT > cut_key).to(tl.int32), 1)
+    ties_P = tl.sum((key_PT == cut_key).to(tl.int32), 1)
     if INCLUDE:
         certain_P += tl.sum((key_PT == UNMAPPED).to(tl.int32), 1)
     ties_before_P = tl.cumsum(ties_P) - ties_P
     before_P = tl.cumsum(certain_P) - certain_P + tl.minimum(ties_before_P, missing)
     tl.store(before + p_P, ties_before_P, mask=p_P < P)
     tl.store(before + P + p_P, before_P, mask=p_P < P)
-    tl.store(at, threshold)
+    tl.store(at, cut_key)
     tl.store(at + 1, missing)
     tl.store(at + 2, tl.sum(certain_P) + missing)
     tl.store(lowest, _excess(smallest))
@@ -208,7 +208,7 @@ def count(
     key,  # [N] uint32
     found,  # [1] int64
     missing,  # [1] int64, on all ranks
-    count,  # [2, P] int64, written: ties, and tokens that have weight however ties are broken
+    counts,  # [2, P] int64, written: ties, and tokens that have weight however ties are broken
     lowest,  # [P] float32, written: the smallest kept excess, inf where there is none
     N,
     P,
@@ -219,14 +219,14 @@ def count(
     p = tl.program_id(0).to(tl.int64)
     i_T = p * BLOCK + tl.arange(0, BLOCK)
     key_T = tl.load(key + i_T, mask=i_T < N, other=0)
-    threshold = tl.load(found).to(tl.uint32)
-    above_T, tie_T = key_T > threshold, key_T == threshold
+    cut_key = tl.load(found).to(tl.uint32)
+    above_T, tie_T = key_T > cut_key, key_T == cut_key
     certain_T = above_T
     if INCLUDE:
         certain_T = certain_T | (key_T == UNMAPPED)
     kept_T = above_T | (tie_T & (tl.load(missing) > 0))
-    tl.store(count + p, tl.sum(tie_T.to(tl.int32)))
-    tl.store(count + P + p, tl.sum(certain_T.to(tl.int32)))
+    tl.store(counts + p, tl.sum(tie_T.to(tl.int32)))
+    tl.store(counts + P + p, tl.sum(certain_T.to(tl.int32)))
     tl.store(lowest + p, tl.min(tl.where(kept_T, _excess(key_T), float("inf"))))
 
 
@@ -289,11 +289,11 @@ def _write_weights(
     INCLUDE: tl.constexpr,
 ):
     """Of the tokens i of a list: weights, their place among the rows, and sums. Returns ties, and tokens that have weight."""
-    threshold, missing, total = cut
+    cut_key, missing, total = cut
     first, inside_T = list_ * size, i_T < size
     key_T = tl.load(key + first + i_T, mask=inside_T, other=0)
-    tie_T = key_T == threshold
-    weighted_T = (key_T > threshold) | (tie_T & (ties + tl.cumsum(tie_T.to(tl.int32)) <= missing))
+    tie_T = key_T == cut_key
+    weighted_T = (key_T > cut_key) | (tie_T & (ties + tl.cumsum(tie_T.to(tl.int32)) <= missing))
     if INCLUDE:
         weighted_T = weighted_T | (key_T == UNMAPPED)
     place_T = weighted + tl.cumsum(weighted_T.to(tl.int32)) - weighted_T.to(tl.int32)
@@ -371,17 +371,17 @@ def select_row(
     tl.debug_barrier()  # other threads wrote the keys that this one reads
     s_S = tl.arange(0, TOKENS)
     key_S = tl.load(key + b * S + s_S, mask=s_S < S, other=0)
-    threshold, k = _kth_highest(key_S, numerator, denominator)
-    above = _many(key_S > threshold)
+    cut_key, k = _kth_highest(key_S, numerator, denominator)
+    above = _many(key_S > cut_key)
     missing = k - above
-    smallest = threshold
+    smallest = cut_key
     if POSITIVE:
-        threshold, missing, smallest = _above_zero(key_S, threshold, missing)
-        above = _many(key_S > threshold)
+        cut_key, missing, smallest = _above_zero(key_S, cut_key, missing)
+        above = _many(key_S > cut_key)
     total = above + missing
     if INCLUDE:
         total += _many(key_S == UNMAPPED)
-    cut = (threshold, missing, total)
+    cut = (cut_key, missing, total)
     stats += b * steps * SUMS
     ties = 0
     weighted = 0

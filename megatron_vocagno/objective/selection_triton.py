@@ -4,9 +4,9 @@
     threshold  k = ceil(keep * n), and the k-th highest key, bit by bit from the top: 32 counts of keys in registers
     weights    w = 1 above the threshold and for the first ties at it; the list of rows; the sums of STATS
 
-Nothing is added atomically, so equal inputs give bitwise equal results. A ranking of more tokens than the registers of one
-program hold, or of several ranks, finds the threshold from three histograms of 11, 11 and 10 bits: integer sums, exact in any
-order. Scratch: 4 bytes a token.
+A ranking of more tokens than the registers of one program hold, or of several ranks, finds the threshold from three histograms
+of 11, 11 and 10 bits. Only their counts are added atomically: integers, exact in any order. No float is, so equal inputs give
+bitwise equal results. Scratch: 4 bytes a token.
 
 B rows, S student positions, U teacher positions, N = B * S tokens in P blocks, L lists of rows, C room in all of them, K =
 len(STATS).
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_vocagno.objective import selection_kernels_triton as kernels
 from megatron_vocagno.objective.ranking import on_lower_ranks, over_ranks, share, spans_ranks, threshold_from_digits
-from megatron_vocagno.objective.selection import Aggregate, Rule, Selection
+from megatron_vocagno.objective.rule import Aggregate, Rule, Selection
 from megatron_vocagno.objective.statistics import STATS
 
 IN_REGISTERS = 32_768

@@ -182,11 +182,11 @@ def factors(rows: int, size: int, columns: int, dtype: torch.dtype, device: torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("softcap", CAPS)
-@pytest.mark.parametrize(("rows", "size", "columns"), [(16, 32, 128), (21, 40, 1100), (1, 1, 1), (33, 17, 259)])
+@pytest.mark.parametrize(("rows", "size", "columns"), [(16, 32, 128), (21, 48, 1100), (1, 16, 1), (33, 80, 259)])
 def test_the_fused_forward_is_the_softmax(
     rows: int, size: int, columns: int, softcap: float | None, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Even, odd and all-odd shapes; one part of the vocabulary and several."""
+    """Even and odd numbers of rows and columns, H that is no multiple of a block; one part of the vocabulary and several."""
     hidden_NH, head_VH, target_N = factors(rows, size, columns, dtype, device)
     state = fused_softmax(hidden_NH, head_VH, target_N, softcap, 0)
     assert all(x.dtype == torch.float32 for x in state)
@@ -195,7 +195,7 @@ def test_the_fused_forward_is_the_softmax(
 
 def test_fused_and_folded_agree_on_strided_factors_and_repeat_bitwise(device: torch.device) -> None:
     hidden_NH, head_VH, target_N = factors(20, 48, 1500, torch.float32, device)
-    hidden_NH, head_VH = hidden_NH[:, :40], head_VH[::2, :40]
+    hidden_NH, head_VH = hidden_NH[:, 16:], head_VH[::2, 16:]
     target_N = (target_N // 2)[:, None].expand(-1, 3).contiguous()[:, 1]
     fused = fused_softmax(hidden_NH, head_VH, target_N, None, 0)
     folded = fold(hidden_NH @ head_VH.T, target_N, 200)
@@ -219,6 +219,26 @@ def test_shards_of_the_vocabulary_add_up(device: torch.device) -> None:
     torch.testing.assert_close(picked_SN.nansum(0), whole[2], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(peak_SN.amax(0), whole[0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close((sum_SN * (peak_SN - whole[0]).exp()).sum(0), whole[1], rtol=1e-5, atol=1e-5)
+
+
+def test_factors_that_would_be_read_slowly_are_refused(device: torch.device) -> None:
+    """By what is wrong with them, and what to do."""
+    target_N, met = torch.zeros(8, dtype=torch.int64, device=device), 0
+    fine = torch.ones(8, 32, device=device)
+    wide = torch.ones(8, 36, device=device)
+    for hidden_NH, head_VH, message in (
+        (torch.ones(8, 40, device=device), torch.ones(9, 40, device=device), "hidden states of 40 columns in rows 40 elements"),
+        (fine, wide[:, :32], "head of 32 columns in rows 36 elements apart"),
+        (torch.ones(8, 48, device=device)[:, 1:33], fine, "hidden states that begin between multiples of 16 bytes"),
+        (fine.double(), fine.double(), "no kernel for hidden states of torch.float64"),
+        (fine, fine[:0], "the head has no row"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            fused_softmax(hidden_NH, head_VH, target_N, None, 0)
+        assert 'use forward="tiles"' in str(error.value) or not len(head_VH)
+        met += 1
+    assert met == 5
+    fused_softmax(fine, wide[:, :16].repeat(1, 2), target_N, None, 0)
 
 
 def test_no_row_works(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_vocagno.objective import selection, selection_triton
 from megatron_vocagno.objective import selection_kernels_triton as kernels
-from megatron_vocagno.objective.selection import Rule, Selection
+from megatron_vocagno.objective.rule import Rule, Selection
 from tests.kernels import INTERPRETED
 from tests.objective.selection_cases import KINDS, SETTINGS, Case, assert_selected, random_case, same, traits
 
@@ -106,6 +106,19 @@ def test_a_whole_micro_batch_is_selected_as_in_torch(scope: str, rows: int, widt
     assert torch.equal(torch.cat(heads), want.rows_C) and len(rows_LC.unique()) == rows_LC.numel()
     assert torch.allclose(got.stats_PK.cpu().sum(0), want.stats_PK.sum(0), rtol=1e-12)
     assert rows * width > 4 * selection_triton.BLOCK and want.weight_BS.sum() > 0.35 * rows * width
+
+
+@pytest.mark.parametrize("aggregate", SETTINGS["aggregate"])
+@pytest.mark.parametrize("scope", ["sequence", "microbatch"])
+def test_a_range_that_ends_before_it_begins_is_unmapped(scope: str, aggregate: str, device: torch.device, road: str) -> None:
+    """The host checks ranges on a CPU alone; an excess of infinity would be kept before all others."""
+    first_BS = torch.tensor([[0, 3, 2, 4, 1, 0]], device=device)
+    last_BS = torch.tensor([[2, 1, 2, 5, 0, 4]], device=device)
+    student_BS, teacher_BU = torch.rand(1, 6, device=device) + 1, torch.rand(1, 5, device=device)
+    settings = {"aggregate": aggregate, "keep": 0.6, "scope": scope, "unmapped": "exclude"}
+    got = selection_triton.select_tokens(student_BS, teacher_BU, first_BS, last_BS, student_BS > 0, **settings)  # type: ignore[arg-type]
+    assert got.guide_BS.isnan().tolist() == [[False, True, True, False, True, False]]
+    assert got.weight_BS.sum() == 2 and not got.weight_BS[got.guide_BS.isnan()].any()
 
 
 def test_a_given_guide_is_as_good_as_what_it_is_made_from(device: torch.device) -> None:

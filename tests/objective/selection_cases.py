@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vocagno.objective.selection import Selection
+from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective import slow
 

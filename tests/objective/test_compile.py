@@ -38,6 +38,26 @@ def test_every_kernel_that_is_launched_compiles_for_every_gpu(found: list[tuple[
     }
 
 
+def test_every_kernel_compiles_for_sizes_divisible_by_16_and_for_odd_ones(found: list[tuple[str, Launch]]) -> None:
+    """The compiler knows which are, and makes another kernel of them: with other registers, and other spills."""
+    of_parity = {
+        parity: {(launch.kernel, launch.target) for case, launch in found if ("odd" in case) == parity}
+        for parity in (False, True)
+    }
+    assert of_parity[True] == of_parity[False] and len(of_parity[True]) == len(TARGETS) * len({x.kernel for _, x in found})
+
+
+def test_the_fused_forward_is_the_same_for_every_number_of_rows_and_columns(found: list[tuple[str, Launch]]) -> None:
+    by_case = {(case, launch.target): launch for case, launch in found if launch.kernel == "_fused_softmax"}
+    met = 0
+    for (case, target), odd in by_case.items():
+        if "odd" in case:
+            even = by_case[case.replace(", odd", ""), target]
+            assert (odd.registers, odd.spilled, odd.shared) == (even.registers, 0, even.shared), (case, target)
+            met += 1
+    assert met == 6 * len(TARGETS)
+
+
 def test_nothing_spills_and_every_block_fits(found: list[tuple[str, Launch]]) -> None:
     """A spilled register is a trip to memory for each thread; a block that does not fit is refused at its launch."""
     for case, launch in found:

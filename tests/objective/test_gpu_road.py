@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.offline import Launch, compiled_for
-from megatron_vocagno.objective.linear_ce import LearnedRows, _Options, _TokenLoss
+from megatron_vocagno.objective.linear_ce import LearnedRows, _Options, _TokenLoss, token_loss
 from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS
 from tests.kernels import INTERPRETED
@@ -27,7 +28,8 @@ GPU = torch.device("cuda")
 
 
 class _NoGuard(TorchFunctionMode):
-    """x[i] and out=x by functions that ask for no device guard, which a torch without CUDA does not have."""
+    """x[i] by functions that ask for no device guard, which a torch without CUDA does not have; what writes to out=x, by the very
+    overload that training calls, on meta tensors."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__getitem__:
@@ -46,11 +48,16 @@ class _NoGuard(TorchFunctionMode):
                 axis += 1
             return x
         if kwargs and "out" in kwargs:
-            out = kwargs.pop("out")
-            made = function(*args, **kwargs)
-            assert (made.shape, made.dtype, made.device) == (out.shape, out.dtype, out.device)
+            out = kwargs["out"]
+            on_meta = [_meta(x) if isinstance(x, Tensor) else x for x in (*args, out)]
+            made = function(*on_meta[:-1], **(kwargs | {"out": on_meta[-1]}))
+            assert made is on_meta[-1] and (made.shape, made.dtype) == (out.shape, out.dtype)
             return out
         return function(*args, **(kwargs or {}))
+
+
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 @contextmanager
@@ -90,6 +97,29 @@ def test_the_token_loss_runs_its_kernels_on_float32_tiles(dtype: torch.dtype, fo
         assert {launch.kernel for launch in launches} == {"_dlogits_tile"}
         assert all(launch.grid[0] == learned // 4 for launch in launches)
     assert (dhidden.shape, dhidden.dtype, dhead.shape, dhead.dtype) == (hidden.shape, dtype, head.shape, dtype)
+
+
+def test_the_fused_forward_on_a_cpu_says_what_to_do() -> None:
+    hidden, head, target = torch.ones(8, 16), torch.ones(9, 16), torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match='hidden states on cpu, where its kernel needs a GPU: use forward="tiles"'):
+        token_loss(hidden, head, target, forward="fused")
+
+
+def test_a_float32_product_of_16_bits_writes_into_its_tile() -> None:
+    """An overload that torch has for CUDA alone, so no test runs it on a CPU."""
+    seen: list[Any] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    hidden, head = (torch.empty(rows, 16, dtype=torch.bfloat16, device="meta") for rows in (8, 32))
+    tile = torch.empty(8, 32, device="meta")
+    with Watch():
+        assert torch.mm(hidden, head.T, out_dtype=torch.float32, out=tile) is tile
+    assert seen[-1] is torch.ops.aten.mm.dtype_out
+    assert tile.shape == (8, 32) and tile.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

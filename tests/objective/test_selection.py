@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_vocagno.objective.selection import Selection, planned_kept, select_tokens
+from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective.selection_cases import KINDS, Case, assert_selected, random_case, traits
 
