@@ -100,8 +100,9 @@ def token_loss(
                         alone, for float32 and 16 bits, where H and the strides of rows are multiples of 16 elements
     returns             [N] float32 (float64 for float64), nats; 0 without a gradient where target == ignore_index. N may be 0
 
-    Raises ValueError: shapes or dtypes that do not fit, or that 'fused' does not take; on the CPU also a target out of range (elsewhere the check would wait
-    for the device, and the loss of such a token is NaN, as it is where no shard holds the target).
+    Raises ValueError: shapes or dtypes that do not fit, or that 'fused' does not take; on the CPU also a target out of range
+    (elsewhere the check would wait for the device, and the loss of such a token is NaN, as it is where no shard holds the
+    target).
     """
     _check(hidden_NH, head_VH, target_N, softcap)
     if forward not in ("tiles", "fused"):
