@@ -50,6 +50,8 @@ class Data(Part):
     valid: Path | None = None
     row_length: Annotated[int, Field(ge=32)] = 2048
     """Student positions of a row (S)."""
+    attention: Literal["row", "document"] = "row"
+    """What a token sees, in both models: all of its row before it, or its own document's part of that."""
 
     @field_validator("train", mode="before")
     @classmethod
@@ -76,11 +78,20 @@ class Student(Part):
 class Teacher(Part):
     """The frozen model that guides."""
 
-    path: Path
+    path: Path | None = None
     """A Hugging Face folder with safetensors, or a GGUF file (dequantised once, kept in a cache folder)."""
+    data: tuple[Path, ...] = ()
+    """For the second and every further teacher: the datasets of `data.train`, in their order, aligned for this teacher."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    placement: Literal["replicated"] = "replicated"
-    """`replicated`: every rank holds the teacher, and the ranks of a pipeline group share a step's rows."""
+    weights: Literal["as-is", "int8", "fp8"] = "as-is"
+    """`int8`, `fp8`: the decoder's matrices are quantised when they are loaded, by torchao."""
+    placement: Literal["replicated", "zero3", "cached"] = "replicated"
+    """Where its losses come from.
+
+    `replicated`: every rank holds the teacher, and the ranks of a pipeline group share a step's rows.
+    `zero3`: its weights are sharded over all ranks, and gathered layer by layer.
+    `cached`: `tools.preprocess.score_teacher` has written them beside the data; no teacher is loaded.
+    """
     tokens_per_batch: PositiveInt = 16384
     """Padded teacher tokens of one forward. A memory bound, it changes no result beyond rounding."""
     attention: Attention = "auto"
@@ -97,6 +108,8 @@ class Guidance(Part):
     unmapped: Unmapped = "include"
     require_positive: bool = False
     """Keep only tokens where the student is worse than the teacher."""
+    combine: Literal["min", "mean"] = "min"
+    """Of the guides of several teachers."""
 
     @field_validator("keep")
     @classmethod
@@ -109,6 +122,10 @@ class Guidance(Part):
 class Parallel(Part):
     pipeline_stages: Annotated[int, Field(ge=0)] = 0
     """0: no pipeline, the plain engine with any ZeRO stage; 1 and more: the pipeline engine, with ZeRO-1."""
+    partition: Literal["parameters", "uniform"] | tuple[PositiveInt, ...] = "parameters"
+    """How layers are dealt to stages: equal parameters, equal layers, or so many decoder layers each."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each decoder layer, and compute the rest again in the backward pass."""
 
 
 class Schedule(Part):
@@ -129,6 +146,8 @@ class Training(Part):
     schedule: Schedule = Schedule()
     max_nonfinite_steps: PositiveInt = 5
     """So many steps in a row with a loss or gradient that is not finite stop the run."""
+    max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """After so many minutes of wall time the run saves a checkpoint and leaves, as it does on SIGTERM and SIGUSR1."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -150,6 +169,8 @@ class Checkpoint(Part):
     """Steps between checkpoints; one is always written after the last step."""
     keep: PositiveInt = 2
     """The newest so many stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Besides them, those whose step is a multiple of this stay for good."""
 
 
 class Logging(Part):
@@ -164,7 +185,8 @@ class Run(Part):
     """Checkpoints, metrics.jsonl and TensorBoard files go here."""
     data: Data
     student: Student
-    teacher: Teacher | None = None
+    teacher: tuple[Teacher, ...] = ()
+    """A table `[teacher]`, or for several teachers tables `[[teacher]]`, all of them cached."""
     guidance: Guidance = Guidance()
     parallel: Parallel = Parallel()
     training: Training
@@ -172,10 +194,28 @@ class Run(Part):
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
 
+    @field_validator("teacher", mode="before")
+    @classmethod
+    def _one_teacher(cls, teacher: Any) -> Any:
+        return [teacher] if isinstance(teacher, Mapping) else teacher
+
     @model_validator(mode="after")
     def _teacher_for_guidance(self) -> Self:
-        if self.guidance.objective == "guided" and self.teacher is None:
+        if self.guidance.objective == "guided" and not self.teacher:
             raise ValueError("guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one")
+        for i, teacher in enumerate(self.teacher):
+            if teacher.path is None and teacher.placement != "cached":
+                raise ValueError(f"teacher.path is missing: a {teacher.placement} teacher is read from there")
+            if len(self.teacher) > 1 and teacher.placement != "cached":
+                raise ValueError(
+                    f"[[teacher]] {i + 1} of {len(self.teacher)} has placement {teacher.placement!r}: several teachers must all "
+                    "be 'cached' (tools.preprocess.score_teacher)"
+                )
+            if len(teacher.data) != (len(self.data.train) if i else 0):
+                raise ValueError(
+                    f"[[teacher]] {i + 1} of {len(self.teacher)} names {len(teacher.data)} datasets: the first teacher reads "
+                    f"data.train, every further one names {len(self.data.train)} of its own, aligned for it"
+                )
         if self.eval.every is not None and self.data.valid is None:
             raise ValueError("eval.every is given, but there is no data.valid to evaluate on")
         return self
@@ -198,7 +238,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     try:
         return Run.model_validate(fields)
     except ValidationError as error:
-        raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in error.errors())) from None
+        details = [_without_place_of_one(detail, fields) for detail in error.errors()]
+        raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in details)) from None
 
 
 ALTERNATIVES = {
@@ -226,6 +267,14 @@ def _lay_over(fields: dict[str, Any], override: str) -> None:
         fields[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         fields[last] = text.strip()
+
+
+def _without_place_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """'teacher.0.path' is 'teacher.path' for a user who wrote one table."""
+    loc = tuple(detail["loc"])
+    if loc[:2] == ("teacher", 0) and isinstance(fields["teacher"], Mapping):
+        loc = ("teacher", *loc[2:])
+    return {**detail, "loc": loc}
 
 
 def _explain(detail: Mapping[str, Any]) -> str:

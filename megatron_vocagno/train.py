@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,18 +20,17 @@ from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, eva
 from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.build import build_engine
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
 from megatron_vocagno.engine.manifest import Position
+from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes, start, stop
-from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
+from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
 from megatron_vocagno.model.student import check_row_length, student_config
-from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.objective.statistics import STATS, summarize
 
@@ -54,7 +52,7 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     data = datasets[0]  # for what they have in common
     valid = _open_valid(run, data)
     config, weights = _open_student(run, data, settings, processes)
-    teacher = _open_teacher(run, data, processes)
+    teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     mixture = Mixture([source.weight for source in run.data.train])
     rows = BlendedRows([TrainRows(ds, run.data.row_length, run.training.seed, longest) for ds in datasets], mixture)
@@ -64,7 +62,7 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps)
     engine = build_engine(run, settings, config, weights, layout, steps, processes)
     batches = Batches(rows, layout, engine.data_rank)
-    scorer = _place(teacher, run, engine, processes)
+    scorer = place_teacher(teacher, run, engine, processes)
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
     position = keeper.resume(monitor.say)
@@ -261,37 +259,8 @@ def _open_student(
     assert source is not None
     config = student_config(source, vocabulary)
     if run.student.pretrained is not None:
-        _check_tokenizer(data, "student", run.student.pretrained)
+        check_tokenizer(data, "student", run.student.pretrained)
     check_row_length(config, run.data.row_length)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(run.student.attention, dtype, processes.device)
     return config, PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
-
-
-def _open_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | None:
-    """The teacher of a guided run; plain language modeling never loads one."""
-    if run.guidance.objective == "clm" or run.teacher is None:
-        return None
-    _check_tokenizer(data, "teacher", teacher_folder(run.teacher.path))
-    teacher = open_teacher(run.teacher.path, getattr(torch, run.teacher.dtype), processes.device, run.teacher.attention)
-    if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
-        raise RunError(
-            f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
-            f"the teacher {run.teacher.path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
-        )
-    return teacher
-
-
-def _check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], folder: Path) -> None:
-    """Refuse a model whose own tokenizer is not the one that made the dataset's ids. A folder may come without one."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
-    mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
-    data.require_tokenizers(**{f"{side}_fingerprint": mine})
-
-
-def _place(teacher: Teacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
-    if teacher is None or run.teacher is None:
-        return None
-    return ReplicatedScorer(teacher, engine.pipe_group, run.teacher.tokens_per_batch, processes.device)

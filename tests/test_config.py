@@ -107,7 +107,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_plain_training_needs_no_teacher(tmp_path: Path) -> None:
     text = GOOD.replace('[teacher]\npath = "teacher"', '[guidance]\nobjective = "clm"')
-    assert load_run(write(tmp_path, text)).teacher is None
+    assert load_run(write(tmp_path, text)).teacher == ()
 
 
 def test_a_run_is_frozen(tmp_path: Path) -> None:

@@ -34,9 +34,15 @@ class Batch:
     first_BS: Tensor
     last_BS: Tensor
     """[B, S] int32, positions among the row's teacher targets, half-open; first == last where unmapped."""
+    segment_BS: Tensor
+    """[B, S] int32, which of the row's documents a position belongs to: that of its target, so that the token that ends one
+    document is the first input of the next. Ascending from 0; padding belongs to the last document.
+    """
     teacher_inputs: tuple[Int32, ...]
     teacher_targets: tuple[Int32, ...]
     """B arrays of u token ids each."""
+    teacher_segments: tuple[Int32, ...]
+    """B arrays [u], as segment_BS."""
     mapping_counts: tuple[int, ...]
     """How many targets have each `Mapping`."""
     row_mapped: tuple[int, ...]
@@ -153,11 +159,11 @@ def collate(rows: list[Row], row_length: int) -> Batch:
     """Pad rows to [B, S]."""
     shape = (len(rows), row_length)
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
-    first, last = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    first, last, begins = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for b, row in enumerate(rows):
         n = len(row.input_ids)
         inputs[b, :n], targets[b, :n] = row.input_ids, row.target_ids
-        first[b, :n], last[b, :n] = row.first, row.last
+        first[b, :n], last[b, :n], begins[b, :n] = row.first, row.last, row.starts_document
     counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
     mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
     return Batch(
@@ -165,8 +171,10 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         target_BS=torch.from_numpy(targets),
         first_BS=torch.from_numpy(first),
         last_BS=torch.from_numpy(last),
+        segment_BS=torch.from_numpy(begins.cumsum(1, dtype=np.int32)),
         teacher_inputs=tuple(row.teacher_input_ids for row in rows),
         teacher_targets=tuple(row.teacher_target_ids for row in rows),
+        teacher_segments=tuple(row.teacher_starts_document.cumsum(dtype=np.int32) for row in rows),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),
@@ -183,4 +191,5 @@ EMPTY_ROW = Row(
     mapping=np.zeros(0, np.uint8),
     teacher_input_ids=_NOTHING,
     teacher_target_ids=_NOTHING,
+    teacher_starts_document=np.zeros(0, np.bool_),
 )

@@ -120,6 +120,8 @@ class Row:
     teacher_input_ids: Int32
     teacher_target_ids: Int32
     """[u] the teacher's loss of target j comes from the logits at input j."""
+    teacher_starts_document: npt.NDArray[np.bool_]
+    """[u] whether the teacher's target is the first token of a document."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
@@ -170,7 +172,7 @@ class Rows:
         begins[borders] = True
         ends[[border - 1 for border in borders]] = True
         ends[-1] = pieces[-1].stop == self.student_lengths[pieces[-1].document]
-        first, last, teacher = self._teacher(pieces)
+        first, last, teacher, teacher_begins = self._teacher(pieces)
 
         mapping = np.zeros(len(first), np.uint8)
         # where several reasons hold, the last one is told
@@ -189,6 +191,7 @@ class Rows:
             mapping=mapping,
             teacher_input_ids=teacher[:-1],
             teacher_target_ids=teacher[1:],
+            teacher_starts_document=teacher_begins,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
@@ -201,8 +204,9 @@ class Rows:
         back = common[::-1].index(True) if True in common else 0
         return slot, token - back
 
-    def _teacher(self, pieces: list[Piece]) -> tuple[Int32, Int32, Int32]:
-        """first, last [n] of the targets, among the teacher's targets and beyond; the teacher's u + 1 tokens.
+    def _teacher(self, pieces: list[Piece]) -> tuple[Int32, Int32, Int32, npt.NDArray[np.bool_]]:
+        """first, last [n] of the targets, among the teacher's targets and beyond; the teacher's u + 1 tokens; which targets
+        start a document [u].
 
         The teacher reads from the token that holds the row's first byte, and predicts from its second one on.
         """
@@ -221,4 +225,7 @@ class Rows:
             stop = min(length, room - (base + 1))
             if (begin := max(0, -(base + 1))) < stop:
                 tokens.append(self.dataset.teacher(piece.document, begin, stop))
-        return first, last, np.concatenate(tokens)
+        teacher = np.concatenate(tokens)
+        begins = np.zeros(len(teacher) - 1, np.bool_)
+        begins[[base for base in bases[1:] if base < len(begins)]] = True
+        return first, last, teacher, begins

@@ -1,0 +1,56 @@
+"""The teacher of a run: opened as its `placement` says, and put where it scores.
+
+A teacher that is sharded must be built before the student's engine: DeepSpeed keeps one process-wide record of the ranks that
+form a model, and would shard over the student's data-parallel ranks alone, or fail (0.19.8).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.engine.processes import Processes
+from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
+from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
+
+
+def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | None:
+    """The teacher of a guided run, in memory; None where it is cached. Plain language modeling never loads one.
+
+    Call it before the student's engine is built. Raises RunError, ModelError, TokenizerMismatch.
+    """
+    if run.guidance.objective == "clm":
+        return None
+    [asked] = run.teacher
+    if asked.placement != "replicated" or asked.path is None:
+        raise RunError(f"teacher.placement = {asked.placement!r} is not there yet")
+    check_tokenizer(data, "teacher", teacher_folder(asked.path))
+    teacher = open_teacher(asked.path, getattr(torch, asked.dtype), processes.device, asked.attention)
+    if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
+        raise RunError(
+            f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
+            f"the teacher {asked.path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
+        )
+    return teacher
+
+
+def place_teacher(teacher: Teacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
+    """What scores the steps of a run; None without a teacher."""
+    if teacher is None:
+        return None
+    return ReplicatedScorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device)
+
+
+def check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], folder: Path) -> None:
+    """Refuse a model whose own tokenizer is not the one that made the dataset's ids. A folder may come without one."""
+    if not (folder / "tokenizer.json").is_file():
+        return
+    made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
+    mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
+    data.require_tokenizers(**{f"{side}_fingerprint": mine})
