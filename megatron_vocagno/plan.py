@@ -1,0 +1,185 @@
+"""The command that plans: memory, time and cost of a run on so many GPUs, before anything starts.
+
+    python -m megatron_vocagno.plan RUN.toml --deepspeed_config ds_configs/X.json --gpus 32 --gpu h100
+
+It reads the run's files and the two models' config.json, no weights. Exit code 0: a plan. 2: the user has something to mend.
+docs/scaling.md tells how to read it and what it rests on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_vocagno.batch.pack import SLACK
+from megatron_vocagno.config import Run, RunError, Teacher, load_run
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.dataset import DATASET, AlignedDataset
+from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings, zero_stage
+from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.student import SUPPORTED, student_config
+from megatron_vocagno.planning.comparison import Task, as_asked, compare
+from megatron_vocagno.planning.cost import Cluster
+from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
+from megatron_vocagno.planning.memory import StudentUse, TeacherUse
+from megatron_vocagno.planning.report import as_json, text
+from megatron_vocagno.planning.sizes import read_config, sizes
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = _parse(arguments)
+    try:
+        print(plan(options), end="")
+    except (RunError, ModelError, CorpusError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def plan(options: argparse.Namespace) -> str:
+    run = load_run(options.run, options.set)
+    settings = read_settings(options.deepspeed_config, run.parallel.pipeline_stages, "cuda")
+    if precision(settings) == "fp32":
+        raise RunError(f"{options.deepspeed_config} asks for float32: the rates that plan knows are those of 16-bit products")
+    if options.gpus < 1 or options.gpus_per_node < 1:
+        raise RunError(f"--gpus {options.gpus}, --gpus-per-node {options.gpus_per_node}: at least 1 of each")
+    datasets = _datasets(run)
+    assumed = _assumptions(options, run, datasets)
+    cluster = Cluster(gpu(options.gpu), options.gpus, options.gpus_per_node, assumed)
+    notes = []
+    if not datasets:
+        notes.append(
+            f"note: no data at {run.data.train[0].path} yet: {assumed.teacher_tokens:.2f} teacher tokens for each student token, "
+            f"{assumed.unmapped:.1%} of them unmapped, are assumed."
+        )
+    rows, problem = _rows(settings, options.gpus, run.parallel.pipeline_stages)
+    if problem:
+        notes.append(f"warning: as its files have it, the run does not start: {problem}")
+    task = _task(run, settings, options, datasets, assumed, rows)
+    found, asked = compare(task, cluster), as_asked(task, cluster, zero_stage(settings))
+    if not found:
+        raise RunError(
+            f"{rows} rows of a global batch cannot be dealt to {options.gpus} GPUs in any layout: change train_batch_size"
+        )
+    if options.json:
+        return json.dumps(as_json(task, cluster, found, asked, notes), indent=2, default=str) + "\n"
+    return text(task, cluster, found, asked, notes)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_vocagno.plan", description="Memory, time and cost of a run, before anything starts."
+    )
+    parser.add_argument("run", type=Path, help="the run file, TOML")
+    parser.add_argument("--deepspeed_config", type=Path, required=True, help="the DeepSpeed configuration, JSON")
+    parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
+    parser.add_argument("--gpu", default="h100", help=f"their type: {', '.join(GPUS)}")
+    parser.add_argument("--gpus-per-node", type=int, default=8)
+    parser.add_argument("--tokens", type=float, help="student tokens to learn from, instead of the run's")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
+    parser.add_argument("--student-config", type=Path, help="config.json of a student that is not on this machine")
+    parser.add_argument("--teacher-config", type=Path, action="append", default=[], help="the same of a teacher, once for each")
+    for field in fields(Assumptions):
+        name = field.name.replace("_", "-")
+        parser.add_argument(
+            f"--{name}", type=float, metavar="X", help=f"assumed {name.replace('-', ' ')}, default {field.default}"
+        )
+    parser.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
+    return parser.parse_args(arguments)
+
+
+def _datasets(run: Run) -> list[AlignedDataset]:
+    """All of the run's, or none where one is not there yet."""
+    paths = [source.path for source in run.data.train]
+    return [AlignedDataset.open(path) for path in paths] if all((path / DATASET).is_file() for path in paths) else []
+
+
+def _assumptions(options: argparse.Namespace, run: Run, datasets: Sequence[AlignedDataset]) -> Assumptions:
+    """The defaults, what the datasets know, and what the command line says, the later before the earlier."""
+    known = {}
+    if datasets:
+        weights = [source.weight / sum(each.weight for each in run.data.train) for source in run.data.train]
+        shares = list(zip(weights, (data.totals for data in datasets), strict=True))
+        known["teacher_tokens"] = sum(weight * each.teacher_tokens / each.student_tokens for weight, each in shares)
+        known["unmapped"] = sum(weight * each.span_widths[0] / each.student_tokens for weight, each in shares)
+    given = {field.name: value for field in fields(Assumptions) if (value := getattr(options, field.name)) is not None}
+    for name, value in given.items():
+        most = 100 if name in ("teacher_tokens", "reread") else 1
+        if not 0 < value <= most:
+            raise RunError(f"--{name.replace('_', '-')} {value:g}: a number above 0 and up to {most} expected")
+    return replace(Assumptions(), **(known | given))
+
+
+def _rows(settings: Settings, gpus: int, stages: int) -> tuple[int, str]:
+    """Rows of a global batch; and why the run cannot start on so many GPUs as it is, if it cannot."""
+    try:
+        return batch_layout(settings, gpus, stages).rows, ""
+    except RunError as error:
+        if "train_batch_size" not in settings or "train_micro_batch_size_per_gpu" not in settings:
+            raise
+        return int(settings["train_batch_size"]), str(error)
+
+
+def _task(
+    run: Run,
+    settings: Settings,
+    options: argparse.Namespace,
+    datasets: Sequence[AlignedDataset],
+    assumed: Assumptions,
+    rows: int,
+) -> Task:
+    config = _student(run, options.student_config, datasets)
+    tokens_per_row = run.data.row_length - SLACK
+    tokens = options.tokens or run.training.tokens or (run.training.steps or 0) * rows * tokens_per_row
+    guided = run.teacher if run.guidance.objective == "guided" else ()
+    configs = [*options.teacher_config, *[None] * (len(guided) - len(options.teacher_config))]
+    teachers = tuple(_teacher(t, c, run, assumed) for t, c in zip(guided, configs, strict=False))
+    scored = sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens
+    return Task(
+        run,
+        settings,
+        StudentUse(config, sizes(config), run.data.row_length),
+        teachers,
+        rows,
+        settings["train_micro_batch_size_per_gpu"],
+        tokens_per_row,
+        tokens,
+        scored,
+    )
+
+
+def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -> PretrainedConfig:
+    if given is None and run.student.config is not None:
+        return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
+    path = given or run.student.pretrained
+    assert path is not None
+    return _supported(read_config(path, "student"), "student")
+
+
+def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions) -> TeacherUse:
+    path = given or teacher.path
+    if path is None:
+        raise RunError("a cached teacher has no teacher.path here: give its config.json with --teacher-config")
+    config = _supported(read_config(path, "teacher"), "teacher").get_text_config()
+    row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)
+    dtype: torch.dtype = getattr(torch, teacher.dtype)
+    return TeacherUse(config, sizes(config), dtype, teacher.weights != "as-is", teacher.tokens_per_batch, row)
+
+
+def _supported(config: PretrainedConfig, whose: str) -> PretrainedConfig:
+    if config.model_type not in SUPPORTED:
+        raise RunError(f"plan cannot count a {whose} of type {config.model_type!r}; these it can: {', '.join(SUPPORTED)}")
+    return config
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,11 @@
+"""BEFORE A RUN: what it would take, from its files alone. Nothing is started, no weights are read, no GPU is asked.
+
+hardware.py   GPU types by their data sheets; what is assumed of them
+sizes.py      a model's configuration -> parameters and FLOPs
+trace.py      what autograd keeps of a layer, asked of PyTorch itself on the meta device
+layouts.py    how a model and a batch are dealt to ranks
+memory.py     bytes on the fullest rank
+cost.py       seconds of a step, hours of a run
+
+Bytes are counted, FLOPs are counted, seconds are an estimate: docs/scaling.md says what it rests on.
+"""

@@ -1,0 +1,93 @@
+"""A model's configuration -> parameters and FLOPs. Parameters are counted on a model without numbers, FLOPs from them.
+
+A product of [N, I] and [I, O] takes 2 * N * I * O FLOPs. Attention is causal: a token meets half of its row on average, and code
+that skips what is masked takes half the FLOPs of the whole square. Nothing else is counted.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from megatron_vocagno.config import RunError
+from megatron_vocagno.model.folder import skeleton
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model costs something."""
+
+    model_type: str
+    layers: int
+    """Decoder layers, all alike."""
+    hidden: int
+    """H"""
+    vocabulary: int
+    """V"""
+    parameters: int
+    """Of the whole model. A tied head counts once."""
+    decoder: int
+    """Parameters of a decoder layer."""
+    matrices: int
+    """Those of them that every token is multiplied with."""
+    heads_width: int
+    """Query heads times their width."""
+    tied: bool
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding, and of the head."""
+        return self.vocabulary * self.hidden
+
+    def layer_flops(self, tokens: float, row: float) -> float:
+        """Forward of a decoder layer on so many tokens, in rows of so many."""
+        return tokens * (2 * self.matrices + 4 * self.heads_width * (row + 1) / 2)
+
+    def head_flops(self, tokens: float) -> float:
+        """One product of hidden states and head."""
+        return tokens * 2 * self.embedding
+
+    def forward_flops(self, tokens: float, row: float) -> float:
+        return self.layers * self.layer_flops(tokens, row) + self.head_flops(tokens)
+
+
+def sizes(config: PretrainedConfig) -> Sizes:
+    """Counts what transformers would build. Tensors are made without memory."""
+    config = config.get_text_config()
+    model = skeleton(config)
+    decoder = model.get_decoder().layers[0]
+    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return Sizes(
+        model_type=config.model_type,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        decoder=sum(parameter.numel() for parameter in decoder.parameters()),
+        matrices=sum(module.weight.numel() for module in decoder.modules() if isinstance(module, nn.Linear)),
+        heads_width=config.num_attention_heads * head_width,
+        tied=bool(config.tie_word_embeddings),
+    )
+
+
+def read_config(path: Path, whose: str) -> PretrainedConfig:
+    """A model's config.json: the file, or the folder that holds it. No weights need to be there.
+
+    whose: "student" or "teacher", for the message. Raises RunError: no such file, or no configuration that transformers knows.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if file.suffix != ".json" or not file.is_file():
+        raise RunError(
+            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file.\n"
+            f"  Give its config.json with --{whose}-config; examples/plan holds two."
+        )
+    try:
+        config: PretrainedConfig = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+    # transformers raises classes of its own for wrong types and values; all carry a readable message
+    except Exception as error:
+        raise RunError(f"{file} is no configuration that transformers knows: {error}") from error
+    return config

@@ -1,0 +1,126 @@
+"""The command: its page in the docs, its warnings, its errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno import plan
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from tests.planning.worked_example import EXAMPLE, PAGE, printed, sections
+from tests.runs import REPOSITORY, write_settings
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+
+
+def test_the_docs_show_what_the_command_prints() -> None:
+    page, met = PAGE.read_text(encoding="utf-8"), 0
+    for name, text in sections().items():
+        [shown] = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.DOTALL)
+        assert shown == text, "python -m tests.planning.worked_example writes what it is now"
+        met += shown.count("|")
+    assert met > 500
+
+
+def test_it_needs_no_deepspeed() -> None:
+    program = "import sys; from megatron_vocagno.plan import main; sys.exit(main(sys.argv[1:]) or 'deepspeed' in sys.modules)"
+    command = [sys.executable, "-c", program, *EXAMPLE, "--gpus", "8", "--json"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr
+    assert len(json.loads(finished.stdout)["options"]) == 18
+
+
+def test_options_that_fit_come_first_and_then_the_cheapest() -> None:
+    found = json.loads(printed("--gpus", "64", "--gpu", "a100-40gb", "--set", "teacher.dtype=float32", "--json"))
+    order = [(not option["fits"], round(option["gpu_hours"])) for option in found["options"]]
+    assert order == sorted(order) and len({fits for fits, _ in order}) == 2
+    for option in found["options"]:
+        assert option["fits"] == (option["memory"]["total"] <= option["memory"]["capacity"] == 40e9 * 0.92)
+
+
+def test_a_run_that_does_not_fit_is_told_which_part_and_what_to_change() -> None:
+    text = printed("--gpus", "8", "--gpu", "a100-40gb", "--set", "data.row_length=4096")
+    warning = re.search(r"warning: .*does not fit: ([\d.]+) GB on the fullest rank, 36\.8 to use\.\n.*", text)
+    assert warning is not None and float(warning[1]) > 36.8
+    assert "largest part is activations with 31.4 GB. Change: parallel.activation_checkpointing = true" in warning[0]
+    assert "The cheapest that fits is" in text and "too much" not in text  # each layout has a change that fits
+    assert "does not fit" not in printed("--gpus", "8", "--gpu", "h100")
+    alone = printed("--gpus", "1", "--gpu", "l40s", "--set", "teacher.dtype=float32", "--memory-share", "0.2")
+    assert "None of the layouts fits" in alone and alone.count("too much") >= 3
+
+
+def test_a_batch_that_cannot_be_dealt_is_told() -> None:
+    text = printed("--gpus", "256")
+    assert "warning: as its files have it, the run does not start: train_batch_size is 512" in text
+    assert "other micro-batches choose other tokens" in text
+    assert "ZeRO-1" not in printed("--gpus", "1024")
+    assert "bubble" in printed("--gpus", "256", "--set", "parallel.pipeline_stages=2")
+
+
+def test_what_the_run_asks_for_is_planned() -> None:
+    few = json.loads(printed("--gpus", "8", "--json", "--tokens", "1e9"))
+    assert few["tokens"] == 1e9 and few["steps"] == 958
+    recomputed = json.loads(printed("--gpus", "8", "--json", "--set", "parallel.activation_checkpointing=true"))
+    assert all(option["recompute"] for option in recomputed["options"])
+    plain = json.loads(printed("--gpus", "8", "--json", "--set", "guidance.objective=clm"))
+    assert len(plain["options"]) == 6 and plain["teachers"] == []
+    assert plain["as_asked"]["memory"]["teacher"] == plain["as_asked"]["step"]["teacher"] == 0
+    dealt = json.loads(
+        printed("--gpus", "6", "--json", "--set", "parallel.pipeline_stages=3", "--set", "parallel.partition=[10,8,4]")
+    )
+    assert {option["stages"] for option in dealt["options"]} <= {0, 2, 3}
+    quantised = json.loads(printed("--gpus", "8", "--json", "--set", "teacher.weights=int8"))
+    teacher = quantised["teachers"][0]
+    expected = 2 * teacher["parameters"] - teacher["layers"] * teacher["matrices"]
+    assert quantised["as_asked"]["memory"]["teacher"] == expected
+
+
+def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDataset) -> None:
+    found = json.loads(printed("--gpus", "8", "--json", "--set", f"data.train={dataset.path}"))
+    totals = dataset.totals
+    assert found["assumed"]["teacher_tokens"] == pytest.approx(totals.teacher_tokens / totals.student_tokens)
+    assert found["assumed"]["unmapped"] == pytest.approx(totals.span_widths[0] / totals.student_tokens)
+    assert found["teacher_tokens"] == totals.teacher_tokens and found["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--gpu", "tpu"], "no GPU type 'tpu'; these are known"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--mfu", "40"], "--mfu 40: a number above 0 and up to 1 expected"),
+        (["--gpus", "7"], "512 rows of a global batch cannot be dealt to 7 GPUs"),
+        (["--teacher-config", "examples/plan"], "no configuration of the teacher at examples/plan"),
+        (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
+        (["--deepspeed_config", "ds_configs/cpu_pp2.json"], "asks for float32"),
+    ],
+)
+def test_a_mistake_is_an_error_that_says_what_to_mend(
+    change: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*EXAMPLE, "--gpus", "32"]
+    if change[0] == "--teacher-config":
+        place = arguments.index("--teacher-config")
+        arguments[place : place + 2] = []
+    assert plan.main([*arguments, *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_yet_and_one_that_cannot_be_counted_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = str(write_settings(tmp_path / "ds.json", bf16={"enabled": True}))
+    arguments = [EXAMPLE[0], "--deepspeed_config", settings, "--gpus", "1"]
+    assert plan.main(arguments) == 2
+    assert "no configuration of the student at models/TinyLlama-1.1B" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert plan.main([*arguments, "--student-config", str(tmp_path)]) == 2
+    assert "cannot count a student of type 'gpt2'" in capsys.readouterr().err

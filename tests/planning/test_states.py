@@ -1,0 +1,66 @@
+"""The bytes of parameters, gradients and optimizer that a plan counts are those that DeepSpeed's engines hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vocagno.model.student import student_config
+from megatron_vocagno.planning.layouts import Stage, stages
+from megatron_vocagno.planning.memory import states
+from megatron_vocagno.planning.sizes import sizes
+from tests.planning.engine_bytes import STUDENT
+from tests.runs import spawn
+
+FLOAT32: dict[str, str] = {"grad_accum_dtype": "fp32"}
+ROUNDED: dict[str, str] = {}
+BUCKET = 20_000
+
+
+def configuration(stage: int, data_types: dict[str, str]) -> dict[str, Any]:
+    return {
+        "bf16": {"enabled": True},
+        "data_types": data_types,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+        "gradient_clipping": 1.0,
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": BUCKET,
+            "stage3_max_live_parameters": 0,
+            "stage3_param_persistence_threshold": 0,
+        },
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1000,
+    }
+
+
+ENGINES = [(0, 1, FLOAT32), (0, 1, ROUNDED), (0, 2, FLOAT32), (0, 3, FLOAT32), (2, 1, FLOAT32)]
+"""(pipeline stages, ZeRO stage, data types)"""
+
+
+@pytest.mark.slow
+def test_engines_hold_the_bytes_that_are_planned(tmp_path: Path) -> None:
+    arguments = [(count, configuration(stage, data_types)) for count, stage, data_types in ENGINES]
+    finished = spawn(2, [json.dumps(arguments), str(tmp_path / "bytes.json")], ["-m", "tests.planning.engine_bytes"])
+    assert finished.returncode == 0, finished.stdout[-4000:]
+
+    model = sizes(student_config(STUDENT))
+    told = json.loads((tmp_path / "bytes.json").read_text())
+    assert len(told) == len(ENGINES)
+    for (count, stage, data_types), held in zip(ENGINES, told, strict=True):
+        split = stages(model, count)[0] if count else Stage(model.layers, embedding=True, head=True)
+        assert split.parameters(model) == held["parameters"] > 150_000
+        ranks = 2 // max(1, count)
+        planned = states(held["parameters"], model.embedding, stage, ranks, configuration(stage, data_types))
+        assert planned.weights == pytest.approx(held["weights"], rel=0.001)
+        assert planned.optimizer == pytest.approx(12 / 8 * held["moments"], rel=0.001)
+        everything = planned.weights + planned.gradients + planned.optimizer
+        if (stage, data_types) == (1, ROUNDED):
+            # each rank has let go of the others' gradients when its optimizer steps
+            everything -= planned.gradients * (ranks - 1) // ranks
+        # inputs, norms, and a bucket that may still be there
+        assert everything <= held["all"] * 1.001
+        assert held["all"] <= (everything + planned.buffers) * 1.01

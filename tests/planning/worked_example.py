@@ -1,0 +1,73 @@
+"""The worked example of docs/scaling.md: what the plan prints, and three clusters beside each other.
+
+    python -m tests.planning.worked_example
+
+writes both into the page.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from typing import Any
+
+from benchmarks.page import write_section
+from megatron_vocagno import plan
+from tests.runs import REPOSITORY
+
+PAGE = REPOSITORY / "docs/scaling.md"
+EXAMPLE = [
+    "examples/tinyllama_openwebmath.toml",
+    "--deepspeed_config",
+    "ds_configs/gpu_zero1_bf16.json",
+    "--student-config",
+    "examples/plan/TinyLlama-1.1B.json",
+    "--teacher-config",
+    "examples/plan/Qwen2.5-Math-7B.json",
+    "--gpu",
+    "h100",
+]
+
+
+def printed(*arguments: str) -> str:
+    """What the command prints for the example."""
+    out = io.StringIO()
+    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(out):
+        assert plan.main([*EXAMPLE, *arguments]) == 0
+    return out.getvalue()
+
+
+def sections() -> dict[str, str]:
+    """Section of the page -> its text."""
+    command = ["python", "-m", "megatron_vocagno.plan", *EXAMPLE, "--gpus", "32"]
+    lines = " \\\n    ".join([" ".join(command[:4]), " ".join(command[4:6]), " ".join(command[6:10]), " ".join(command[10:])])
+    return {"plan": f"```\n$ {lines}\n\n{printed('--gpus', '32')}```", "clusters": clusters()}
+
+
+def clusters() -> str:
+    """The best layout with the teacher online, and cached, on three clusters; and the best pipeline."""
+    rows = []
+    for gpus in (32, 256, 1024):
+        options = json.loads(printed("--gpus", str(gpus), "--json"))["options"]
+        for name, chosen in (
+            ("replicated", [o for o in options if o["placement"] == "replicated"]),
+            ("cached", [o for o in options if o["placement"] == "cached"]),
+            ("cached, pipelines alone", [o for o in options if o["placement"] == "cached" and o["stages"]]),
+        ):
+            rows.append(f"| {gpus:,} | {name} | {_cells(chosen[0])} |")
+    header = "| GPUs | teacher | layout | rows a micro-batch | micro-batches | bubble | traffic | step, s | hours | GPU-hours |"
+    return "\n".join([header, "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|", *rows])
+
+
+def _cells(option: dict[str, Any]) -> str:
+    layout = f"{option['stages']} stages" if option["stages"] else f"ZeRO-{option['zero']}"
+    batch, step = option["batch"], option["step"]
+    cells = [layout, batch["micro_batch_rows"], batch["micro_batches"], f"{step['bubble']:.0%}"]
+    cells += [f"{step['communication'] / step['total']:.0%}", f"{step['total']:.2f}", f"{option['hours']:.2f}"]
+    return " | ".join(map(str, [*cells, f"{option['gpu_hours']:,.0f}"]))
+
+
+if __name__ == "__main__":
+    for name, text in sections().items():
+        write_section(name, text, PAGE)
