@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_vocagno.batch.loader import TrainRows
-from megatron_vocagno.batch.pack import Row
+from megatron_vocagno.batch.pack import Piece, Row
 
 
 class Mixture:
@@ -60,6 +60,11 @@ class BlendedRows:
     def __getitem__(self, index: int) -> Row:
         part, own = self.mixture.place(index)
         return self.parts[part][own]
+
+    def pieces(self, index: int) -> tuple[int, list[Piece]]:
+        """The dataset that gives row `index`, and what the row holds of it."""
+        part, own = self.mixture.place(index)
+        return part, self.parts[part].pieces(own)
 
     @property
     def tokens_per_row(self) -> float:

@@ -1,9 +1,9 @@
 """Batches as a pure function of (datasets, seed, step, micro-batch, data-parallel rank).
 
 No worker, no state, no look-ahead: the ranks of one pipeline ask for the same batch and get the same bytes, and a resumed
-run needs nothing but the number of rows it has consumed. A global batch is `gas * dp` micro-batches of B rows, micro-batch
-m of data-parallel rank d holding rows [(m * dp + d) * B, …) of it: the same rows make the same micro-batches on any number
-of ranks.
+run needs nothing but the number of rows it has consumed. A global batch is `dp * gas` micro-batches of B rows, micro-batch
+m of data-parallel rank d holding rows [(d * gas + m) * B, …) of it: the same rows make the same micro-batches on any number
+of ranks, and the ranks in their order hold the rows in theirs, so that a ranking over all of them settles ties alike.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vocagno.batch.pack import AlignedDocuments, Int32, Mapping, Row, Rows
+from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Int32, Mapping, Piece, Row, Rows, TeacherSource
 
 IGNORE = -100
 """Target of a position that is not learned: padding, and in evaluation the ends of documents."""
@@ -40,9 +40,11 @@ class Batch:
     """
     teacher_inputs: tuple[Int32, ...]
     teacher_targets: tuple[Int32, ...]
-    """B arrays of u token ids each."""
+    """B arrays of u token ids each; without any where the losses are cached."""
     teacher_segments: tuple[Int32, ...]
     """B arrays [u], as segment_BS."""
+    teacher_losses: tuple[Float32, ...] | None
+    """B arrays [u], nats, where they are cached."""
     mapping_counts: tuple[int, ...]
     """How many targets have each `Mapping`."""
     row_mapped: tuple[int, ...]
@@ -65,15 +67,15 @@ class Layout:
 
     def offsets(self, micro: int, rank: int) -> range:
         """The rows of a global batch that micro-batch `micro` of data-parallel rank `rank` holds."""
-        start = (micro * self.data_parallel + rank) * self.micro_batch_rows
+        start = (rank * self.micro_batches + micro) * self.micro_batch_rows
         return range(start, start + self.micro_batch_rows)
 
 
 class TrainRows:
     """Rows without end: epoch after epoch, each with its own order of documents and of rows."""
 
-    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, teacher_limit: int | None = None) -> None:
-        self.dataset, self.row_length, self.seed, self.teacher_limit = dataset, row_length, seed, teacher_limit
+    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, teacher: TeacherSource | None = None) -> None:
+        self.dataset, self.row_length, self.seed, self.teacher = dataset, row_length, seed, teacher
         # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 100 MB
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
         if not len(self._epoch(0)[0]):
@@ -90,14 +92,23 @@ class TrainRows:
         return (int(self.dataset.student_lengths.sum()) - 1) / self.rows_in_epoch
 
     def __getitem__(self, index: int) -> Row:
+        rows, k = self._row(index)
+        return rows[k]
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What row `index` holds."""
+        rows, k = self._row(index)
+        return rows.pieces(k)
+
+    def _row(self, index: int) -> tuple[Rows, int]:
         epoch, k = divmod(index, self.rows_in_epoch)
         rows, order = self._epoch(epoch)
-        return rows[int(order[k])]
+        return rows, int(order[k])
 
     def _open_epoch(self, epoch: int) -> tuple[Rows, Int32]:
         random = np.random.default_rng([self.seed, epoch])
         documents = random.permutation(np.arange(len(self.dataset.student_lengths), dtype=np.int32))
-        rows = Rows(self.dataset, documents, self.row_length, self.teacher_limit)
+        rows = Rows(self.dataset, documents, self.row_length, self.teacher)
         return rows, random.permutation(np.arange(len(rows), dtype=np.int32))
 
 
@@ -175,10 +186,17 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         teacher_inputs=tuple(row.teacher_input_ids for row in rows),
         teacher_targets=tuple(row.teacher_target_ids for row in rows),
         teacher_segments=tuple(row.teacher_starts_document.cumsum(dtype=np.int32) for row in rows),
+        teacher_losses=_all_or_none([row.teacher_losses for row in rows]),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),
     )
+
+
+def _all_or_none(losses: list[Float32 | None]) -> tuple[Float32, ...] | None:
+    known = tuple(row for row in losses if row is not None)
+    assert len(known) in (0, len(losses)), "the rows of a batch have one kind of teacher"
+    return known or None
 
 
 _NOTHING = np.zeros(0, np.int32)

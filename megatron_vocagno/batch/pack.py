@@ -6,7 +6,8 @@
 A row holds n input tokens and n targets, shifted by one: target i is the student token after input i, so the last target
 is the first token of the next row, and no target is learned twice in an epoch. The teacher's part is the contiguous slice
 of its own stream from the token that holds the row's first byte to the last token that a target needs, shifted by one in
-the same way. `first` and `last` say which of the teacher's *targets* cover the text of each student *target*.
+the same way; where the row starts with a document, it reads what it reads before every other document, EOS. `first` and `last`
+say which of the teacher's *targets* cover the text of each student *target*.
 
 Everything here is a pure function of (dataset, order, k): nothing is read ahead, nothing is remembered.
 """
@@ -23,6 +24,7 @@ import numpy.typing as npt
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 SLACK = 8
@@ -43,7 +45,7 @@ class Mapping(IntEnum):
     NO_TEXT = 2
     """A token without bytes of its own, such as a lone dummy prefix."""
     NO_CONTEXT = 3
-    """Needs the teacher's first token in the row, which the teacher predicts from nothing."""
+    """Needs the teacher's first token in a row that starts inside of a document: the teacher predicts it from nothing."""
     BEYOND_TEACHER = 4
     """Needs teacher tokens past the teacher's longest row."""
 
@@ -122,6 +124,8 @@ class Row:
     """[u] the teacher's loss of target j comes from the logits at input j."""
     teacher_starts_document: npt.NDArray[np.bool_]
     """[u] whether the teacher's target is the first token of a document."""
+    teacher_losses: Float32 | None = None
+    """[u] nats, where they are cached; then there are no teacher ids in the row."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
@@ -133,15 +137,15 @@ class Row:
 class Rows:
     """All rows of the documents in one order. `len(rows)`, `rows[k]`."""
 
-    def __init__(self, dataset: AlignedDocuments, order: Int32, row_length: int, teacher_limit: int | None = None) -> None:
-        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher_limit: most teacher positions of a row."""
+    def __init__(self, dataset: AlignedDocuments, order: Int32, row_length: int, teacher: TeacherSource | None = None) -> None:
+        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher: by default ids to be scored, no limit."""
         if row_length <= 2 * SLACK:
             raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
         self.dataset = dataset
         self.row_length = row_length
         self.stride = row_length - SLACK
-        self.teacher_limit = teacher_limit
-        self.student_lengths, self.teacher_lengths = dataset.student_lengths, dataset.teacher_lengths
+        self.teacher = teacher or TeacherIds(dataset)
+        self.student_lengths = dataset.student_lengths
         self.student = Stream.of(order, self.student_lengths)
 
     def __len__(self) -> int:
@@ -172,11 +176,11 @@ class Rows:
         begins[borders] = True
         ends[[border - 1 for border in borders]] = True
         ends[-1] = pieces[-1].stop == self.student_lengths[pieces[-1].document]
-        first, last, teacher, teacher_begins = self._teacher(pieces)
+        teacher = self.teacher.read(pieces)
 
-        mapping = np.zeros(len(first), np.uint8)
+        first, last, mapping = teacher.first, teacher.last, np.zeros(len(teacher.first), np.uint8)
         # where several reasons hold, the last one is told
-        mapping[last > len(teacher) - 1] = Mapping.BEYOND_TEACHER
+        mapping[last > len(teacher.starts_document)] = Mapping.BEYOND_TEACHER
         mapping[first < 0] = Mapping.NO_CONTEXT
         mapping[first == last] = Mapping.NO_TEXT
         mapping[ends[1:]] = Mapping.END_OF_DOCUMENT
@@ -189,9 +193,10 @@ class Rows:
             first=first,
             last=last,
             mapping=mapping,
-            teacher_input_ids=teacher[:-1],
-            teacher_target_ids=teacher[1:],
-            teacher_starts_document=teacher_begins,
+            teacher_input_ids=teacher.input_ids,
+            teacher_target_ids=teacher.target_ids,
+            teacher_starts_document=teacher.starts_document,
+            teacher_losses=teacher.losses,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
@@ -204,28 +209,78 @@ class Rows:
         back = common[::-1].index(True) if True in common else 0
         return slot, token - back
 
-    def _teacher(self, pieces: list[Piece]) -> tuple[Int32, Int32, Int32, npt.NDArray[np.bool_]]:
-        """first, last [n] of the targets, among the teacher's targets and beyond; the teacher's u + 1 tokens; which targets
-        start a document [u].
 
-        The teacher reads from the token that holds the row's first byte, and predicts from its second one on.
-        """
-        spans = [self.dataset.spans(*piece) for piece in pieces]
-        lengths = [int(self.teacher_lengths[piece.document]) for piece in pieces]
-        origin = int(spans[0].first[0])
-        bases = list(itertools.accumulate(lengths[:-1], initial=-(origin + 1)))
+# ---- the teacher's side of a row
+
+
+@dataclass(frozen=True)
+class TeacherSide:
+    """u teacher positions, and where the n targets of a row lie among them."""
+
+    first: Int32
+    last: Int32
+    """[n] half-open; first is below 0, and last above u, where the row lacks what covers a target."""
+    starts_document: npt.NDArray[np.bool_]
+    """[u]"""
+    input_ids: Int32
+    target_ids: Int32
+    """[u], or [0] where the losses are known."""
+    losses: Float32 | None = None
+    """[u]"""
+
+
+class TeacherSource(Protocol):
+    """What reads the teacher's side of rows."""
+
+    def read(self, pieces: list[Piece]) -> TeacherSide:
+        """pieces: the row's inputs and its last target."""
+        ...
+
+
+class TeacherIds:
+    """Ids that a teacher has still to score."""
+
+    def __init__(self, dataset: AlignedDocuments, limit: int | None = None) -> None:
+        """limit: most teacher positions of a row."""
+        self.dataset, self.limit = dataset, limit
+
+    def read(self, pieces: list[Piece]) -> TeacherSide:
+        document, start, _ = pieces[0]
+        # inside of a document, its first token in the row has nothing before it, and is only read
+        skipped = int(self.dataset.spans(document, start, start + 1).first[0]) + 1 if start else 0
+        targets = TeacherTargets.of(self.dataset, pieces, skipped, self.limit)
+        before = (skipped or int(self.dataset.teacher_lengths[document])) - 1
+        ids = np.concatenate(
+            [self.dataset.teacher(document, before, before + 1), *(self.dataset.teacher(*piece) for piece in targets.pieces)]
+        )
+        return TeacherSide(targets.first, targets.last, targets.starts_document, ids[:-1], ids[1:])
+
+
+@dataclass(frozen=True)
+class TeacherTargets:
+    """The teacher's stream from its first target in a row to the last one that the row needs."""
+
+    first: Int32
+    last: Int32
+    starts_document: npt.NDArray[np.bool_]
+    """As in TeacherSide."""
+    pieces: list[Piece]
+    """Its tokens."""
+
+    @classmethod
+    def of(cls, dataset: AlignedDocuments, pieces: list[Piece], skipped: int, limit: int | None = None) -> TeacherTargets:
+        """skipped: teacher tokens of the first document that come before; limit: most targets."""
+        spans = [dataset.spans(*piece) for piece in pieces]
+        lengths = [int(dataset.teacher_lengths[piece.document]) for piece in pieces]
+        # where each document starts among the targets
+        bases = list(itertools.accumulate(lengths[:-1], initial=-skipped))
         first = np.concatenate([part.first + base for part, base in zip(spans, bases, strict=True)])[1:]
         last = np.concatenate([part.last + base for part, base in zip(spans, bases, strict=True)])[1:]
-        room = max(int(last[-1]), 0) + 1
-        if self.teacher_limit is not None:
-            room = min(room, self.teacher_limit + 1)
-        tokens = []
-        for piece, base, length in zip(pieces, bases, lengths, strict=True):
-            # the document's tokens lie at [base + 1, base + 1 + length) of the teacher's
-            stop = min(length, room - (base + 1))
-            if (begin := max(0, -(base + 1))) < stop:
-                tokens.append(self.dataset.teacher(piece.document, begin, stop))
-        teacher = np.concatenate(tokens)
-        begins = np.zeros(len(teacher) - 1, np.bool_)
-        begins[[base for base in bases[1:] if base < len(begins)]] = True
-        return first, last, teacher, begins
+        count = max(int(last[-1]), 0) if limit is None else min(max(int(last[-1]), 0), limit)
+        bounds = [
+            Piece(piece.document, max(0, -base), min(length, count - base))
+            for piece, base, length in zip(pieces, bases, lengths, strict=True)
+        ]
+        begins = np.zeros(count, np.bool_)
+        begins[[base for base in bases if 0 <= base < count]] = True
+        return cls(first, last, begins, [piece for piece in bounds if piece.start < piece.stop])

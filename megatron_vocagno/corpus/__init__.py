@@ -21,6 +21,7 @@ What is written:
 - `shards`       `make_shard`, the one idempotent function that every engine runs
 - `manifest`     dataset.json: its records, `create`
 - `dataset`      `AlignedDataset`: open, read, merge; `verify`  read everything and find what changed
+- `losses`       the losses of a teacher that has scored it
 
 How it is run:
 

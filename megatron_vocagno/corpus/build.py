@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import ShardRecord, Totals, create, hash_file, to_json, write_durably
 from megatron_vocagno.corpus.encoders import EncoderMismatch
+from megatron_vocagno.corpus.losses import gather
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
@@ -79,7 +80,7 @@ def build(
         raise BuildError("--force with --shards: other tasks may use what it would remove. Name another --out")
     with reaching(out):
         _refuse_foreign(out)
-    with reaching(out), _locked(out, part):
+    with reaching(out), locked(out, part):
         try:
             made = plan(inputs, settings, shard_bytes, max_documents)
             settings = _without_doubt(out, settings, on_note)
@@ -140,7 +141,7 @@ def finish(
         made = _read_plan(out)
     if made is None:
         raise BuildError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
-    with reaching(out), _locked(out, None):
+    with reaching(out), locked(out, None):
         if made.settings != settings.sha256:
             raise ChangedError(
                 f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256})"
@@ -175,7 +176,8 @@ def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max
             "Look at them (--on-bad-line quarantine keeps them), or allow more"
         )
     student, teacher = settings.tokenizers
-    create(out, student, teacher, done, made.nfc, made.id_key)
+    losses = gather(out, done) if isinstance(out, Path) else None
+    create(out, student, teacher, done, made.nfc, made.id_key, losses)
 
 
 # ---- what lies there already
@@ -259,8 +261,8 @@ def _remove(folder: Place) -> None:
 
 
 @contextmanager
-def _locked(out: Place, part: Slice | None) -> Iterator[None]:
-    """One build a folder at a time; the tasks of a job array share it, each with a slice of its own.
+def locked(out: Place, part: Slice | None) -> Iterator[None]:
+    """One build or scoring a folder at a time; the tasks of a job array share it, each with a slice of its own.
 
     An object store has no locks: there, two builds would make the same shards twice.
     """
@@ -283,7 +285,9 @@ def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> None:
     try:
         fcntl.flock(stream, how | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BuildError(f"another build is at work in {out} ({file} is locked): wait for it, or name another --out") from None
+        raise BuildError(
+            f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder"
+        ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise

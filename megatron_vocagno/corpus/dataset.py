@@ -7,6 +7,7 @@
     DIR/shards/NNNN/spans.{bin,idx}          uint8, one code a student token (`spans`)
     DIR/shards/NNNN/anchors.{bin,idx}        int32, ceil(N / 4096) anchors, then (position, code) of each escape
     DIR/shards/NNNN/ids.{bin,idx}            uint8, UTF-8 of each document's id, where the dataset was built with --id-key
+    DIR/shards/NNNN/teacher_loss.{bin,idx,json}   float16, a loss a teacher token, where a teacher has scored it (`losses`)
     DIR/shards/NNNN/quarantine.jsonl         what was refused, where anything was
 
 Every pair is a Megatron pair (`indexed`) with the same documents in the same order. A shard without documents has no
@@ -29,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.indexed import THREADS, PairReader
+from megatron_vocagno.corpus.losses import LOSS
 from megatron_vocagno.corpus.manifest import (
     CODEC,
     DATASET,
@@ -37,9 +39,12 @@ from megatron_vocagno.corpus.manifest import (
     PAIRS,
     DatasetError,
     FileRecord,
+    LossTotals,
     Manifest,
     Record,
+    Scoring,
     ShardRecord,
+    TeacherLosses,
     TokenizerMismatch,
     Totals,
     check_size,
@@ -117,6 +122,7 @@ class AlignedDataset:
         self._student, self._teacher, self._anchors = PairReader(*student), PairReader(*teacher), PairReader(*anchors)
         self._codes = self._student.beside(np.uint8, *codes)
         self._ids = PairReader(*ids) if manifest.id_key is not None else None
+        self._losses = self._teacher.beside(np.uint16, *(folder / LOSS for folder in folders))
         for pair in (self._teacher, self._anchors, *([self._ids] if self._ids is not None else [])):
             for k, (mine, students) in enumerate(zip(pair.first_documents[1:], self._student.first_documents[1:], strict=True)):
                 if mine != students:
@@ -129,7 +135,11 @@ class AlignedDataset:
     def open(cls, path: str | Place) -> AlignedDataset:
         """Raises DatasetError: no dataset, unknown version, or a file missing or of another size than recorded."""
         root = local_folder(path)
-        manifest = read_manifest(root)
+        return cls.of(root, read_manifest(root))
+
+    @classmethod
+    def of(cls, root: Path, manifest: Manifest) -> AlignedDataset:
+        """The same with a manifest that was read before, or only a part of it."""
         by_folder = itertools.groupby(recorded_files(root, manifest), key=lambda recorded: recorded[0].parent)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(_check_sizes, [list(files) for _, files in by_folder]))
@@ -137,8 +147,13 @@ class AlignedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything in it."""
-        return self.manifest.sha256
+        """Of everything in it but the teacher's losses."""
+        return self.manifest.fingerprint
+
+    @property
+    def scoring(self) -> Scoring | None:
+        """How its teacher's losses were computed; None where it has none, or not in all shards."""
+        return self.manifest.teacher_losses.scoring if self.manifest.teacher_losses is not None else None
 
     def __len__(self) -> int:
         return len(self._student)
@@ -153,6 +168,10 @@ class AlignedDataset:
     def teacher(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
         """int32 [stop - start], teacher ids of document i."""
         return self._teacher.read(i, start, stop).astype(np.int32)
+
+    def teacher_losses(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """float32 [stop - start], nats, losses of the teacher's tokens of document i; only where `scoring` is not None."""
+        return self._losses.read(i, start, stop).view(np.float16).astype(np.float32)
 
     def spans(self, i: int, start: int = 0, stop: int | None = None) -> Spans:
         """Spans of the student tokens [start, stop) of document i; teacher positions count from the document's start."""
@@ -234,6 +253,8 @@ def _check_sizes(files: list[tuple[Path, FileRecord]]) -> None:
 def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     """One dataset of the documents of several, in that order: their shards stay where they are, only dataset.json is new.
 
+    It has the teacher's losses where all of them have, computed in one way.
+
     Raises TokenizerMismatch where tokenizers differ, DatasetError where settings do or `out` is taken.
     """
     target = local_folder(out)
@@ -260,9 +281,18 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     target.mkdir(parents=True, exist_ok=True)
     shutil.copytree(first.path / "tokenizers", target / "tokenizers", dirs_exist_ok=True)
     totals = sum((ds.totals for ds in opened), Totals())
-    merged = first.manifest.model_copy(update={"totals": totals, "shards": tuple(shards)})
+    changes = {"totals": totals, "shards": tuple(shards), "teacher_losses": _merge_losses(opened)}
+    merged = first.manifest.model_copy(update=changes)
     write_durably(target / DATASET, merged.sealed())
     return AlignedDataset.open(target)
+
+
+def _merge_losses(datasets: Sequence[AlignedDataset]) -> TeacherLosses | None:
+    losses = [ds.manifest.teacher_losses for ds in datasets if ds.manifest.teacher_losses is not None]
+    if len(losses) < len(datasets) or any(other.scoring != losses[0].scoring for other in losses):
+        return None
+    shards = tuple(files for one in losses for files in one.shards)
+    return TeacherLosses(scoring=losses[0].scoring, totals=sum((one.totals for one in losses), LossTotals()), shards=shards)
 
 
 def local_folder(path: str | Place) -> Path:

@@ -1,7 +1,8 @@
 """dataset.json: what a dataset is made of, by name, size and sha256; and how it comes onto the disk.
 
 It is written last, so it is there only when everything is, and it carries its own checksum: `sha256` is that of the file
-with this value replaced by 64 zeros. That value is the dataset's fingerprint.
+with this value replaced by 64 zeros. That value is the dataset's fingerprint; where the teacher's losses are recorded too, the
+fingerprint is the one that it has without them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
@@ -89,6 +91,45 @@ class ShardRecord(Record):
     files: dict[str, FileRecord]
 
 
+class Scoring(Record):
+    """How the teacher's losses were computed."""
+
+    teacher: str  # fingerprint of its weights
+    name: str  # of its folder or file, for people
+    dtype: str
+    weights: Literal["as-is", "int8", "fp8"]
+    context: int  # tokens of the longest window
+    stride: int  # tokens from window to window
+    before: int  # the id that a document's first token is predicted from: the teacher's EOS
+
+
+class LossTotals(Record):
+    """Counts of a shard or of a dataset; they add."""
+
+    tokens: int = 0
+    positions: int = 0  # of all forwards: tokens that were read again as context, and padding, are among them
+    padding: int = 0
+    nan: int = 0
+    infinite: int = 0
+    nats: float = 0.0  # sum of the finite losses
+
+    def __add__(self, other: LossTotals) -> LossTotals:
+        return LossTotals(**{k: getattr(self, k) + getattr(other, k) for k in type(self).model_fields})
+
+    @property
+    def mean(self) -> float:
+        """Nats a token, of those with a finite loss; 0 without any."""
+        return self.nats / max(1, self.tokens - self.nan - self.infinite)
+
+
+class TeacherLosses(Record):
+    """The losses of all shards (`losses`)."""
+
+    scoring: Scoring
+    totals: LossTotals
+    shards: tuple[dict[str, FileRecord], ...]  # the files of each shard, in order
+
+
 class Manifest(Record):
     """dataset.json."""
 
@@ -101,6 +142,19 @@ class Manifest(Record):
     teacher: TokenizerRecord
     totals: Totals
     shards: tuple[ShardRecord, ...]
+    teacher_losses: TeacherLosses | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_losses_as_ever(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        fields: dict[str, object] = dump(self)
+        if self.teacher_losses is None:
+            del fields["teacher_losses"]
+        return fields
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything but the teacher's losses: scoring makes no other dataset of it."""
+        return self.sha256 if self.teacher_losses is None else self.model_copy(update={"teacher_losses": None})._digest()
 
     @property
     def pairs(self) -> tuple[str, ...]:
@@ -113,7 +167,10 @@ class Manifest(Record):
     def sealed(self) -> bytes:
         """The file's bytes, checksum and all."""
         data = to_json(self.model_copy(update={"sha256": UNSEALED}))
-        return data.replace(UNSEALED.encode(), hashlib.sha256(data).hexdigest().encode(), 1)
+        return data.replace(UNSEALED.encode(), self._digest().encode(), 1)
+
+    def _digest(self) -> str:
+        return hashlib.sha256(to_json(self.model_copy(update={"sha256": UNSEALED}))).hexdigest()
 
 
 def read_manifest(root: Place) -> Manifest:
@@ -150,10 +207,20 @@ def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileR
     for shard in manifest.shards:
         for name, record in shard.files.items():
             yield root / shard.path / name, record
+    if manifest.teacher_losses is not None:
+        for shard, files in zip(manifest.shards, manifest.teacher_losses.shards, strict=True):
+            for name, record in files.items():
+                yield root / shard.path / name, record
 
 
 def create(
-    out: Place, student: Tokenizer, teacher: Tokenizer, shards: Sequence[ShardRecord], nfc: bool, id_key: str | None = None
+    out: Place,
+    student: Tokenizer,
+    teacher: Tokenizer,
+    shards: Sequence[ShardRecord],
+    nfc: bool,
+    id_key: str | None = None,
+    teacher_losses: TeacherLosses | None = None,
 ) -> None:
     """Writes the tokenizers and, last, dataset.json around finished shards. Raises DatasetError when no document is left."""
     totals = sum((shard.totals for shard in shards), Totals())
@@ -172,6 +239,7 @@ def create(
         teacher=_write_tokenizer(out / "tokenizers" / "teacher", teacher),
         totals=totals,
         shards=tuple(shards),
+        teacher_losses=teacher_losses,
     )
     write_durably(out / DATASET, manifest.sealed())
 

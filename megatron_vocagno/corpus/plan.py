@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 
@@ -17,6 +18,8 @@ from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.shards import Job, Settings
 
 SHARD_BYTES = 64 << 20  # of text, about
+
+J = TypeVar("J")
 
 
 class PlanError(CorpusError):
@@ -78,7 +81,7 @@ class Slice:
         if not 1 <= self.i <= self.n:
             raise PlanError(f"--shards {self.i}/{self.n}: the first number goes from 1 to the second")
 
-    def of(self, jobs: Sequence[Job]) -> Sequence[Job]:
+    def of(self, jobs: Sequence[J]) -> Sequence[J]:
         return jobs[self.i - 1 :: self.n]
 
 

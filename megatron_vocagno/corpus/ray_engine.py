@@ -1,4 +1,4 @@
-"""Runs jobs on a Ray cluster, one core task a job. The only door to Ray.
+"""Runs jobs on a Ray cluster, one task a job, on a core or on a GPU. The only door to Ray.
 
 Ray itself repeats nothing: by its defaults a task that runs out of memory is repeated for ever. A dead worker or node costs
 a job one of its tries, as on one machine (`workers`). Only so many tasks are handed to Ray as keep the cluster busy.
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.workers import ONE_THREAD, Answer, Entry, Failure, Queue, Stop, attempt, pack, settle
 
-TASKS_A_CPU = 2  # one runs, one is at hand
+TASKS_A_SLOT = 2  # one runs, one is at hand
 SECONDS_TO_ANSWER = 10
 
 J = TypeVar("J")
@@ -29,10 +29,13 @@ class ClusterError(CorpusError):
     """The Ray cluster cannot be reached, or cannot run the task, or is lost."""
 
 
-def run_ray(task: Callable[[J], R], jobs: Sequence[J], address: str, stop: Stop = ()) -> Iterator[R | Failure[J]]:
+def run_ray(
+    task: Callable[[J], R], jobs: Sequence[J], address: str, stop: Stop = (), on_gpus: bool = False
+) -> Iterator[R | Failure[J]]:
     """Results as they come; jobs are begun in their order.
 
     address: HOST:PORT of the cluster, or `auto`: as RAY_ADDRESS says, or the one that runs on this machine.
+    on_gpus: each task has a GPU of its own, where the cluster has any.
 
     The third death of a worker at one job is a Failure. Raises ClusterError. When the iterator is closed or dropped, its tasks
     are killed; the cluster stays. The nodes need this package, and the same paths to input and output. What tasks `report` is
@@ -40,10 +43,11 @@ def run_ray(task: Callable[[J], R], jobs: Sequence[J], address: str, stop: Stop 
     """
     ray = _connect(address)
     queue, in_flight = Queue(jobs), dict[Any, Entry[J]]()
-    submit = ray.remote(num_cpus=1, max_retries=0, runtime_env={"env_vars": ONE_THREAD})(_run).remote
+    slot = "GPU" if on_gpus and ray.cluster_resources().get("GPU") else "CPU"
+    submit = ray.remote(num_cpus=1, num_gpus=int(slot == "GPU"), max_retries=0, runtime_env={"env_vars": ONE_THREAD})(_run).remote
     try:
         while queue or in_flight:
-            window = TASKS_A_CPU * max(1, int(ray.cluster_resources().get("CPU", 0)))
+            window = TASKS_A_SLOT * max(1, int(ray.cluster_resources().get(slot, 0)))
             while queue and len(in_flight) < window:
                 entry = queue.popleft()
                 in_flight[submit(task, entry.job, stop)] = entry

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.indexed import check_pointers, map_numbers, read_lengths
+from megatron_vocagno.corpus.losses import LOSS, LOSS_FILES, count, read_losses
 from megatron_vocagno.corpus.manifest import (
     BUILD,
     DATASET,
@@ -74,10 +75,11 @@ def verify_frame(root: Path, manifest: Manifest) -> list[str]:
 def strangers(root: Path, manifest: Manifest) -> list[Path]:
     """Files in the dataset's folder and in those of its shards that dataset.json does not name, and empty folders.
 
-    Another dataset's folder within is that dataset's matter.
+    Another dataset's folder within is that dataset's matter, and losses that dataset.json does not name are a scoring's that is
+    not finished.
     """
     named = {root: {DATASET}} | {root / "tokenizers" / side: set(manifest.tokenizer(side).files) for side in SIDES}
-    named |= {root / shard.path: set(shard.files) for shard in manifest.shards}
+    named |= {root / shard.path: {*shard.files, *LOSS_FILES} for shard in manifest.shards}
     named = {folder.resolve(): names for folder, names in named.items()}
     found = set()
     for top in named:
@@ -103,15 +105,20 @@ class ShardCheck:
     student: TokenizerRecord
     teacher: TokenizerRecord
     pairs: tuple[str, ...]
+    losses: dict[str, FileRecord]
 
 
 def shard_checks(root: Path, manifest: Manifest) -> list[ShardCheck]:
-    return [ShardCheck(root / r.path, r, manifest.student, manifest.teacher, manifest.pairs) for r in manifest.shards]
+    losses = manifest.teacher_losses.shards if manifest.teacher_losses is not None else ({},) * len(manifest.shards)
+    return [
+        ShardCheck(root / record.path, record, manifest.student, manifest.teacher, manifest.pairs, files)
+        for record, files in zip(manifest.shards, losses, strict=True)
+    ]
 
 
 def verify_shard(check: ShardCheck) -> list[str]:
     """What is wrong with a shard, a line each."""
-    complaints = _changed_files(check.folder, check.record.files)
+    complaints = _changed_files(check.folder, check.record.files | check.losses)
     if complaints or not check.record.totals.documents:
         return complaints
     try:
@@ -184,6 +191,24 @@ def _check_structure(check: ShardCheck) -> None:
             raise DatasetError(f"{check.folder}: {counted:,} {name}, recorded are {recorded:,}")
     if IDS in pairs:
         _check_text(pairs[IDS])
+    if check.losses:
+        _check_losses(check, teacher)
+
+
+def _check_losses(check: ShardCheck, teacher: _Pair) -> None:
+    losses, recorded = _Pair(check.folder / LOSS), read_losses(check.folder, check.record)
+    if not np.array_equal(losses.lengths, teacher.lengths):
+        raise DatasetError(f"{losses.prefix}.idx: not one loss for each teacher token")
+    counted = count(losses.flat.view(np.float16))
+    if recorded is None or (counted.tokens, counted.nan, counted.infinite) != (
+        recorded.totals.tokens,
+        recorded.totals.nan,
+        recorded.totals.infinite,
+    ):
+        raise DatasetError(
+            f"{losses.prefix}.bin: {counted.nan:,} NaN and {counted.infinite:,} infinite losses of {counted.tokens:,}, "
+            f"its record says otherwise: {recorded and recorded.totals}"
+        )
 
 
 def _check_ids(pair: _Pair, tokenizer: TokenizerRecord, side: str) -> None:

@@ -29,7 +29,7 @@ def test_the_same_micro_batches_on_any_number_of_ranks(dataset: AlignedDataset) 
         alone = Batches(TrainRows(dataset, S, seed=3), one, 0).step(step * 8)
         shared = [Batches(TrainRows(dataset, S, seed=3), two, rank).step(step * 8) for rank in range(2)]
         for micro in range(4):
-            assert same(alone[micro], shared[micro % 2][micro // 2])
+            assert same(alone[micro], shared[micro // 2][micro % 2])
             compared += 1
     assert compared == 12
 

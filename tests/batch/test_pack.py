@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from megatron_vocagno.batch.pack import SLACK, Mapping, Row, Rows, Stream
+from megatron_vocagno.batch.pack import SLACK, Mapping, Row, Rows, Stream, TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.spans import Spans, align
 from megatron_vocagno.corpus.tokens import Tokens
@@ -91,11 +91,24 @@ def check_row(data, places: list[tuple[int, int]], start: int, row: Row, met: di
                 met["no_text"] += 1
             case Mapping.NO_CONTEXT:
                 assert got == [] and row.teacher_input_ids[:1].tolist() in ([], want[:1])
+                assert places[start][1] > 0, "where a row starts with a document, the teacher reads EOS first"
                 met["no_context"] += 1
             case Mapping.BEYOND_TEACHER:
                 assert got == [] and want[-1] != row.teacher_target_ids[-1]
                 met["beyond"] += 1
     assert np.array_equal(row.teacher_input_ids[1:], row.teacher_target_ids[:-1])
+    document, token = places[start]
+    if token == 0 and len(row.teacher_target_ids):
+        ids = data.teacher(document, 0, int(data.teacher_lengths[document]))
+        assert (row.teacher_input_ids[0], row.teacher_target_ids[0]) == (ids[-1], ids[0])
+        met["begun"] = met.get("begun", 0) + 1
+    firsts = {int(data.teacher(d, 0, 1)[0]) for d in {d for d, _ in places[start : start + n + 1]}}
+    begins = np.isin(row.teacher_target_ids, list(firsts)) if start_ids_are_unique(data) else row.teacher_starts_document
+    assert np.array_equal(row.teacher_starts_document, begins)
+
+
+def start_ids_are_unique(data) -> bool:
+    return isinstance(data, Invented)
 
 
 @pytest.mark.parametrize("common", [0.0, 0.02, 0.3, 1.0])
@@ -117,6 +130,7 @@ def test_packed_rows_have_the_spans_and_targets_of_their_documents(common: float
             check_row(data, places, start, row, met)
             start += len(row.input_ids)
         assert start == len(places) - 1, "every token but the first is a target once"
+    assert met["begun"] > 5
     assert met["mapped"] > 5000 and met["ends"] > 300 and (met["no_context"] > 20 and met["several"] > 1000) == (common < 1)
     if common == 0:
         assert cut_inside > 10
@@ -156,7 +170,7 @@ def test_no_row_needs_more_than_the_teacher_reads() -> None:
         data = Invented.at_random(seed, count=10, common=0.2)
         order = np.arange(len(data.documents))
         places = positions(data, order)
-        rows = Rows(data, order, 60, teacher_limit=30)
+        rows = Rows(data, order, 60, TeacherIds(data, 30))
         for k in range(len(rows)):
             row = rows[k]
             longest = max(longest, len(row.teacher_target_ids))
@@ -175,10 +189,11 @@ def test_a_span_never_leaves_its_document(dataset: AlignedDataset) -> None:
         row, start = rows[k], rows.start(k)
         document, token = places[start]
         slot = int(np.flatnonzero(order == document)[0])
-        origin = int(teacher.starts[slot]) + int(dataset.spans(document, token, token + 1).first[0])
+        before = int(dataset.spans(document, token, token + 1).first[0]) + 1 if token else 0
+        origin = int(teacher.starts[slot]) + before
         for i in np.flatnonzero(row.mapping == Mapping.MAPPED):
             slot = int(np.flatnonzero(order == places[start + i + 1][0])[0])
-            low, high = origin + 1 + int(row.first[i]), origin + 1 + int(row.last[i])
+            low, high = origin + int(row.first[i]), origin + int(row.last[i])
             assert teacher.starts[slot] <= low < high <= teacher.starts[slot + 1] - 1, "the teacher's EOS is no text"
             checked += 1
     assert checked > 3000

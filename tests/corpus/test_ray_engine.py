@@ -25,11 +25,14 @@ import pytest
 
 from megatron_vocagno.corpus import ray_engine
 from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.ray_engine import TASKS_A_CPU, ClusterError, run_ray
+from megatron_vocagno.corpus.ray_engine import TASKS_A_SLOT, ClusterError, run_ray
 from megatron_vocagno.corpus.shards import Job, Result, Settings, make_shard
 from megatron_vocagno.corpus.workers import ONE_THREAD, Failure, Queue
-from tests.corpus.conftest import contents
+from megatron_vocagno.offline.score import Asked, score
+from tests import tokenizers_for_tests as real
+from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.test_workers import ERRORS, die, environment, fail, result_with_lock, runs, square, wait_until
+from tests.runs import write_teacher
 
 pytestmark = [
     pytest.mark.slow,
@@ -183,7 +186,7 @@ def test_workers_have_one_thread(drive):
 
 
 def test_ray_has_as_many_jobs_as_keep_it_busy(call, cluster):
-    assert call(jobs_in_flight, cluster.address, 100) == (TASKS_A_CPU * CPUS - 1, TASKS_A_CPU * CPUS - 1)
+    assert call(jobs_in_flight, cluster.address, 100) == (TASKS_A_SLOT * CPUS - 1, TASKS_A_SLOT * CPUS - 1)
 
 
 def jobs_in_flight(address: str, n: int) -> tuple[int, int]:
@@ -258,6 +261,23 @@ def die_and_make_shard(died: Path, job: Job) -> Result:
         died.touch()
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGKILL]).start()
     return make_shard(job)
+
+
+def test_a_dataset_is_scored_as_by_one_process(call, cluster, settings, smollm2_folder, tmp_path):
+    teacher = write_teacher(tmp_path / "teacher", smollm2_folder)
+    texts = real.multilingual_texts()
+    make([write_jsonl(tmp_path / "corpus.jsonl", texts)], tmp_path / "ours", settings, shard_bytes=1500)
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    asked = Asked(teacher, "float32", context=40, tokens_per_batch=300)
+    assert call(score_on_ray, cluster.address, tmp_path / "theirs", asked) > 2
+    assert score(tmp_path / "ours", asked).teacher_losses is not None
+    assert contents(tmp_path / "theirs") == contents(tmp_path / "ours")
+
+
+def score_on_ray(address: str, folder: Path, asked: Asked) -> int:
+    shards: list[Any] = []
+    score(folder, asked, partial(run_ray, address=address, on_gpus=True), on_shard=shards.append)
+    return len(shards)
 
 
 DRIVE = """

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from megatron_vocagno.batch.pack import SLACK, Mapping, Rows
+from megatron_vocagno.batch.pack import SLACK, Mapping, Rows, TeacherIds
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.tools.signs import NOT_THE_TEXT, text_of
@@ -165,7 +165,7 @@ def test_rows_are_those_of_training(small):
     assert [capacity.positions for capacity in measured.capacities][:2] == [ROW // 2, ROW * 3 // 4]
     assert measured.capacities[-1].rows == measured.capacities[-1].targets == 0
     for capacity in measured.capacities:
-        limited = Rows(dataset, order, ROW, teacher_limit=capacity.positions)
+        limited = Rows(dataset, order, ROW, TeacherIds(dataset, capacity.positions))
         beyond = sum(int((limited[k].mapping == Mapping.BEYOND_TEACHER).sum()) for k in range(len(whole)))
         assert capacity.targets == beyond
         assert capacity.rows == sum(length > capacity.positions for length in lengths)

@@ -1,0 +1,123 @@
+"""Where the teacher's losses are cached: rows bring them along, and no teacher is loaded.
+
+What is refused: a dataset without losses or with those of some shards alone, losses of another teacher than the run names, and
+for several teachers datasets that are not of the same documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
+from megatron_vocagno.batch.loader import Batch, TrainRows
+from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
+from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.losses import require_whole, unscored
+from megatron_vocagno.model.fingerprint import teacher_fingerprint
+
+
+def is_cached(run: Run) -> bool:
+    """Whether the run's teachers have spoken already."""
+    return run.guidance.objective == "guided" and run.teacher[0].placement == "cached"
+
+
+def training_rows(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None) -> list[TrainRows]:
+    """The rows of each dataset of `data.train`, with what the run's teachers read or have said.
+
+    teacher_limit: most positions that a loaded teacher reads. Raises RunError: losses that are missing, or not those asked for.
+    """
+    sources: list[TeacherSource]
+    if is_cached(run):
+        scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]
+        sources = [_source(run, [sets[i] for sets in scored]) for i in range(len(datasets))]
+    else:
+        sources = [TeacherIds(data, teacher_limit) for data in datasets]
+    return [
+        TrainRows(data, run.data.row_length, run.training.seed, source) for data, source in zip(datasets, sources, strict=True)
+    ]
+
+
+def _source(run: Run, teachers: Sequence[AlignedDataset]) -> TeacherSource:
+    cached = [CachedLosses(data) for data in teachers]
+    return cached[0] if len(cached) == 1 else CombinedGuides(cached, run.guidance.aggregate, run.guidance.combine)
+
+
+def open_scored(run: Run, k: int, datasets: Sequence[AlignedDataset]) -> list[AlignedDataset]:
+    """The datasets that hold the losses of the run's teacher k: those of `data.train` for the first, its own for the others."""
+    asked = run.teacher[k]
+    if k == 0:
+        scored = list(datasets)
+    else:
+        scored = [AlignedDataset.open(path) for path in asked.data]
+        for mine, first in zip(scored, datasets, strict=True):
+            _require_same_documents(mine, first)
+    for data in scored:
+        _require_losses(data, asked)
+        if data.scoring != scored[0].scoring:
+            raise RunError(
+                f"{data.path} and {scored[0].path} were not scored in one way:\n  {data.scoring}\n  {scored[0].scoring}\n"
+                "  One teacher's losses guide a run. Score one of them anew (tools.preprocess.score_teacher --replace)."
+            )
+    return scored
+
+
+def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
+    if data.scoring is None:
+        missing, shards = unscored(data.path, data.manifest), data.manifest.shards
+        raise RunError(
+            f"{data.path} has no losses of its teacher, and teacher.placement is 'cached': "
+            f"{len(shards) - len(missing)} of {len(shards)} shards are scored.\n"
+            f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'}"
+        )
+    require_whole(data.path, data.manifest)
+    if asked.path is not None and asked.path.expanduser().exists():
+        fingerprint = teacher_fingerprint(asked.path)
+        if fingerprint != data.scoring.teacher:
+            raise RunError(
+                f"{data.path} holds the losses of {data.scoring.name} ({data.scoring.teacher}), "
+                f"teacher.path is {asked.path} ({fingerprint}).\n"
+                "  Name the teacher that has scored it, or score it anew (tools.preprocess.score_teacher --replace)."
+            )
+
+
+def _require_same_documents(mine: AlignedDataset, first: AlignedDataset) -> None:
+    """Raises RunError unless both hold the same student ids, by the recorded sha256 of their files."""
+    student, other = (data.manifest.student.fingerprint for data in (mine, first))
+    if student != other:
+        raise RunError(f"{mine.path} was built with the student tokenizer {student}, {first.path} with {other}")
+    ids = [
+        [
+            tuple(shard.files[f"student.{end}"].sha256 for end in ("bin", "idx"))
+            for shard in data.manifest.shards
+            if shard.totals.documents
+        ]
+        for data in (mine, first)
+    ]
+    if ids[0] != ids[1]:
+        same = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
+        raise RunError(
+            f"{mine.path} and {first.path} are not of the same documents: {len(mine):,} documents in {len(ids[0])} shards, "
+            f"{len(first):,} in {len(ids[1])}; shard {same} is the first that differs.\n"
+            "  Build both from the same input with the same --shard-mb, and look for documents that one build has quarantined."
+        )
+
+
+class CachedScorer:
+    """Nothing is scored, and nothing is collective."""
+
+    padding = 0.0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def score(self, batches: Sequence[Batch]) -> list[Tensor]:
+        return [
+            torch.nn.utils.rnn.pad_sequence([torch.from_numpy(row) for row in batch.teacher_losses or ()], batch_first=True).to(
+                self.device
+            )
+            for batch in batches
+        ]

@@ -1,0 +1,163 @@
+"""A dataset, scored: its shards on an engine, then dataset.json.
+
+    score     scores the shards that are not scored, all of them or the i-th n-th; whoever finds all of them done records it
+    finish    the record alone
+
+A shard is scored when its files are there (`corpus.losses`); so any number of processes may share a dataset without talking to
+each other, each with a slice of its own, and what was interrupted goes on from there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.build import locked
+from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
+from megatron_vocagno.corpus.losses import gather, record_losses, tidy, unscored
+from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
+from megatron_vocagno.corpus.plan import Slice
+from megatron_vocagno.corpus.shards import ChangedError
+from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.corpus.workers import Failure, run_local
+from megatron_vocagno.model.fingerprint import teacher_fingerprint
+from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.teacher import teacher_folder
+from megatron_vocagno.offline.shard import Job, Result, difference, score_shard
+
+CONTEXT = 4096
+"""Tokens of the longest window, where the teacher reads so many."""
+
+DType = Literal["bfloat16", "float16", "float32"]
+Engine = Callable[..., Iterator[Result | Failure[Job]]]
+
+
+def in_this_process(task: Callable[[Job], Result], jobs: Sequence[Job], **rest: Any) -> Iterator[Result | Failure[Job]]:
+    return run_local(task, jobs, workers=1, **rest)
+
+
+class ScoringError(CorpusError):
+    """A dataset that cannot be scored as asked, or not whole."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for. context, stride: None for the longest window that suits, and half of it."""
+
+    teacher: Path
+    dtype: DType = "bfloat16"
+    weights: Weights = "as-is"
+    context: int | None = None
+    stride: int | None = None
+    tokens_per_batch: int = 16_384
+
+    def scoring(self, data: AlignedDataset) -> Scoring:
+        """Raises ScoringError, ModelError, TokenizerMismatch: the teacher does not suit the dataset, or the numbers do not."""
+        folder = teacher_folder(self.teacher)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = config.get("text_config") or config
+        tokens, rows = data.teacher_tokenizer.vocab_size, int(config["vocab_size"])
+        if rows < tokens:
+            raise ScoringError(
+                f"the dataset's teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
+                "the dataset was aligned for another teacher"
+            )
+        if (folder / "tokenizer.json").is_file():
+            mine = open_tokenizer(folder, eos_token=data.teacher_tokenizer.eos_token, backend="huggingface")
+            data.require_tokenizers(teacher_fingerprint=mine.fingerprint)
+        longest = config.get("max_position_embeddings")
+        context = self.context or min(CONTEXT, longest or CONTEXT)
+        stride = self.stride or max(1, context // 2)
+        if longest is not None and context > longest:
+            raise ScoringError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens")
+        if stride > context:
+            raise ScoringError(
+                f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be left out"
+            )
+        return Scoring(
+            teacher=teacher_fingerprint(self.teacher),
+            name=self.teacher.name,
+            dtype=self.dtype,
+            weights=self.weights,
+            context=context,
+            stride=stride,
+            before=data.teacher_tokenizer.eos_id,
+        )
+
+
+def score(
+    path: Path,
+    asked: Asked,
+    engine: Engine = in_this_process,
+    part: Slice | None = None,
+    replace: bool = False,
+    on_plan: Callable[[Sequence[Job]], object] = lambda jobs: None,
+    on_shard: Callable[[Result | Failure[Job]], object] = lambda result: None,
+) -> Manifest:
+    """Scores a dataset; with `part`, some of its shards. The dataset's manifest then, with the losses where all are scored.
+
+    engine            runs `score_shard` over jobs: `run_local` or `run_ray`, with its own arguments bound
+    replace           score anew what was scored otherwise
+    on_plan, on_shard: called with the jobs, and with each result or failure
+
+    Raises CorpusError, ModelError, OSError; what is scored stays, and the next call goes on from there.
+    """
+    root = local_folder(path)
+    manifest = read_manifest(root)
+    recorded = manifest.teacher_losses
+    # without them: a file that is damaged or missing is one to be made
+    scoring = asked.scoring(AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None})))
+    if recorded is not None and recorded.scoring != scoring and not replace:
+        raise ChangedError(f"{path} was scored otherwise:\n{difference(recorded.scoring, scoring)}")
+    with locked(root, part):
+        if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
+            manifest = record_losses(root, manifest, None)  # they are about to change
+        jobs = [
+            Job(i, root / shard.path, shard, scoring, asked.teacher, asked.tokens_per_batch, replace)
+            for i, shard in enumerate(manifest.shards)
+            if shard.totals.documents
+        ]
+        mine = part.of(jobs) if part else jobs
+        on_plan(mine)
+        _run(mine, engine, on_shard)
+        return _seal(root, manifest)
+
+
+def finish(path: Path) -> Manifest:
+    """Records the losses of a dataset whose shards are all scored. Raises ScoringError that names those that are not."""
+    data = AlignedDataset.open(path)
+    manifest = _seal(data.path, data.manifest)
+    if manifest.teacher_losses is None:
+        missing = unscored(data.path, manifest)
+        if not missing:
+            raise ScoringError(f"{path}: its shards were scored in different ways; score it with --replace")
+        raise ScoringError(
+            f"{path}: {len(missing):,} of {len(manifest.shards):,} shards are not scored: "
+            f"{', '.join(missing[:10])}{' …' if missing[10:] else ''}; run their tasks again"
+        )
+    return manifest
+
+
+def _run(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Failure[Job]], object]) -> None:
+    failures = []
+    for result in engine(score_shard, jobs, stop=(ChangedError, ModelError, OSError)):
+        on_shard(result)
+        if isinstance(result, Failure):
+            failures.append(result)
+    if failures:
+        shown = "\n".join(f"{failure.job.folder}: {failure.reason}" for failure in failures[:10])
+        raise ScoringError(f"{len(failures):,} of {len(jobs):,} shards could not be scored; the others are, and stay\n{shown}")
+
+
+def _seal(path: Path, manifest: Manifest) -> Manifest:
+    losses = gather(path, manifest.shards)
+    if losses is None:
+        return manifest
+    sealed = record_losses(path, manifest, losses)
+    tidy(path, manifest)
+    return sealed

@@ -1,0 +1,142 @@
+"""The command line, as a user and as a launcher run it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.plan import Slice
+from megatron_vocagno.corpus.shards import Settings
+from tests import tokenizers_for_tests as real
+from tests.corpus.conftest import contents, make, write_jsonl
+from tests.runs import REPOSITORY, environment, write_teacher
+from tools.preprocess.score_teacher import main, part_of
+
+Output = tuple[int, str, str]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> Path:
+    return write_teacher(tmp_path_factory.mktemp("score_teacher") / "teacher", teacher_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> AlignedDataset:
+    """Two shards and little text."""
+    folder = tmp_path_factory.mktemp("small")
+    corpus = write_jsonl(folder / "corpus.jsonl", real.multilingual_texts())
+    settings = Settings(student=str(real.mistral_tokenizer_path()), teacher=str(teacher_tokenizer))
+    dataset = make([corpus], folder / "dataset", settings, shard_bytes=corpus.stat().st_size * 2 // 3)
+    assert len(dataset.manifest.shards) == 2
+    return dataset
+
+
+@pytest.fixture
+def run(built: AlignedDataset, teacher: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> Callable[..., Output]:
+    """Runs it in this process on a copy. Returns exit status, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "150")
+    folder = shutil.copytree(built.path, tmp_path / "dataset")
+
+    def call(*words: str, **variables: int) -> Output:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+        words = words or (str(folder), "--teacher", str(teacher), "--dtype", "float32", "--tokens-per-batch", "400")
+        capsys.readouterr()
+        return main(words), *capsys.readouterr()
+
+    return call
+
+
+def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output], tmp_path: Path) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    shards = re.findall(r"shard (\d)/2: (\d{4}) ([\d,]+) tokens, [\d,]+ a second, (\d+\.\d+) nats a token", out)
+    assert [shard[:2] for shard in shards] == [("1", "0000"), ("2", "0001")]
+    dataset = AlignedDataset.open(tmp_path / "dataset")
+    total = dataset.manifest.teacher_losses.totals  # type: ignore[union-attr]
+    assert sum(int(shard[2].replace(",", "")) for shard in shards) == total.tokens == dataset.totals.teacher_tokens
+    for line in (f"{total.tokens:,} in 2 shards (0 were scored before)", f"{total.mean:.4f} nats a token", "0 NaN, 0 infinite"):
+        assert line in out
+    assert "256 tokens, windows every 128" in out and "tokens a second and process" in out
+
+    before = contents(tmp_path / "dataset")
+    code, out, _ = run()
+    assert code == 0 and out.count("scored before") == 3 and "(2 were scored before)" in out
+    assert contents(tmp_path / "dataset") == before
+
+
+def test_ranks_of_a_launcher_share_the_shards_without_talking(run: Callable[..., Output], tmp_path: Path) -> None:
+    code, out, _ = run(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1)
+    assert code == 0 and "rank 1: shard 1/1: 0001" in out and "the last process to end records them all" in out
+    assert AlignedDataset.open(tmp_path / "dataset").scoring is None
+    code, out, _ = run("finalize", str(tmp_path / "dataset"))
+    assert code == 2
+    code, out, _ = run(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0)
+    assert code == 0 and "rank 0: shard 1/1: 0000" in out and "nats a token" in out
+    assert AlignedDataset.open(tmp_path / "dataset").scoring is not None
+    assert run("finalize", str(tmp_path / "dataset"))[0] == 0
+
+
+def test_slices_of_slices_are_disjoint_and_whole() -> None:
+    met = 0
+    for n in range(1, 6):
+        for world in range(1, 6):
+            jobs = list(range(37))
+            shares = [part_of(Slice(i, n), rank, world) or Slice() for i in range(1, n + 1) for rank in range(world)]
+            taken = [job for share in shares for job in share.of(jobs)]
+            assert sorted(taken) == jobs
+            task = [job for rank in range(world) for job in (part_of(Slice(1, n), rank, world) or Slice()).of(jobs)]
+            assert sorted(task) == jobs[::n], "the ranks of a task share what is the task's"
+            met += world > 1 < n
+    assert met > 15
+
+
+def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "dataset")
+    for words, message in (
+        (("/nowhere", "--teacher", str(teacher)), "error: /nowhere/dataset.json is missing"),
+        ((folder, "--teacher", "/nowhere"), "error: no model at /nowhere"),
+        ((folder, "--teacher", str(teacher), "--context", "1000"), "error: --context 1,000: the teacher"),
+        (("finalize", folder), "2 of 2 shards are not scored: shards/0000, shards/0001"),
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and message in err and err.count("\n") <= 2
+    assert run()[0] == 0
+    code, _, err = run(folder, "--teacher", str(teacher), "--stride", "100")
+    assert code == 2 and "stride: 128 then, 100 now" in err and "dtype: float32 then, bfloat16 now" in err and "--replace" in err
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_kill_leave_what_one_process_makes(
+    run: Callable[..., Output], built: AlignedDataset, teacher: Path, tmp_path: Path
+) -> None:
+    """As torchrun starts them; the first attempt is killed when its first file appears."""
+    assert run()[0] == 0
+    shared = Path(shutil.copytree(built.path, tmp_path / "shared"))
+    words = [str(shared), "--teacher", str(teacher), "--dtype", "float32", "--tokens-per-batch", "400"]
+    command = [sys.executable, "-m", "tools.preprocess.score_teacher", *words]
+
+    def start(rank: int) -> subprocess.Popen[str]:
+        variables = environment(WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+        return subprocess.Popen(command, cwd=REPOSITORY, env=variables, stdout=subprocess.PIPE, text=True)
+
+    victim = start(0)
+    while victim.poll() is None and not list((shared / "shards" / "0000").glob("*teacher_loss*")):
+        time.sleep(0.01)
+    victim.kill()
+    victim.communicate(timeout=60)
+    ranks = [start(rank) for rank in range(2)]
+    assert [rank.communicate(timeout=200) and rank.returncode for rank in ranks] == [0, 0]
+    assert AlignedDataset.open(shared).scoring is not None
+    assert contents(shared) == contents(tmp_path / "dataset")
