@@ -9,18 +9,19 @@ from functools import partial
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch import nn
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Run, Schedule
+from megatron_vocagno.config import Run, RunError, Schedule
 from megatron_vocagno.engine.learning import Objective
 from megatron_vocagno.engine.processes import Processes
-from megatron_vocagno.engine.settings import Settings
-from megatron_vocagno.engine.stages import StudentPipeline, pipeline_layers
+from megatron_vocagno.engine.settings import Settings, precision
+from megatron_vocagno.engine.stages import StudentPipeline, check_stages, pipeline_layers
 from megatron_vocagno.engine.trainers import Engine, PipelineTrainer, PlainTrainer
 from megatron_vocagno.model.folder import PretrainedWeights
-from megatron_vocagno.model.student import Decoder, Student
+from megatron_vocagno.model.student import Decoder, Student, logit_softcap
 
 
 def build_engine(
@@ -32,23 +33,31 @@ def build_engine(
     steps: int,
     processes: Processes,
 ) -> Engine:
-    """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world."""
-    stages = run.parallel.pipeline_stages
-    objective = Objective(run.guidance, processes.device)
+    """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world.
+
+    Raises RunError: a precision that the device has not, a partition that does not fit the stages.
+    """
+    check_precision(settings, processes.device)
+    stages, recompute = run.parallel.pipeline_stages, run.parallel.activation_checkpointing
+    check_stages(run.parallel, config.num_hidden_layers)
+    objective = Objective(run.guidance, processes.device, logit_softcap(config))
+    pipeline = {"use_reentrant": False, **settings.get("pipeline", {})}
     if stages:
-        interval = settings.get("pipeline", {}).get("activation_checkpoint_interval", 0)
         # DeepSpeed copies tied weights between stages here, which autograd would otherwise record and warn of
         with torch.no_grad():
             module: nn.Module = StudentPipeline(
                 config,
-                pipeline_layers(config, run.training.seed, weights),
+                # not twice where the DeepSpeed configuration asks for its own
+                pipeline_layers(
+                    config, run.training.seed, weights, recompute and not pipeline.get("activation_checkpoint_interval")
+                ),
                 num_stages=stages,
                 loss_fn=objective.of_hidden_states,
-                activation_checkpoint_interval=interval,
+                partition_method=run.parallel.partition,
                 checkpointable_layers=[Decoder.__name__],
             )
     else:
-        module = Student(config, run.training.seed)
+        module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
     engine, *_ = deepspeed.initialize(
@@ -57,13 +66,23 @@ def build_engine(
         lr_scheduler=partial(_scheduler, run.training.schedule, steps),
         config=settings
         | {
+            "pipeline": pipeline,
             "train_batch_size": layout.rows,
             "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
             "gradient_accumulation_steps": layout.micro_batches,
         },
         dist_init_required=False,
     )
-    return PipelineTrainer(engine, objective, layout) if stages else PlainTrainer(engine, objective, layout)
+    trainer = PipelineTrainer if stages else PlainTrainer
+    return trainer(engine, objective, layout, documents=run.data.attention == "document")
+
+
+def check_precision(settings: Settings, device: torch.device) -> None:
+    """Raises RunError where DeepSpeed would refuse with less words."""
+    if precision(settings) == "fp16" and not get_accelerator().is_fp16_supported():
+        raise RunError(
+            f"fp16 is enabled in the DeepSpeed configuration, and this {device.type} has no products in fp16: use bf16"
+        )
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:

@@ -4,13 +4,12 @@ Everything here works on any causal language model that transformers knows; what
 """
 
 import copy
-import importlib.util
 import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -19,21 +18,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-# not "eager": given no mask, the eager code of transformers lets every token see the tokens after it
-Attention = Literal["auto", "sdpa", "flash_attention_2"]
-HALF = (torch.bfloat16, torch.float16)
-
 
 class ModelError(Exception):
     """A model that cannot be used as asked: what was tried, both values, the likely cause."""
-
-
-def resolve_attention(attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str:
-    """The `_attn_implementation` that transformers should use: flash-attn where it can run, else torch's own sdpa."""
-    if attention != "auto":
-        return attention
-    flash = importlib.util.find_spec("flash_attn") is not None and torch.device(device).type == "cuda" and dtype in HALF
-    return "flash_attention_2" if flash else "sdpa"
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:

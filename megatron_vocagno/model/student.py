@@ -5,13 +5,17 @@
     layer n + 1    FinalNorm    hidden_BSH -> hidden_BSH
     layer n + 2    Head         hidden_BSH -> (hidden_BSH, weight_VH): the loss takes these two, logits are never kept
 
+With document attention the positions of tokens in their documents go along, (ids_BS, position_BS) -> (hidden_BSH, position_BS)
+and so on, until FinalNorm drops them. They are integers: DeepSpeed's pipeline expects a gradient of every other tensor.
+
 Any layer can be built, named and loaded alone, from (configuration, layer index, seed), so that each pipeline stage makes
 only its own and every split begins with the same numbers. `Student` is all of them in one module, with the loss inside.
-Only hidden states cross layers: each Decoder makes its own RoPE. Attention is causal over the whole row.
+Nothing else crosses layers: each Decoder makes its own RoPE, and its own mask where it needs one.
 """
 
 import dataclasses
 import difflib
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -20,12 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from megatron_vocagno.model.attention import layer_arguments, resolve_attention
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, skeleton
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 # accepted by transformers though no configuration class lists them: older spellings of rope_parameters
 LEGACY_KEYS = {"rope_theta", "rope_scaling"}
 
@@ -50,7 +56,8 @@ def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size:
             f"attention_dropout is {config.attention_dropout}; set it to 0. Random numbers would make a resumed run another one, "
             "and a loss depend on the layout."
         )
-    config._attn_implementation = "sdpa"
+    # until the caller, who knows dtype and device, asks for another
+    config._attn_implementation = resolve_attention(config, "auto", torch.float32, "cpu")
     return config
 
 
@@ -90,22 +97,18 @@ def _check_supported(model_type: str | None) -> None:
 
 
 def check_row_length(config: PretrainedConfig, row_length: int) -> None:
-    """Refuse rows that the model cannot read as they are: `row_length` positions, plain causal attention."""
+    """Refuse rows that are longer than the model reads."""
     if row_length > config.max_position_embeddings:
         raise ModelError(
             f"rows have {row_length:,} tokens, the student reads {config.max_position_embeddings:,} (max_position_embeddings). "
             "Use shorter rows, or a model made for longer ones."
         )
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"]
-    if window is not None and "sliding_attention" in layer_types and window < row_length:
-        raise ModelError(
-            f"rows have {row_length:,} tokens, the student attends to the last {window:,} (sliding_window); attention here is "
-            "causal over the whole row. Use rows no longer than the window, or sliding_window = null."
-        )
 
 
 # ---- layers --------------------------------------------------------------------------------------------------------
+
+Stream = Tensor | tuple[Tensor, ...]
+"""What goes from layer to layer: a tensor alone, or with document attention (that tensor, position_BS)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +118,20 @@ class _Parts:
     decoder: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     rotary: Callable[..., nn.Module]
+    norm_start: float
+    """The weight with which a norm begins: 0 where it scales by 1 + weight."""
+    scaled_embedding: bool
+    """Embeddings times sqrt(H)."""
 
 
 @cache
 def _parts(model_type: str) -> _Parts:
     model = skeleton(AutoConfig.for_model(model_type, num_hidden_layers=1)).model
-    return _Parts(type(model.layers[0]), type(model.norm), type(model.rotary_emb))
+    # real even while layers are built on the meta device
+    with torch.device("cpu"):
+        norm_start = type(model.norm)(1).weight.item()
+    scaled = hasattr(model.embed_tokens, "embed_scale")
+    return _Parts(type(model.layers[0]), type(model.norm), type(model.rotary_emb), norm_start, scaled)
 
 
 class Embedding(nn.Module):
@@ -128,19 +139,28 @@ class Embedding(nn.Module):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.scale: float | None = config.hidden_size**0.5 if _parts(config.model_type).scaled_embedding else None
 
-    def forward(self, ids_BS: Tensor) -> Tensor:
-        return F.embedding(ids_BS, self.weight)
+    def forward(self, inputs: Stream) -> Stream:
+        ids_BS, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
+        hidden_BSH = F.embedding(ids_BS, self.weight)
+        if self.scale is not None:
+            # as the models were trained: the factor itself is rounded to the weights' precision
+            hidden_BSH = hidden_BSH * float(torch.tensor(self.scale, dtype=self.weight.dtype))
+        return (hidden_BSH, *positions) if positions else hidden_BSH
 
 
 class Rotary(nn.Module):
-    """RoPE of the positions 0 .. S-1. Its frequencies move between devices and keep their float32 values through any cast."""
+    """RoPE of one decoder layer. Its frequencies move between devices and keep their float32 values through any cast."""
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, layer: int) -> None:
         super().__init__()
         # real values even while the weights around it are built on the meta device
         with torch.device("cpu"):
             self.rotary = _parts(config.model_type).rotary(config)
+        # Gemma 3 has a RoPE of its own for the layers with a window
+        by_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
+        self.layer_type = {"layer_type": config.layer_types[layer]} if by_type else {}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Rotary":
         exact = dict(self.rotary.named_buffers())
@@ -150,22 +170,39 @@ class Rotary(nn.Module):
             setattr(self.rotary, name, buffer.to(getattr(self.rotary, name).device))
         return self
 
-    def forward(self, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
-        position_1S = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
-        cos, sin = self.rotary(hidden_BSH, position_ids=position_1S)
+    def forward(self, hidden_BSH: Tensor, position_BS: Tensor | None) -> tuple[Tensor, Tensor]:
+        """position_BS: None for 0 .. S-1 in every row."""
+        if position_BS is None:
+            position_BS = torch.arange(hidden_BSH.shape[1], device=hidden_BSH.device)[None]
+        cos, sin = self.rotary(hidden_BSH, position_ids=position_BS, **self.layer_type)
         return cos, sin
 
 
 class Decoder(nn.Module):
+    recompute = False
+    """Keep the inputs alone, and compute the layer again in the backward pass."""
+
     def __init__(self, config: PretrainedConfig, layer: int) -> None:
         super().__init__()
-        # with no mask, only these two are causal
-        assert config._attn_implementation in ("sdpa", "flash_attention_2"), config._attn_implementation
+        self.config, self.index = config, layer
         self.layer = _parts(config.model_type).decoder(config, layer)
-        self.positions = Rotary(config)
+        self.positions = Rotary(config, layer)
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        out_BSH: Tensor = self.layer(hidden_BSH, attention_mask=None, position_embeddings=self.positions(hidden_BSH))
+    def forward(self, inputs: Stream) -> Stream:
+        hidden_BSH, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
+        if self.recompute:
+            # nothing in a decoder layer is random
+            hidden_BSH = checkpoint(self._attend, hidden_BSH, *positions, use_reentrant=False, preserve_rng_state=False)
+        else:
+            hidden_BSH = self._attend(hidden_BSH, *positions)
+        return (hidden_BSH, *positions) if positions else hidden_BSH
+
+    def _attend(self, hidden_BSH: Tensor, position_BS: Tensor | None = None) -> Tensor:
+        out_BSH: Tensor = self.layer(
+            hidden_BSH,
+            position_embeddings=self.positions(hidden_BSH, position_BS),
+            **layer_arguments(self.config, self.index, hidden_BSH, position_BS),
+        )
         return out_BSH
 
 
@@ -174,8 +211,8 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.norm = _parts(config.model_type).norm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        out_BSH: Tensor = self.norm(hidden_BSH)
+    def forward(self, inputs: Stream) -> Tensor:
+        out_BSH: Tensor = self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
         return out_BSH
 
 
@@ -202,29 +239,39 @@ def tied_head(embedding: Embedding, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]
 class LossHead(nn.Module):
     """The last layer of a whole model. The loss is taken where the weight lives, so that ZeRO-3 gathers it."""
 
-    def __init__(self, weight_VH: nn.Parameter) -> None:
+    def __init__(self, weight_VH: nn.Parameter, softcap: float | None) -> None:
+        """softcap: c, where logits become c * tanh(logits / c)."""
         super().__init__()
-        self.weight = weight_VH
+        self.weight, self.softcap = weight_VH, softcap
 
     def forward(self, hidden_BSH: Tensor, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
         """[B, S] float32, nats; 0 where the target is -100. rows: see token_loss."""
-        return token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten(), rows=rows).view(target_BS.shape)
+        loss_N = token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten(), softcap=self.softcap, rows=rows)
+        return loss_N.view(target_BS.shape)
+
+
+def logit_softcap(config: PretrainedConfig) -> float | None:
+    """The c of a model whose logits are c * tanh(logits / c)."""
+    softcap: float | None = getattr(config, "final_logit_softcapping", None)
+    return softcap
 
 
 def layer_count(config: PretrainedConfig) -> int:
     return int(config.num_hidden_layers) + 3
 
 
-def build_layer(config: PretrainedConfig, i: int, seed: int) -> nn.Module:
+def build_layer(config: PretrainedConfig, i: int, seed: int, recompute: bool = False) -> nn.Module:
     """Layer i with random weights that depend on (seed, i) alone, float32 on the CPU; leaves torch's own generators alone.
 
-    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller.
+    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller. recompute: see Decoder.
     """
     layer = _empty_layer(config, i)
     layer.to_empty(device="cpu")
+    if isinstance(layer, Decoder):
+        layer.recompute = recompute
     last = layer_count(config) - 1
     numbers_of = 0 if i == last and config.tie_word_embeddings else i
-    _initialise(layer, config.initializer_range, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
+    _initialise(layer, config, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
     return layer
 
 
@@ -248,13 +295,13 @@ def _empty_layer(config: PretrainedConfig, i: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _initialise(layer: nn.Module, std: float, generator: torch.Generator) -> None:
-    """As transformers does: matrices normal(0, std), biases 0, the weights of norms 1."""
+def _initialise(layer: nn.Module, config: PretrainedConfig, generator: torch.Generator) -> None:
+    """As transformers does: matrices normal(0, initializer_range), biases 0, the weights of norms so that they scale by 1."""
     for name, parameter in layer.named_parameters():
         if parameter.ndim > 1:
-            parameter.normal_(0.0, std, generator=generator)
+            parameter.normal_(0.0, config.initializer_range, generator=generator)
         else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            parameter.fill_(0.0 if name.endswith("bias") else _parts(config.model_type).norm_start)
 
 
 # ---- names and weights ---------------------------------------------------------------------------------------------
@@ -311,26 +358,28 @@ def _check_tensor(name: str, shape: tuple[int, ...], weights: PretrainedWeights)
 class Student(nn.Module):
     """All layers in one module, for engines without a pipeline. Its parameters are `layers.<i>.<local name>`."""
 
-    def __init__(self, config: PretrainedConfig, seed: int) -> None:
+    def __init__(self, config: PretrainedConfig, seed: int, recompute: bool = False) -> None:
+        """recompute: see Decoder."""
         super().__init__()
         self.config = config
-        *body, head = [build_layer(config, i, seed) for i in range(layer_count(config))]
+        *body, head = [build_layer(config, i, seed, recompute) for i in range(layer_count(config))]
         source = body[0] if config.tie_word_embeddings else head
         assert isinstance(source, Embedding | Head)
-        self.layers = nn.ModuleList([*body, LossHead(source.weight)])
+        self.layers = nn.ModuleList([*body, LossHead(source.weight, logit_softcap(config))])
 
     def load(self, weights: PretrainedWeights) -> None:
         for i, layer in enumerate(self.layers):
             load_layer(self.config, i, layer, weights)
 
-    def forward(self, ids_BS: Tensor, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
-        """ids_BS, target_BS [B, S] int64, the target of position i being token i + 1 -> [B, S] float32, nats, 0 where -100.
+    def forward(self, inputs: Stream, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
+        """Losses, [B, S] float32, nats, 0 where the target is -100.
 
-        rows: which of the B * S tokens are learned, told before the backward; without it the backward asks the gradient.
+        inputs     ids_BS [B, S] int64; or (ids_BS, position_BS), see attention.document_positions
+        target_BS  [B, S] int64, the target of position i being token i + 1
+        rows       which of the B * S tokens are learned, told before the backward; without it the backward asks the gradient
         """
         *body, head = self.layers
-        hidden_BSH = ids_BS
         for layer in body:
-            hidden_BSH = layer(hidden_BSH)
-        loss_BS: Tensor = head(hidden_BSH, target_BS, rows)
+            inputs = layer(inputs)
+        loss_BS: Tensor = head(inputs, target_BS, rows)
         return loss_BS

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_vocagno.model.folder import Attention, ModelError, model_folder, quiet, resolve_attention
+from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
+from megatron_vocagno.model.folder import ModelError, model_folder, quiet
 from megatron_vocagno.model.gguf import cached_folder
-from megatron_vocagno.model.student import LossHead
+from megatron_vocagno.model.quantised import Weights, quantise
+from megatron_vocagno.model.student import LossHead, logit_softcap
 
-# fields by which transformers changes logits after the head; a loss taken from the head alone would be wrong
-LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+# fields by which transformers changes logits after the head, besides a softcap; a loss taken from the head would be wrong
+LOGIT_CHANGES = {"logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
 
 
 class Teacher(nn.Module):
@@ -36,8 +38,9 @@ class Teacher(nn.Module):
         self.vocab_size = int(config.vocab_size)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.dtype: torch.dtype = model.dtype
+        self.config, self._cuts_documents = config, False
         self.decoder = model.get_decoder()
-        self.head = LossHead(head.weight)
+        self.head = LossHead(head.weight, logit_softcap(config))
         # ds_numel: under ZeRO-3 a parameter is an empty shell that remembers its size
         self.parameters_count = sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in self.parameters())
         self.requires_grad_(False)
@@ -47,12 +50,15 @@ class Teacher(nn.Module):
         """Stays in evaluation mode: whoever switches an engine to training must not switch on the teacher's dropout."""
         return super().train(False)
 
-    def loss(self, input_BU: Tensor, target_BU: Tensor) -> Tensor:
+    def loss(self, input_BU: Tensor, target_BU: Tensor, segment_BU: Tensor | None = None) -> Tensor:
         """Losses of the targets given the inputs up to the same position.
 
-        input_BU   [B, U] int64, teacher ids; any valid id where the row is padded
-        target_BU  [B, U] int64, the ids one position later; -100 where the row is padded
-        returns    [B, U] float32, nats; 0 where the target is -100
+        input_BU    [B, U] int64, teacher ids; any valid id where the row is padded
+        target_BU   [B, U] int64, the ids one position later; -100 where the row is padded
+        segment_BU  [B, U] int, which document a position is of; then it sees that document's inputs alone. None: all of its row
+        returns     [B, U] float32, nats; 0 where the target is -100
+
+        Raises ModelError: a row too long, or segments for an architecture that cannot be cut at them.
         """
         if self.max_positions is not None and input_BU.shape[1] > self.max_positions:
             raise ModelError(
@@ -61,11 +67,15 @@ class Teacher(nn.Module):
             )
         # not inference_mode: its tensors cannot be saved for a backward pass, and these weigh the student's loss
         with torch.no_grad():
-            loss_BU: Tensor = self(input_BU, target_BU)
+            if segment_BU is not None and not self._cuts_documents:
+                check_documents(self.decoder, self.config, input_BU.device)
+                self._cuts_documents = True
+            loss_BU: Tensor = self(input_BU, target_BU, segment_BU)
         return loss_BU
 
-    def forward(self, input_BU: Tensor, target_BU: Tensor) -> Tensor:
-        hidden_BUH = self.decoder(input_ids=input_BU, use_cache=False).last_hidden_state
+    def forward(self, input_BU: Tensor, target_BU: Tensor, segment_BU: Tensor | None = None) -> Tensor:
+        arguments = {} if segment_BU is None else teacher_arguments(self.config, segment_BU)
+        hidden_BUH = self.decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state
         loss_BU: Tensor = self.head(hidden_BUH, target_BU)
         return loss_BU
 
@@ -101,20 +111,28 @@ def open_teacher(
     device: torch.device | str,
     attention: Attention = "auto",
     cache: str | os.PathLike[str] | None = None,
+    weights: Weights = "as-is",
 ) -> Teacher:
-    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once into `cache`."""
+    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once into `cache`.
+
+    weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError.
+    """
     folder = teacher_folder(path, cache)
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # before gigabytes are read
     _check_logits(config.get_text_config())
+    implementation = resolve_attention(config.get_text_config(), attention, dtype, device)
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=resolve_attention(attention, dtype, device),
+            attn_implementation=implementation,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
         )
+    if weights != "as-is":
+        # before it moves: a device that holds the quantised teacher need not hold the other
+        quantise(model.get_decoder(), weights, device)
     return Teacher(model.to(device))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, resolve_attention, to_hugging_face
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, to_hugging_face
 from megatron_vocagno.model.student import student_config
 from tests.model.tiny import SIZES, write_model
 
@@ -74,9 +74,3 @@ def test_every_rank_can_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: 1)
     to_hugging_face(config, {name: weights.tensor(name) for name in weights}, tmp_path / "out")
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "generation_config.json", "model.safetensors"}
-
-
-def test_attention_without_a_gpu_is_torchs_own() -> None:
-    assert resolve_attention("auto", torch.bfloat16, "cpu") == "sdpa"
-    assert resolve_attention("auto", torch.float32, "cuda") == "sdpa"
-    assert resolve_attention("flash_attention_2", torch.bfloat16, "cuda") == "flash_attention_2"

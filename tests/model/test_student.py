@@ -19,6 +19,7 @@ from megatron_vocagno.model.student import (
     layer_count,
     layer_parameters,
     load_layer,
+    logit_softcap,
     student_config,
     tied_head,
 )
@@ -63,7 +64,8 @@ def test_losses_and_gradients_equal_those_of_hugging_face(spec: dict[str, Any], 
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        atol = 1e-5 * max(1.0, gradient.abs().max().item())
+        torch.testing.assert_close(gradient, their_gradients[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @each_family
@@ -83,11 +85,13 @@ def test_layers_in_a_chain_are_the_student(spec: dict[str, Any], tmp_path: Path)
     hidden_BSH, weight_VH = head(value)
     # a view, never the parameter: see Head
     assert weight_VH._base is head.weight and not weight_VH.is_leaf and torch.equal(weight_VH, head.weight)
-    assert torch.equal(token_loss(hidden_BSH.flatten(0, 1), weight_VH, target_BS.flatten()).view(2, 11), expected_BS)
+    softcap = logit_softcap(config)
+    loss_BS = token_loss(hidden_BSH.flatten(0, 1), weight_VH, target_BS.flatten(), softcap=softcap).view(2, 11)
+    assert torch.equal(loss_BS, expected_BS)
     if config.tie_word_embeddings:
         assert isinstance(body[0], Embedding)
         hidden_BSH, weight_VH = tied_head(body[0], value)
-        assert torch.equal(token_loss(hidden_BSH.flatten(0, 1), weight_VH, target_BS.flatten()).view(2, 11), expected_BS)
+        assert torch.equal(weight_VH, head.weight) and torch.equal(hidden_BSH, value)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,8 @@ def test_a_layer_depends_on_seed_and_index_alone(spec: dict[str, Any]) -> None:
                 assert not torch.equal(tensor, other_seed[i][name])
                 assert abs(float(tensor.std()) / config.initializer_range - 1) < 0.1, name
             else:
-                assert (tensor == (0 if name.endswith("bias") else 1)).all(), name
+                one = 0 if spec["model_type"].startswith("gemma") else 1  # Gemma's norms scale by 1 + weight
+                assert (tensor == (0 if name.endswith("bias") else one)).all(), name
     assert matrices == 2 + 7 * config.num_hidden_layers
     assert not torch.equal(upwards[1]["layer.mlp.up_proj.weight"], upwards[2]["layer.mlp.up_proj.weight"])
     assert torch.equal(upwards[0]["weight"], upwards[-1]["weight"]) == config.tie_word_embeddings
@@ -214,13 +219,56 @@ def test_no_token_is_padding_to_the_student(tmp_path: Path) -> None:
     assert embedding[2].abs().max() > 0 and embedding.grad[2].abs().max() > 0
 
 
+def saved_bytes(student: Student, ids_BS: Tensor, target_BS: Tensor) -> tuple[int, Tensor]:
+    """What a forward keeps for its backward besides the weights, and the losses. Recomputation keeps inputs without telling."""
+    seen: dict[int, int] = {parameter.untyped_storage().data_ptr(): 0 for parameter in student.parameters()}
+    inputs: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        seen.setdefault(storage.data_ptr(), storage.nbytes())
+        alive.append(tensor)
+        return tensor
+
+    alive: list[Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+        for layer in student.layers
+        if getattr(layer, "recompute", False)
+    ]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_BS = student(ids_BS, target_BS)
+    for handle in handles:
+        handle.remove()
+    for tensor in inputs:
+        pack(tensor)
+    return sum(seen.values()), loss_BS
+
+
+@each_family
+def test_recomputation_keeps_less_and_learns_the_same(spec: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_model(tmp_path, spec)
+    kept, losses, gradients = [], [], []
+    for recompute in (False, True):
+        student = Student(student_config(folder), seed=0, recompute=recompute)
+        student.load(PretrainedWeights(folder))
+        held, loss_BS = saved_bytes(student, *batch(2, 40))
+        loss_BS.sum().backward()
+        kept.append(held)
+        losses.append(loss_BS)
+        gradients.append(named_gradients(student))
+    assert kept[1] < 0.4 * kept[0], kept
+    assert torch.equal(*losses)
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, r"type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma"),
         ({"model_type": None}, r"type None are not supported"),
         ({"num_hiden_layers": 4}, r"no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'\?"),
         ({"xyzzy": 1}, r"no field 'xyzzy' in a llama model$"),
@@ -248,26 +296,6 @@ def test_rows_that_the_model_cannot_read_are_refused() -> None:
     check_row_length(config, POSITIONS)
     with pytest.raises(ModelError, match=r"rows have 65 tokens, the student reads 64"):
         check_row_length(config, POSITIONS + 1)
-
-
-@pytest.mark.parametrize(
-    ("spec", "active"),
-    [
-        ({"model_type": "mistral", "sliding_window": 32}, True),
-        ({"model_type": "mistral", "sliding_window": None}, False),
-        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 1}, True),
-        ({"model_type": "qwen3", "sliding_window": 32, "use_sliding_window": True, "max_window_layers": 3}, False),
-        ({"model_type": "qwen3", "sliding_window": 32}, False),
-    ],
-)
-def test_a_window_narrower_than_the_row_is_refused(spec: dict[str, Any], active: bool) -> None:
-    config = student_config({**SIZES, **spec})
-    check_row_length(config, 32)
-    if active:
-        with pytest.raises(ModelError, match=r"rows have 33 tokens, the student attends to the last 32"):
-            check_row_length(config, 33)
-    else:
-        check_row_length(config, 33)
 
 
 def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:

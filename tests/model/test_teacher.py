@@ -51,7 +51,6 @@ def test_any_architecture_with_a_plain_head_can_teach(spec: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"model_type": "gemma2", "head_dim": 12}, "final_logit_softcapping = 30"),
         ({"model_type": "cohere"}, "logit_scale = 0.0625"),
         ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling = 8"),
         ({"model_type": "phi"}, "bias in its head"),

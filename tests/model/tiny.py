@@ -20,8 +20,26 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": POSITIONS,
 }
-# what sets each of them apart: no window, biases on q, k, v (qwen2), norms on q, k and heads wider than hidden / heads (qwen3)
-FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {"head_dim": 16}}
+# what sets each of them apart: a window shorter than rows, in all layers (mistral) or in some; biases on q, k, v (qwen2); norms
+# on q, k and heads wider than hidden / heads (qwen3); scaled embeddings, norms of 1 + weight (gemma); capped logits in attention
+# and head (gemma2); two RoPEs (gemma3)
+GEMMA: dict[str, Any] = {"head_dim": 12, "pad_token_id": None}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "gemma": GEMMA,
+    "gemma2": {
+        **GEMMA,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {**GEMMA, "query_pre_attn_scalar": 20, "sliding_window": 6, "layer_types": GEMMA3_LAYERS},
+}
 
 each_family = pytest.mark.parametrize(
     "spec",
