@@ -4,21 +4,29 @@ Names are grouped for TensorBoard (`loss/`, `guidance/`, `teacher/`, `throughput
 does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN or infinite is shown, and
 null in metrics.jsonl, since JSON has no such numbers.
 metrics.jsonl holds one object a step, and one an evaluation, with the same names and `step`; a resumed run drops the lines of
-steps that it is about to repeat, so that each stands there once.
+steps that it is about to repeat, so that each stands there once. not_finite.jsonl names the documents of steps that were not
+finite. `finished` (the last step) or `stopped` (the step and who asked) is there once a run has left of its own will.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import orjson
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_vocagno.config import RunError
+from megatron_vocagno.health import BrokenStep, described
+from megatron_vocagno.stopping import reason
+
 METRICS_FILE = "metrics.jsonl"
+BROKEN_STEPS_FILE = "not_finite.jsonl"
+FINISHED_FILE, STOPPED_FILE = "finished", "stopped"
 
 
 class Monitor:
@@ -27,7 +35,7 @@ class Monitor:
     def __init__(self, output: Path | None, every: int, last_step: int) -> None:
         """output: the run's folder, made when writing begins. every: steps between console lines."""
         self.output, self.every, self.last_step = output, every, last_step
-        self._metrics: BinaryIO | None = None
+        self._metrics: IO[bytes] | None = None
         self._board: SummaryWriter | None = None
 
     def say(self, text: str) -> None:
@@ -41,13 +49,22 @@ class Monitor:
         if self.output is None:
             yield
             return
-        self.output.mkdir(parents=True, exist_ok=True)
-        path = self.output / METRICS_FILE
-        _forget_after(path, first_step)
-        board = SummaryWriter(str(self.output / "tensorboard"), purge_step=first_step + 1)
-        with path.open("ab") as self._metrics, closing(board) as self._board:
+        with _disk(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+            for name in (FINISHED_FILE, STOPPED_FILE):
+                (self.output / name).unlink(missing_ok=True)
+            for name in (METRICS_FILE, BROKEN_STEPS_FILE):
+                _forget_after(self.output / name, first_step)
+            self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=first_step + 1)
+            self._metrics = (self.output / METRICS_FILE).open("ab")
+        try:
             yield
-        self._metrics = self._board = None
+        finally:
+            for file in (self._metrics, self._board):
+                # every line has been written by now; TensorBoard alone may lose its last ones to a full disk
+                with suppress(OSError):
+                    file.close()
+            self._metrics = self._board = None
 
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers after a step (counted from 1)."""
@@ -60,13 +77,42 @@ class Monitor:
         self._write(step, numbers)
         self.say(f"evaluation after step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
 
+    def broken_step(self, broken: BrokenStep, documents: Mapping[str, Sequence[int]]) -> None:
+        """A step that was not finite, and what it read: document numbers by dataset."""
+        if self.output is None:
+            return
+        with _disk(self.output), (self.output / BROKEN_STEPS_FILE).open("ab") as file:
+            file.write(orjson.dumps(asdict(broken) | {"documents": documents}, option=orjson.OPT_APPEND_NEWLINE))
+        self.say(described(broken, documents))
+
+    def leave(self, step: int, asked: int) -> None:
+        """The last word of a run that ends of its own will. asked: see stopping.py; 0 where it reached its last step."""
+        if self.output is None:
+            return
+        if asked:
+            self._write(step, {"run/stopped_by": asked})
+        with _disk(self.output):
+            name, text = (STOPPED_FILE, f"{step} {reason(asked)}\n") if asked else (FINISHED_FILE, f"{step}\n")
+            (self.output / name).write_text(text, encoding="utf-8")
+        self.say(f"stopped after step {step}: {reason(asked)}" if asked else f"finished: step {step} was the last one")
+
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._metrics is None or self._board is None:
             return
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
-        self._metrics.write(orjson.dumps({"step": step, **numbers}, option=orjson.OPT_APPEND_NEWLINE))
-        self._metrics.flush()
+        with _disk(self._metrics.name):
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+            self._metrics.write(orjson.dumps({"step": step, **numbers}, option=orjson.OPT_APPEND_NEWLINE))
+            self._metrics.flush()
+
+
+@contextmanager
+def _disk(place: object) -> Iterator[None]:
+    """Only the first rank writes here; where it cannot, it says so, and its launcher ends the others."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write to {place}: {error}") from None
 
 
 def read_metrics(output: Path) -> list[dict[str, float]]:

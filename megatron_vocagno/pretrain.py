@@ -2,7 +2,8 @@
 
     deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
 
-Exit code 0: the run reached its last step. 2: the user has something to mend, and the message says what. 130: interrupted.
+Exit code 0: the run reached its last step, or was asked to leave and has saved (SIGTERM, SIGUSR1, training.max_minutes). 2: the
+user has something to mend, and the message says what. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.config import RunError, load_run
+from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.stopping import Stopper
 
 PATIENCE = 5.0
 """Seconds that a rank waits before it speaks of an error that the first rank has most likely met too."""
@@ -32,18 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
     except RunError as error:
         return _refuse(error)
-    # after what needs no more than the run file: DeepSpeed takes seconds to import, and talks while it does
-    from megatron_vocagno.train import USER_ERRORS, start_training
-
     try:
-        start_training(run, options.deepspeed_config)
-    except USER_ERRORS as error:
-        return _refuse(error)
+        # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
+        with Stopper(run.training.max_minutes) as stopper:
+            problem = _train(run, options.deepspeed_config, stopper)
     except KeyboardInterrupt:
         if _is_first():
             print("interrupted; the same command goes on from the newest whole checkpoint", file=sys.stderr, flush=True)
         return 130
-    return 0
+    return 0 if problem is None else _refuse(problem)
+
+
+def _train(run: Run, settings: Path, stopper: Stopper) -> Exception | None:
+    """Returns what the user has to mend."""
+    # after what needs no more than the run file: DeepSpeed takes seconds to import, and talks while it does
+    from megatron_vocagno.train import USER_ERRORS, start_training
+
+    try:
+        start_training(run, settings, stopper)
+    except USER_ERRORS as error:
+        return error
+    return None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

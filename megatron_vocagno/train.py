@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +16,13 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
-from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows, evaluation_batches
+from megatron_vocagno.batch.loader import Batch, Batches, Layout, evaluation_batches
 from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine.agreement import largest, together
 from megatron_vocagno.engine.build import build_engine
+from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
 from megatron_vocagno.engine.manifest import Position
@@ -29,33 +31,37 @@ from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
 from megatron_vocagno.engine.trainers import Engine
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, resolve_attention
+from megatron_vocagno.health import NonFiniteGuard, documents_of
+from megatron_vocagno.model.attention import resolve_attention
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights
 from megatron_vocagno.model.student import check_row_length, student_config
-from megatron_vocagno.monitor import Monitor
+from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
 from megatron_vocagno.objective.statistics import STATS, summarize
+from megatron_vocagno.stopping import Stopper
 
 USER_ERRORS = (RunError, CorpusError, ModelError)
 """What a user can mend; everything else is a fault of ours or of a machine."""
 
 
-def start_training(run: Run, settings_path: Path) -> None:
+def start_training(run: Run, settings_path: Path, stopper: Stopper) -> None:
     """Join the other processes, train, and leave together. Raises USER_ERRORS."""
     processes = start()
     settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
-    train(run, settings, processes)
+    train(run, settings, processes, stopper)
     stop()
 
 
-def train(run: Run, settings: Settings, processes: Processes) -> None:
-    """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world."""
-    datasets = open_data(run.data.train)
+def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) -> None:
+    """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world.
+
+    Where any rank's `stopper` asks it to, the run saves after the step that it is in, and returns.
+    """
+    datasets, valid, config, weights = together(lambda: _open(run, settings, processes), *USER_ERRORS)
     data = datasets[0]  # for what they have in common
-    valid = _open_valid(run, data)
-    config, weights = _open_student(run, data, settings, processes)
     teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     mixture = Mixture([source.weight for source in run.data.train])
-    rows = BlendedRows([TrainRows(ds, run.data.row_length, run.training.seed, longest) for ds in datasets], mixture)
+    rows = BlendedRows(training_rows(run, datasets, longest), mixture)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
@@ -70,10 +76,11 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
     monitor.say(_opening(run, layout, steps, position))
     for line in _sources(datasets, rows, layout):
         monitor.say(line)
+    saved, healthy = position.step, True
     with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
-        while position.step < steps:
+        while not (asked := largest(stopper.asked, processes.device)) and position.step < steps:
             clock = Clock(processes)
             micro_batches = batches.step(position.rows)
             counts = count_step(micro_batches, run.guidance, engine.data_group, processes.device)
@@ -82,17 +89,30 @@ def train(run: Run, settings: Settings, processes: Processes) -> None:
             clock.start_student()
             learning_rate = engine.learning_rate
             loss = engine.train(micro_batches, teacher_losses, counts)
-            position = position.after(layout.rows)
+            before, position = position, position.after(layout.rows)
             numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
             for source, epochs in zip(run.data.train, rows.epochs(position.rows), strict=True):
                 numbers[f"data/epochs/{source.path}"] = epochs
             monitor.step(position.step, numbers)
-            healthy = guard.check(position.step, numbers)
+            if broken := guard.check(position.step, numbers):
+                documents = documents_of(rows, range(before.rows, position.rows))
+                monitor.broken_step(broken, dict(zip((str(s.path) for s in run.data.train), documents, strict=True)))
+                guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
+            healthy = broken is None
             if valid is not None and _due(position.step, run.eval.every, steps):
                 monitor.evaluation(position.step, evaluate(engine, run, valid, processes))
             if _due(position.step, run.checkpoint.every, steps):
-                saved = keeper.save(position) if healthy else "none, since the last step was not finite"
-                monitor.say(f"checkpoint: {saved}")
+                saved = save(keeper, position, healthy, monitor)
+        if position.step < steps and saved < position.step:
+            save(keeper, position, healthy, monitor)
+        monitor.leave(position.step, asked if position.step < steps else 0)
+
+
+def save(keeper: Keeper, position: Position, healthy: bool, monitor: Monitor) -> int:
+    """A checkpoint, unless the last step was not finite. Returns the step. Collective over the world."""
+    saved = keeper.save(position) if healthy else "none, since the last step was not finite"
+    monitor.say(f"checkpoint: {saved}")
+    return position.step
 
 
 def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes) -> list[Tensor]:
@@ -140,30 +160,6 @@ class Clock:
     def _now(self) -> float:
         self.processes.synchronize()
         return time.perf_counter()
-
-
-class NonFiniteGuard:
-    """Stops a run whose loss or gradient stays broken: DeepSpeed skips such steps with no more than a line, for ever."""
-
-    def __init__(self, limit: int, skipped_steps: int) -> None:
-        """skipped_steps: those that DeepSpeed has counted so far; a resumed run remembers them."""
-        self.limit, self.skipped, self.in_a_row = limit, skipped_steps, 0
-
-    def check(self, step: int, numbers: Mapping[str, float]) -> bool:
-        """Whether the step was healthy; a checkpoint waits until one is. Raises RunError after `limit` broken ones in a row."""
-        loss, skipped = numbers["loss/train"], int(numbers["optimizer/skipped_steps"])
-        grad_norm = numbers.get("optimizer/grad_norm", 0.0)
-        # tokens without a finite loss carry no weight, so a student that is all NaN has loss 0
-        finite = math.isfinite(loss) and math.isfinite(grad_norm) and numbers["loss/nonfinite_tokens"] == 0
-        healthy = finite and skipped == self.skipped
-        self.skipped = skipped
-        self.in_a_row = 0 if healthy else self.in_a_row + 1
-        if self.in_a_row >= self.limit:
-            raise RunError(
-                f"{self.in_a_row} steps in a row were not finite, last step {step} (loss {loss}, gradient norm {grad_norm}).\n"
-                "  The last checkpoint is from before them. Likely causes: a learning rate too high, or broken weights."
-            )
-        return healthy
 
 
 def _numbers(
@@ -232,6 +228,16 @@ def _sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layo
             yield f"note: a step reads {float(layout.rows * share):.0f} of its rows: every step repeats its text"
 
 
+def _open(
+    run: Run, settings: Settings, processes: Processes
+) -> tuple[list[AlignedDataset], AlignedDataset | None, PretrainedConfig, PretrainedWeights | None]:
+    """Training data, validation data and the student's files; nothing here waits for another rank."""
+    datasets = open_data(run.data.train)
+    valid = _open_valid(run, datasets[0])
+    config, weights = _open_student(run, datasets[0], settings, processes)
+    return datasets, valid, config, weights
+
+
 def open_data(sources: Sequence[Source]) -> list[AlignedDataset]:
     """The datasets of a blend. Raises TokenizerMismatch, or RunError for one that is named twice."""
     datasets = [AlignedDataset.open(source.path) for source in sources]
@@ -262,5 +268,5 @@ def _open_student(
         check_tokenizer(data, "student", run.student.pretrained)
     check_row_length(config, run.data.row_length)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
-    config._attn_implementation = resolve_attention(run.student.attention, dtype, processes.device)
+    config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
     return config, PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None

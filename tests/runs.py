@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -13,10 +15,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests import tokenizers_for_tests as real
+from tests.datasets import build_dataset
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = "examples/pretrain_vocagno.py"
@@ -102,6 +107,14 @@ class Case:
         return self.out(name)
 
 
+def build_case(folder: Path, teacher_tokenizer: Path) -> Case:
+    """A tiny student and a tiny teacher with real vocabularies, on real text."""
+    texts, mistral = real.texts(), real.mistral_tokenizer_path()
+    train = build_dataset(folder / "train", texts[:60] + real.multilingual_texts(), mistral, teacher_tokenizer)
+    valid = build_dataset(folder / "valid", texts[60:70], mistral, teacher_tokenizer)
+    return Case(folder, train.path, valid.path, write_teacher(folder / "teacher", teacher_tokenizer))
+
+
 def metrics(output: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -150,29 +163,62 @@ def launch(
 
 
 def spawn(processes: int, arguments: Sequence[str], program: Sequence[str] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
-    """The same without the launcher, as torchrun would set it up: half the time of a small run is the launcher's."""
-    command = [sys.executable, *program, *arguments]
+    """The same without the launcher, as torchrun would set it up; the script's ranks are forks of one process (forked.py)."""
     shared = environment(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
-    with tempfile.TemporaryFile("w+") as output:
-        ranks = [
-            subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-            for rank in range(processes)
-        ]
-        try:
-            while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
-                time.sleep(0.05)
-            # before the others are ended: what a rank that failed, or died of a signal, left by itself
-            failed = [code for rank in ranks if (code := rank.poll())]
-        finally:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
-                rank.wait()
+    with tempfile.NamedTemporaryFile("w+") as output:
+        if tuple(program) == (SCRIPT,):
+            request = {"processes": processes, "arguments": list(arguments), "variables": shared, "output": output.name}
+            code = _ask_forks(json.dumps(request))
+        else:
+            code = _run_ranks(processes, [sys.executable, *program, *arguments], shared, output)
         output.seek(0)
-        return subprocess.CompletedProcess(command, failed[0] if failed else 0, output.read())
+        return subprocess.CompletedProcess([*program, *arguments], code, output.read())
+
+
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    """Made for the first run, and ended with the tests."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.forked"],
+        cwd=REPOSITORY,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(server.kill)
+    return server
+
+
+def _ask_forks(request: str) -> int:
+    server = _forks()
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(request + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+def _run_ranks(processes: int, command: Sequence[str], variables: dict[str, str], output: IO[str]) -> int:
+    """The exit code of the first rank that failed; the others are ended then."""
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(processes)
+    ]
+    try:
+        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+            time.sleep(0.05)
+        # before the others are ended: what a rank that failed, or died of a signal, left by itself
+        failed = [code for rank in ranks if (code := rank.poll())]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+            rank.wait()
+    return failed[0] if failed else 0

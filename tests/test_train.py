@@ -14,7 +14,6 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import batch_layout, precision, read_settings
 from megatron_vocagno.pretrain import main
-from megatron_vocagno.train import NonFiniteGuard
 from tests.runs import REPOSITORY, Case, environment, launch, metrics, spawn, write_settings
 
 
@@ -128,36 +127,6 @@ def test_one_error_message_for_all_ranks(case: Case) -> None:
     assert finished.stdout.count("error: /nowhere/dataset.json is missing") == 1
 
 
-GOOD = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 7.0, "loss/nonfinite_tokens": 0.0}
-BROKEN = [
-    GOOD | {"loss/train": float("nan")},
-    GOOD | {"optimizer/grad_norm": float("inf")},
-    GOOD | {"loss/nonfinite_tokens": 3.0},
-    GOOD | {"optimizer/skipped_steps": 8.0},
-]
-
-
-@pytest.mark.parametrize("broken", BROKEN)
-def test_a_broken_step_is_no_healthy_one_and_a_resumed_run_remembers_its_skipped_steps(broken: dict[str, float]) -> None:
-    assert NonFiniteGuard(2, 7).check(1, GOOD)
-    assert not NonFiniteGuard(2, 7).check(1, broken)
-    with pytest.raises(RunError, match="1 steps in a row were not finite, last step 1"):
-        NonFiniteGuard(1, 7).check(1, broken)
-
-
-def test_the_guard_stops_after_steps_in_a_row_and_forgives_single_ones() -> None:
-    guard = NonFiniteGuard(3, 7)
-    assert [guard.check(step, n) for step, n in enumerate([BROKEN[0], BROKEN[1], GOOD, BROKEN[2], BROKEN[0]])] == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
-    with pytest.raises(RunError, match="3 steps in a row were not finite, last step 9"):
-        guard.check(9, BROKEN[3])
-
-
 def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no DeepSpeed configuration at"):
         read_settings(tmp_path / "absent.json", 0, "cpu")
@@ -168,6 +137,7 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -
     for changes, stages, complaint in (
         ({"optimizer": {}}, 0, "no 'optimizer' with a 'type'"),
         ({"scheduler": {}}, 0, r"belongs into the run file"),
+        ({"tensor_parallel": {"autotp_size": 2}}, 0, r"'tensor_parallel' is not supported"),
         ({"bf16": {"enabled": True}}, 2, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
         ({"bfloat16": {"enabled": True}}, 1, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
         ({"zero_optimization": {"stage": 0}}, 0, "Stage 0 takes steps with gradients that are not finite"),

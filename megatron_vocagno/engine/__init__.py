@@ -4,6 +4,7 @@ processes.py    start the process group; device and threads of this rank
 settings.py     the DeepSpeed configuration: read, checked against the run
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss
 scoring.py      where the teacher runs: score, then train
+sharded.py      a teacher that is spread over all ranks
 placement.py    the teacher of a run: opened, and put where it scores
 learning.py     losses and labels -> the loss of a micro-batch
 stages.py       the student as a pipeline module

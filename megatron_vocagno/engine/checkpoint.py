@@ -1,9 +1,8 @@
-"""Atomic save, exact resume.
+"""Atomic save, exact resume, in any layout.
 
 All ranks write, then each file is brought to disk and hashed, then the manifest is written, then `latest` is moved: a crash at
-any moment leaves the older checkpoints whole and the new one recognisably unfinished (see manifest.py).
-
-DeepSpeed reads its own files with pickle, as it wrote them: resume only runs that you made.
+any moment leaves the older checkpoints whole and the new one recognisably unfinished (see manifest.py). What a disk refuses
+to one rank ends the run on all, with one message.
 """
 
 from __future__ import annotations
@@ -14,16 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import orjson
-import torch
 from deepspeed import comm as dist
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus.dataset import sync, write_durably
+from megatron_vocagno.engine.agreement import Watch, from_first_rank
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
     MANIFEST,
+    OPTIMIZER,
     RUN,
     STUDENT,
     TOKENIZER,
@@ -33,12 +34,14 @@ from megatron_vocagno.engine.manifest import (
     Position,
     changes,
     check_resumable,
+    finished_checkpoints,
     newest_checkpoint,
     outdated,
     read_manifest,
     sha256,
 )
 from megatron_vocagno.engine.settings import Settings, precision, zero_stage
+from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.engine.trainers import Engine
 
 
@@ -49,8 +52,9 @@ class Keeper:
         self, engine: Engine, run: Run, config: PretrainedConfig, settings: Settings, dataset: str, tokenizer: Path
     ) -> None:
         """dataset: fingerprint of the training data; tokenizer: folder of the student's tokenizer."""
-        self.engine, self.run, self.config, self.tokenizer = engine, run, config, tokenizer
-        self.root, self.keep = run.output / FOLDER, run.checkpoint.keep
+        self.run, self.config, self.tokenizer = run, config, tokenizer
+        self.root, self.settings = run.output / FOLDER, run.checkpoint
+        self.state = EngineState(engine, config)
         self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed)
         self.layout = EngineLayout(
             world=dist.get_world_size(),
@@ -62,55 +66,80 @@ class Keeper:
         )
 
     def save(self, position: Position) -> Path:
-        """Write a checkpoint, then remove all but the newest few. Collective over the world. Returns its folder."""
+        """Write a checkpoint, then remove those that need not stay. Collective over the world. Returns its folder.
+
+        Raises RunError: a rank could not write, so that nothing of the new checkpoint is left, and the older ones are untouched;
+        or an old one could not be removed.
+        """
         folder = self.root / f"step-{position.step:08d}"
         first = dist.get_rank() == 0
+        disk = Watch(OSError, SafetensorError)
         if first:
-            # left behind by a run that died here, or by one that was resumed from an older checkpoint
-            if folder.exists():
-                shutil.rmtree(folder)
-            (folder / STUDENT).mkdir(parents=True)
-            shutil.copytree(self.tokenizer, folder / TOKENIZER)
-            self.config.to_json_file(folder / "config.json")
-            (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
+            with disk.on():
+                self._open(folder)
         dist.barrier()
-        self.engine.engine.save_checkpoint(str(self.root), tag=folder.name, save_latest=False)
-        self.engine.write_weights(folder / STUDENT, self.config)
-        dist.barrier()
-        files = _describe(folder)
+        self.state.write(folder, disk)
+        self._check(disk, folder)
+        files = _describe(folder, disk)
+        self._check(disk, folder)
         if first:
-            manifest = Manifest(position=position, layout=self.layout, files=files)
-            write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
-            write_durably(self.root / LATEST, folder.name.encode())
-            for old in outdated(self.root, folder, self.keep):
-                shutil.rmtree(old)
-        dist.barrier()
+            with disk.on():
+                manifest = Manifest(position=position, layout=self.layout, files=files)
+                write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
+                write_durably(self.root / LATEST, folder.name.encode())
+        self._check(disk, folder)
+        from_first_rank(lambda: self._tidy(folder), OSError)
         return folder
+
+    def _open(self, folder: Path) -> None:
+        """An empty folder, with what is known before any tensor is gathered."""
+        # left behind by a run that died here, or by one that was resumed from an older checkpoint
+        if folder.exists():
+            shutil.rmtree(folder)
+        (folder / STUDENT).mkdir(parents=True)
+        (folder / OPTIMIZER).mkdir()
+        shutil.copytree(self.tokenizer, folder / TOKENIZER)
+        self.config.to_json_file(folder / "config.json")
+        (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
+
+    def _tidy(self, newest: Path) -> None:
+        for old in outdated(self.root, newest, self.settings.keep, self.settings.keep_every):
+            shutil.rmtree(old)
+
+    def _check(self, disk: Watch, folder: Path) -> None:
+        """Give the folder up where any rank could not write. Collective over the world."""
+        failure = disk.failure()
+        if failure is None:
+            return
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        older = [path for path in finished_checkpoints(self.root) if path != folder]
+        raise RunError(
+            f"no checkpoint could be written to {folder} (rank {failure.ranks[0]}): {failure.message}\n"
+            + (f"  {older[0]} is untouched: " if older else "  There is no older one: ")
+            + f"make room there, and the same command goes on {'from it' if older else 'from the start'}."
+        )
 
     def resume(self, say: Callable[[str], None]) -> Position:
         """Load the newest whole checkpoint into the engine; a fresh start where there is none. Collective over the world.
 
-        Raises RunError: the checkpoint speaks of other data, another order of rows, or another layout.
+        Raises RunError: the checkpoint speaks of other data, another order of rows or another training, or is of another release.
         """
-        found: list[Path | None] = [None]
-        if dist.get_rank() == 0:
-            found[0] = newest_checkpoint(self.root.parent, say)
-        dist.broadcast_object_list(found, src=0)
-        folder = found[0]
+        folder = from_first_rank(lambda: newest_checkpoint(self.root.parent, say), RunError)
         if folder is None:
             return self.fresh
         manifest = read_manifest(folder)
         check_resumable(folder, manifest, self.fresh, self.layout)
-        # as when the engine was built: DeepSpeed copies tied weights between stages, and autograd need not hear of it
-        with torch.no_grad():
-            self.engine.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        self.state.read(folder)
         say(f"loaded {folder}")
+        if manifest.layout != self.layout:
+            say(f"note: from here on with {self.layout} (was {manifest.layout})")
         for change in changes(orjson.loads((folder / RUN).read_bytes()), orjson.loads(self.run.model_dump_json())):
             say(f"note: from here on {change}")
         return manifest.position
 
 
-def _describe(folder: Path) -> dict[str, File]:
+def _describe(folder: Path, disk: Watch) -> dict[str, File]:
     """Size and hash of every file, on disk for good. The ranks share the work; collective over the world."""
     # one rank lists: on a network file system the others may not see all names yet
     listed: list[list[str]] = [[]]
@@ -118,15 +147,16 @@ def _describe(folder: Path) -> dict[str, File]:
         listed[0] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     dist.broadcast_object_list(listed, src=0)
     mine: dict[str, File] = {}
-    for name in listed[0][dist.get_rank() :: dist.get_world_size()]:
-        path = folder / name
-        sync(path)
-        mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
+    with disk.on():
+        for name in listed[0][dist.get_rank() :: dist.get_world_size()]:
+            path = folder / name
+            sync(path)
+            mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
+        if dist.get_rank() == 0:
+            for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
+                sync(path)
     shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, mine)
-    if dist.get_rank() == 0:
-        for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder.parent):
-            sync(path)
     return dict(sorted(item for share in shares for item in share.items()))
 
 

@@ -41,15 +41,11 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
     kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
     teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
     mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in Mapping]
-    mapped = [sum(batch.row_mapped) for batch in batches]
-    unmapped = [sum(batch.row_unmapped) for batch in batches]
-    kept, teacher_tokens, *rest = sum_over_ranks([kept_here, teacher_tokens, *mapping, *mapped, *unmapped], group, device)
-    mapping, mapped, unmapped = rest[: len(Mapping)], rest[len(Mapping) : -len(batches)], rest[-len(batches) :]
+    kept, teacher_tokens, *mapping = sum_over_ranks([kept_here, teacher_tokens, *mapping], group, device)
     if guidance.scope == "global":
-        # one selection goes over the same micro-batch of all ranks
-        kept = sum(
-            planned([micro_mapped], [micro_unmapped]) for micro_mapped, micro_unmapped in zip(mapped, unmapped, strict=True)
-        )
+        # one selection goes over the whole step
+        mapped = mapping[Mapping.MAPPED]
+        kept = planned([mapped], [sum(mapping) - mapped])
     if guidance.objective == "clm":
         kept = sum(mapping)
     return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), tuple(capacities))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.config import Guidance
@@ -18,7 +21,7 @@ from megatron_vocagno.objective.statistics import STATS
 
 
 class Labels(NamedTuple):
-    """What the loss of a micro-batch needs besides the student. Tensors alone, as a pipeline hands on nothing else."""
+    """What a loss that selects needs besides the student. Tensors alone, as a pipeline hands on nothing else."""
 
     target_BS: Tensor
     """int64"""
@@ -33,44 +36,97 @@ class Labels(NamedTuple):
     """[C, 0]. Its length says how many tokens can have weight at most: a number that a device need not be asked for."""
 
 
+class Chosen(NamedTuple):
+    """What the loss needs where the weights are known before it."""
+
+    target_BS: Tensor
+    """int64"""
+    weight_BS: Tensor
+    """float32"""
+    rows_C: Tensor
+    """int64, positions b * S + s of the tokens that will have a gradient."""
+    divisor_1: Tensor
+    """float32"""
+
+
+def named(labels: tuple[Tensor, ...]) -> Labels | Chosen:
+    """A pipeline hands on plain tuples; the two kinds differ in length."""
+    return Labels(*labels) if len(labels) == len(Labels._fields) else Chosen(*labels)
+
+
 class Objective:
     """Per-token losses and labels -> the loss of a micro-batch. Adds up what it saw until it is asked."""
 
-    def __init__(self, guidance: Guidance, device: torch.device) -> None:
-        self.guidance, self.device = guidance, device
+    def __init__(self, guidance: Guidance, device: torch.device, softcap: float | None = None) -> None:
+        """softcap: c, where a student's logits are c * tanh(logits / c)."""
+        self.guidance, self.device, self.softcap = guidance, device, softcap
         self.group: dist.ProcessGroup | None = None
         """The data-parallel ranks, over which `global` scope selects; known once the engine is built."""
-        self.learning = True
-        """False while evaluating: every target counts, whatever the guidance."""
+        self._looked: list[Tensor] | None = None
         self._seen = torch.zeros(len(STATS), dtype=torch.float64, device=device)
 
-    def __call__(self, loss_BS: Tensor, labels: Labels, rows: LearnedRows) -> Tensor:
+    def __call__(self, loss_BS: Tensor, labels: Labels | Chosen, rows: LearnedRows) -> Tensor:
         """Tells `rows` which tokens are learned."""
-        valid_BS = labels.target_BS != IGNORE
-        if not self.learning:
-            return weighted_loss(loss_BS, valid_BS.float(), labels.divisor_1.squeeze())
-        selection = self._select(loss_BS.detach(), labels, valid_BS)
-        rows.tell(selection.rows_C)
-        self._seen += selection.stats_PK.sum(0)
-        return weighted_loss(loss_BS, selection.weight_BS, labels.divisor_1.squeeze())
+        if self._looked is not None:
+            self._looked.append(loss_BS)
+            return loss_BS.sum()
+        if isinstance(labels, Labels):
+            selection = self._select(loss_BS.detach(), labels, len(labels.capacity_C0))
+            weight_BS, rows_C = selection.weight_BS, selection.rows_C
+        else:
+            weight_BS, rows_C = labels.weight_BS, labels.rows_C
+        rows.tell(rows_C)
+        return weighted_loss(loss_BS, weight_BS, labels.divisor_1.squeeze())
 
     def of_hidden_states(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
         """The same from what a pipeline's last stage gives: hidden states and head, so that no logits are kept."""
         hidden_BSH, head_VH = outputs
-        named, rows = Labels(*labels), LearnedRows()
-        target_N = named.target_BS.flatten()
-        loss_N = token_loss(hidden_BSH.flatten(0, 1), head_VH, target_N, ignore_index=IGNORE, rows=rows)
-        return self(loss_N.view_as(named.target_BS), named, rows)
+        of_batch, rows = named(labels), LearnedRows()
+        target_N = of_batch.target_BS.flatten()
+        loss_N = token_loss(hidden_BSH.flatten(0, 1), head_VH, target_N, ignore_index=IGNORE, softcap=self.softcap, rows=rows)
+        return self(loss_N.view_as(of_batch.target_BS), of_batch, rows)
 
-    def _select(self, loss_BS: Tensor, labels: Labels, valid_BS: Tensor) -> Selection:
+    def looks_first(self, micro_batches: int) -> bool:
+        """Whether the losses of a whole step are needed before the first of them is learned."""
+        return self.guidance.objective != "clm" and self.guidance.scope == "global" and micro_batches > 1
+
+    @contextmanager
+    def looking(self) -> Iterator[list[Tensor]]:
+        """Within it nothing is selected: the losses [B, S] go onto the list, in the order of the calls."""
+        self._looked = []
+        try:
+            yield self._looked
+        finally:
+            self._looked = None
+
+    def choose(self, losses: Sequence[Tensor], labels: Sequence[Labels]) -> list[Chosen]:
+        """One selection over all micro-batches of a step, from their losses [B, S]. Collective over the group.
+
+        The weights come back to the host at once, so that no micro-batch waits for a device to know how many it has.
+        """
+        step = Labels(
+            torch.cat([of_batch.target_BS for of_batch in labels]).to(self.device),
+            pad_sequence([row_U for of_batch in labels for row_U in of_batch.teacher_loss_BU], batch_first=True),
+            torch.cat([of_batch.first_BS for of_batch in labels]).to(self.device),
+            torch.cat([of_batch.last_BS for of_batch in labels]).to(self.device),
+            labels[0].divisor_1,
+            labels[0].capacity_C0,
+        )
+        weights = self._select(torch.cat(tuple(losses)), step, None).weight_BS.cpu().split(len(losses[0]))
+        return [
+            Chosen(of_batch.target_BS, weight_BS, weight_BS.flatten().nonzero().squeeze(1), of_batch.divisor_1)
+            for of_batch, weight_BS in zip(labels, weights, strict=True)
+        ]
+
+    def _select(self, loss_BS: Tensor, labels: Labels, capacity: int | None) -> Selection:
         g = self.guidance
         guided = g.objective != "clm"
-        return select_tokens(
+        selection = select_tokens(
             loss_BS,
             labels.teacher_loss_BU,
             labels.first_BS,
             labels.last_BS,
-            valid_BS,
+            labels.target_BS != IGNORE,
             aggregate=g.aggregate,
             keep=g.keep,
             # plain language modeling: all tokens are unmapped, and included
@@ -78,11 +134,13 @@ class Objective:
             unmapped=g.unmapped if guided else "include",
             require_positive=g.require_positive,
             group=self.group,
-            capacity=len(labels.capacity_C0),
+            capacity=capacity,
         )
+        self._seen += selection.stats_PK.sum(0)
+        return selection
 
     def take_stats(self) -> Tensor:
-        """Sums since the last call, over all ranks, in the order of STATS. Collective over the world."""
+        """Sums since the last call, over all ranks, in the order of STATS; on the host. Collective over the world."""
         seen, self._seen = self._seen, torch.zeros_like(self._seen)
         dist.all_reduce(seen)
-        return seen
+        return seen.cpu()

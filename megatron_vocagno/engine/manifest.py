@@ -2,13 +2,13 @@
 
     RUN/checkpoints/step-00000300/
         student/layer_0000.safetensors …   the weights under Hugging Face names
+        optimizer/layer_0000.safetensors … float32 states under the same names
+        engine.json                        steps, learning-rate schedule, loss scale
         tokenizer/                         the student's tokenizer
         config.json                        the student's Hugging Face configuration
         run.json                           the resolved run
-        *.pt                               DeepSpeed's own files: optimizer, schedule, loss scale
         manifest.json                      written last: position, layout, and size and sha256 of every other file
-    RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move; for people and for
-                                           DeepSpeed's own tools
+    RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move; for people
 
 A checkpoint without a manifest, or with a file that differs from it, is not one: it is named and passed over.
 """
@@ -18,17 +18,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_vocagno.config import RunError
 
+VERSION = 2
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 STUDENT = "student"
+OPTIMIZER = "optimizer"
+COUNTERS = "engine.json"
 TOKENIZER = "tokenizer"
 RUN = "run.json"
 
@@ -54,15 +57,19 @@ class Position(Frozen):
 
 
 class EngineLayout(Frozen):
-    """What DeepSpeed's files depend on."""
+    """What was trained, and how it lay on the ranks. The first may not change in a resumed run, the second may."""
 
-    world: int
-    pipeline_stages: int
-    zero_stage: int
     precision: str
     optimizer: str
     student: str
     """sha256 of the student's configuration."""
+    world: int
+    pipeline_stages: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        engine = f"{self.pipeline_stages} stages" if self.pipeline_stages else "no pipeline"
+        return f"{self.world} processes, {engine}, ZeRO-{self.zero_stage}"
 
 
 class File(Frozen):
@@ -71,14 +78,21 @@ class File(Frozen):
 
 
 class Manifest(Frozen):
-    version: Literal[1] = 1
+    version: int = VERSION
     position: Position
     layout: EngineLayout
     files: dict[str, File]
 
 
+class OtherVersion(RunError):
+    """A checkpoint that another release wrote."""
+
+
 def newest_checkpoint(output: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files all are what its manifest says; the others are named and passed over."""
+    """The newest checkpoint whose files all are what its manifest says; the others are named and passed over.
+
+    Raises OtherVersion: one of another release may be whole, and passing over it would start over, and remove it.
+    """
     for folder in checkpoint_folders(output / FOLDER):
         complaint = _complaint(folder)
         if complaint is None:
@@ -91,7 +105,13 @@ def read_manifest(folder: Path) -> Manifest:
     """Raises RunError: no manifest, or one of another version."""
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate(orjson.loads(path.read_bytes()))
+        fields = orjson.loads(path.read_bytes())
+        if isinstance(fields, dict) and fields.get("version") != VERSION:
+            raise OtherVersion(
+                f"{path} has version {fields.get('version')}, this release reads version {VERSION}: "
+                "go on with the release that wrote it, or from its exported weights"
+            )
+        return Manifest.model_validate(fields)
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the checkpoint was never finished") from None
     except (orjson.JSONDecodeError, ValidationError) as error:
@@ -102,6 +122,8 @@ def _complaint(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
         manifest = read_manifest(folder)
+    except OtherVersion:
+        raise
     except RunError as error:
         return str(error)
     for name, file in manifest.files.items():
@@ -116,7 +138,10 @@ def _complaint(folder: Path) -> str | None:
 
 
 def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout) -> None:
-    """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another layout."""
+    """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another training.
+
+    The number of processes, of stages and the ZeRO stage may differ.
+    """
     for name in ("dataset", "row_length", "seed"):
         mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
         if mine != theirs:
@@ -124,11 +149,11 @@ def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: E
                 f"{folder} was written with {name} = {theirs}, this run has {mine}: its rows would not follow on.\n"
                 "  Give the run another 'output', or the old value back."
             )
-    for name in EngineLayout.model_fields:
+    for name in ("precision", "optimizer", "student"):
         mine, theirs = getattr(layout, name), getattr(manifest.layout, name)
         if mine != theirs:
             raise RunError(
-                f"{folder} was written with {name} = {theirs}, this run has {mine}: optimizer states are cut for their layout.\n"
+                f"{folder} was written with {name} = {theirs}, this run has {mine}: its optimizer states are of no use here.\n"
                 "  Resume with the old value, or start from the exported weights."
             )
 
@@ -145,18 +170,26 @@ def changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> list[s
     return lines
 
 
-def outdated(root: Path, newest: Path, keep: int) -> list[Path]:
-    """What may go once `newest` is whole: all finished checkpoints but the newest `keep`, and whatever lies beyond `newest`.
+def outdated(root: Path, newest: Path, keep: int, keep_every: int | None = None) -> list[Path]:
+    """What may go once `newest` is whole: all finished checkpoints but the newest `keep` and those whose step is a multiple of
+    `keep_every`, and whatever lies beyond `newest`.
 
     A later step than the newest whole one, or a folder without a manifest, is what a run left behind that died there.
     """
-    finished = [folder for folder in checkpoint_folders(root) if folder.name <= newest.name and (folder / MANIFEST).is_file()]
+    finished = [folder for folder in finished_checkpoints(root) if folder.name <= newest.name]
     stay = set(finished[:keep])
+    if keep_every is not None:
+        stay |= {folder for folder in finished if int(folder.name.removeprefix("step-")) % keep_every == 0}
     return [folder for folder in checkpoint_folders(root) if folder not in stay]
 
 
+def finished_checkpoints(root: Path) -> list[Path]:
+    """Newest first. Their files may have been damaged since."""
+    return [folder for folder in checkpoint_folders(root) if (folder / MANIFEST).is_file()]
+
+
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Newest first."""
+    """Newest first, whole or not."""
     return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
 
 

@@ -1,11 +1,8 @@
-"""The teacher of a run: opened as its `placement` says, and put where it scores.
-
-A teacher that is sharded must be built before the student's engine: DeepSpeed keeps one process-wide record of the ranks that
-form a model, and would shard over the student's data-parallel ranks alone, or fail (0.19.8).
-"""
+"""The teacher of a run: opened as its `placement` says, and put where it scores."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,24 +11,29 @@ import torch
 from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.engine.cached import CachedScorer, is_cached
 from megatron_vocagno.engine.processes import Processes
-from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer
+from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
+from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 
 
-def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | None:
+def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
     """The teacher of a guided run, in memory; None where it is cached. Plain language modeling never loads one.
 
     Call it before the student's engine is built. Raises RunError, ModelError, TokenizerMismatch.
     """
     if run.guidance.objective == "clm":
         return None
-    [asked] = run.teacher
-    if asked.placement != "replicated" or asked.path is None:
-        raise RunError(f"teacher.placement = {asked.placement!r} is not there yet")
+    asked = run.teacher[0]
+    if is_cached(run):
+        return None
+    assert asked.path is not None
     check_tokenizer(data, "teacher", teacher_folder(asked.path))
-    teacher = open_teacher(asked.path, getattr(torch, asked.dtype), processes.device, asked.attention)
+    dtype = getattr(torch, asked.dtype)
+    opened = partial(open_teacher, asked.path, dtype, processes.device, asked.attention, weights=asked.weights)
+    teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else opened()
     if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
         raise RunError(
             f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
@@ -40,11 +42,15 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     return teacher
 
 
-def place_teacher(teacher: Teacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
+def place_teacher(teacher: Teacher | ShardedTeacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
     """What scores the steps of a run; None without a teacher."""
+    if is_cached(run):
+        return CachedScorer(processes.device)
     if teacher is None:
         return None
-    return ReplicatedScorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device)
+    scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
+    documents = run.data.attention == "document"
+    return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, documents)
 
 
 def check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], folder: Path) -> None:

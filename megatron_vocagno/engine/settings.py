@@ -31,6 +31,11 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
         raise RunError(f"{path}: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate")
     if "scheduler" in settings:
         raise RunError(f"{path}: 'scheduler' belongs into the run file, as [training.schedule]")
+    if "tensor_parallel" in settings:
+        raise RunError(
+            f"{path}: 'tensor_parallel' is not supported: ranks that share a matrix would read different rows here.\n"
+            "  Use pipeline stages, or ZeRO-2/3."
+        )
     _check_zero(path, settings, pipeline_stages)
     if device == "cpu" and optimizer["type"].lower() in ("adam", "adamw"):
         # the fused Adam is compiled on first use; torch's gives the same update and needs no compiler

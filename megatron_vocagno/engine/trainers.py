@@ -8,19 +8,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from megatron_vocagno.batch.loader import Batch, Layout
+from megatron_vocagno.batch.loader import IGNORE, Batch, Layout
 from megatron_vocagno.engine.counts import StepCounts
-from megatron_vocagno.engine.learning import Labels, Objective
-from megatron_vocagno.model.folder import write_tensors
-from megatron_vocagno.model.student import hf_name
+from megatron_vocagno.engine.learning import Chosen, Labels, Objective
+from megatron_vocagno.model.attention import document_positions
+from megatron_vocagno.model.student import Stream
 from megatron_vocagno.objective.linear_ce import LearnedRows
 
 
@@ -34,15 +32,32 @@ class Engine(ABC):
     pipe_group: dist.ProcessGroup | None
     """The ranks that read the same rows; None where each reads its own."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout) -> None:
-        self.engine, self.objective, self.layout = engine, objective, layout
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
+        """documents: attention ends at the borders of documents."""
+        self.engine, self.objective, self.layout, self.documents = engine, objective, layout, documents
 
-    @abstractmethod
     def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         """One optimizer step on the micro-batches of this rank; the loss that was learned, over all ranks.
 
         teacher_losses  one [B, U] a batch, float32, nats; [B, 0] without a teacher
+
+        Where one selection goes over several micro-batches, a forward of all of them comes first.
         """
+        labels = [
+            self._labels(batch, loss_BU, counts.kept, capacity)
+            for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True)
+        ]
+        if self.objective.looks_first(len(batches)) and (losses := self._look(batches, labels)):
+            return self._learn(batches, self.objective.choose(losses, labels))
+        return self._learn(batches, labels)
+
+    @abstractmethod
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+        """The student's losses, one [B, S] a batch, by a forward alone; none on a rank where no loss is taken."""
+
+    @abstractmethod
+    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
+        """Forward, backward and optimizer step."""
 
     @abstractmethod
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -67,50 +82,51 @@ class Engine(ABC):
         """Steps whose gradients were not finite, so that DeepSpeed left the weights alone."""
         return int(self.engine.skipped_steps)
 
-    def write_weights(self, folder: Path, config: PretrainedConfig) -> None:
-        """One safetensors file a layer, under Hugging Face names. Collective; the first data-parallel rank writes."""
-        for index, layer in self.layers():
-            named = dict(layer.named_parameters())
-            with deepspeed.zero.GatheredParameters([p for p in named.values() if hasattr(p, "ds_id")]):
-                if self.data_rank == 0 and named:
-                    tensors = {hf_name(config, index, name): p.detach().cpu().contiguous() for name, p in named.items()}
-                    write_tensors(tensors, folder / f"layer_{index:04d}.safetensors")
-
     def _labels(self, batch: Batch, teacher_loss_BU: Tensor, divisor: float, capacity: int) -> Labels:
-        # DeepSpeed takes the mean over micro-batches and data-parallel ranks
-        divisor_1 = torch.tensor([divisor / (self.layout.micro_batches * self.layout.data_parallel)], dtype=torch.float32)
         first_BS, last_BS = batch.first_BS, batch.last_BS
         if not teacher_loss_BU.shape[1]:
             first_BS = last_BS = torch.zeros_like(first_BS)
-        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, divisor_1, torch.empty(capacity, 0))
+        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, self._divisor(divisor), torch.empty(capacity, 0))
 
-    def _unguided(self, batch: Batch) -> Labels:
-        """For evaluation: the loss is a sum."""
-        return self._labels(batch, torch.empty(len(batch.target_BS), 0), 1.0, 0)
+    def _inputs(self, batch: Batch) -> Stream:
+        """What the student's first layer takes."""
+        return (batch.input_BS, document_positions(batch.segment_BS)) if self.documents else batch.input_BS
+
+    def _divisor(self, of_sum: float) -> Tensor:
+        """[1]. DeepSpeed takes the mean over micro-batches and data-parallel ranks."""
+        return torch.tensor([of_sum / (self.layout.micro_batches * self.layout.data_parallel)], dtype=torch.float32)
+
+    def _unguided(self, batch: Batch) -> Chosen:
+        """For evaluation: every target counts, and the loss is a sum."""
+        nothing_learned = torch.empty(0, dtype=torch.int64)
+        return Chosen(batch.target_BS, (batch.target_BS != IGNORE).float(), nothing_learned, self._divisor(1.0))
 
 
 class PipelineTrainer(Engine):
     """The student over several stages, ZeRO-1."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout) -> None:
-        super().__init__(engine, objective, layout)
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
+        super().__init__(engine, objective, layout, documents)
         self.data_rank = engine.grid.get_data_parallel_rank()
         self.data_group = engine.grid.get_data_parallel_group()
         self.pipe_group = engine.grid.get_pipe_parallel_group()
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
-        items = (
-            (batch.input_BS, self._labels(batch, loss_BU, counts.kept, capacity))
-            for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True)
-        )
-        return float(self.engine.train_batch(items))
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+        with self.objective.looking() as losses:
+            self.engine.eval_batch(self._items(batches, labels), reduce_output=None, bcast_loss=False)
+        return losses
+
+    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
+        return float(self.engine.train_batch(self._items(batches, labels)))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
-        self.objective.learning = False
-        total = self.engine.eval_batch((batch.input_BS, self._unguided(batch)) for batch in batches)
-        self.objective.learning = True
-        return float(total)
+        return float(self.engine.eval_batch(self._items(batches, [self._unguided(batch) for batch in batches])))
+
+    def _items(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> Iterator[tuple[Stream, Labels | Chosen]]:
+        """What the first stage reads, and what the last one does."""
+        for batch, of_batch in zip(batches, labels, strict=True):
+            yield self._inputs(batch), of_batch
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         start = self.engine.module._local_start
@@ -122,18 +138,26 @@ class PipelineTrainer(Engine):
 class PlainTrainer(Engine):
     """The whole student on every rank, or sharded: ZeRO-1 to 3."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout) -> None:
-        super().__init__(engine, objective, layout)
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
+        super().__init__(engine, objective, layout, documents)
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
         self.pipe_group = None
         objective.group = self.data_group
 
-    def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
+    @torch.no_grad()
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+        self.engine.eval()
+        with self.objective.looking() as losses:
+            for batch, of_batch in zip(batches, labels, strict=True):
+                self._loss(batch, of_batch)
+        return losses
+
+    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
         self.engine.train()
         total = torch.zeros((), device=self.engine.device)
-        for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True):
-            loss = self._loss(batch, self._labels(batch, loss_BU, counts.kept, capacity))
+        for batch, of_batch in zip(batches, labels, strict=True):
+            loss = self._loss(batch, of_batch)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach()
@@ -142,11 +166,9 @@ class PlainTrainer(Engine):
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:
         self.engine.eval()
-        self.objective.learning = False
         total = torch.zeros((), device=self.engine.device)
         for batch in batches:
             total += self._loss(batch, self._unguided(batch))
-        self.objective.learning = True
         return self._mean(total)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
@@ -162,8 +184,10 @@ class PlainTrainer(Engine):
         dist.all_reduce(total)
         return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
 
-    def _loss(self, batch: Batch, labels: Labels) -> Tensor:
+    def _loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
         device, rows = self.engine.device, LearnedRows()
-        labels = Labels(*(label.to(device) for label in labels))
-        loss_BS = self.engine(batch.input_BS.to(device), labels.target_BS, rows)
+        labels = type(labels)(*(label.to(device) for label in labels))
+        inputs = self._inputs(batch)
+        inputs = tuple(part.to(device) for part in inputs) if isinstance(inputs, tuple) else inputs.to(device)
+        loss_BS = self.engine(inputs, labels.target_BS, rows)
         return self.objective(loss_BS, labels, rows)

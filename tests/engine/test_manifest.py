@@ -61,6 +61,9 @@ def test_only_older_checkpoints_and_dead_ones_go(tmp_path: Path) -> None:
     assert set(outdated(root, six, keep=1)) == {two, four, dead}
     assert set(outdated(root, six, keep=2)) == {two, dead}
     assert set(outdated(root, six, keep=9)) == {dead}
+    # every fourth stays for good, but only where it is whole
+    assert set(outdated(root, six, keep=1, keep_every=4)) == {two, dead}
+    assert set(outdated(root, six, keep=1, keep_every=2)) == {dead}
     # a whole one of a later step was damaged, or the run would not be here
     assert set(outdated(root, four, keep=2)) == {six, dead}
 
@@ -68,7 +71,10 @@ def test_only_older_checkpoints_and_dead_ones_go(tmp_path: Path) -> None:
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 2)
     fields = orjson.loads((folder / MANIFEST).read_bytes())
-    (folder / MANIFEST).write_bytes(orjson.dumps(fields | {"version": 2}))
+    (folder / MANIFEST).write_bytes(orjson.dumps(fields | {"version": 1}))
+    with pytest.raises(RunError, match="has version 1, this release reads version 2"):
+        newest_checkpoint(tmp_path, print)
+    (folder / MANIFEST).write_bytes(orjson.dumps({name: fields[name] for name in ("version", "position")}))
     with pytest.raises(RunError, match="cannot be read"):
         read_manifest(folder)
 
@@ -79,9 +85,6 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
         ("position", {"dataset": "e"}),
         ("position", {"row_length": 48}),
         ("position", {"seed": 1}),
-        ("layout", {"world": 2}),
-        ("layout", {"pipeline_stages": 2}),
-        ("layout", {"zero_stage": 3}),
         ("layout", {"precision": "bf16"}),
         ("layout", {"optimizer": "Lion"}),
         ("layout", {"student": "y"}),
@@ -98,6 +101,14 @@ def test_what_resuming_would_falsify_is_refused_with_both_values(tmp_path: Path,
     parts[part] = parts[part].model_copy(update=change)
     with pytest.raises(RunError, match=f"was written with {name} = {old}, this run has {value}: "):
         check_resumable(folder, manifest, parts["position"], parts["layout"])
+
+
+def test_a_checkpoint_fits_any_number_of_processes_and_stages_and_any_zero_stage(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, 4)
+    fresh = Position(step=0, rows=0, dataset="d", row_length=64, seed=0)
+    for change in ({"world": 8}, {"pipeline_stages": 2}, {"zero_stage": 3}):
+        check_resumable(folder, read_manifest(folder), fresh, LAYOUT.model_copy(update=change))
+    assert str(LAYOUT) == "1 processes, no pipeline, ZeRO-1"
 
 
 def test_a_position_moves_by_a_step_and_its_rows() -> None:

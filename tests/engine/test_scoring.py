@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
 
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
-from megatron_vocagno.config import Schedule
+from megatron_vocagno.config import Schedule, load_run
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine import scoring
 from megatron_vocagno.engine.build import share_of_peak
-from megatron_vocagno.engine.scoring import ReplicatedScorer, plan_scoring
+from megatron_vocagno.engine.scoring import ReplicatedScorer, ShardedScorer, plan_scoring
+from tests import tokenizers_for_tests as real
+from tests.datasets import build_dataset
+from tests.runs import REPOSITORY
+
+
+def import_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -46,7 +63,7 @@ class Counting:
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
 
-    def loss(self, input_BU: torch.Tensor, target_BU: torch.Tensor) -> torch.Tensor:
+    def loss(self, input_BU: torch.Tensor, target_BU: torch.Tensor, segment_BU: torch.Tensor | None = None) -> torch.Tensor:
         self.shapes.append(tuple(input_BU.shape))
         return torch.where(target_BU == IGNORE, 0.0, input_BU * 1000.0 + target_BU)
 
@@ -66,6 +83,40 @@ def test_each_row_gets_its_own_losses_whatever_the_forwards(dataset: AlignedData
                 assert not loss_BU[b, u:].any()
                 checked += u
     assert checked > 3 * 300
+
+
+def test_a_rank_with_less_to_score_goes_through_as_many_forwards(
+    dataset: AlignedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(TrainRows(dataset, 64, seed=2), Layout(3, 4, 1), 0).step(0)
+    alone, sharing = Counting(), Counting()
+    expected = ReplicatedScorer(alone, None, 200, torch.device("cpu")).score(batches)
+    # another rank has three more
+    monkeypatch.setattr(scoring.dist, "all_reduce", lambda most, op: most.add_(3))
+    found = ShardedScorer(sharing, None, 200, torch.device("cpu")).score(batches)
+    assert sharing.shapes == alone.shapes + [(1, 1)] * 3 and len(alone.shapes) > 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.slow
+def test_at_most_five_percent_of_the_quickstarts_forwards_are_padding(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    corpus = import_file(REPOSITORY / "examples" / "demo" / "corpus.py")
+    corpus.write_corpus(tmp_path)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    data = build_dataset(tmp_path / "data", texts, real.mistral_tokenizer_path(), teacher_tokenizer)
+    run = load_run(REPOSITORY / "examples" / "quickstart.toml")
+    rows = TrainRows(data, run.data.row_length, run.training.seed)
+    # the quickstart's own step on one and on two ranks, and the large step of a GPU
+    for ranks, count, budget in (
+        (1, 4, run.teacher[0].tokens_per_batch),
+        (2, 4, run.teacher[0].tokens_per_batch),
+        (2, 64, 16384),
+    ):
+        steps = [[len(rows[k * count + i].teacher_target_ids) for i in range(count)] for k in range(rows.rows_in_epoch // count)]
+        plans = [plan_scoring(lengths, ranks, budget) for lengths in steps]
+        assert len(plans) > 1 and sum(map(len, plans[0].forwards)) >= ranks
+        paddings = [plan.padding(lengths) for plan, lengths in zip(plans, steps, strict=True)]
+        assert sum(paddings) / len(paddings) <= 0.05
 
 
 def test_the_schedule_rises_and_falls_to_where_it_was_told() -> None:

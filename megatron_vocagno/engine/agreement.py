@@ -1,0 +1,85 @@
+"""What one rank meets, all ranks act on: an error on one must not leave the others waiting for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+from deepspeed import comm as dist
+
+from megatron_vocagno.config import RunError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error that some ranks met."""
+
+    ranks: tuple[int, ...]
+    message: str
+    """Of the first of them."""
+
+
+class Watch:
+    """Notes the first error of some kinds, so that this rank can go on to where all ranks tell each other."""
+
+    def __init__(self, *kinds: type[Exception]) -> None:
+        self.kinds = kinds
+        self.error: str | None = None
+
+    @contextmanager
+    def on(self, what: object = None) -> Iterator[None]:
+        """Run a block without collectives; `what` it works on stands before its error."""
+        try:
+            yield
+        except self.kinds as error:
+            self.error = self.error or (f"{what}: {error}" if what else str(error))
+
+    def failure(self) -> Failure | None:
+        """The same on all ranks; None where no rank met an error. Collective over the world."""
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, self.error)
+        ranks = tuple(rank for rank, error in enumerate(errors) if error is not None)
+        return Failure(ranks, errors[ranks[0]] or "") if ranks else None
+
+
+def together(action: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What `action` returns, once it has succeeded on every rank; it may hold no collectives. Collective over the world.
+
+    Raises RunError on all ranks where it raised one of `errors` on any.
+    """
+    watch = Watch(*errors)
+    with watch.on():
+        result = action()
+    if failure := watch.failure():
+        some = len(failure.ranks) < dist.get_world_size()
+        who = "rank " + ", ".join(map(str, failure.ranks))
+        raise RunError(failure.message + (f"\n  Met by {who} alone: do all machines see the same files?" if some else ""))
+    return result
+
+
+def from_first_rank(action: Callable[[], Result], *errors: type[Exception]) -> Result:
+    """What `action` returns on the first rank, on all. Collective over the world.
+
+    Raises RunError on all ranks where it raised one of `errors`.
+    """
+    watch = Watch(*errors)
+    answer: list[Result | None] = [None]
+    if dist.get_rank() == 0:
+        with watch.on():
+            answer = [action()]
+    if failure := watch.failure():
+        raise RunError(failure.message)
+    dist.broadcast_object_list(answer, src=0)
+    return cast(Result, answer[0])
+
+
+def largest(number: int, device: torch.device) -> int:
+    """Of the numbers of all ranks. Collective over the world."""
+    shared = torch.tensor(number, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+    return int(shared)

@@ -1,0 +1,246 @@
+"""What an engine has learned and counted, in a form that knows no layout: written and read a layer at a time.
+
+    student/layer_0003.safetensors     the weights under Hugging Face names, in the precision that the student computes in
+    optimizer/layer_0003.safetensors   float32: NAME.exp_avg, NAME.exp_avg_sq, …; NAME.master where the student computes in
+                                       16 bits, and the weights are rounded from it
+    engine.json                        steps, learning-rate schedule, loss scale
+
+Which layers a rank holds, and which part of each parameter its optimizer steps, is asked of DeepSpeed when a layer is
+written and again when it is read: so any number of ranks, stages and any ZeRO stage can read what any other has written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import orjson
+import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PretrainedConfig
+
+from megatron_vocagno.engine.agreement import Watch
+from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
+from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.model.folder import write_tensors
+from megatron_vocagno.model.student import hf_name
+
+MASTER = "master"
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's loss scaler remembers; without fp16 it never moves."""
+
+
+class Scalar(BaseModel):
+    """A number that an optimizer keeps for all parameters alike."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    value: float
+    dtype: str | None
+    """Of the tensor that holds it; None for a plain whole number."""
+
+
+class Counters(BaseModel):
+    """Everything that is no tensor of a parameter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    optimizer_states: tuple[str, ...]
+    optimizer_scalars: dict[str, Scalar]
+    schedule_step: int
+    """Steps of the learning-rate schedule: those that were not skipped."""
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    loss_scaler: dict[str, int | float]
+
+
+class EngineState:
+    """The state of one engine, as files of one folder and back."""
+
+    def __init__(self, engine: Engine, config: PretrainedConfig) -> None:
+        self.trainer, self.engine, self.config = engine, engine.engine, config
+        self.optimizer = engine.engine.optimizer
+
+    def write(self, folder: Path, disk: Watch) -> None:
+        """Collective over the world: all ranks gather each layer, and take turns at writing.
+
+        `disk` takes what the disk refuses: a rank that cannot write goes on gathering, as the others wait for it.
+        """
+        counters = self._counters()
+        self._link_states()
+        if dist.get_rank() == 0:
+            with disk.on(folder / COUNTERS):
+                (folder / COUNTERS).write_bytes(orjson.dumps(counters.model_dump(), option=orjson.OPT_INDENT_2))
+        for index, named in self._layers():
+            turn = index % self.trainer.layout.data_parallel == self.trainer.data_rank
+            weights: dict[str, Tensor] = {}
+            with deepspeed.zero.GatheredParameters(_sharded(named)):
+                if turn:
+                    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in named.items()}
+            states: dict[str, Tensor] = {}
+            for name, parameter in named.items():
+                for key in (*self._masters(parameter), *counters.optimizer_states):
+                    tensor = _gather(parameter, key)
+                    if turn:
+                        states[f"{name}.{key}"] = tensor.cpu().contiguous()
+            if turn:
+                for path, tensors in ((folder / STUDENT, weights), (folder / OPTIMIZER, states)):
+                    with disk.on(path / _file(index)):
+                        write_tensors(tensors, path / _file(index))
+
+    def read(self, folder: Path) -> None:
+        """Collective over the world."""
+        counters = Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes()))
+        self._make_states(counters)
+        for index, named in (*self._layers(), *self._copies()):
+            with (
+                safe_open(folder / STUDENT / _file(index), framework="pt") as weights,
+                safe_open(folder / OPTIMIZER / _file(index), framework="pt") as states,
+            ):
+                with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
+                    for name, parameter in named.items():
+                        parameter.copy_(weights.get_tensor(name))
+                for name, parameter in named.items():
+                    if self._masters(parameter):
+                        _scatter(parameter, MASTER, states.get_tensor(f"{name}.{MASTER}"))
+                    else:
+                        _scatter(parameter, MASTER, weights.get_tensor(name))
+                    for key in counters.optimizer_states:
+                        _scatter(parameter, key, states.get_tensor(f"{name}.{key}"))
+        self._count_from(counters)
+
+    def _layers(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
+        """This rank's layers that have weights, by their place in the whole student, with Hugging Face names."""
+        for index, layer in self.trainer.layers():
+            if named := {hf_name(self.config, index, name): parameter for name, parameter in layer.named_parameters()}:
+                yield index, named
+
+    def _copies(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
+        """A pipeline's last stage holds the embedding once more, as the tied head, with optimizer states of its own."""
+        for module in getattr(self.engine.module, "tied_modules", {}).values():
+            yield 0, {hf_name(self.config, 0, name): parameter for name, parameter in module.named_parameters()}
+
+    @staticmethod
+    def _masters(parameter: nn.Parameter) -> tuple[str, ...]:
+        """float32 weights are their own masters: the same bytes are not written twice."""
+        return () if parameter.dtype == torch.float32 else (MASTER,)
+
+    def _partitions(self) -> list[Tensor]:
+        """The flat float32 tensors that this rank's optimizer steps."""
+        if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            return list(self.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
+
+    def _counters(self) -> Counters:
+        flat = self._partitions()[0]
+        state = self.optimizer.optimizer.state[flat]
+        tensors = {key for key, value in state.items() if isinstance(value, Tensor) and value.shape == flat.shape}
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        return Counters(
+            optimizer_states=tuple(sorted(tensors)),
+            optimizer_scalars={key: _scalar(value) for key, value in state.items() if key not in tensors},
+            schedule_step=self.engine.lr_scheduler.last_epoch,
+            global_steps=self.engine.global_steps,
+            global_samples=self.engine.global_samples,
+            skipped_steps=self.engine.skipped_steps,
+            loss_scaler={name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
+        )
+
+    def _make_states(self, counters: Counters) -> None:
+        """An optimizer makes its states in its first step; a resumed one needs room for them before."""
+        optimizer = self.optimizer.optimizer
+        # torch's fused optimizers want even their number of steps on the device
+        fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+        for flat in self._partitions():
+            device = flat.device if fused else torch.device("cpu")
+            optimizer.state[flat] |= {key: torch.zeros_like(flat) for key in counters.optimizer_states}
+            optimizer.state[flat] |= {key: _number(scalar, device) for key, scalar in counters.optimizer_scalars.items()}
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Let each parameter know where its part of the optimizer's states lies.
+
+        DeepSpeed does so within its first step, when of several parameter groups only the first has states (0.19.8).
+        """
+        if not isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _count_from(self, counters: Counters) -> None:
+        self.engine.global_steps = counters.global_steps
+        self.engine.global_samples = counters.global_samples
+        self.engine.skipped_steps = counters.skipped_steps
+        scaler = getattr(self.optimizer, "loss_scaler", None)
+        for name, value in counters.loss_scaler.items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
+        schedule = self.engine.lr_scheduler
+        schedule.last_epoch = counters.schedule_step
+        rates = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+
+
+def _file(index: int) -> str:
+    return f"layer_{index:04d}.safetensors"
+
+
+def _sharded(named: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Those of which a rank holds only its ZeRO-3 share."""
+    return [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
+
+
+def _gather(parameter: nn.Parameter, key: str) -> Tensor:
+    """Collective over the data-parallel ranks."""
+    tensor: Tensor = safe_get_full_fp32_param(parameter) if key == MASTER else safe_get_full_optimizer_state(parameter, key)
+    return tensor
+
+
+def _scatter(parameter: nn.Parameter, key: str, value: Tensor) -> None:
+    """Each rank takes its own part of the whole."""
+    if hasattr(parameter, "ds_id"):
+        part = _share(parameter, value)
+        if key == MASTER:
+            safe_set_local_fp32_param(parameter, part)
+        else:
+            safe_set_local_optimizer_state(parameter, part, key)
+    elif key == MASTER:
+        safe_set_full_fp32_param(parameter, value)
+    else:
+        safe_set_full_optimizer_state(parameter, value, key)
+
+
+def _share(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a ZeRO-3 parameter. DeepSpeed's setter for the whole fails where it does not divide (0.19.8)."""
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
+    part = value.flatten()[rank * size : (rank + 1) * size]
+    return F.pad(part, (0, size - len(part)))
+
+
+def _scalar(value: Tensor | float) -> Scalar:
+    if isinstance(value, Tensor):
+        return Scalar(value=value.item(), dtype=str(value.dtype).removeprefix("torch."))
+    return Scalar(value=value, dtype=None)
+
+
+def _number(scalar: Scalar, device: torch.device) -> Tensor | int:
+    if scalar.dtype is None:
+        return int(scalar.value)
+    return torch.tensor(scalar.value, dtype=getattr(torch, scalar.dtype), device=device)
