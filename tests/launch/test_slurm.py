@@ -1,0 +1,166 @@
+"""The Slurm scripts, run as Slurm would run them, on two processes of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from tests import tokenizers_for_tests as real
+from tests.corpus.conftest import contents
+from tests.launch import fake_slurm, player
+from tests.launch.conftest import RUN, documented, group, has_done, losses, wait_for
+from tests.runs import REPOSITORY, Case, environment
+
+SCRIPTS = REPOSITORY / "examples" / "launch" / "slurm"
+TRAIN = str(SCRIPTS / "train.sbatch")
+TWO_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
+
+Submit = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> Path:
+    """Its folder: jobs and logs."""
+    return tmp_path / "slurm"
+
+
+@pytest.fixture
+def submit(slurm: Path) -> Iterator[Submit]:
+    fake_slurm.install(slurm)
+    users = ExitStack()
+
+    def run(script: str, **variables: str) -> subprocess.Popen[str]:
+        """A user's commands; they have ended when their jobs have."""
+        env = environment() | variables | {"FAKE_SLURM": str(slurm)}
+        env["PATH"] = f"{slurm / 'bin'}{os.pathsep}{env['PATH']}"
+        return users.enter_context(group(["bash", "-euc", script], cwd=REPOSITORY, env=env, stderr=subprocess.PIPE))
+
+    with users:
+        yield run
+
+
+def ended(user: subprocess.Popen[str], slurm: Path) -> list[list[list[int]]]:
+    """For each job and each task of it, the exit codes of its starts."""
+    _, errors = user.communicate(timeout=300)
+    assert user.returncode == 0, errors + log(slurm)
+    return [fake_slurm.job(slurm, int(path.stem))["exit_codes"] for path in sorted(slurm.glob("*.json"))]
+
+
+def log(slurm: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(slurm.glob("*.log")))
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in SCRIPTS.glob("*.sbatch")))
+def test_slurm_would_understand_every_option(script: str) -> None:
+    options = fake_slurm.script_options(SCRIPTS / script)
+    assert {"job-name", "time", "requeue", "output", "open-mode", "cpus-per-task"} <= options.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("#SBATCH --gpu-per-node=8", "unrecognized option --gpu-per-node"),
+        ("#SBATCH --time=a-day", "--time=a-day: not of the form"),
+        ("#SBATCH --requeue=yes", "takes no value"),
+        ("# SBATCH --requeue", "would pass over"),
+        ("true\n#SBATCH --requeue", "would pass over"),
+        ("#SBATCH --nodes=$N", "not of the form"),
+    ],
+)
+def test_the_stub_refuses_what_slurm_would_not_understand(line: str, words: str, tmp_path: Path) -> None:
+    script = tmp_path / "job.sbatch"
+    script.write_text(f"#!/bin/bash\n{line}\n")
+    with pytest.raises(SystemExit, match=words):
+        fake_slurm.script_options(script)
+
+
+@pytest.mark.slow
+def test_an_array_makes_the_dataset_of_one_process(case: Case, teacher_tokenizer: Path, slurm: Path, submit: Submit) -> None:
+    out = slurm / "dataset"
+    words = {
+        "1-64": "1-2",
+        "CORPUS": f"{case.train.parent / 'corpus.jsonl'} --shard-mb {100_000 / 2**20}",
+        "STUDENT": str(real.mistral_tokenizer_path()),
+        "TEACHER": str(teacher_tokenizer),
+        "DATA": str(out),
+    }
+    preprocess, _, _ = documented("Slurm", words)
+    assert ended(submit(preprocess), slurm) == [[[0], [0]], [[0]]], log(slurm)
+    assert "part 1 of 2 is done" in log(slurm) and "part 2 of 2 is done" in log(slurm)
+    assert len(list((out / "shards").iterdir())) > 2
+    assert contents(out) == contents(case.train)
+
+
+@pytest.mark.slow
+def test_an_array_scores_a_dataset(case: Case, slurm: Path, submit: Submit) -> None:
+    data = shutil.copytree(case.valid, slurm.parent / "dataset")
+    words = {"--array=1-16": "--array=1-2 --ntasks-per-node=1", "DATA": str(data), "TEACHER": f"{case.teacher} --dtype float32"}
+    _, score, _ = documented("Slurm", words)
+    assert ended(submit(score), slurm) == [[[0], [0]]], log(slurm)
+    losses = AlignedDataset.open(data).manifest.teacher_losses
+    assert losses is not None and AlignedDataset.open(case.valid).manifest.teacher_losses is None
+
+
+@pytest.mark.parametrize("script", ["preprocess", "score"])
+def test_an_array_that_does_not_start_at_one_is_refused(script: str, slurm: Path, submit: Submit) -> None:
+    assert ended(submit(f"sbatch --array=3 {SCRIPTS / script}.sbatch x"), slurm) == [[[2]]]
+    assert "the array must be 1-N" in log(slurm)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_to_its_end(case: Case, one_host: dict[int, float], slurm: Path, submit: Submit) -> None:
+    """USR1 before the time limit: saved, put back into the queue, started again; as if nothing had been."""
+    run, _, settings, *overrides = case.command("slurm", RUN)
+    words = {"--nodes=4": TWO_NODES, "RUN.toml": run, "ds_configs/gpu_zero1_bf16.json": " ".join([settings, *overrides])}
+    _, _, train = documented("Slurm", words)
+    user, output = submit(train), case.out("slurm")
+    wait_for(lambda: has_done(output, 3))
+    assert fake_slurm.signal_job(slurm, "USR1", batch_shell=False) == 2
+    assert ended(user, slurm) == [[[0, 0]]], log(slurm)
+    assert "back to the queue" in log(slurm) and "resuming after step" in log(slurm)
+    assert losses(output) == one_host
+
+
+def test_tasks_know_their_places(slurm: Path, submit: Submit, tmp_path: Path) -> None:
+    user = submit(f"sbatch --nodes=2 --ntasks-per-node=2 {TRAIN} RUN.toml", **player.install(tmp_path, ["finish"]))
+    assert ended(user, slurm) == [[[0]]]
+    (job,) = (int(path.stem) for path in slurm.glob("*.json"))
+    for rank in range(4):
+        assert (tmp_path / f"rank-{rank}").read_text() == f"{rank} {rank % 2} 4 2 127.0.0.1 {20_000 + job % 10_000}"
+
+
+@pytest.mark.parametrize(
+    ("starts", "codes"),
+    [
+        ([["17", "0"]], [17]),  # nothing new was saved, so another start would most likely end the same way
+        ([["save+17", "0"], ["17", "17"]], [0, 17]),
+        ([["save+die", "0"], ["finish", "0"]], [0, 0]),
+        ([["save+2", "2"]], [2]),
+        ([["save+130", "130"]], [130]),
+    ],
+)
+def test_a_run_that_failed_starts_again_only_where_it_went_on(
+    starts: list[list[str]], codes: list[int], slurm: Path, submit: Submit, tmp_path: Path
+) -> None:
+    user = submit(f"sbatch {TWO_NODES} {TRAIN} RUN.toml", **player.install(tmp_path, *starts))
+    assert ended(user, slurm) == [[codes]], log(slurm)
+
+
+@pytest.mark.parametrize(("command", "codes"), [("scancel", [0]), ("scancel --signal=USR1", [0, 0])])
+def test_a_cancelled_run_stays_away_and_a_signalled_one_comes_back(
+    command: str, codes: list[int], slurm: Path, submit: Submit, tmp_path: Path
+) -> None:
+    user = submit(f"sbatch {TWO_NODES} {TRAIN} RUN.toml", **player.install(tmp_path, ["save+wait"] * 2, ["finish"] * 2))
+    wait_for(lambda: len(list(tmp_path.glob("rank-*"))) == 2 and (tmp_path / "checkpoints" / "latest").exists())
+    name = "USR1" if "USR1" in command else "TERM"
+    (job,) = (path.stem for path in slurm.glob("*.json"))
+    assert submit(f"{command} {job}").wait() == 0
+    assert ended(user, slurm) == [[codes]], log(slurm)
+    assert sorted(path.name for path in tmp_path.glob("SIG*")) == [f"SIG{name}-0", f"SIG{name}-1"]
