@@ -14,8 +14,9 @@ BIN := $(VENV)/bin
 demo: install
 	$(BIN)/python examples/demo/story.py
 
+# a file at a time, each process on one thread: many tests start processes of their own
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

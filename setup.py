@@ -50,6 +50,7 @@ setup(
         "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
         "test": [
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "megatron-core>=0.16",
             "moto[server]>=5",
             "ruff",
