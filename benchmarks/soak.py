@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         case = build_case(Path(folder), real.smollm2_tokenizer_folder(Path(folder) / "teacher_tokenizer"))
         if options.kills:
-            overrides = [*LAYOUT, f"training.steps={3 * options.kills}", "checkpoint.every=1"]
+            overrides = [*LAYOUT, f"training.steps={2 * options.kills}", "checkpoint.every=1"]
             straight = case.run("straight", 2, overrides)
             kills, run = kill_at_random(case, "killed", overrides, options.kills, options.seed)
             print("| kill | moment | rank | steps done |\n|---|---|---|---|")

@@ -28,6 +28,10 @@ class RunError(Exception):
     """Something a user can mend in a run: its file, an override, a path, or how the parts fit together."""
 
 
+class SharedError(RunError):
+    """A RunError that all ranks raise together: the first one speaks for all."""
+
+
 class Part(BaseModel):
     """One section of the file. Frozen, and it knows every key that may stand in it."""
 

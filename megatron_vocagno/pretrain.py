@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.config import Run, RunError, SharedError, load_run
 from megatron_vocagno.stopping import Stopper
 
 PATIENCE = 5.0
@@ -71,7 +71,8 @@ def _refuse(error: Exception) -> int:
     if not _is_first():
         # the first rank says the same, and the launcher then ends this one: one message, not one a rank
         time.sleep(PATIENCE)
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    if _is_first() or not isinstance(error, SharedError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 
 

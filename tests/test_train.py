@@ -176,6 +176,7 @@ def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture
         "scope": "microbatch",
         "unmapped": "include",
         "require_positive": False,
+        "combine": "min",
     }
     assert shown["training"]["schedule"]["warmup_steps"] == 6
 

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from deepspeed import comm as dist
 
-from megatron_vocagno.config import RunError
+from megatron_vocagno.config import SharedError
 
 Result = TypeVar("Result")
 
@@ -50,7 +50,7 @@ class Watch:
 def together(action: Callable[[], Result], *errors: type[Exception]) -> Result:
     """What `action` returns, once it has succeeded on every rank; it may hold no collectives. Collective over the world.
 
-    Raises RunError on all ranks where it raised one of `errors` on any.
+    Raises SharedError on all ranks where it raised one of `errors` on any.
     """
     watch = Watch(*errors)
     with watch.on():
@@ -58,14 +58,14 @@ def together(action: Callable[[], Result], *errors: type[Exception]) -> Result:
     if failure := watch.failure():
         some = len(failure.ranks) < dist.get_world_size()
         who = "rank " + ", ".join(map(str, failure.ranks))
-        raise RunError(failure.message + (f"\n  Met by {who} alone: do all machines see the same files?" if some else ""))
+        raise SharedError(failure.message + (f"\n  Met by {who} alone: do all machines see the same files?" if some else ""))
     return result
 
 
 def from_first_rank(action: Callable[[], Result], *errors: type[Exception]) -> Result:
     """What `action` returns on the first rank, on all. Collective over the world.
 
-    Raises RunError on all ranks where it raised one of `errors`.
+    Raises SharedError on all ranks where it raised one of `errors`.
     """
     watch = Watch(*errors)
     answer: list[Result | None] = [None]
@@ -73,7 +73,7 @@ def from_first_rank(action: Callable[[], Result], *errors: type[Exception]) -> R
         with watch.on():
             answer = [action()]
     if failure := watch.failure():
-        raise RunError(failure.message)
+        raise SharedError(failure.message)
     dist.broadcast_object_list(answer, src=0)
     return cast(Result, answer[0])
 

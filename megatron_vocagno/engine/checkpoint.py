@@ -17,7 +17,7 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run, RunError, SharedError
 from megatron_vocagno.corpus.dataset import sync, write_durably
 from megatron_vocagno.engine.agreement import Watch, from_first_rank
 from megatron_vocagno.engine.manifest import (
@@ -114,7 +114,7 @@ class Keeper:
         if dist.get_rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
         older = [path for path in finished_checkpoints(self.root) if path != folder]
-        raise RunError(
+        raise SharedError(
             f"no checkpoint could be written to {folder} (rank {failure.ranks[0]}): {failure.message}\n"
             + (f"  {older[0]} is untouched: " if older else "  There is no older one: ")
             + f"make room there, and the same command goes on {'from it' if older else 'from the start'}."
