@@ -1,6 +1,7 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite
 # make lint   ruff and mypy
+# make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
 # make gpu-test    the kernels' and the objective's tests on the GPU that is here
 # make gpu-bench   what the objective costs on it, into docs/kernels.md; under ten minutes
@@ -9,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint gpu-test gpu-bench install clean
+.PHONY: demo test lint soak gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -22,6 +23,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+soak: install
+	$(BIN)/python -m benchmarks.soak --kills 20 --steps 500
 
 gpu-test: install
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-test: there is no GPU here, so nothing was tested")'

@@ -51,6 +51,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "psutil",
             "megatron-core>=0.16",
             "moto[server]>=5",
             "ruff",

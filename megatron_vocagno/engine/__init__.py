@@ -5,11 +5,14 @@ settings.py     the DeepSpeed configuration: read, checked against the run
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss
 scoring.py      where the teacher runs: score, then train
 sharded.py      a teacher that is spread over all ranks
+cached.py       a teacher that has spoken already: rows bring its losses along
 placement.py    the teacher of a run: opened, and put where it scores
 learning.py     losses and labels -> the loss of a micro-batch
 stages.py       the student as a pipeline module
 trainers.py     the two engines as the loop sees them
 build.py        model + objective -> engine: pipeline, or plain with ZeRO-1/2/3, behind one door
 manifest.py     what a checkpoint is on disk, and which one is whole
-checkpoint.py   atomic save, exact resume
+state.py        what an engine has learned, in a form that knows no layout
+checkpoint.py   atomic save, exact resume, in any layout
+agreement.py    what one rank meets, all ranks act on
 """
