@@ -76,7 +76,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     monitor.say(_opening(run, layout, steps, position))
     for line in _sources(datasets, rows, layout):
         monitor.say(line)
-    saved, healthy = position.step, True
+    saved, due = position.step, False
     with monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
@@ -98,21 +98,29 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
                 documents = documents_of(rows, range(before.rows, position.rows))
                 monitor.broken_step(broken, dict(zip((str(s.path) for s in run.data.train), documents, strict=True)))
                 guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
-            healthy = broken is None
             if valid is not None and _due(position.step, run.eval.every, steps):
                 monitor.evaluation(position.step, evaluate(engine, run, valid, processes))
-            if _due(position.step, run.checkpoint.every, steps):
-                saved = save(keeper, position, healthy, monitor)
-        if position.step < steps and saved < position.step:
-            save(keeper, position, healthy, monitor)
+            due = due or _due(position.step, run.checkpoint.every, steps)
+            # after a broken step it waits for a healthy one: checkpoints of a run that goes wrong would push out the good ones
+            if due and broken is None:
+                monitor.say(f"checkpoint: {keeper.save(position)}")
+                saved, due = position.step, False
+        if saved < position.step:
+            save_last(engine, keeper, position, saved, monitor)
         monitor.leave(position.step, asked if position.step < steps else 0)
 
 
-def save(keeper: Keeper, position: Position, healthy: bool, monitor: Monitor) -> int:
-    """A checkpoint, unless the last step was not finite. Returns the step. Collective over the world."""
-    saved = keeper.save(position) if healthy else "none, since the last step was not finite"
-    monitor.say(f"checkpoint: {saved}")
-    return position.step
+def save_last(engine: Engine, keeper: Keeper, position: Position, saved: int, monitor: Monitor) -> None:
+    """A checkpoint of where the run ends, though its last step may not have been finite. Collective over the world.
+
+    Raises RunError: the weights are not finite.
+    """
+    if not engine.has_finite_weights():
+        raise RunError(
+            f"after step {position.step} the student's weights are not finite, and no checkpoint was written of them; "
+            f"the newest is of step {saved}. Likely causes: a learning rate too high, or broken weights at the start."
+        )
+    monitor.say(f"checkpoint: {keeper.save(position)}")
 
 
 def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes) -> list[Tensor]:

@@ -77,6 +77,14 @@ class Engine(ABC):
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    def has_finite_weights(self) -> bool:
+        """Whether all weights of all ranks are numbers. Collective over the world."""
+        # of a weight that is sharded (ZeRO-3), this rank's part
+        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters()]
+        finite = torch.tensor(int(all(bool(part.isfinite().all()) for part in held)), device=self.engine.device)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
+
     @property
     def skipped_steps(self) -> int:
         """Steps whose gradients were not finite, so that DeepSpeed left the weights alone."""

@@ -2,14 +2,17 @@
 
 transformers reads GGUF weights, but takes some 20 seconds for 135M parameters each time. So a conversion is kept:
 `<cache>/teachers/<sha256 of the file>/`, where <cache> is $MEGATRON_VOCAGNO_CACHE or ~/.cache/megatron_vocagno. A folder
-appears there by one rename when it is complete; two processes that convert the same file do no harm.
+appears there by one rename when it is complete. Processes that want the same file wait for the one that converts it.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -32,15 +35,30 @@ def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[st
     with source.open("rb") as file:
         folder = root / "teachers" / hashlib.file_digest(file, "sha256").hexdigest()
     if not folder.exists():
-        # a warning, because the pause needs an explanation wherever logging was not set up
-        log.warning("converting %s once (about 20 s per 100 MB) into %s", source.name, folder)
-        try:
-            dequantise(source, folder)
-        except ModelError:
-            # lost a race: another process has put the same folder there
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
             if not folder.exists():
-                raise
+                # a warning, because the pause needs an explanation wherever logging was not set up
+                log.warning("converting %s once (about 20 s per 100 MB) into %s", source.name, folder)
+                try:
+                    dequantise(source, folder)
+                except ModelError:
+                    # without locks another process may have put the same folder there
+                    if not folder.exists():
+                        raise
     return folder
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time: all ranks of a run come here together, and each would need four bytes of memory a parameter."""
+    lock = folder.with_suffix(".lock")
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("%s: this file system has no locks (%s), so each process converts by itself", lock, error.strerror)
+        yield
 
 
 def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:

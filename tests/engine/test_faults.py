@@ -18,6 +18,7 @@ import orjson
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks import soak
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -177,6 +178,23 @@ def test_broken_steps_are_named_with_their_documents_and_stop_the_run(case: Case
         assert f"step {line['step']} was not finite" in ended.stdout
     # what was saved is from before
     assert read_manifest(finished_checkpoints(case.out("wild") / "checkpoints")[0]).position.step < lines[0]["step"]
+
+
+def test_a_run_that_ends_on_a_broken_step_saves_weights_that_are_numbers_and_no_others(case: Case, tmp_path: Path) -> None:
+    wild = {"optimizer": {"type": "AdamW", "params": {"lr": 1e30}}}
+    ended = spawn(1, case.command("ends-broken", ["training.steps=2", "checkpoint.every=2", "eval.rows=4"], wild))
+    assert ended.returncode == 0 and "step 2 was not finite" in ended.stdout, ended.stdout[-3000:]
+    (kept,) = finished_checkpoints(case.out("ends-broken") / "checkpoints")
+    assert read_manifest(kept).position.step == 2 and (case.out("ends-broken") / "finished").read_text().strip() == "2"
+
+    student = AutoModelForCausalLM.from_config(AutoConfig.for_model(vocab_size=32_000, **case.student))
+    student.model.norm.weight.data[0] = math.inf
+    student.save_pretrained(tmp_path)
+    infinite = [f"student.pretrained={tmp_path}", "training.steps=1", "eval.rows=4"]
+    ended = spawn(1, case.command("ends-infinite", infinite))
+    assert ended.returncode == 2 and "the student's weights are not finite" in ended.stdout, ended.stdout[-3000:]
+    assert not (case.out("ends-infinite") / "finished").exists()
+    assert not checkpoint_folders(case.out("ends-infinite") / "checkpoints")
 
 
 def test_a_teacher_that_gives_nan_on_some_documents_leaves_their_tokens_unguided(case: Case, tmp_path: Path) -> None:

@@ -1,6 +1,11 @@
 """A GGUF file becomes a folder once, whole or not at all; the real SmolLM2 scores text as a language model should."""
 
+import errno
+import fcntl
+import os
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
@@ -81,25 +86,43 @@ def test_a_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     source = write_gguf(tmp_path / "tiny.gguf")
     teacher = open_teacher(source, torch.float32, "cpu")
     assert teacher.vocab_size == len(VOCAB) and "converting tiny.gguf once" in caplog.text
-    (folder,) = (tmp_path / "cache" / "teachers").iterdir()
+    (folder,) = (path for path in (tmp_path / "cache" / "teachers").iterdir() if path.is_dir())
     monkeypatch.setattr(gguf_module, "dequantise", None)
     copy = source.rename(tmp_path / "renamed.gguf")
     assert cached_folder(copy) == folder, "the content names the folder, not the file"
 
 
-def test_whoever_loses_the_race_uses_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_many_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, conversions = write_gguf(tmp_path / "tiny.gguf"), []
+
+    def counted(path: Path, out: Path) -> None:
+        conversions.append(out)
+        time.sleep(0.3)
+        dequantise(path, out)
+
+    monkeypatch.setattr(gguf_module, "dequantise", counted)
+    with ThreadPoolExecutor(4) as pool:
+        folders = list(pool.map(lambda _: cached_folder(source, tmp_path / "cache"), range(4)))
+    assert len(conversions) == 1 and folders == [conversions[0]] * 4
+
+
+def test_without_locks_whoever_loses_the_race_uses_the_winners_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     source, winner = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "winner"
     dequantise(source, winner)
     write_tokenizer = gguf_module._write_tokenizer
 
     def slow(path: Path, folder: Path) -> None:
-        target = next((tmp_path / "cache" / "teachers").iterdir()).name.split(".")[1]
+        target = next((tmp_path / "cache" / "teachers").glob("*.lock")).stem
         winner.rename(tmp_path / "cache" / "teachers" / target)
         write_tokenizer(path, folder)
 
     monkeypatch.setattr(gguf_module, "_write_tokenizer", slow)
     folder = cached_folder(source, tmp_path / "cache")
-    assert not winner.exists() and [file.name for file in folder.parent.iterdir()] == [folder.name]
+    assert not winner.exists() and {file.name for file in folder.parent.iterdir()} == {folder.name, f"{folder.name}.lock"}
     assert open_teacher(folder, torch.float32, "cpu").vocab_size == len(VOCAB)
 
 
