@@ -32,6 +32,10 @@ class SharedError(RunError):
     """A RunError that all ranks raise together: the first one speaks for all."""
 
 
+class OccupiedError(SharedError):
+    """Another run is in the way: nothing to mend, and a later start may find it gone."""
+
+
 class Part(BaseModel):
     """One section of the file. Frozen, and it knows every key that may stand in it."""
 

@@ -3,7 +3,7 @@
     deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
 
 Exit code 0: the run reached its last step, or was asked to leave and has saved (SIGTERM, SIGUSR1, training.max_minutes). 2: the
-user has something to mend, and the message says what. 130: interrupted.
+user has something to mend, and the message says what. 1: another run is at work in its folder. 130: interrupted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.config import Run, RunError, SharedError, load_run
+from megatron_vocagno.config import OccupiedError, Run, RunError, SharedError, load_run
 from megatron_vocagno.stopping import Stopper
 
 PATIENCE = 5.0
@@ -73,7 +73,7 @@ def _refuse(error: Exception) -> int:
         time.sleep(PATIENCE)
     if _is_first() or not isinstance(error, SharedError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+    return 1 if isinstance(error, OccupiedError) else 2
 
 
 def _is_first() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
 from megatron_vocagno.engine.manifest import Position
+from megatron_vocagno.engine.occupancy import Occupancy
 from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.scoring import Scorer
@@ -71,13 +73,15 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     scorer = place_teacher(teacher, run, engine, processes)
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
+    occupancy = Occupancy(run.output)
+    occupancy.take(monitor.say)
     position = keeper.resume(monitor.say)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
     monitor.say(_opening(run, layout, steps, position))
     for line in _sources(datasets, rows, layout):
         monitor.say(line)
     saved, due = position.step, False
-    with monitor.writing(position.step):
+    with closing(occupancy), monitor.writing(position.step):
         if position.step == 0 and valid is not None:
             monitor.evaluation(0, evaluate(engine, run, valid, processes))
         while not (asked := largest(stopper.asked, processes.device)) and position.step < steps:

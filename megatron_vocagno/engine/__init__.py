@@ -14,5 +14,6 @@ build.py        model + objective -> engine: pipeline, or plain with ZeRO-1/2/3,
 manifest.py     what a checkpoint is on disk, and which one is whole
 state.py        what an engine has learned, in a form that knows no layout
 checkpoint.py   atomic save, exact resume, in any layout
+occupancy.py    one run at a time in an output folder
 agreement.py    what one rank meets, all ranks act on
 """
