@@ -73,7 +73,10 @@ class Monitor:
             self.say(_line(step, self.last_step, numbers))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
-        """The numbers of an evaluation after a step (0: before the first)."""
+        """The numbers of an evaluation after a step (0: before the first); none where the run was asked to leave meanwhile."""
+        if not numbers:
+            self.say(f"evaluation after step {step} was left: the run is asked to stop")
+            return
         self._write(step, numbers)
         self.say(f"evaluation after step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
 

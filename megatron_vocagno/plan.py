@@ -168,7 +168,9 @@ def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -
 def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions) -> TeacherUse:
     path = given or teacher.path
     if path is None:
-        raise RunError("a cached teacher has no teacher.path here: give its config.json with --teacher-config")
+        raise RunError(
+            "a cached teacher has no teacher.path here: give its config.json with --teacher-config, once for each teacher"
+        )
     config = _supported(read_config(path, "teacher"), "teacher").get_text_config()
     row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)
     dtype: torch.dtype = getattr(torch, teacher.dtype)

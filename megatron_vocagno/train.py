@@ -63,7 +63,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     mixture = Mixture([source.weight for source in run.data.train])
-    rows = BlendedRows(training_rows(run, datasets, longest), mixture)
+    rows = BlendedRows(together(lambda: training_rows(run, datasets, longest), *USER_ERRORS), mixture)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
@@ -83,7 +83,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     saved, due = position.step, False
     with closing(occupancy), monitor.writing(position.step):
         if position.step == 0 and valid is not None:
-            monitor.evaluation(0, evaluate(engine, run, valid, processes))
+            monitor.evaluation(0, evaluate(engine, run, valid, processes, stopper))
         while not (asked := largest(stopper.asked, processes.device)) and position.step < steps:
             clock = Clock(processes)
             micro_batches = batches.step(position.rows)
@@ -103,7 +103,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
                 monitor.broken_step(broken, dict(zip((str(s.path) for s in run.data.train), documents, strict=True)))
                 guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
             if valid is not None and _due(position.step, run.eval.every, steps):
-                monitor.evaluation(position.step, evaluate(engine, run, valid, processes))
+                monitor.evaluation(position.step, evaluate(engine, run, valid, processes, stopper))
             due = due or _due(position.step, run.checkpoint.every, steps)
             # after a broken step it waits for a healthy one: checkpoints of a run that goes wrong would push out the good ones
             if due and broken is None:
@@ -134,13 +134,18 @@ def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes)
     return scorer.score(batches)
 
 
-def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Processes) -> dict[str, float]:
-    """Bits per byte of held-out text, and the mean loss of its tokens in nats. Collective over the world."""
+def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Processes, stopper: Stopper) -> dict[str, float]:
+    """Bits per byte of held-out text, and the mean loss of its tokens in nats; nothing where the run is asked to leave meanwhile.
+
+    Collective over the world.
+    """
     nats, text_bytes, tokens = 0.0, 0, 0
     steps = evaluation_batches(
         valid, valid.student_byte_lengths, run.data.row_length, engine.layout, engine.data_rank, run.eval.rows
     )
     for step in steps:
+        if largest(stopper.asked, processes.device):
+            return {}
         nats += engine.evaluate(step.batches)
         text_bytes += step.text_bytes
         tokens += step.tokens
@@ -235,7 +240,8 @@ def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:
 def _sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
     """A line for each dataset: its share of the rows."""
     for data, part, share in zip(datasets, rows.parts, rows.mixture.shares, strict=True):
-        yield f"{float(100 * share):.3g} % of the rows from {data.path}: {len(data)} documents make {part.rows_in_epoch} an epoch"
+        epoch = f"{len(data)} documents make {part.rows_in_epoch} rows an epoch"
+        yield f"{float(100 * share):.3g} % of the rows from {data.path}: {epoch}"
         if part.rows_in_epoch < layout.rows * share:
             yield f"note: a step reads {float(layout.rows * share):.0f} of its rows: every step repeats its text"
 

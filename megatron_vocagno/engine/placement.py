@@ -9,13 +9,16 @@ from typing import Literal
 import torch
 
 from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 
 
@@ -29,15 +32,17 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     asked = run.teacher[0]
     if is_cached(run):
         return None
-    assert asked.path is not None
-    check_tokenizer(data, "teacher", teacher_folder(asked.path))
+    path = asked.path
+    assert path is not None
+    together(lambda: check_tokenizer(data, "teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
     dtype = getattr(torch, asked.dtype)
-    opened = partial(open_teacher, asked.path, dtype, processes.device, asked.attention, weights=asked.weights)
-    teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else opened()
+    opened = partial(open_teacher, path, dtype, processes.device, asked.attention, weights=asked.weights)
+    # a sharded teacher is loaded by all ranks together anyway
+    teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else together(opened, ModelError)
     if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
         raise RunError(
             f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
-            f"the teacher {asked.path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
+            f"the teacher {path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
         )
     return teacher
 

@@ -137,7 +137,7 @@ def test_a_run_tells_its_shares_and_does_not_resume_on_another_blend(case: Case,
     first = AlignedDataset.open(case.train)
     for ds, share in ((first, 0.75), (second, 0.25)):
         n = TrainRows(ds, S, seed=0).rows_in_epoch
-        assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} an epoch" in finished.stdout
+        assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} rows an epoch" in finished.stdout
         steps = [line for line in metrics(case.out("blend")) if "loss/train" in line]
         assert [line[f"data/epochs/{ds.path}"] for line in steps] == [step * 8 * share / n for step in (1, 2)]
 

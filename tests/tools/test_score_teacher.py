@@ -61,8 +61,8 @@ def run(built: AlignedDataset, teacher: Path, tmp_path: Path, capsys: Any, monke
 def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
-    shards = re.findall(r"shard (\d)/2: (\d{4}) ([\d,]+) tokens, [\d,]+ a second, (\d+\.\d+) nats a token", out)
-    assert [shard[:2] for shard in shards] == [("1", "0000"), ("2", "0001")]
+    shards = re.findall(r"shard (\d{4}), (\d) of 2: ([\d,]+) tokens, [\d,]+ a second, (\d+\.\d+) nats a token", out)
+    assert [shard[:2] for shard in shards] == [("0000", "1"), ("0001", "2")]
     dataset = AlignedDataset.open(tmp_path / "dataset")
     total = dataset.manifest.teacher_losses.totals  # type: ignore[union-attr]
     assert sum(int(shard[2].replace(",", "")) for shard in shards) == total.tokens == dataset.totals.teacher_tokens
@@ -78,12 +78,12 @@ def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output],
 
 def test_ranks_of_a_launcher_share_the_shards_without_talking(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1)
-    assert code == 0 and "rank 1: shard 1/1: 0001" in out and "the last process to end records them all" in out
+    assert code == 0 and "rank 1: shard 0001, 1 of 1: " in out and "the last process to end records them all" in out
     assert AlignedDataset.open(tmp_path / "dataset").scoring is None
     code, out, _ = run("finalize", str(tmp_path / "dataset"))
     assert code == 2
     code, out, _ = run(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0)
-    assert code == 0 and "rank 0: shard 1/1: 0000" in out and "nats a token" in out
+    assert code == 0 and "rank 0: shard 0000, 1 of 1: " in out and "nats a token" in out
     assert AlignedDataset.open(tmp_path / "dataset").scoring is not None
     assert run("finalize", str(tmp_path / "dataset"))[0] == 0
 

@@ -47,6 +47,10 @@ class ScoreProgress:
         self.tokens = sum(job.record.totals.teacher_tokens for job in jobs)
         self.bar.update(self.task, total=self.tokens, description=f"shard 0/{self.shards}")
         self.started = self.told = time.monotonic()
+        if not self.shown:
+            self._print(
+                f"{self.shards} shards of {self.tokens:,} teacher tokens to look at; a shard is what an interruption spares"
+            )
 
     def shard(self, result: Result | Failure[Job]) -> None:
         self.done += 1
@@ -64,24 +68,28 @@ class ScoreProgress:
             how = "scored before"
         self._show()
         if not self.shown or isinstance(result, Failure):
-            self._print(f"shard {self.done}/{self.shards}: {result.job.folder.name} {how}")
+            self._print(f"shard {result.job.folder.name}, {self.done} of {self.shards}: {how}")
 
     def within(self, progress: ShardProgress) -> None:
         """A shard has come so far."""
         self.at_work[progress.index] = progress.tokens
         self._show()
         if not self.shown and time.monotonic() - self.told > EVERY:
-            self._print(f"shard {self.done}/{self.shards}: {self._rate()}")
+            self._print(f"{self.done} of {self.shards} shards, {self._done():,} of {self.tokens:,} tokens: {self._rate()}")
+
+    def _done(self) -> int:
+        return self.scored + sum(self.at_work.values())
 
     def _rate(self) -> str:
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return f"{(self.scored + sum(self.at_work.values())) / seconds:,.0f} tokens/s"
+        rate = self._done() / max(time.monotonic() - self.started, 1e-9)
+        left = f", {(self.tokens - self._done()) / rate / 60:,.0f} minutes left" if rate and not self.shown else ""
+        return f"{rate:,.0f} tokens/s{left}"
 
     def _show(self) -> None:
         self.bar.update(
             self.task,
             total=self.tokens,
-            completed=self.scored + sum(self.at_work.values()),
+            completed=self._done(),
             description=f"shard {self.done}/{self.shards}",
             rate=self._rate(),
         )
