@@ -43,6 +43,11 @@ class Kill:
     """"start": before a step of this life. "step". "save": a checkpoint was left unfinished."""
 
 
+def shared_memory() -> set[Path]:
+    """What lies in /dev/shm, without the semaphores that other programs' processes share: training has none."""
+    return {path for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
+
+
 class Supervised:
     """A run under run_forever.sh."""
 
@@ -170,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    shared_memory = set(Path("/dev/shm").iterdir())
+    before = shared_memory()
     fine = True
     with tempfile.TemporaryDirectory() as folder:
         case = build_case(Path(folder), real.smollm2_tokenizer_folder(Path(folder) / "teacher_tokenizer"))
@@ -193,7 +198,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{len(left_behind(run))} processes left"
             )
             fine &= run.process.returncode == 0 and growth <= 0.02 and not left_behind(run)
-    print(f"new in /dev/shm: {len(set(Path('/dev/shm').iterdir()) - shared_memory)}")
+    print(f"new in /dev/shm: {len(shared_memory() - before)}")
     return 0 if fine else 1
 
 

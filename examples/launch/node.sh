@@ -3,13 +3,17 @@
 #
 #   NODES=2 NODE_RANK=0 RANKS=8 MASTER_ADDR=node0 MASTER_PORT=29500 node.sh RUN.toml --deepspeed_config ds_configs/X.json
 #
-# SIGTERM and SIGUSR1 are handed on to the ranks, which save and leave. Exit code 0: the run reached its last step. 75: it was
-# asked to stop, so start it again. Else that of the rank that failed first; 2 means that there is something to mend.
+# SIGTERM and SIGUSR1 are handed on to the ranks, which save and leave. Exit code 0: the run reached its last step. 75: start it
+# again, for it was asked to stop, or died after a new checkpoint. Else that of the rank that failed first; 2 means that there is
+# something to mend.
 set -euo pipefail
 : "${NODES:?}" "${NODE_RANK:?}" "${RANKS:?}" "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
 
+trap 'exit 75' TERM USR1 # nothing has begun
 run=$(python -m megatron_vocagno.pretrain "$@" --print-config)
 output=$(python -c 'import json, sys; print(json.load(sys.stdin)["output"])' <<< "$run")
+newest_checkpoint() { cat "$output/checkpoints/latest" 2> /dev/null || true; }
+before=$(newest_checkpoint)
 
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$((NODES * RANKS)) LOCAL_SIZE=$RANKS
 ranks=()
@@ -41,8 +45,8 @@ while ((${#ranks[@]})); do
         hand_on KILL
     fi
 done
-if ((failed)); then
+if ((failed == 2 || failed == 130)) || [[ $failed != 0 && $(newest_checkpoint) == "$before" ]]; then
     exit "$failed"
-elif [[ ! -e $output/finished ]]; then
+elif ((failed)) || [[ ! -e $output/finished ]]; then
     exit 75
 fi

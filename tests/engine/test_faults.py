@@ -49,12 +49,12 @@ def wait_for_steps(output: Path, steps: int) -> int:
 
 def test_killed_at_random_under_the_supervisor_it_ends_where_an_undisturbed_run_ends(case: Case) -> None:
     overrides = [*soak.LAYOUT, "training.steps=6", "checkpoint.every=1", "eval.rows=4"]
-    shared_memory = set(Path("/dev/shm").iterdir())
+    shared_memory = soak.shared_memory()
     kills, run = soak.kill_at_random(case, "killed-thrice", overrides, kills=3, seed=1)
     assert len(kills) == 3 and "save" in {kill.moment for kill in kills}, kills
     assert run.process.returncode == 0, run.log.read_text()[-4000:]
     assert (run.output / "finished").read_text() == "6\n"
-    assert not soak.left_behind(run) and set(Path("/dev/shm").iterdir()) <= shared_memory
+    assert not soak.left_behind(run) and soak.shared_memory() <= shared_memory
     straight = case.run("never-killed", 2, overrides)
     assert not soak.differences(straight, run.output)
     assert [line["loss/train"] for line in learned(straight)] == [line["loss/train"] for line in learned(run.output)]

@@ -59,6 +59,8 @@ def test_the_parts_of_the_job_fit_together() -> None:
     assert env["MASTER_ADDR"]["value"] == f"{name}-0.{service['metadata']['name']}"
     assert spec["template"]["spec"]["subdomain"] == service["metadata"]["name"]
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}
+    # a dead pod takes the others with it: what counts them together would end a Job of many pods at its first accident
+    assert "backoffLimit" not in spec and spec["backoffLimitPerIndex"] > 0 and spec["maxFailedIndexes"] == 0
     rules = [rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule]
     assert {rule["containerName"] for rule in rules} == {container()["name"]}
     volumes = spec["template"]["spec"]["volumes"]

@@ -39,11 +39,31 @@ def test_a_signal_reaches_every_rank_and_the_run_is_not_taken_for_finished(name:
     assert sorted(path.name for path in tmp_path.glob("SIG*")) == [f"{name}-{rank}" for rank in (3, 4, 5)]
 
 
-@pytest.mark.parametrize(("play", "code"), [(["2", "2"], 2), (["wait", "17"], 17), (["wait", "die", "wait"], 137)])
+@pytest.mark.parametrize(
+    ("play", "code"), [(["2", "2"], 2), (["wait", "17"], 17), (["wait", "die", "wait"], 137), (["save+2"], 2)]
+)
 def test_the_first_failure_ends_the_others_and_is_told(play: list[str], code: int, tmp_path: Path) -> None:
     with start(tmp_path, *play) as node:
         assert node.wait(timeout=60) == code
     assert not list(tmp_path.glob("SIG*"))  # the lost rank's peers are killed: nothing of theirs can be saved
+
+
+@pytest.mark.parametrize("play", [["save+17"], ["17", "save+die"]])
+def test_a_run_that_dies_after_a_new_checkpoint_is_to_be_started_again(play: list[str], tmp_path: Path) -> None:
+    with start(tmp_path, *play) as node:
+        assert node.wait(timeout=60) == 75
+    assert not (tmp_path / "finished").exists()
+
+
+def test_a_signal_before_its_ranks_asks_for_another_start(tmp_path: Path) -> None:
+    variables = player.install(tmp_path, ["finish"])
+    (tmp_path / "bin" / "python").write_text(f'#!/bin/sh\necho >>"{tmp_path}/asked"; sleep 2; echo "{{}}"\n')
+    place = {"NODES": "1", "NODE_RANK": "0", "RANKS": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+    with group([NODE, "RUN.toml"], env=os.environ | variables | place) as node:
+        wait_for((tmp_path / "asked").exists)
+        node.send_signal(signal.SIGTERM)
+        assert node.wait(timeout=60) == 75
+    assert (tmp_path / "asked").read_text() == "\n"
 
 
 def test_without_its_variables_it_says_which() -> None:
