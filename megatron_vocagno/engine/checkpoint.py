@@ -8,9 +8,11 @@ to one rank ends the run on all, with one message.
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import orjson
 from deepspeed import comm as dist
@@ -19,7 +21,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Run, RunError, SharedError
 from megatron_vocagno.corpus.dataset import sync, write_durably
-from megatron_vocagno.engine.agreement import Watch, from_first_rank
+from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -32,10 +34,13 @@ from megatron_vocagno.engine.manifest import (
     File,
     Manifest,
     Position,
+    altered,
     changes,
     check_resumable,
+    checkpoint_folders,
     finished_checkpoints,
-    newest_checkpoint,
+    first_whole,
+    inspect,
     outdated,
     read_manifest,
     sha256,
@@ -43,6 +48,9 @@ from megatron_vocagno.engine.manifest import (
 from megatron_vocagno.engine.settings import Settings, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.engine.trainers import Engine
+
+Item = TypeVar("Item")
+log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -68,8 +76,7 @@ class Keeper:
     def save(self, position: Position) -> Path:
         """Write a checkpoint, then remove those that need not stay. Collective over the world. Returns its folder.
 
-        Raises RunError: a rank could not write, so that nothing of the new checkpoint is left, and the older ones are untouched;
-        or an old one could not be removed.
+        Raises RunError: a rank could not write; nothing of the new checkpoint is left, and the older ones are untouched.
         """
         folder = self.root / f"step-{position.step:08d}"
         first = dist.get_rank() == 0
@@ -78,9 +85,9 @@ class Keeper:
             with disk.on():
                 self._open(folder)
         dist.barrier()
-        self.state.write(folder, disk)
+        written = self.state.write(folder, disk)
         self._check(disk, folder)
-        files = _describe(folder, disk)
+        files = _describe(folder, written, disk)
         self._check(disk, folder)
         if first:
             with disk.on():
@@ -88,7 +95,9 @@ class Keeper:
                 write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
                 write_durably(self.root / LATEST, folder.name.encode())
         self._check(disk, folder)
-        from_first_rank(lambda: self._tidy(folder), OSError)
+        if first:
+            self._tidy(folder)
+        dist.barrier()
         return folder
 
     def _open(self, folder: Path) -> None:
@@ -104,7 +113,11 @@ class Keeper:
 
     def _tidy(self, newest: Path) -> None:
         for old in outdated(self.root, newest, self.settings.keep, self.settings.keep_every):
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                # the new one is whole: nothing to end a run for, and the next save tries again
+                log.warning("%s should go and could not be removed: %s", old, error)
 
     def _check(self, disk: Watch, folder: Path) -> None:
         """Give the folder up where any rank could not write. Collective over the world."""
@@ -123,32 +136,68 @@ class Keeper:
     def resume(self, say: Callable[[str], None]) -> Position:
         """Load the newest whole checkpoint into the engine; a fresh start where there is none. Collective over the world.
 
-        Raises RunError: the checkpoint speaks of other data, another order of rows or another training, or is of another release.
+        Raises RunError: the checkpoint speaks of other data, another order of rows or another training, is of another release,
+        or a rank could not read what the others could.
         """
-        folder = from_first_rank(lambda: newest_checkpoint(self.root.parent, say), RunError)
+        folder = first_whole(from_first_rank(lambda: checkpoint_folders(self.root), OSError), _complaint, say)
         if folder is None:
+            self._check_nothing_is_lost()
             return self.fresh
-        manifest = read_manifest(folder)
+        manifest = from_first_rank(lambda: read_manifest(folder), RunError, OSError)
         check_resumable(folder, manifest, self.fresh, self.layout)
-        self.state.read(folder)
+        disk = Watch(OSError, SafetensorError)
+        self.state.read(folder, disk)
+        if failure := disk.failure():
+            raise SharedError(
+                f"{folder} could not be loaded (rank {failure.ranks[0]}): {failure.message}\n"
+                "  Its files were whole a moment ago: do all machines see the same files?"
+            )
         say(f"loaded {folder}")
         if manifest.layout != self.layout:
             say(f"note: from here on with {self.layout} (was {manifest.layout})")
-        for change in changes(orjson.loads((folder / RUN).read_bytes()), orjson.loads(self.run.model_dump_json())):
+        before = from_first_rank(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
+        for change in changes(before, orjson.loads(self.run.model_dump_json())):
             say(f"note: from here on {change}")
         return manifest.position
 
+    def _check_nothing_is_lost(self) -> None:
+        """Raises SharedError where checkpoints are there, though none is whole: starting over would remove them."""
+        if damaged := from_first_rank(lambda: finished_checkpoints(self.root), OSError):
+            raise SharedError(
+                f"none of the {len(damaged)} checkpoints in {self.root} is whole (see above); starting over would remove them.\n"
+                "  Put a whole one back, or move them away to start from the beginning."
+            )
 
-def _describe(folder: Path, disk: Watch) -> dict[str, File]:
-    """Size and hash of every file, on disk for good. The ranks share the work; collective over the world."""
-    # one rank lists: on a network file system the others may not see all names yet
-    listed: list[list[str]] = [[]]
+
+def _complaint(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole. The ranks share the work; collective over the world.
+
+    Raises SharedError: it is of another release, or a rank cannot read what the first one sees. A checkpoint is not passed over,
+    and removed later, because one machine has lost its disk.
+    """
+    found = from_first_rank(lambda: inspect(folder), RunError, OSError)
+    if isinstance(found, str):
+        return found
+    share = dict(_share(list(found.files.items())))
+    mine = together(lambda: altered(folder, share), OSError)
+    complaints: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(complaints, mine)
+    return next((complaint for complaint in complaints if complaint is not None), None)
+
+
+def _describe(folder: Path, written: list[str], disk: Watch) -> dict[str, File]:
+    """Size and hash of every file, on disk for good. The ranks share the work; collective over the world.
+
+    written: names of the layers' files that this rank wrote
+    """
+    known: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     if dist.get_rank() == 0:
-        listed[0] = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    dist.broadcast_object_list(listed, src=0)
+        written = written + [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    # each rank names its own: on a network file system a listing may lack what another machine has just written
+    dist.all_gather_object(known, written)
     mine: dict[str, File] = {}
     with disk.on():
-        for name in listed[0][dist.get_rank() :: dist.get_world_size()]:
+        for name in _share(sorted({name for names in known for name in names})):
             path = folder / name
             sync(path)
             mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
@@ -158,6 +207,11 @@ def _describe(folder: Path, disk: Watch) -> dict[str, File]:
     shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(shares, mine)
     return dict(sorted(item for share in shares for item in share.items()))
+
+
+def _share(work: list[Item]) -> list[Item]:
+    """This rank's part of what all ranks do together."""
+    return work[dist.get_rank() :: dist.get_world_size()]
 
 
 def _fingerprint(config: PretrainedConfig) -> str:

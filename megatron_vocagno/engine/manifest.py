@@ -16,7 +16,7 @@ A checkpoint without a manifest, or with a file that differs from it, is not one
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,21 @@ def newest_checkpoint(output: Path, say: Callable[[str], None]) -> Path | None:
 
     Raises OtherVersion: one of another release may be whole, and passing over it would start over, and remove it.
     """
-    for folder in checkpoint_folders(output / FOLDER):
-        complaint = _complaint(folder)
-        if complaint is None:
+
+    def complaint(folder: Path) -> str | None:
+        found = inspect(folder)
+        return found if isinstance(found, str) else altered(folder, found.files)
+
+    return first_whole(checkpoint_folders(output / FOLDER), complaint, say)
+
+
+def first_whole(folders: Iterable[Path], complaint: Callable[[Path], str | None], say: Callable[[str], None]) -> Path | None:
+    """The first that there is no complaint about; those before it are named."""
+    for folder in folders:
+        found = complaint(folder)
+        if found is None:
             return folder
-        say(f"not resuming from {folder}: {complaint}")
+        say(f"not resuming from {folder}: {found}")
     return None
 
 
@@ -118,8 +128,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunError(f"{path} cannot be read: {error}") from None
 
 
-def _complaint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def inspect(folder: Path) -> Manifest | str:
+    """The manifest of a checkpoint whose files are all there, at their sizes; or what is wrong with it.
+
+    Raises OtherVersion.
+    """
     try:
         manifest = read_manifest(folder)
     except OtherVersion:
@@ -132,7 +145,13 @@ def _complaint(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != file.bytes:
             return f"{name} holds {path.stat().st_size:,} bytes, {file.bytes:,} were written"
-        if sha256(path) != file.sha256:
+    return manifest
+
+
+def altered(folder: Path, files: Mapping[str, File]) -> str | None:
+    """Which of some files of a checkpoint is not what was written; None where all are. Reads them whole."""
+    for name, file in files.items():
+        if sha256(folder / name) != file.sha256:
             return f"{name} is not what was written: its sha256 differs"
     return None
 

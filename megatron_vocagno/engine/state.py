@@ -12,6 +12,7 @@ written and again when it is read: so any number of ranks, stages and any ZeRO s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from pydantic import BaseModel, ConfigDict
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from megatron_vocagno.engine.agreement import Watch
+from megatron_vocagno.engine.agreement import Watch, from_first_rank
 from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.folder import write_tensors
@@ -77,53 +78,95 @@ class EngineState:
         self.trainer, self.engine, self.config = engine, engine.engine, config
         self.optimizer = engine.engine.optimizer
 
-    def write(self, folder: Path, disk: Watch) -> None:
-        """Collective over the world: all ranks gather each layer, and take turns at writing.
+    def write(self, folder: Path, disk: Watch) -> list[str]:
+        """The names of the layers' files that this rank wrote.
 
-        `disk` takes what the disk refuses: a rank that cannot write goes on gathering, as the others wait for it.
+        Collective over the world: all ranks gather each layer, and take turns at keeping it; they write side by side.
+
+        A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot write goes on gathering, as the
+        others wait for it.
         """
         counters = self._counters()
         self._link_states()
         if dist.get_rank() == 0:
             with disk.on(folder / COUNTERS):
                 (folder / COUNTERS).write_bytes(orjson.dumps(counters.model_dump(), option=orjson.OPT_INDENT_2))
-        for index, named in self._layers():
-            turn = index % self.trainer.layout.data_parallel == self.trainer.data_rank
-            weights: dict[str, Tensor] = {}
-            with deepspeed.zero.GatheredParameters(_sharded(named)):
+        # another thread, so that the next layer's collectives do not wait for this one's disk
+        with ThreadPoolExecutor(max_workers=1) as writer:
+            names: list[str] = []
+            written: Future[None] | None = None
+            for index, named in self._layers():
+                turn = self._turn(index) == self.trainer.data_rank
+                if turn and written is not None:
+                    written.result()
+                weights, states = self._collect(named, counters.optimizer_states, keep=turn)
                 if turn:
-                    weights = {name: parameter.detach().cpu().contiguous() for name, parameter in named.items()}
-            states: dict[str, Tensor] = {}
-            for name, parameter in named.items():
-                for key in (*self._masters(parameter), *counters.optimizer_states):
-                    tensor = _gather(parameter, key)
-                    if turn:
-                        states[f"{name}.{key}"] = tensor.cpu().contiguous()
-            if turn:
-                for path, tensors in ((folder / STUDENT, weights), (folder / OPTIMIZER, states)):
-                    with disk.on(path / _file(index)):
-                        write_tensors(tensors, path / _file(index))
+                    written = writer.submit(_write_layer, folder, index, weights, states, disk)
+                    names += [f"{part}/{_file(index)}" for part in (STUDENT, OPTIMIZER)]
+                del weights, states
+            if written is not None:
+                written.result()
+        return names
 
-    def read(self, folder: Path) -> None:
-        """Collective over the world."""
-        counters = Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes()))
+    def _collect(
+        self, named: dict[str, nn.Parameter], optimizer_states: tuple[str, ...], keep: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and optimizer states of one layer, in host memory; none where not `keep`.
+
+        Collective over the data-parallel ranks.
+        """
+        weights: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
+        with deepspeed.zero.GatheredParameters(_sharded(named)):
+            if keep:
+                weights = {name: parameter.detach().cpu().contiguous() for name, parameter in named.items()}
+        for name, parameter in named.items():
+            for key in (*self._masters(parameter), *optimizer_states):
+                tensor = _gather(parameter, key)
+                if keep:
+                    states[f"{name}.{key}"] = tensor.cpu().contiguous()
+        return weights, states
+
+    def read(self, folder: Path, disk: Watch) -> None:
+        """Collective over the world: the ranks that hold a layer take turns at reading, and send the others each tensor.
+
+        A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot read sends what has no meaning,
+        as the others wait for it, and the engine is of no use then.
+        """
+        counters = from_first_rank(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
-            with (
-                safe_open(folder / STUDENT / _file(index), framework="pt") as weights,
-                safe_open(folder / OPTIMIZER / _file(index), framework="pt") as states,
-            ):
-                with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
-                    for name, parameter in named.items():
-                        parameter.copy_(weights.get_tensor(name))
+            tensors: dict[str, Tensor] = {}
+            if self._turn(index) == self.trainer.data_rank:
+                with disk.on(_file(index)):
+                    tensors = load_file(folder / STUDENT / _file(index)) | load_file(folder / OPTIMIZER / _file(index))
+            with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
                 for name, parameter in named.items():
-                    if self._masters(parameter):
-                        _scatter(parameter, MASTER, states.get_tensor(f"{name}.{MASTER}"))
-                    else:
-                        _scatter(parameter, MASTER, weights.get_tensor(name))
-                    for key in counters.optimizer_states:
-                        _scatter(parameter, key, states.get_tensor(f"{name}.{key}"))
+                    weight = self._broadcast(tensors, name, parameter.shape, parameter.dtype, index)
+                    parameter.copy_(weight)
+                    if not self._masters(parameter):
+                        _scatter(parameter, MASTER, weight)
+                    for key in (*self._masters(parameter), *counters.optimizer_states):
+                        state = self._broadcast(tensors, f"{name}.{key}", parameter.shape, torch.float32, index)
+                        _scatter(parameter, key, state)
         self._count_from(counters)
+
+    def _turn(self, index: int) -> int:
+        """The data-parallel rank that writes and reads a layer."""
+        return index % self.trainer.layout.data_parallel
+
+    def _broadcast(self, tensors: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, index: int) -> Tensor:
+        """A tensor of layer `index`, from the rank whose turn it is, on the device of each.
+
+        Collective over the data-parallel ranks.
+        """
+        value = torch.empty(shape, dtype=dtype, device=self.engine.device)
+        # nothing was read on the others, nor where the disk refused
+        if tensors:
+            value.copy_(tensors[name])
+        group = self.trainer.data_group
+        dist.broadcast(value, src=dist.get_global_rank(group, self._turn(index)), group=group)
+        return value
 
     def _layers(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
         """This rank's layers that have weights, by their place in the whole student, with Hugging Face names."""
@@ -200,6 +243,12 @@ class EngineState:
 
 def _file(index: int) -> str:
     return f"layer_{index:04d}.safetensors"
+
+
+def _write_layer(folder: Path, index: int, weights: dict[str, Tensor], states: dict[str, Tensor], disk: Watch) -> None:
+    for path, tensors in ((folder / STUDENT, weights), (folder / OPTIMIZER, states)):
+        with disk.on(path / _file(index)):
+            write_tensors(tensors, path / _file(index))
 
 
 def _sharded(named: dict[str, nn.Parameter]) -> list[nn.Parameter]:

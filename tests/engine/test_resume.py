@@ -55,22 +55,60 @@ def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, 
 
 
 def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> None:
-    output = case.run("broken", 1, ["training.steps=4", "checkpoint.every=2"])
+    """Though only one of the two ranks reads the broken file."""
+    output = case.run("broken", 2, ["training.steps=4", "checkpoint.every=2"])
     newest, older = checkpoint_folders(output / "checkpoints")
-    victim = next(iter((newest / "student").glob("layer_0002*")))
+    shares = [list(read_manifest(newest).files)[rank::2] for rank in range(2)]
+    victim = next(newest / name for name in shares[1] if name.startswith("student/layer_"))
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    resumed = spawn(1, case.command("broken", ["training.steps=6"]))
+    resumed = spawn(2, case.command("broken", ["training.steps=6"]))
     assert resumed.returncode == 0
     assert f"not resuming from {newest}: student/{victim.name} is not what was written: its sha256 differs" in resumed.stdout
     assert "note: from here on training.steps = 6 (was 4)" in resumed.stdout
     assert "resuming after step 2" in resumed.stdout and older.name == "step-00000002"
     # once at the end, a run has nothing to do and changes nothing
     lines = lines_by_step(output)
-    again = spawn(1, case.command("broken", ["training.steps=6"]))
+    again = spawn(2, case.command("broken", ["training.steps=6"]))
     assert again.returncode == 0 and "resuming after step 6" in again.stdout
     assert lines_by_step(output) == lines
+    # where none is whole, starting over would remove what might be mended
+    folders = checkpoint_folders(output / "checkpoints")
+    for folder in folders:
+        (folder / "engine.json").write_text("{}")
+    refused = spawn(2, case.command("broken", ["training.steps=6"]))
+    assert refused.returncode == 2 and f"none of the {len(folders)} checkpoints in " in refused.stdout, refused.stdout[-2000:]
+    assert checkpoint_folders(output / "checkpoints") == folders and lines_by_step(output) == lines
+
+
+LOSES_ITS_DISK = """
+import sys
+from megatron_vocagno import pretrain, train
+from megatron_vocagno.engine import checkpoint, processes, state
+def lost(*_): raise OSError("the disk of this machine is gone")
+ranks = processes.start()
+train.start, pretrain.PATIENCE = lambda: ranks, 0
+for module, reads in ((checkpoint, "altered"), (state, "load_file")):
+    works = getattr(module, reads)
+    if ranks.rank == 1: setattr(module, reads, lost)
+    assert pretrain.main(sys.argv[1:]) == 2
+    setattr(module, reads, works)
+processes.stop()
+"""
+
+
+def test_a_checkpoint_that_one_rank_cannot_read_ends_all_ranks_and_is_not_passed_over(case: Case) -> None:
+    """Neither while it is hashed nor while it is loaded: a machine that loses its disk must not cost the run its checkpoints."""
+    overrides = ["training.steps=2", "checkpoint.every=1"]
+    output = case.run("lost", 1, overrides)
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+    ended = spawn(2, case.command("lost", overrides), ("-c", LOSES_ITS_DISK))
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert ended.stdout.count("error: ") == ended.stdout.count("the disk of this machine is gone") == 2, ended.stdout
+    assert "Met by rank 1 alone" in ended.stdout and "could not be loaded (rank 1): layer_0001" in ended.stdout, ended.stdout
+    assert "not resuming" not in ended.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
 
 def test_resuming_another_run_is_refused_and_changes_nothing(case: Case) -> None:
