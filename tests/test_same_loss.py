@@ -47,7 +47,7 @@ def test_losses_and_weights_are_those_of_whole_logits(overrides: list[str], stag
         assert a["optimizer/grad_norm"] == pytest.approx(b["optimizer/grad_norm"], rel=1e-5)
     assert ours[0]["loss/train"] - ours[-1]["loss/train"] > 0.1, "nothing was learned, so nothing was compared"
 
-    files = sorted(path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("layer_*.safetensors"))
+    files = sorted(path.relative_to(tmp_path / "ours") for path in (tmp_path / "ours").rglob("student/layer_*.safetensors"))
     assert len(files) == 6
     met = 0
     for file in files:

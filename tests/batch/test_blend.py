@@ -123,7 +123,7 @@ def test_a_blend_makes_the_same_micro_batches_on_any_number_of_ranks(dataset: Al
         alone = Batches(blend([dataset, second], [0.6, 0.4]), one, 0).step(step * 8)
         shared = [Batches(blend([dataset, second], [0.6, 0.4]), two, rank).step(step * 8) for rank in range(2)]
         for micro in range(4):
-            assert same(alone[micro], shared[micro % 2][micro // 2])
+            assert same(alone[micro], shared[micro // 2][micro % 2])
             compared += 1
     assert compared == 12
 

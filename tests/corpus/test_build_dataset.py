@@ -286,7 +286,8 @@ def test_names_with_brackets_and_spaces_are_names(run, texts, tmp_path):
     file = write_jsonl(tmp_path / "[red]a [b] ü.jsonl", texts[-5:])
     out = tmp_path / "o [bold]ü[" / "x]"
     code, shown, err = run(file, out=out)
-    assert (code, err) == (0, "") and str(out) in shown
+    # a long name is broken over lines
+    assert (code, err) == (0, "") and re.sub(r"\s", "", str(out)) in re.sub(r"[\s│]", "", shown)
     out.rename(tmp_path / "[b]")
     assert command("verify", tmp_path / "[b]") == 0
 
