@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_vocagno.batch.forwards import plan_forwards
+from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
@@ -22,9 +23,6 @@ from megatron_vocagno.corpus.workers import report
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.offline.windows import Int64, Windows, plan_windows
-
-IGNORE = -100
-"""Target of a position that is not scored: padding, and context that another window has scored."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +126,7 @@ class _Batch:
     there: NDArray[np.bool_]
     """False where the window has ended."""
     scored: NDArray[np.bool_]
+    """False also where another window has scored the target: here it is context."""
 
     def read(self, ids: NDArray[np.integer], before: int) -> tuple[Int64, Int64]:
         """Inputs and targets [B, U] int64."""
