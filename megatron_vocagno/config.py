@@ -2,9 +2,10 @@
 
     run = load_run("examples/quickstart.toml", ["guidance.keep=0.6"])
 
-The file owns what is to be learned from what. The DeepSpeed configuration (`ds_configs/*.json`) owns batch sizes,
-precision, the optimizer with its peak learning rate, gradient clipping and the ZeRO stage: none of them is repeated here.
-An unknown key is refused with the nearest name; a value of the wrong kind is refused with its place.
+A file may start from another, `base = "OTHER.toml"`, and say only what differs. It owns what is to be learned from what; the
+DeepSpeed configuration (`ds_configs/*.json`) owns batch sizes, precision, the optimizer with its peak learning rate, gradient
+clipping and the ZeRO stage: none of them is repeated here. An unknown key is refused with the nearest name; a value of the wrong
+kind is refused with its place.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
 Unmapped = Literal["include", "exclude"]
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
+Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
@@ -108,7 +110,15 @@ class Teacher(Part):
 class Guidance(Part):
     """The method: which of the student's losses count. See docs/method.md."""
 
-    objective: Literal["guided", "clm"] = "guided"
+    objective: Objective = "guided"
+    """`guided` is the method; the others are what it is compared with (docs/method.md#baselines).
+
+    `clm`: plain language modeling, every token.
+    `random`: as many tokens as `guided` keeps, by chance.
+    `student`: as many, those of highest loss of the student alone.
+    `uld`, `kld`: every token, and besides its loss the distance from the teacher's distribution: of sorted probabilities,
+    for any vocabulary, or the Kullback-Leibler divergence, for one vocabulary.
+    """
     aggregate: Aggregate = "max"
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Share of the mapped tokens that is kept."""
@@ -118,6 +128,27 @@ class Guidance(Part):
     """Keep only tokens where the student is worse than the teacher."""
     combine: Literal["min", "mean"] = "min"
     """Of the guides of several teachers."""
+    chunks: PositiveInt | None = None
+    """A worse alignment, for comparison: both sides of a row are cut into so many equal chunks, and each token is covered by its
+    whole chunk.
+    """
+    distance_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    """What the distance of `uld` and `kld` counts beside the loss."""
+
+    @property
+    def selects(self) -> bool:
+        """Whether some tokens are learned and others are not."""
+        return self.objective in ("guided", "random", "student")
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective in ("guided", "uld", "kld")
+
+    @model_validator(mode="after")
+    def _chunks_of_what(self) -> Self:
+        if self.chunks is not None and self.objective != "guided":
+            raise ValueError(f"chunks replaces the alignment of 'guided'; objective is {self.objective!r}")
+        return self
 
     @field_validator("keep")
     @classmethod
@@ -184,6 +215,8 @@ class Checkpoint(Part):
 class Logging(Part):
     every: PositiveInt = 1
     """Steps between lines on the console; TensorBoard and metrics.jsonl get every step."""
+    samples: PositiveInt | None = None
+    """So many rows of `data.valid` are written down at every evaluation, token by token: both losses, and what would be kept."""
 
 
 class Run(Part):
@@ -209,8 +242,11 @@ class Run(Part):
 
     @model_validator(mode="after")
     def _teacher_for_guidance(self) -> Self:
-        if self.guidance.objective == "guided" and not self.teacher:
-            raise ValueError("guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one")
+        objective = self.guidance.objective
+        if self.guidance.needs_teacher and not self.teacher:
+            raise ValueError(f"guidance.objective = {objective!r} needs a [teacher]; 'clm' is the objective without one")
+        if objective in ("uld", "kld"):
+            self._check_distance()
         for i, teacher in enumerate(self.teacher):
             if teacher.path is None and teacher.placement != "cached":
                 raise ValueError(f"teacher.path is missing: a {teacher.placement} teacher is read from there")
@@ -226,21 +262,33 @@ class Run(Part):
                 )
         if self.eval.every is not None and self.data.valid is None:
             raise ValueError("eval.every is given, but there is no data.valid to evaluate on")
+        if self.logging.samples is not None and self.data.valid is None:
+            raise ValueError("logging.samples is given, but there is no data.valid to take rows from")
         return self
+
+    def _check_distance(self) -> None:
+        """The baselines need the teacher's distribution beside the student's, which no file and no other stage has."""
+        objective, teacher = self.guidance.objective, self.teacher[0]
+        if len(self.teacher) > 1 or teacher.placement != "replicated":
+            raise ValueError(
+                f"guidance.objective = {objective!r} needs one teacher of placement 'replicated': it compares distributions"
+            )
+        if self.parallel.pipeline_stages:
+            raise ValueError(
+                f"guidance.objective = {objective!r} runs in the engine without a pipeline: parallel.pipeline_stages = 0, "
+                f"not {self.parallel.pipeline_stages}"
+            )
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run file and lay `a.b=c` overrides over it.
+    """Read a run file, with those that it starts from, and lay `a.b=c` overrides over it.
 
-    An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need
-    no quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
+    `base = "OTHER.toml"` names another run file, from this one's folder: a section here replaces those fields of the base's
+    section that it names. All other paths count from where the command is run. An override's value is read as TOML (`0.6`,
+    `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no quotes. Raises RunError: file missing or no TOML,
+    unknown key, wrong value.
     """
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RunError(f"no run file at {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not TOML: {error}") from None
+    fields = _fields(path)
     for override in overrides:
         _lay_over(fields, override)
     try:
@@ -250,13 +298,43 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in details)) from None
 
 
-ALTERNATIVES = {
+def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's fields, laid over those of its base."""
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        wanted = f", the base of {above[-1]}" if above else ""
+        raise RunError(f"no run file at {path}{wanted}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not TOML: {error}") from None
+    base = fields.pop("base", None)
+    if base is None:
+        return fields
+    if not isinstance(base, str):
+        raise RunError(f"{path}: 'base' is the path of another run file, not {base!r}")
+    under = path.parent / base
+    if any(under.resolve() == file.resolve() for file in (*above, path)):
+        raise RunError(f"{path}: base = {base!r} leads back to {under}, which starts from this file")
+    return _merged(_fields(under, (*above, path)), fields)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        here = (*place, name)
+        merged.pop(ALTERNATIVES.get(here, ""), None)
+        both = isinstance(value, dict) and isinstance(base.get(name), dict)
+        merged[name] = _merged(base[name], value, here) if both else value
+    return merged
+
+
+ALTERNATIVES: dict[tuple[str, ...], str] = {
     ("student", "pretrained"): "config",
     ("student", "config"): "pretrained",
     ("training", "steps"): "tokens",
     ("training", "tokens"): "steps",
 }
-"""Of each two only one may stand in a run: an override of one takes the place of the other."""
+"""Of each two only one may stand in a run: what is laid over one takes the place of the other."""
 
 
 def _lay_over(fields: dict[str, Any], override: str) -> None:

@@ -1,5 +1,6 @@
 """A run file is read whole or refused with the place and the nearest name."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,46 @@ def test_a_run_is_frozen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("examples/*.toml")), ids=lambda path: path.name)
 def test_every_run_file_that_ships_can_be_read(path: Path) -> None:
     assert load_run(path).guidance.objective == "guided"
+
+
+def test_a_file_may_start_from_another_and_say_only_what_differs(tmp_path: Path) -> None:
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "base.toml").write_text(GOOD.replace("steps = 3", "tokens = 900\nseed = 5"))
+    (tmp_path / "arm.toml").write_text(
+        'base = "common/base.toml"\noutput = "runs/arm"\n'
+        '[guidance]\nkeep = 0.6\n[teacher]\ndtype = "float32"\n[training]\nsteps = 4\n'
+    )
+    (tmp_path / "arm_of_arm.toml").write_text('base = "arm.toml"\n[student]\npretrained = "models/s"\n')
+    run = load_run(tmp_path / "arm.toml", ["guidance.keep=0.7"])
+    assert (run.output, run.guidance.keep, run.training.seed) == (Path("runs/arm"), 0.7, 5)
+    assert (run.teacher[0].path, run.teacher[0].dtype) == (Path("teacher"), "float32")
+    # of two that exclude each other, the nearer file decides
+    assert (run.training.steps, run.training.tokens) == (4, None)
+    assert load_run(tmp_path / "arm_of_arm.toml").student.config is None
+
+
+def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, 'base = "nothing.toml"\n')
+    with pytest.raises(RunError, match=r"no run file at .*nothing.toml, the base of .*run.toml"):
+        load_run(path)
+    (tmp_path / "other.toml").write_text('base = "./run.toml"\n')
+    with pytest.raises(RunError, match="leads back"):
+        load_run(write(tmp_path, 'base = "other.toml"\n'))
+    with pytest.raises(RunError, match="'base' is the path of another run file, not 3"):
+        load_run(write(tmp_path, "base = 3\n"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["guidance.objective=random", "guidance.chunks=4"], "chunks replaces the alignment of 'guided'; objective is 'random'"),
+        (["guidance.objective=uld", "teacher.placement=cached"], "'uld' needs one teacher of placement 'replicated'"),
+        (["guidance.objective=kld", "parallel.pipeline_stages=2"], "parallel.pipeline_stages = 0, not 2"),
+        (["logging.samples=4"], "logging.samples is given, but there is no data.valid"),
+    ],
+)
+def test_baselines_that_cannot_run_are_refused_before_anything_starts(
+    tmp_path: Path, overrides: list[str], complaint: str
+) -> None:
+    with pytest.raises(RunError, match=re.escape(complaint)):
+        load_run(write(tmp_path, GOOD), overrides)
