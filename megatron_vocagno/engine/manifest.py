@@ -107,7 +107,7 @@ def first_whole(folders: Iterable[Path], complaint: Callable[[Path], str | None]
         found = complaint(folder)
         if found is None:
             return folder
-        say(f"not resuming from {folder}: {found}")
+        say(f"passing over {folder}: {found}")
     return None
 
 
