@@ -111,7 +111,8 @@ while [ -z "$asked" ]; do
     else
         failures=0
     fi
-    echo "run_forever: died with exit code $code; newest checkpoint: $(newest), ${failures} times in a row without a newer one" >&2
+    [ -d "$output" ] || echo "run_forever: there is no $output: is it the run's 'output' folder?" >&2
+    echo "run_forever: ended with exit code $code, unfinished; newest checkpoint: $(newest), ${failures} times in a row without a newer one" >&2
     if [ $failures -ge "$tries" ]; then
         echo "run_forever: giving up; starting it again would not help. Look at its last error above" >&2
         exit 1
