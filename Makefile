@@ -1,6 +1,7 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite
 # make lint   ruff and mypy
+# make evidence  does the guidance work: three small experiments, into docs/evidence.md; within an hour on two cores
 # make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
 # make gpu-test    the kernels' and the objective's tests on the GPU that is here
@@ -10,7 +11,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint soak gpu-test gpu-bench install clean
+.PHONY: demo test lint evidence soak gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -23,6 +24,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+evidence: install
+	$(BIN)/python -m examples.evidence
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --kills 20 --steps 500
@@ -37,14 +41,15 @@ gpu-bench: install
 install: $(VENV)/installed
 
 # containers.txt goes in without its dependencies: the packages are used for the model and tokenizer files inside them
-$(VENV)/installed: requirements/pinned.txt requirements/containers.txt requirements/quantised.txt setup.py
+$(VENV)/installed: requirements/pinned.txt requirements/containers.txt requirements/quantised.txt requirements/evaluation.txt setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements/pinned.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement requirements/containers.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/quantised --requirement requirements/quantised.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/evaluation --requirement requirements/evaluation.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) .demo .evidence

@@ -63,5 +63,7 @@ setup(
         "gpu": ["flash-attn>=2.7"],
         # a teacher with int8 or fp8 weights
         "quantized": ["torchao>=0.18"],
+        # examples/evaluate.sh
+        "evaluation": ["lm-eval[hf,math]>=0.4.13,<0.5"],
     },
 )
