@@ -22,6 +22,7 @@ setup(
         "transformers>=5.20,<6",
         "tokenizers>=0.22",
         "safetensors>=0.5",
+        "huggingface_hub>=1.0",
         "numpy>=2.0",
         "pydantic>=2.10,<3",
         "orjson>=3.10",
@@ -48,6 +49,8 @@ setup(
         "s3": ["s3fs>=2025.3"],
         # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
         "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
+        # the plots of `python -m examples.evidence`
+        "evidence": ["matplotlib>=3.9"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -13,7 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from megatron_vocagno.planning.sizes import read_config, sizes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments)
     try:
         print(plan(options), end="")
     except (RunError, ModelError, CorpusError) as error:
@@ -45,11 +45,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@dataclass(frozen=True)
+class Question:
+    """A run on a cluster, as its files and the command line have it."""
+
+    task: Task
+    cluster: Cluster
+    datasets: list[AlignedDataset]
+    """None where one is not there yet."""
+    notes: list[str]
+    """What had to be assumed, and why the run could not start."""
+
+
 def plan(options: argparse.Namespace) -> str:
+    question = ask(options)
+    if precision(question.task.settings) == "fp32":
+        raise RunError(f"{options.deepspeed_config} asks for float32: the rates that plan knows are those of 16-bit products")
+    task, cluster, notes = question.task, question.cluster, question.notes
+    found, asked = compare(task, cluster), as_asked(task, cluster, zero_stage(task.settings))
+    if not found:
+        raise RunError(
+            f"{task.rows} rows of a global batch cannot be dealt to {options.gpus} GPUs in any layout: change train_batch_size"
+        )
+    if options.json:
+        return json.dumps(as_json(task, cluster, found, asked, notes), indent=2, default=str) + "\n"
+    return text(task, cluster, found, asked, notes)
+
+
+def ask(options: argparse.Namespace) -> Question:
+    """Read all that the options name. Raises RunError, ModelError, CorpusError."""
     run = load_run(options.run, options.set)
     settings = read_settings(options.deepspeed_config, run.parallel.pipeline_stages, "cuda")
-    if precision(settings) == "fp32":
-        raise RunError(f"{options.deepspeed_config} asks for float32: the rates that plan knows are those of 16-bit products")
     if options.gpus < 1 or options.gpus_per_node < 1:
         raise RunError(f"--gpus {options.gpus}, --gpus-per-node {options.gpus_per_node}: at least 1 of each")
     datasets = _datasets(run)
@@ -64,18 +90,10 @@ def plan(options: argparse.Namespace) -> str:
     rows, problem = _rows(settings, options.gpus, run.parallel.pipeline_stages)
     if problem:
         notes.append(f"warning: as its files have it, the run does not start: {problem}")
-    task = _task(run, settings, options, datasets, assumed, rows)
-    found, asked = compare(task, cluster), as_asked(task, cluster, zero_stage(settings))
-    if not found:
-        raise RunError(
-            f"{rows} rows of a global batch cannot be dealt to {options.gpus} GPUs in any layout: change train_batch_size"
-        )
-    if options.json:
-        return json.dumps(as_json(task, cluster, found, asked, notes), indent=2, default=str) + "\n"
-    return text(task, cluster, found, asked, notes)
+    return Question(_task(run, settings, options, datasets, assumed, rows), cluster, datasets, notes)
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_vocagno.plan", description="Memory, time and cost of a run, before anything starts."
     )
@@ -140,9 +158,9 @@ def _task(
     config = _student(run, options.student_config, datasets)
     tokens_per_row = run.data.row_length - SLACK
     tokens = options.tokens or run.training.tokens or (run.training.steps or 0) * rows * tokens_per_row
-    guided = run.teacher if run.guidance.objective == "guided" else ()
-    configs = [*options.teacher_config, *[None] * (len(guided) - len(options.teacher_config))]
-    teachers = tuple(_teacher(t, c, run, assumed) for t, c in zip(guided, configs, strict=False))
+    asked = run.teacher if run.guidance.needs_teacher else ()
+    configs = [*options.teacher_config, *[None] * (len(asked) - len(options.teacher_config))]
+    teachers = tuple(_teacher(t, c, run, assumed) for t, c in zip(asked, configs, strict=False))
     scored = sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens
     return Task(
         run,

@@ -12,11 +12,10 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Piece, TeacherSide, TeacherTargets
+from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, Float32, Piece, TeacherSide, TeacherSource, TeacherTargets
 from megatron_vocagno.config import Aggregate
 
 Combine = Literal["min", "mean"]
-_NO_IDS = np.zeros(0, np.int32)
 
 
 class ScoredDocuments(AlignedDocuments, Protocol):
@@ -37,7 +36,7 @@ class CachedLosses:
         targets = TeacherTargets.of(self.dataset, pieces, skipped)
         losses = [self.dataset.teacher_losses(*piece) for piece in targets.pieces]
         flat = np.concatenate(losses) if losses else np.zeros(0, np.float32)
-        return TeacherSide(targets.first, targets.last, targets.starts_document, _NO_IDS, _NO_IDS, flat)
+        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat)
 
 
 class CombinedGuides:
@@ -46,8 +45,8 @@ class CombinedGuides:
     Teachers whose losses of it are not all numbers have no say; where none has one, the guide is NaN.
     """
 
-    def __init__(self, teachers: Sequence[CachedLosses], aggregate: Aggregate, combine: Combine) -> None:
-        """teachers: of the same documents and student ids."""
+    def __init__(self, teachers: Sequence[TeacherSource], aggregate: Aggregate, combine: Combine) -> None:
+        """teachers: with losses, of the same documents and student ids."""
         self.teachers, self.aggregate, self.combine = teachers, aggregate, combine
 
     def read(self, pieces: list[Piece]) -> TeacherSide:
@@ -56,7 +55,7 @@ class CombinedGuides:
         mapped = sides[0].first < sides[0].last  # for all alike: where the student's token has text
         first = np.arange(len(mapped), dtype=np.int32)
         starts = np.zeros(len(mapped), np.bool_)
-        return TeacherSide(first, first + mapped, starts, _NO_IDS, _NO_IDS, combined(guide_TN, self.combine))
+        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine))
 
 
 def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:

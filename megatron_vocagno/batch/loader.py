@@ -108,8 +108,12 @@ class TrainRows:
     def _open_epoch(self, epoch: int) -> tuple[Rows, Int32]:
         random = np.random.default_rng([self.seed, epoch])
         documents = random.permutation(np.arange(len(self.dataset.student_lengths), dtype=np.int32))
-        rows = Rows(self.dataset, documents, self.row_length, self.teacher)
+        rows = Rows(self.dataset, documents, self.row_length, self._source(epoch))
         return rows, random.permutation(np.arange(len(rows), dtype=np.int32))
+
+    def _source(self, epoch: int) -> TeacherSource | None:
+        """The teacher's side of an epoch's rows."""
+        return self.teacher
 
 
 class EndlessRows(Protocol):

@@ -212,6 +212,9 @@ class Rows:
 
 # ---- the teacher's side of a row
 
+NO_IDS = np.zeros(0, np.int32)
+"""Of a teacher whose losses are known."""
+
 
 @dataclass(frozen=True)
 class TeacherSide:

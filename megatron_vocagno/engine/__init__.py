@@ -8,8 +8,10 @@ sharded.py      a teacher that is spread over all ranks
 cached.py       a teacher that has spoken already: rows bring its losses along
 placement.py    the teacher of a run: opened, and put where it scores
 learning.py     losses and labels -> the loss of a micro-batch
+distilling.py   a teacher beside the student, whose distributions are compared
 stages.py       the student as a pipeline module
 trainers.py     the two engines as the loop sees them
+samples.py      rows of held-out text that a run looks at, token by token
 build.py        model + objective -> engine: pipeline, or plain with ZeRO-1/2/3, behind one door
 manifest.py     what a checkpoint is on disk, and which one is whole
 state.py        what an engine has learned, in a form that knows no layout

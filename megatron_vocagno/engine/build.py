@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, RunError, Schedule
+from megatron_vocagno.engine.distilling import Distiller, DistillingTrainer
 from megatron_vocagno.engine.learning import Objective
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.settings import Settings, precision
@@ -32,8 +33,11 @@ def build_engine(
     layout: Layout,
     steps: int,
     processes: Processes,
+    distiller: Distiller | None = None,
 ) -> Engine:
     """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world.
+
+    distiller: the teacher that stands beside it, where the objective compares their distributions.
 
     Raises RunError: a precision that the device has not, a partition that does not fit the stages.
     """
@@ -73,8 +77,10 @@ def build_engine(
         },
         dist_init_required=False,
     )
-    trainer = PipelineTrainer if stages else PlainTrainer
-    return trainer(engine, objective, layout, documents=run.data.attention == "document")
+    documents = run.data.attention == "document"
+    if distiller is not None:
+        return DistillingTrainer(engine, objective, layout, documents, distiller)
+    return (PipelineTrainer if stages else PlainTrainer)(engine, objective, layout, documents)
 
 
 def check_precision(settings: Settings, device: torch.device) -> None:

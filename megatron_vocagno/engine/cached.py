@@ -1,4 +1,4 @@
-"""Where the teacher's losses are cached: rows bring them along, and no teacher is loaded.
+"""Where the teacher's losses are cached, or are not asked for: rows bring along what guides, and no teacher is loaded.
 
 What is refused: a dataset without losses or with those of some shards alone, losses of another teacher than the run names, and
 for several teachers datasets that are not of the same documents.
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
+from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
-from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
+from megatron_vocagno.config import Guidance, Run, RunError, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.losses import require_whole, unscored
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
@@ -22,7 +24,7 @@ from megatron_vocagno.model.fingerprint import teacher_fingerprint
 
 def is_cached(run: Run) -> bool:
     """Whether the run's teachers have spoken already."""
-    return run.guidance.objective == "guided" and run.teacher[0].placement == "cached"
+    return run.guidance.needs_teacher and run.teacher[0].placement == "cached"
 
 
 def training_rows(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None) -> list[TrainRows]:
@@ -30,20 +32,44 @@ def training_rows(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: i
 
     teacher_limit: most positions that a loaded teacher reads. Raises RunError: losses that are missing, or not those asked for.
     """
-    sources: list[TeacherSource]
-    if is_cached(run):
-        scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]
-        sources = [_source(run, [sets[i] for sets in scored]) for i in range(len(datasets))]
-    else:
-        sources = [TeacherIds(data, teacher_limit) for data in datasets]
-    return [
-        TrainRows(data, run.data.row_length, run.training.seed, source) for data, source in zip(datasets, sources, strict=True)
-    ]
+    length, seed = run.data.row_length, run.training.seed
+    if run.guidance.objective == "random":
+        return [RandomRows(data, length, seed, part) for part, data in enumerate(datasets)]
+    sources = _sources(run, datasets, teacher_limit)
+    return [TrainRows(data, length, seed, source) for data, source in zip(datasets, sources, strict=True)]
 
 
-def _source(run: Run, teachers: Sequence[AlignedDataset]) -> TeacherSource:
-    cached = [CachedLosses(data) for data in teachers]
-    return cached[0] if len(cached) == 1 else CombinedGuides(cached, run.guidance.aggregate, run.guidance.combine)
+def held_out_source(
+    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset, teacher_limit: int | None
+) -> TeacherSource:
+    """The teacher's side of rows of `data.valid`, as that of training rows. Raises RunError, see training_rows."""
+    if is_cached(run) and len(run.teacher) > 1:
+        raise RunError(
+            f"logging.samples = {run.logging.samples} with {len(run.teacher)} teachers: [[teacher]] 2 names no losses of "
+            f"data.valid ({run.data.valid}).\n  Leave logging.samples out, or name one teacher."
+        )
+    return _sources(run, [*datasets, valid], teacher_limit)[-1]
+
+
+def _sources(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None) -> list[TeacherSource]:
+    guidance = run.guidance
+    if guidance.objective == "random":
+        return [RandomGuide(data, run.training.seed, part) for part, data in enumerate(datasets)]
+    if guidance.objective == "student":
+        return [NoGuide(data) for data in datasets]
+    if not is_cached(run):
+        return [_aligned(TeacherIds(data, teacher_limit), guidance) for data in datasets]
+    scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]
+    return [_cached_source([sets[i] for sets in scored], guidance) for i in range(len(datasets))]
+
+
+def _cached_source(teachers: Sequence[AlignedDataset], guidance: Guidance) -> TeacherSource:
+    cached = [_aligned(CachedLosses(data), guidance) for data in teachers]
+    return cached[0] if len(cached) == 1 else CombinedGuides(cached, guidance.aggregate, guidance.combine)
+
+
+def _aligned(source: TeacherSource, guidance: Guidance) -> TeacherSource:
+    return source if guidance.chunks is None else Chunked(source, guidance.chunks)
 
 
 def open_scored(run: Run, k: int, datasets: Sequence[AlignedDataset]) -> list[AlignedDataset]:

@@ -17,6 +17,7 @@ from deepspeed import comm as dist
 from megatron_vocagno.batch.loader import Batch
 from megatron_vocagno.batch.pack import Mapping
 from megatron_vocagno.config import Guidance
+from megatron_vocagno.objective.distance import compared
 from megatron_vocagno.objective.guidance import planned_kept
 
 
@@ -30,6 +31,8 @@ class StepCounts:
     teacher_tokens: int
     mapping: tuple[int, ...]
     """Targets by `Mapping`."""
+    compared: int
+    """Targets whose distance from the teacher's distribution is taken."""
     capacities: tuple[int, ...]
     """The most tokens that can have weight in each micro-batch of this rank; under `sequence`, in any of its rows."""
 
@@ -41,20 +44,23 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
     kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
     teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
     mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in Mapping]
-    kept, teacher_tokens, *mapping = sum_over_ranks([kept_here, teacher_tokens, *mapping], group, device)
+    distances = 0
+    if guidance.needs_teacher and not guidance.selects:
+        distances = sum(int(compared(batch.first_BS, batch.last_BS).sum()) for batch in batches)
+    kept, teacher_tokens, distances, *mapping = sum_over_ranks([kept_here, teacher_tokens, distances, *mapping], group, device)
     if guidance.scope == "global":
         # one selection goes over the whole step
         mapped = mapping[Mapping.MAPPED]
         kept = planned([mapped], [sum(mapping) - mapped])
-    if guidance.objective == "clm":
+    if not guidance.selects:
         kept = sum(mapping)
-    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), tuple(capacities))
+    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), distances, tuple(capacities))
 
 
 def _capacity(batch: Batch, guidance: Guidance) -> int:
     rows = list(zip(batch.row_mapped, batch.row_unmapped, strict=True))
     # under `global` scope the best tokens of all ranks may all be this rank's
-    if guidance.objective == "clm" or guidance.scope == "global":
+    if not guidance.selects or guidance.scope == "global":
         return sum(mapped + unmapped for mapped, unmapped in rows)
     planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
     if guidance.scope == "sequence":

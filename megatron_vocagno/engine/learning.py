@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.selection import select_tokens
-from megatron_vocagno.objective.statistics import STATS
+from megatron_vocagno.objective.statistics import STATS, tally
 
 
 class Labels(NamedTuple):
@@ -88,7 +89,7 @@ class Objective:
 
     def looks_first(self, micro_batches: int) -> bool:
         """Whether the losses of a whole step are needed before the first of them is learned."""
-        return self.guidance.objective != "clm" and self.guidance.scope == "global" and micro_batches > 1
+        return self.guidance.selects and self.guidance.scope == "global" and micro_batches > 1
 
     @contextmanager
     def looking(self) -> Iterator[list[Tensor]]:
@@ -118,29 +119,48 @@ class Objective:
             for of_batch, weight_BS in zip(labels, weights, strict=True)
         ]
 
+    def judge(self, loss_BS: Tensor, labels: Labels) -> Selection:
+        """What would be kept of rows that are a micro-batch by themselves: nothing is counted, and no other rank is asked."""
+        return self._selection(loss_BS, labels, None, None)
+
     def _select(self, loss_BS: Tensor, labels: Labels, capacity: int | None) -> Selection:
-        g = self.guidance
-        guided = g.objective != "clm"
+        selection = self._selection(loss_BS, labels, capacity, self.group)
+        self._seen += selection.stats_PK.sum(0)
+        return selection
+
+    def _selection(self, loss_BS: Tensor, labels: Labels, capacity: int | None, group: dist.ProcessGroup | None) -> Selection:
+        g, valid_BS = self.guidance, labels.target_BS != IGNORE
+        chance = g.objective == "random"
         selection = select_tokens(
-            loss_BS,
+            # chance asks of a loss only whether it is a number
+            loss_BS.where(loss_BS.isnan(), 0.0) if chance else loss_BS,
             labels.teacher_loss_BU,
             labels.first_BS,
             labels.last_BS,
-            labels.target_BS != IGNORE,
+            valid_BS,
             aggregate=g.aggregate,
             keep=g.keep,
-            # plain language modeling: all tokens are unmapped, and included
-            scope=g.scope if guided else "microbatch",
-            unmapped=g.unmapped if guided else "include",
+            # where nothing is selected, all tokens are unmapped, and included
+            scope=g.scope if g.selects else "microbatch",
+            unmapped=g.unmapped if g.selects else "include",
             require_positive=g.require_positive,
-            group=self.group,
+            group=group,
             capacity=capacity,
         )
-        self._seen += selection.stats_PK.sum(0)
-        return selection
+        return _with_sums_of(loss_BS, selection, valid_BS) if chance else selection
 
     def take_stats(self) -> Tensor:
         """Sums since the last call, over all ranks, in the order of STATS; on the host. Collective over the world."""
         seen, self._seen = self._seen, torch.zeros_like(self._seen)
         dist.all_reduce(seen)
         return seen.cpu()
+
+
+def _with_sums_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor) -> Selection:
+    """The same choice, counted with the losses that are learned. A GPU is waited for.
+
+    None is over capacity: a guide that is drawn is a number wherever it was planned to be one.
+    """
+    no_threshold = loss_BS.new_empty(0)
+    sums = tally(loss_BS.float(), selection.guide_BS, valid_BS, selection.weight_BS != 0, no_threshold, over_capacity=0)
+    return replace(selection, stats_PK=sums)

@@ -14,6 +14,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
+from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
@@ -23,17 +24,16 @@ from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
 
 
 def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
-    """The teacher of a guided run, in memory; None where it is cached. Plain language modeling never loads one.
+    """The teacher of a run, in memory; None where it is cached, and where the objective needs none.
 
     Call it before the student's engine is built. Raises RunError, ModelError, TokenizerMismatch.
     """
-    if run.guidance.objective == "clm":
+    if not run.guidance.needs_teacher or is_cached(run):
         return None
     asked = run.teacher[0]
-    if is_cached(run):
-        return None
     path = asked.path
     assert path is not None
+    together(lambda: check_vocabularies(run, data), RunError)
     together(lambda: check_tokenizer(data, "teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
     dtype = getattr(torch, asked.dtype)
     opened = partial(open_teacher, path, dtype, processes.device, asked.attention, weights=asked.weights)
@@ -48,11 +48,11 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
 
 
 def place_teacher(teacher: Teacher | ShardedTeacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
-    """What scores the steps of a run; None without a teacher."""
-    if is_cached(run):
-        return CachedScorer(processes.device)
-    if teacher is None:
+    """What scores the steps of a run that selects; None where nothing is selected."""
+    if not run.guidance.selects:
         return None
+    if teacher is None:
+        return CachedScorer(processes.device)
     scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
     documents = run.data.attention == "document"
     return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, documents)

@@ -20,6 +20,7 @@ from megatron_vocagno.engine.learning import Chosen, Labels, Objective
 from megatron_vocagno.model.attention import document_positions
 from megatron_vocagno.model.student import Stream
 from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.rule import Selection
 
 
 class Engine(ABC):
@@ -51,8 +52,16 @@ class Engine(ABC):
             return self._learn(batches, self.objective.choose(losses, labels))
         return self._learn(batches, labels)
 
+    def look(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The student's losses of a step's micro-batches, one [B, S] a batch; none on a rank where no loss is taken."""
+        return self._look(batches, [self._unguided(batch) for batch in batches])
+
+    def judge(self, batch: Batch, loss_BS: Tensor, teacher_loss_BU: Tensor) -> Selection:
+        """What would be kept of a batch that is a micro-batch by itself, from its losses; on the host, and on this rank alone."""
+        return self.objective.judge(loss_BS, self._labels(batch, teacher_loss_BU, 1.0, 0))
+
     @abstractmethod
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
         """The student's losses, one [B, S] a batch, by a forward alone; none on a rank where no loss is taken."""
 
     @abstractmethod
@@ -62,6 +71,10 @@ class Engine(ABC):
     @abstractmethod
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Sum of the losses of all targets of all ranks, nats."""
+
+    def take_numbers(self, counts: StepCounts) -> dict[str, float]:
+        """What is remembered of the last step besides its losses. Collective over the world."""
+        return {}
 
     @abstractmethod
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
@@ -120,7 +133,7 @@ class PipelineTrainer(Engine):
         self.pipe_group = engine.grid.get_pipe_parallel_group()
         objective.group = self.data_group
 
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
         with self.objective.looking() as losses:
             self.engine.eval_batch(self._items(batches, labels), reduce_output=None, bcast_loss=False)
         return losses
@@ -154,7 +167,7 @@ class PlainTrainer(Engine):
         objective.group = self.data_group
 
     @torch.no_grad()
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels]) -> list[Tensor]:
+    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
         self.engine.eval()
         with self.objective.looking() as losses:
             for batch, of_batch in zip(batches, labels, strict=True):
@@ -165,7 +178,7 @@ class PlainTrainer(Engine):
         self.engine.train()
         total = torch.zeros((), device=self.engine.device)
         for batch, of_batch in zip(batches, labels, strict=True):
-            loss = self._loss(batch, of_batch)
+            loss = self._training_loss(batch, of_batch)
             self.engine.backward(loss)
             self.engine.step()
             total += loss.detach()
@@ -192,10 +205,16 @@ class PlainTrainer(Engine):
         dist.all_reduce(total)
         return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
 
+    def _training_loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
+        return self._loss(batch, labels)
+
     def _loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
         device, rows = self.engine.device, LearnedRows()
         labels = type(labels)(*(label.to(device) for label in labels))
-        inputs = self._inputs(batch)
-        inputs = tuple(part.to(device) for part in inputs) if isinstance(inputs, tuple) else inputs.to(device)
-        loss_BS = self.engine(inputs, labels.target_BS, rows)
+        loss_BS = self.engine(self._on_device(batch), labels.target_BS, rows)
         return self.objective(loss_BS, labels, rows)
+
+    def _on_device(self, batch: Batch) -> Stream:
+        """What the student's first layer takes."""
+        inputs, device = self._inputs(batch), self.engine.device
+        return tuple(part.to(device) for part in inputs) if isinstance(inputs, tuple) else inputs.to(device)

@@ -29,6 +29,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from megatron_vocagno.model.attention import layer_arguments, resolve_attention
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, skeleton
+from megatron_vocagno.objective.distance import Reference, distance
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -244,10 +245,20 @@ class LossHead(nn.Module):
         super().__init__()
         self.weight, self.softcap = weight_VH, softcap
 
-    def forward(self, hidden_BSH: Tensor, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
-        """[B, S] float32, nats; 0 where the target is -100. rows: see token_loss."""
-        loss_N = token_loss(hidden_BSH.flatten(0, 1), self.weight, target_BS.flatten(), softcap=self.softcap, rows=rows)
-        return loss_N.view(target_BS.shape)
+    def forward(
+        self, hidden_BSH: Tensor, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
+    ) -> Tensor:
+        """[B, S] float32, nats; 0 where the target is -100. rows: see token_loss.
+
+        With a reference [2, B, S]: the losses, and the distances from it, 0 at targets that it says nothing of.
+        """
+        hidden_NH = hidden_BSH.flatten(0, 1)
+        loss_N = token_loss(hidden_NH, self.weight, target_BS.flatten(), softcap=self.softcap, rows=rows)
+        if reference is None:
+            return loss_N.view(target_BS.shape)
+        apart = distance(hidden_NH.index_select(0, reference.rows_N), self.weight, self.softcap, reference)
+        distance_N = torch.zeros_like(loss_N).index_copy(0, reference.rows_N, apart)
+        return torch.stack([loss_N, distance_N]).unflatten(1, target_BS.shape)
 
 
 def logit_softcap(config: PretrainedConfig) -> float | None:
@@ -371,8 +382,10 @@ class Student(nn.Module):
         for i, layer in enumerate(self.layers):
             load_layer(self.config, i, layer, weights)
 
-    def forward(self, inputs: Stream, target_BS: Tensor, rows: LearnedRows | None = None) -> Tensor:
-        """Losses, [B, S] float32, nats, 0 where the target is -100.
+    def forward(
+        self, inputs: Stream, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
+    ) -> Tensor:
+        """Losses, [B, S] float32, nats, 0 where the target is -100; with a reference [2, B, S], see LossHead.
 
         inputs     ids_BS [B, S] int64; or (ids_BS, position_BS), see attention.document_positions
         target_BS  [B, S] int64, the target of position i being token i + 1
@@ -381,5 +394,5 @@ class Student(nn.Module):
         *body, head = self.layers
         for layer in body:
             inputs = layer(inputs)
-        loss_BS: Tensor = head(inputs, target_BS, rows)
-        return loss_BS
+        losses: Tensor = head(inputs, target_BS, rows, reference)
+        return losses

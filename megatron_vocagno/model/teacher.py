@@ -60,24 +60,39 @@ class Teacher(nn.Module):
 
         Raises ModelError: a row too long, or segments for an architecture that cannot be cut at them.
         """
+        # not inference_mode: its tensors cannot be saved for a backward pass, and these weigh the student's loss
+        with torch.no_grad():
+            self._check(input_BU, segment_BU)
+            loss_BU: Tensor = self(input_BU, target_BU, segment_BU)
+        return loss_BU
+
+    @torch.no_grad()
+    def hidden_states(self, input_BU: Tensor, segment_BU: Tensor | None = None) -> Tensor:
+        """[B, U, H] of the teacher's dtype: what its head makes predictions of. Arguments and errors as for loss.
+
+        Not of a teacher that an engine shards: nothing gathers its weights here.
+        """
+        self._check(input_BU, segment_BU)
+        return self._decode(input_BU, segment_BU)
+
+    def _check(self, input_BU: Tensor, segment_BU: Tensor | None) -> None:
         if self.max_positions is not None and input_BU.shape[1] > self.max_positions:
             raise ModelError(
                 f"a row has {input_BU.shape[1]:,} teacher tokens, the teacher reads {self.max_positions:,}. Use shorter rows: "
                 "one text can have more teacher tokens than student tokens."
             )
-        # not inference_mode: its tensors cannot be saved for a backward pass, and these weigh the student's loss
-        with torch.no_grad():
-            if segment_BU is not None and not self._cuts_documents:
-                check_documents(self.decoder, self.config, input_BU.device)
-                self._cuts_documents = True
-            loss_BU: Tensor = self(input_BU, target_BU, segment_BU)
-        return loss_BU
+        if segment_BU is not None and not self._cuts_documents:
+            check_documents(self.decoder, self.config, input_BU.device)
+            self._cuts_documents = True
 
     def forward(self, input_BU: Tensor, target_BU: Tensor, segment_BU: Tensor | None = None) -> Tensor:
-        arguments = {} if segment_BU is None else teacher_arguments(self.config, segment_BU)
-        hidden_BUH = self.decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state
-        loss_BU: Tensor = self.head(hidden_BUH, target_BU)
+        loss_BU: Tensor = self.head(self._decode(input_BU, segment_BU), target_BU)
         return loss_BU
+
+    def _decode(self, input_BU: Tensor, segment_BU: Tensor | None) -> Tensor:
+        arguments = {} if segment_BU is None else teacher_arguments(self.config, segment_BU)
+        hidden_BUH: Tensor = self.decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state
+        return hidden_BUH
 
 
 def _check_logits(config: Any) -> None:

@@ -6,6 +6,7 @@
       ranking.py      the highest k of each group, exactly, over ranks as well
       statistics.py   what a selection did, as sums that add up
     guidance.py     the equation that the weights go into: the guided loss
+    distance.py     what two baselines add to the loss instead: how far the student's distribution is from the teacher's
 
 The order of use: `linear_ce.token_loss` of the teacher, `linear_ce.token_loss` of the student, `selection.select_tokens`,
 `guidance.weighted_loss`; the backward of the student's losses then visits the rows that the selection named. What runs on a GPU

@@ -5,6 +5,7 @@ sizes.py      a model's configuration -> parameters and FLOPs
 trace.py      what autograd keeps of a layer, asked of PyTorch itself on the meta device
 layouts.py    how a model and a batch are dealt to ranks
 memory.py     bytes on the fullest rank
+shapes.py     one micro-batch through a whole model on the meta device
 cost.py       seconds of a step, hours of a run
 
 Bytes are counted, FLOPs are counted, seconds are an estimate: docs/scaling.md says what it rests on.

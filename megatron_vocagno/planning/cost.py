@@ -64,7 +64,7 @@ class Step:
 
 def learned_share(guidance: Guidance, micro_batches: int, unmapped: float) -> float:
     """Of all tokens those that the head's backward computes on a GPU: docs/kernels.md."""
-    if guidance.objective == "clm" or (guidance.scope == "global" and micro_batches == 1):
+    if not guidance.selects or (guidance.scope == "global" and micro_batches == 1):
         return 1.0
     included = unmapped if guidance.unmapped == "include" else 0.0
     return guidance.keep * (1 - unmapped) + included
@@ -82,8 +82,10 @@ def step(
     batch, assumed, sizes = candidate.batch, cluster.assumed, student.sizes
     learned = learned_share(guidance, batch.micro_batches, assumed.unmapped)
     tokens = batch.micro_batch_rows * student.row
-    passes = [_passes(stage, sizes, tokens, student.row, learned, candidate.recompute) for stage in split]
-    if guidance.objective == "guided" and guidance.scope == "global" and batch.micro_batches > 1:
+    # a distance between distributions takes the head's products once more
+    heads = 2 if guidance.needs_teacher and not guidance.selects else 1
+    passes = [_passes(stage, sizes, tokens, student.row, heads, learned, candidate.recompute) for stage in split]
+    if guidance.selects and guidance.scope == "global" and batch.micro_batches > 1:
         # the losses of the whole step must be known before its first backward pass
         passes = [(2 * forward, backward) for forward, backward in passes]
     travel = 2 * tokens * sizes.hidden * element_bytes(settings) / cluster.point_to_point() if len(split) > 1 else 0.0
@@ -102,10 +104,12 @@ def step(
     )
 
 
-def _passes(stage: Stage, sizes: Sizes, tokens: int, row: int, learned: float, recompute: bool) -> tuple[float, float]:
+def _passes(
+    stage: Stage, sizes: Sizes, tokens: int, row: int, heads: int, learned: float, recompute: bool
+) -> tuple[float, float]:
     """FLOPs of a micro-batch: forward, and backward with what it computes again."""
     decoders = stage.decoders * sizes.layer_flops(tokens, row)
-    head = stage.head * sizes.head_flops(tokens)
+    head = stage.head * heads * sizes.head_flops(tokens)
     return decoders + head, (2 + recompute) * decoders + 3 * learned * head
 
 

@@ -34,7 +34,7 @@ def text(task: Task, cluster: Cluster, options: Sequence[Option], asked: Option 
 
 def _changed(task: Task, options: Sequence[Option]) -> list[str]:
     guidance = task.run.guidance
-    if not task.teachers or guidance.scope != "microbatch":
+    if not guidance.selects or guidance.scope != "microbatch":
         return []
     if all(option.candidate.batch.micro_batch_rows == task.micro_batch_rows for option in options):
         return []

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
+from megatron_vocagno import hub
 from megatron_vocagno.config import RunError
 from megatron_vocagno.model.folder import skeleton
 
@@ -75,15 +76,16 @@ def sizes(config: PretrainedConfig) -> Sizes:
 
 
 def read_config(path: Path, whose: str) -> PretrainedConfig:
-    """A model's config.json: the file, or the folder that holds it. No weights need to be there.
+    """A model's config.json: the file, the folder that holds it, or a Hub id that is in the cache. Nothing is downloaded.
 
     whose: "student" or "teacher", for the message. Raises RunError: no such file, or no configuration that transformers knows.
     """
+    if hub.is_id(path):
+        path = _cached(path, whose)
     file = path / "config.json" if path.is_dir() else path
     if file.suffix != ".json" or not file.is_file():
         raise RunError(
-            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file.\n"
-            f"  Give its config.json with --{whose}-config; examples/plan holds two."
+            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file.\n{_remedy(whose)}"
         )
     try:
         config: PretrainedConfig = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
@@ -91,3 +93,14 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
     except Exception as error:
         raise RunError(f"{file} is no configuration that transformers knows: {error}") from error
     return config
+
+
+def _cached(name: Path, whose: str) -> Path:
+    try:
+        return hub.snapshot(name, hub.CONFIG, offline=True)
+    except hub.HubError as error:
+        raise RunError(f"no configuration of the {whose} at {name}: {error}\n{_remedy(whose)}") from error
+
+
+def _remedy(whose: str) -> str:
+    return f"  Give its config.json with --{whose}-config; examples/plan holds those of the recipes."

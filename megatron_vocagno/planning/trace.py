@@ -60,12 +60,17 @@ def teacher_layer(config: PretrainedConfig, rows: int, length: int, dtype: torch
 
 
 def _layer(config: PretrainedConfig, dtype: torch.dtype) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(with_sdpa(config), 0).to(dtype)
+
+
+def with_sdpa(config: PretrainedConfig) -> PretrainedConfig:
+    """The same model with the attention that runs on the meta device."""
     config = copy.copy(config)
     config._attn_implementation = "sdpa"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         config.attn_logit_softcapping = None  # sdpa has no cap; flash-attn's keeps nothing more
-    with torch.device("meta"):
-        return Decoder(config, 0).to(dtype)
+    return config
 
 
 class Storages:

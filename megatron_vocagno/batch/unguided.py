@@ -1,0 +1,55 @@
+"""The guide of baselines that select without a teacher: target i is covered by position i alone, as where several teachers are
+combined, wherever a cached teacher would have a loss of it. So they choose among the very tokens that a guided run chooses among.
+
+    student   g = 0, so that the excess is the student's own loss
+    random    g = -u, u uniform on (0, 1]: the student's loss is not asked, and the excess is u
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from megatron_vocagno.batch.loader import TrainRows
+from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, Float32, Piece, TeacherSide
+
+
+class NoGuide:
+    """Zero wherever the student's token has text."""
+
+    def __init__(self, dataset: AlignedDocuments) -> None:
+        self.dataset = dataset
+
+    def read(self, pieces: list[Piece]) -> TeacherSide:
+        spans = [self.dataset.spans(*piece) for piece in pieces]
+        mapped = np.concatenate([part.first < part.last for part in spans])[1:]
+        first = np.arange(len(mapped), dtype=np.int32)
+        starts = np.zeros(len(mapped), np.bool_)
+        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, self._guide(pieces[0], len(mapped)))
+
+    def _guide(self, start: Piece, targets: int) -> Float32:
+        return np.zeros(targets, np.float32)
+
+
+class RandomGuide(NoGuide):
+    """Drawn by the seed, the epoch and where in the dataset a row starts: the same in every layout, and in a resumed run."""
+
+    def __init__(self, dataset: AlignedDocuments, seed: int, part: int, epoch: int = 0) -> None:
+        """part: which dataset of a blend."""
+        super().__init__(dataset)
+        self.seed, self.part, self.epoch = seed, part, epoch
+
+    def _guide(self, start: Piece, targets: int) -> Float32:
+        place = (self.part, self.epoch, start.document, start.start)
+        random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=place))
+        return random.random(targets, np.float32) - np.float32(1)
+
+
+class RandomRows(TrainRows):
+    """Rows whose guides are drawn anew in every epoch."""
+
+    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, part: int) -> None:
+        self.part = part
+        super().__init__(dataset, row_length, seed)
+
+    def _source(self, epoch: int) -> RandomGuide:
+        return RandomGuide(self.dataset, self.seed, self.part, epoch)

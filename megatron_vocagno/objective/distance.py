@@ -1,0 +1,155 @@
+"""How far a student's distribution is from its teacher's, token by token: what the baselines `uld` and `kld` add to the loss.
+
+    uld    sum_r |sort(p_S)_r - sort(p_T)_r|    the shorter one padded with zeros: for any two vocabularies; between 0 and 2
+    kld    sum_v p_T[v] log(p_T[v] / p_S[v])    for one vocabulary; nats
+
+Distributions are float32 (float64 of float64), of a tile of tokens at a time; [N, V] and [N, W] never exist. Nothing of a tile is
+kept: the backward pass computes it again. No gradient reaches the teacher.
+
+N tokens, V and W the two vocabularies, H a model's own hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Kind = Literal["uld", "kld"]
+
+CPU_TILE_BYTES, GPU_TILE_BYTES = 40 * 2**20, 256 * 2**20
+"""Of a tile's logits, of both models together. The work on them takes a few times as much; a smaller tile reads the heads, and
+adds to the gradient of one, more often.
+"""
+
+
+def compared(first_BS: Tensor, last_BS: Tensor) -> Tensor:
+    """Which student targets have a teacher distribution to be compared with: that of the first teacher token of their range.
+
+    first_BS, last_BS  [B, S] int, teacher targets of the row, half-open; first == last where unmapped
+    returns            [B, S] bool
+
+    Both models must predict from the same text. Where a target's range begins with a teacher token that an earlier target needs
+    too, the teacher's prediction comes before the target does: it is left out. (An earlier token that is no target of the row, or
+    is unmapped, is not seen: at most the first mapped target of a row is taken for one that begins with its range.)
+    """
+    reached_BS = last_BS.cummax(1).values.roll(1, 1)
+    reached_BS[:, :1] = 0
+    return (first_BS < last_BS) & (first_BS >= reached_BS)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a teacher predicts at N of a student's targets."""
+
+    kind: Kind
+    rows_N: Tensor
+    """[N] int64, positions b * S + s, each at most once."""
+    hidden_NH: Tensor
+    """[N, H] the teacher's hidden states that predict them."""
+    head_WH: Tensor
+    """[W, H] of the ids of its tokenizer: a model's head may have rows that no id names."""
+    softcap: float | None
+    """c, where its logits are c * tanh(logits / c)."""
+    vocabulary: int
+    """V, ids of the student's tokenizer. `kld`: V == W."""
+
+
+def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, reference: Reference, tile: int | None = None) -> Tensor:
+    """Of a student's predictions from a teacher's, of each token.
+
+    hidden_NH, head_VH  [N, H], [V or more, H], one dtype: the student's, in the order of reference.rows_N
+    softcap             c, where the student's logits are c * tanh(logits / c)
+    tile                tokens at a time; by default what CPU_TILE_BYTES or GPU_TILE_BYTES hold. Nothing beyond rounding
+                        depends on it
+    returns             [N] float32 (float64 of float64): nats for kld. N may be 0
+
+    Raises ValueError: `kld` of two vocabularies, or fewer rows in the student's head than its tokenizer has ids.
+    """
+    V, W = reference.vocabulary, len(reference.head_WH)
+    if len(head_VH) < V:
+        raise ValueError(f"distance: the tokenizer has {V:,} ids, the student's head {len(head_VH):,} rows")
+    if reference.kind == "kld" and V != W:
+        raise ValueError(f"distance: kld compares id with id; the student has {V:,} of them, the teacher {W:,}")
+    if tile is None:
+        budget = CPU_TILE_BYTES if hidden_NH.device.type == "cpu" else GPU_TILE_BYTES
+        tile = max(1, budget // (4 * (V + W)))
+    distance_N: Tensor = _Distance.apply(hidden_NH, head_VH, softcap, reference, tile)  # type: ignore[no-untyped-call]
+    return distance_N
+
+
+def uld(student_NV: Tensor, teacher_NW: Tensor) -> Tensor:
+    """Logits -> [N]. Probabilities by their rank, whatever the tokens that have them (Boizard et al., arXiv 2402.12030)."""
+    student_NV, teacher_NW = (logits.softmax(1).sort(1, descending=True).values for logits in (student_NV, teacher_NW))
+    longer = max(student_NV.shape[1], teacher_NW.shape[1])
+    student_NR, teacher_NR = (F.pad(sorted_, (0, longer - sorted_.shape[1])) for sorted_ in (student_NV, teacher_NW))
+    return (student_NR - teacher_NR).abs().sum(1)
+
+
+def kld(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """Logits -> [N], nats: KL(p_T || p_S)."""
+    student_NV, teacher_NV = student_NV.log_softmax(1), teacher_NV.log_softmax(1)
+    return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(1)
+
+
+class _Distance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, reference: Reference, tile: int) -> Tensor:
+        # the whole head: a slice of it would keep alive what ZeRO-3 lets go between the two passes
+        ctx.save_for_backward(hidden_NH, head_VH)
+        ctx.options = softcap, reference, tile
+        distance_N = hidden_NH.new_empty(len(hidden_NH), dtype=_exact(hidden_NH))
+        for part, student_TV, teacher_TW in _tiles(hidden_NH, head_VH, reference, tile):
+            distance_N[part] = _between(student_TV, teacher_TW, softcap, reference)
+        return distance_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_NH, head_VH = ctx.saved_tensors
+        softcap, reference, tile = ctx.options
+        dhidden_NH = torch.empty_like(hidden_NH)
+        # added up over tiles: 16 bits would lose what the later ones bring
+        dhead_VH = torch.zeros_like(head_VH, dtype=_exact(head_VH))
+        for part, student_TV, teacher_TW in _tiles(hidden_NH, head_VH, reference, tile):
+            student_TV.requires_grad_()
+            with torch.enable_grad():
+                distance_T = _between(student_TV, teacher_TW, softcap, reference)
+            dlogits_TV = torch.autograd.grad(distance_T, student_TV, gradients[0][part])[0].to(head_VH.dtype)
+            dhidden_NH[part] = _product(dlogits_TV, head_VH[: reference.vocabulary]).to(hidden_NH.dtype)
+            dhead_VH[: reference.vocabulary] += _product(dlogits_TV.T, hidden_NH[part])
+        return dhidden_NH, dhead_VH.to(head_VH.dtype), None, None, None
+
+
+def _between(student_TV: Tensor, teacher_TW: Tensor, softcap: float | None, reference: Reference) -> Tensor:
+    """[T], from logits before their caps."""
+    measure = uld if reference.kind == "uld" else kld
+    return measure(_capped(student_TV, softcap), _capped(teacher_TW, reference.softcap))
+
+
+def _tiles(hidden_NH: Tensor, head_VH: Tensor, reference: Reference, tile: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(which tokens, the student's logits [T, V], the teacher's [T, W]); the last tile may be shorter."""
+    head_HV, head_HW = head_VH[: reference.vocabulary].T, reference.head_WH.T
+    for begin in range(0, len(hidden_NH), tile):
+        part = slice(begin, begin + tile)
+        yield part, _product(hidden_NH[part], head_HV), _product(reference.hidden_NH[part], head_HW)
+
+
+def _capped(logits_TV: Tensor, softcap: float | None) -> Tensor:
+    return logits_TV if softcap is None else softcap * (logits_TV / softcap).tanh()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of factors of 16 bits or more, in float32 or more: rounded once, where it is used."""
+    with torch.autocast(a.device.type, enabled=False):
+        if a.dtype == _exact(a):
+            return a @ b
+        return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+
+
+def _exact(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
