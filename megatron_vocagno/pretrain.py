@@ -1,6 +1,7 @@
 """The command: read the run, then train it.
 
     deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
+    python examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json --dry-run --gpus 32
 
 Exit code 0: the run reached its last step, or was asked to leave and has saved (SIGTERM, SIGUSR1, training.max_minutes). 2: the
 user has something to mend, and the message says what. 1: another run is at work in its folder. 130: interrupted.
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
     except RunError as error:
         return _refuse(error)
+    if options.dry_run:
+        problem = _dry_run(options)
+        return 0 if problem is None else _refuse(problem)
     try:
         # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
         with Stopper(run.training.max_minutes) as stopper:
@@ -57,14 +61,36 @@ def _train(run: Run, settings: Path, stopper: Stopper) -> Exception | None:
     return None
 
 
+def _dry_run(options: argparse.Namespace) -> Exception | None:
+    """Returns what the user has to mend."""
+    from megatron_vocagno.dryrun import USER_ERRORS, dry_run
+
+    settings = ["--deepspeed_config", str(options.deepspeed_config)]
+    overrides = [part for override in options.set for part in ("--set", override)]
+    try:
+        print(dry_run([str(options.run), *settings, *overrides, *options.of_plan]), end="")
+    except USER_ERRORS as error:
+        return error
+    return None
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.")
     parser.add_argument("run", type=Path, help="the run file, TOML")
     parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run as JSON and stop")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that needs no data, weights or GPU, and stop; with the options of python -m megatron_vocagno.plan",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
-    return parser.parse_args(arguments)
+    options, of_plan = parser.parse_known_args(arguments)
+    if of_plan and not options.dry_run:
+        parser.error(f"unrecognized arguments: {' '.join(of_plan)}")
+    options.of_plan = of_plan
+    return options
 
 
 def _refuse(error: Exception) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from megatron_vocagno import hub
 from megatron_vocagno.corpus.encoders import Backend, Encoder, EncoderError, HuggingFaceEncoder, open_encoder
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
 
@@ -131,7 +132,7 @@ class Tokenizer:
 
 
 def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token: str | None = None) -> Tokenizer:
-    """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a hub id `owner/name`.
+    """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a Hub id, see hub.py.
 
     backend: "auto" takes gigatoken where it is installed, can read the tokenizer and gives the same ids.
     eos_token: for tokenizers that come without one; a token of the vocabulary. Raises TokenizerError.
@@ -306,7 +307,7 @@ def _find_file(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
     if path.is_file():
         return path
-    if not path.exists() and isinstance(path_or_id, str) and path_or_id.count("/") == 1 and not path.parent.exists():
+    if isinstance(path_or_id, str) and hub.is_id(path_or_id):
         path = _from_hub(path_or_id)
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).is_file():
@@ -315,16 +316,11 @@ def _find_file(path_or_id: str | Path) -> Path:
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 
-def _from_hub(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-
+def _from_hub(name: str) -> Path:
     try:
-        return Path(snapshot_download(repository, allow_patterns=SMALL_FILES))
-    except Exception as error:  # the hub's client raises a dozen unrelated types; the user needs its last line
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise TokenizerError(
-            f"cannot open the tokenizer {repository}: no such folder here, and the hub says: {reason[0]}"
-        ) from error
+        return hub.snapshot(name, SMALL_FILES)
+    except hub.HubError as error:
+        raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
 
 
 def _names_beside(folder: Path, raw: dict[str, Any]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Hugging Face model folders: find one, read its tensors lazily, write one. Safetensors only, local only, no remote code.
+"""Hugging Face model folders: find one, here or on the Hub, read its tensors lazily, write one. Safetensors only, no remote code.
 
 Everything here works on any causal language model that transformers knows; what only the student needs is in student.py.
 """
@@ -18,16 +18,25 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
+from megatron_vocagno import hub
+
 
 class ModelError(Exception):
     """A model that cannot be used as asked: what was tried, both values, the likely cause."""
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """`path`, once it is known to be a folder with a config.json and safetensors."""
+    """`path`, or the snapshot of a Hub id, once it is known to be a folder with a config.json and safetensors.
+
+    Raises ModelError.
+    """
+    if hub.is_id(path):
+        return _snapshot(path)
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. Models are read from disk only; download it first.")
+        raise ModelError(
+            f"no model at {folder}: the path does not exist. Is it a Hub id? Those are org/name or org/name@revision."
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
     if not _weight_files(folder):
@@ -40,6 +49,30 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
         )
         raise ModelError(f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json. {cause}")
     return folder
+
+
+def _snapshot(name: str | os.PathLike[str]) -> Path:
+    try:
+        folder = hub.snapshot(name)
+    except hub.HubError as error:
+        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
+    if not (folder / "config.json").is_file() or not _weight_files(folder):
+        raise ModelError(
+            f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "
+            "Pickled weights are not downloaded, as they can run code when they are read. Has the Hub's bot offered a conversion "
+            '(Community, "Adding `safetensors` variant")? Name it: org/name@refs/pr/1.'
+        )
+    return folder
+
+
+def pinned(path: Path) -> Path:
+    """A Hub id with its commit, so that many processes read the same; any other path as it is. Raises ModelError."""
+    if not hub.is_id(path):
+        return path
+    try:
+        return Path(hub.pinned(path))
+    except hub.HubError as error:
+        raise ModelError(f"no model at {path}: the path does not exist, and as a Hub id: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_vocagno import hub
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import locked
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
@@ -47,7 +48,11 @@ class ScoringError(CorpusError):
 
 @dataclass(frozen=True)
 class Asked:
-    """What a user asks for. context, stride: None for the longest window that suits, and half of it."""
+    """What a user asks for.
+
+    teacher          a folder, a GGUF file, or a pinned Hub id
+    context, stride  None for the longest window that suits, and half of it
+    """
 
     teacher: Path
     dtype: DType = "bfloat16"
@@ -81,7 +86,7 @@ class Asked:
             )
         return Scoring(
             teacher=teacher_fingerprint(self.teacher),
-            name=self.teacher.name,
+            name=hub.short_name(self.teacher),
             dtype=self.dtype,
             weights=self.weights,
             context=context,

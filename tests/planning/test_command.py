@@ -83,6 +83,28 @@ def test_what_the_run_asks_for_is_planned() -> None:
     assert quantised["as_asked"]["memory"]["teacher"] == expected
 
 
+def test_the_baselines_are_planned_with_the_teacher_that_they_ask_for() -> None:
+    asked = {
+        name: json.loads(printed("--gpus", "8", "--json", "--set", f"guidance.objective={name}"))
+        for name in ("guided", "clm", "random", "student", "uld", "kld")
+    }
+    step = {name: found["as_asked"]["step"] for name, found in asked.items()}
+    for name in ("random", "student"):
+        # they learn from as many tokens as a guided run does, and ask no teacher
+        assert asked[name]["teachers"] == [] and {option["placement"] for option in asked[name]["options"]} == {None}
+        assert step[name]["teacher_flops"] == 0 and step[name]["student_flops"] == step["guided"]["student_flops"]
+    for name in ("uld", "kld"):
+        assert {(option["stages"], option["placement"]) for option in asked[name]["options"]} == {(0, "replicated")}
+        assert step[name]["teacher_flops"] == step["guided"]["teacher_flops"] > 0
+        # every token, and the head's products twice
+        head = 2 * step["clm"]["student_flops"] - step[name]["student_flops"]
+        assert 0 < head < step["clm"]["student_flops"] < step[name]["student_flops"]
+        assert len(asked[name]["options"]) == 3
+    few = printed("--gpus", "256", "--set", "guidance.objective=random")
+    assert "other micro-batches choose other tokens" in few
+    assert "choose other tokens" not in printed("--gpus", "256", "--set", "guidance.objective=uld")
+
+
 def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDataset) -> None:
     found = json.loads(printed("--gpus", "8", "--json", "--set", f"data.train={dataset.path}"))
     totals = dataset.totals
@@ -120,7 +142,7 @@ def test_a_model_that_is_not_there_yet_and_one_that_cannot_be_counted_are_told(
     settings = str(write_settings(tmp_path / "ds.json", bf16={"enabled": True}))
     arguments = [EXAMPLE[0], "--deepspeed_config", settings, "--gpus", "1"]
     assert plan.main(arguments) == 2
-    assert "no configuration of the student at models/TinyLlama-1.1B" in capsys.readouterr().err
+    assert "no configuration of the student at TinyLlama/TinyLlama-1.1B" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert plan.main([*arguments, "--student-config", str(tmp_path)]) == 2
     assert "cannot count a student of type 'gpt2'" in capsys.readouterr().err

@@ -18,7 +18,7 @@ from tests.runs import REPOSITORY
 
 PAGE = REPOSITORY / "docs/scaling.md"
 EXAMPLE = [
-    "examples/tinyllama_openwebmath.toml",
+    "examples/recipes/qwen2.5-math-instruct.toml",
     "--deepspeed_config",
     "ds_configs/gpu_zero1_bf16.json",
     "--student-config",

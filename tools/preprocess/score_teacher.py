@@ -28,7 +28,8 @@ from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import Manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.hub import is_id
+from megatron_vocagno.model.folder import ModelError, pinned
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.offline.score import CONTEXT, Asked, DType, Engine, ScoringError, finish, score
 from tools.preprocess.build_dataset import positive_int, slice_of
@@ -57,7 +58,9 @@ def score_teacher(argv: Sequence[str]) -> None:
     path = local_folder(args.dataset).absolute()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards, rank, world)
-    asked = Asked(args.teacher.absolute(), args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
+    # tasks of a cluster start elsewhere
+    teacher = pinned(args.teacher) if is_id(args.teacher) else args.teacher.absolute()
+    asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
     console = Console()
     with ScoreProgress(console, f"rank {rank}: " if world > 1 else "") as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
@@ -86,7 +89,7 @@ def arguments() -> argparse.ArgumentParser:
         prog="score_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder that build_dataset has made")
-    parser.add_argument("--teacher", required=True, type=Path, help="a folder with safetensors, or a GGUF file")
+    parser.add_argument("--teacher", required=True, type=Path, help="a folder with safetensors, a GGUF file, or a Hub id")
     parser.add_argument("--dtype", choices=get_args(DType), default="bfloat16", help="(default: bfloat16)")
     parser.add_argument("--weights", choices=get_args(Weights), default="as-is", help="quantise the decoder (default: as-is)")
     parser.add_argument(

@@ -1,0 +1,151 @@
+"""A run, checked before there is data, weights or a GPU: `pretrain_vocagno.py … --dry-run --gpus 32`.
+
+It reads the run file, the DeepSpeed configuration and the two models' config.json; takes one micro-batch through both models on
+the meta device; and plans the run as its files have it. Nothing is downloaded, and no process group is started.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from megatron_vocagno import hub
+from megatron_vocagno.batch.loader import Layout
+from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
+from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.student import check_row_length, student_config
+from megatron_vocagno.plan import Question, ask, parse
+from megatron_vocagno.planning.comparison import Task, as_asked
+from megatron_vocagno.planning.layouts import stages
+from megatron_vocagno.planning.report import table, text
+from megatron_vocagno.planning.shapes import Passage, passage
+
+USER_ERRORS = (RunError, ModelError, CorpusError)
+
+
+def dry_run(arguments: Sequence[str]) -> str:
+    """What the run resolves to, what passes through its models, and its plan. Arguments: those of megatron_vocagno.plan.
+
+    Raises USER_ERRORS: what would stop the run, as far as it can be known.
+    """
+    options = parse(arguments)
+    question = ask(options)
+    task = question.task
+    layout = batch_layout(task.settings, options.gpus, task.run.parallel.pipeline_stages)
+    _check_models(question)
+    parts = ["\n".join([*_resolved(question, layout), *_stages(task)]), _passages(task)]
+    warnings = list(_longer_rows(task, question.cluster.assumed.teacher_tokens))
+    if precision(task.settings) == "fp32":
+        parts += ["no plan: the rates that it knows are those of 16-bit products", *question.notes]
+    else:
+        asked = as_asked(task, question.cluster, zero_stage(task.settings))
+        assert asked is not None  # the batch can be dealt
+        parts.append(text(task, question.cluster, [asked], asked, question.notes).rstrip())
+        warnings += [] if asked.fits else ["warning: the plan does not fit, see above."]
+    return "\n\n".join([*parts, *(warnings or ["The dry run has found no fault."])]) + "\n"
+
+
+def _check_models(question: Question) -> None:
+    """Raises RunError, ModelError: models, rows, vocabularies and stages that do not fit together."""
+    task, config = question.task, question.task.student.config
+    check_row_length(config, task.run.data.row_length)
+    if task.run.student.config is not None:
+        student_config(task.run.student.config, config.vocab_size)
+    sides = [("student", config.vocab_size)] + [("teacher", teacher.config.vocab_size) for teacher in task.teachers[:1]]
+    for data in question.datasets:
+        for side, rows in sides:
+            tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).vocab_size
+            if rows < tokens:
+                raise RunError(
+                    f"{data.path}: its {side} tokenizer has {tokens:,} tokens, the {side} has {rows:,}: "
+                    "the dataset was aligned for another one"
+                )
+
+
+def _resolved(question: Question, layout: Layout) -> Iterator[str]:
+    """The run in short."""
+    task, run = question.task, question.task.run
+    guidance, parallel, schedule = run.guidance, run.parallel, run.training.schedule
+    how = f", keep {guidance.keep:g} of a {guidance.scope}, unmapped tokens: {guidance.unmapped}" if guidance.selects else ""
+    yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
+    yield f"output: {run.output}"
+    for source in run.data.train:
+        yield f"data: {source.path}{'' if question.datasets else ', not there yet'}"
+    yield f"student: {_whereabouts(run.student.pretrained) if run.student.pretrained else 'from nothing'}"
+    for teacher in _read_teachers(run):
+        yield f"teacher: {_whereabouts(teacher.path)}, {teacher.dtype}, {teacher.placement}"
+    tokens = layout.rows * run.data.row_length
+    stages = f" x {parallel.pipeline_stages} stages" if parallel.pipeline_stages else ""
+    yield (
+        f"step: {layout.rows:,} rows of {run.data.row_length:,} = {tokens:,} tokens: {layout.micro_batch_rows} rows x "
+        f"{layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks{stages}, "
+        f"ZeRO-{zero_stage(task.settings)}"
+    )
+    optimizer = task.settings["optimizer"]
+    peak = optimizer.get("params", {}).get("lr", "its default")
+    yield (
+        f"training: {task.steps:,} steps, {optimizer['type']}, learning rate {peak}, {schedule.kind} to {schedule.final:g} of it "
+        f"after {schedule.warmup_steps} steps of warm-up, {precision(task.settings)}, seed {run.training.seed}"
+    )
+
+
+def _read_teachers(run: Run) -> tuple[Teacher, ...]:
+    return run.teacher if run.guidance.needs_teacher else ()
+
+
+def _whereabouts(path: Path | None) -> str:
+    if path is None:
+        return "its losses alone"
+    if not hub.is_id(path):
+        return f"{path}{'' if path.expanduser().exists() else ', not there yet'}"
+    try:
+        hub.snapshot(path, offline=True)
+    except hub.HubError:
+        return f"{path}, to be downloaded from the Hub"
+    return f"{path}, in the Hub's cache"
+
+
+def _stages(task: Task) -> Iterator[str]:
+    """A line for each stage of a pipeline. Raises RunError: a partition that is not this model's."""
+    parallel = task.run.parallel
+    if not parallel.pipeline_stages:
+        return
+    if parallel.pipeline_stages > task.student.sizes.layers:
+        raise RunError(
+            f"parallel.pipeline_stages is {parallel.pipeline_stages}, the student has {task.student.sizes.layers} decoder layers"
+        )
+    for i, stage in enumerate(stages(task.student.sizes, parallel.pipeline_stages, parallel.partition)):
+        ends = ["embedding"] * stage.embedding + [f"{stage.decoders} decoder layers"] + ["norm, head"] * stage.head
+        yield f"stage {i}: {', '.join(ends)}; {stage.parameters(task.student.sizes) / 1e6:,.0f} M parameters"
+
+
+def _passages(task: Task) -> str:
+    """Shapes of one micro-batch in the student, and of one forward of each teacher."""
+    width = torch.float32 if precision(task.settings) == "fp32" else torch.bfloat16
+    found = [("student", passage(task.student.config, task.micro_batch_rows, task.student.row, width))]
+    for teacher in task.teachers:
+        rows = max(1, teacher.tokens_per_batch // teacher.row)
+        found.append(("teacher", passage(teacher.config, rows, teacher.row, teacher.dtype)))
+    header = ["on the meta device", "ids", "hidden", "head", "loss"]
+    return table(header, [[name, *_shapes(shapes)] for name, shapes in found], left=1)
+
+
+def _shapes(shapes: Passage) -> list[str]:
+    return [str(list(shape)) for shape in (shapes.ids, shapes.hidden, shapes.head, shapes.loss)]
+
+
+def _longer_rows(task: Task, teacher_tokens: float) -> Iterator[str]:
+    """What of a row a teacher cannot read, as it is expected."""
+    expected = math.ceil(task.run.data.row_length * teacher_tokens)
+    for teacher in task.teachers:
+        longest = teacher.config.max_position_embeddings
+        if expected > longest and task.run.teacher[0].placement != "cached":
+            yield (
+                f"warning: rows have about {expected:,} teacher tokens, the teacher reads {longest:,}: tokens beyond them are "
+                "unmapped. Use shorter rows, or cached losses."
+            )

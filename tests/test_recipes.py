@@ -1,0 +1,136 @@
+"""The recipes: every command that their headers and their page show is dry-run here, with the configurations that ship."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno.config import load_run
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.pretrain import main
+from tests.runs import REPOSITORY, write_settings
+
+RECIPES = REPOSITORY / "examples/recipes"
+SCRIPT = "python examples/pretrain_vocagno.py "
+QWEN = ["examples/recipes/qwen2.5-math-instruct.toml", "--deepspeed_config", "ds_configs/gpu_zero1_bf16.json", "--dry-run"]
+QWEN += ["--student-config", "examples/plan/TinyLlama-1.1B.json", "--teacher-config", "examples/plan/Qwen2.5-Math-7B.json"]
+
+
+def shown(text: str) -> list[str]:
+    """Commands in a page or in comments, their continued lines joined."""
+    lines = re.sub(r"(?m)^#\s*", "", text).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+", " ", line).strip() for line in lines]
+
+
+FROM_HEADERS = [(path.name, line) for path in sorted(RECIPES.glob("*.toml")) for line in shown(path.read_text())]
+FROM_PAGE = [("README.md", line) for line in shown((RECIPES / "README.md").read_text())]
+DRY_RUNS = [(where, line) for where, line in FROM_HEADERS + FROM_PAGE if line.startswith(SCRIPT) and "--dry-run" in line]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository_and_without_a_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(REPOSITORY)
+    asked: list[object] = []
+
+    def refuse(*what: object, **_: object) -> None:
+        asked.append(what)
+        raise OSError("a dry run asks no network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    yield
+    assert asked == []
+
+
+@pytest.mark.parametrize(("where", "line"), DRY_RUNS, ids=lambda text: text.removeprefix(SCRIPT).split(" --dry-run ")[-1][:40])
+def test_every_command_that_is_shown_dry_runs(where: str, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = shlex.split(line.removeprefix(SCRIPT))
+    assert main(arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    run = load_run(Path(arguments[0]), [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"])
+    assert "512 rows of 2,048 = 1,048,576 tokens" in printed and "learning rate 8e-05, cosine" in printed
+    assert "| student            | [4, 2048] | [4, 2048, 2048] |" in printed and "The dry run has found no fault." in printed
+    configs = [Path(arguments[i + 1]) for i, word in enumerate(arguments) if word == "--teacher-config"]
+    assert len(configs) == run.guidance.needs_teacher
+    for config in configs:
+        fields = json.loads(config.read_text())
+        assert f"[{fields['vocab_size']}, {fields['hidden_size']}]" in printed
+
+
+def test_each_recipe_shows_its_commands_and_all_are_one_experiment() -> None:
+    recipes = sorted(path.name for path in RECIPES.glob("*.toml"))
+    assert len(recipes) == 10 and {where for where, _ in DRY_RUNS} == {*recipes, "README.md"}
+    cpt = load_run(RECIPES / "cpt.toml")
+    outputs = {"runs/cpt"}
+    for name in recipes:
+        run = load_run(RECIPES / name)
+        assert run.student == cpt.student and run.training == cpt.training and run.data.row_length == 2048
+        outputs.add(str(run.output))
+        [launch] = [line for where, line in FROM_HEADERS if where == name and line.startswith("deepspeed --num_gpus 8 ")]
+        assert f"examples/recipes/{name} --deepspeed_config" in launch
+    assert len(outputs) == len(recipes)  # none writes into another's folder
+
+
+def test_files_that_the_page_names_are_there() -> None:
+    text = (RECIPES / "README.md").read_text()
+    names = set(re.findall(r"(?<![\w/])(?:examples|ds_configs|docs)/[\w./-]+\w", text))
+    assert len(names) > 5
+    assert [name for name in names if not (REPOSITORY / name).exists()] == []
+    links = re.findall(r"\]\(([^)#:]+)[^):]*\)", text)
+    assert links and [link for link in links if not (RECIPES / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--set", "data.row_length=4096"], "rows have 4,096 tokens, the student reads 2,048"),
+        (["--gpus", "24"], "train_batch_size is 512, but 4 rows a micro-batch"),
+        (["--gpus", "9", "--set", "parallel.pipeline_stages=2"], "9 processes cannot form pipelines of 2 stages"),
+        (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages, and 22 layers"),
+        (["--student-config", "examples/plan"], "no configuration of the student at examples/plan"),
+        (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
+    ],
+)
+def test_a_misfit_is_told_before_anything_starts(change: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QWEN, "--gpus", "8", *change]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_nowhere_yet_asks_for_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QWEN[:4], "--gpus", "8"]) == 2
+    assert re.search(r"no configuration of the student at TinyLlama/[\s\S]*--student-config", capsys.readouterr().err)
+
+
+def test_data_that_is_there_is_checked_against_the_models(
+    dataset: AlignedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*QWEN, "--gpus", "8", "--set", f"data.train={dataset.path}"]) == 0
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(json.loads(Path(QWEN[-1]).read_text()) | {"vocab_size": 300}))
+    assert main([*QWEN[:-1], str(small), "--gpus", "8", "--set", f"data.train={dataset.path}"]) == 2
+    assert "its teacher tokenizer has" in capsys.readouterr().err
+
+
+def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QWEN, "--gpus", "8", "--gpu", "l40s", "--set", "parallel.pipeline_stages=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "stage 0: embedding, 11 decoder layers;" in printed and "stage 1: 11 decoder layers, norm, head;" in printed
+    assert main([*QWEN, "--gpus", "8", "--gpu", "a100-40gb", "--teacher-tokens", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows have about 6,144 teacher tokens, the teacher reads 4,096" in printed and "does not fit" in printed
+    assert "no fault" not in printed
+    float32 = str(write_settings(tmp_path / "ds.json", train_batch_size=512, train_micro_batch_size_per_gpu=4))
+    assert main([QWEN[0], "--deepspeed_config", float32, *QWEN[3:], "--gpus", "8"]) == 0
+    assert "no plan: the rates that it knows are those of 16-bit products" in capsys.readouterr().out
+
+
+def test_options_of_the_plan_belong_to_a_dry_run() -> None:
+    with pytest.raises(SystemExit) as exit_of:
+        main([*QWEN[:3], "--gpus", "8"])
+    assert exit_of.value.code == 2
