@@ -6,8 +6,12 @@ corpus/      text -> an aligned dataset on disk
 batch/       the dataset -> packed rows
 objective/   losses -> weights -> the loss; pure
 model/       rows -> losses: the student as layers, the frozen teacher
+offline/     the teacher's losses of a whole dataset, scored once
 engine/      the step: DeepSpeed, scoring, checkpoints
-config.py    the run file      monitor.py   what a run tells
-pretrain.py  the command       train.py     the loop
+planning/    what a run would take; plan.py, dryrun.py: its commands
+
+config.py    the run file      monitor.py     what a run tells, samples.py: token by token
+pretrain.py  the command       train.py       the loop, evaluation.py: held-out text
 export.py    a checkpoint as a Hugging Face folder
+hub.py       models by their Hub ids
 """

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vocagno.batch.blend import BlendedRows
-from megatron_vocagno.config import RunError
+from megatron_vocagno.config import SharedError
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class NonFiniteGuard:
         return None if healthy else broken
 
     def stop_at_limit(self, last: BrokenStep, log: Path) -> None:
-        """Raises RunError after `limit` broken steps in a row. log: where their documents are named."""
+        """Raises SharedError after `limit` broken steps in a row. log: where their documents are named."""
         if self.in_a_row < self.limit:
             return
-        raise RunError(
+        raise SharedError(
             f"{self.in_a_row} steps in a row were not finite (training.max_nonfinite_steps), last step {last.step} "
             f"(loss {last.loss}, gradient norm {last.grad_norm}, {last.nonfinite_tokens} tokens without a finite loss).\n"
             "  The last checkpoint is from before them. Look at:\n"

@@ -1,8 +1,8 @@
 """What a run tells: TensorBoard, one line on the console, and metrics.jsonl, from the same numbers.
 
-Names are grouped for TensorBoard (`loss/`, `guidance/`, `teacher/`, `throughput/`, `optimizer/`, `eval/`). A number that
-does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN or infinite is shown, and
-null in metrics.jsonl, since JSON has no such numbers.
+Names are grouped for TensorBoard (`loss/`, `guidance/`, `distance/`, `teacher/`, `throughput/`, `optimizer/`, `data/`, `eval/`,
+`samples/`). A number that does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN
+or infinite is shown, and null in metrics.jsonl, since JSON has no such numbers.
 metrics.jsonl holds one object a step, and one an evaluation, with the same names and `step`; a resumed run drops the lines of
 steps that it is about to repeat, so that each stands there once. not_finite.jsonl names the documents of steps that were not
 finite. `finished` (the last step) or `stopped` (the step and who asked) is there once a run has left of its own will.
@@ -20,8 +20,10 @@ from typing import IO
 import orjson
 from torch.utils.tensorboard import SummaryWriter
 
+from megatron_vocagno import samples
 from megatron_vocagno.config import RunError
 from megatron_vocagno.health import BrokenStep, described
+from megatron_vocagno.samples import SampleRows, SampleStep
 from megatron_vocagno.stopping import reason
 
 METRICS_FILE = "metrics.jsonl"
@@ -79,6 +81,15 @@ class Monitor:
             return
         self._write(step, numbers)
         self.say(f"evaluation after step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+
+    def sample(self, rows: SampleRows, step: SampleStep) -> None:
+        """What an evaluation saw of the sample rows: a file, and its distributions for TensorBoard."""
+        if self.output is None or self._board is None:
+            return
+        with _disk(self.output / samples.FOLDER):
+            samples.write_step(self.output, step)
+            for name, values in samples.distributions(rows, step).items():
+                self._board.add_histogram(name, values, step.step)
 
     def broken_step(self, broken: BrokenStep, documents: Mapping[str, Sequence[int]]) -> None:
         """A step that was not finite, and what it read: document numbers by dataset."""

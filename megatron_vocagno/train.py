@@ -17,22 +17,26 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
-from megatron_vocagno.batch.loader import Batch, Batches, Layout, evaluation_batches
-from megatron_vocagno.config import Run, RunError, Source
+from megatron_vocagno.batch.loader import Batch, Batches, Layout
+from megatron_vocagno.config import Run, RunError, SharedError, Source
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import largest, together
 from megatron_vocagno.engine.build import build_engine
 from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
-from megatron_vocagno.engine.counts import StepCounts, count_step, sum_over_ranks
+from megatron_vocagno.engine.counts import StepCounts, count_step
+from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy
+from megatron_vocagno.engine.pins import pin_models
 from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes, start, stop
+from megatron_vocagno.engine.samples import open_samples
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.evaluation import HeldOut
 from megatron_vocagno.health import NonFiniteGuard, documents_of
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights
@@ -49,7 +53,7 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper) -> None:
     """Join the other processes, train, and leave together. Raises USER_ERRORS."""
     processes = start()
     settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
-    train(run, settings, processes, stopper)
+    train(pin_models(run), settings, processes, stopper)
     stop()
 
 
@@ -59,16 +63,18 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     Where any rank's `stopper` asks it to, the run saves after the step that it is in, and returns.
     """
     datasets, valid, config, weights = together(lambda: _open(run, settings, processes), *USER_ERRORS)
-    data = datasets[0]  # for what they have in common
+    data, paths = datasets[0], [source.path for source in run.data.train]  # data: for what they have in common
     teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     mixture = Mixture([source.weight for source in run.data.train])
     rows = BlendedRows(together(lambda: training_rows(run, datasets, longest), *USER_ERRORS), mixture)
+    samples = together(lambda: open_samples(run, datasets, valid, longest), *USER_ERRORS)
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps)
-    engine = build_engine(run, settings, config, weights, layout, steps, processes)
+    distiller = open_distiller(teacher, run, data, processes.device)
+    engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
     batches = Batches(rows, layout, engine.data_rank)
     scorer = place_teacher(teacher, run, engine, processes)
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
@@ -76,14 +82,16 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     occupancy = Occupancy(run.output)
     occupancy.take(monitor.say)
     position = keeper.resume(monitor.say)
+    if samples is not None:
+        samples.begin(position.step)
+    held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
-    monitor.say(_opening(run, layout, steps, position))
-    for line in _sources(datasets, rows, layout):
+    for line in (_opening(run, layout, steps, position), *_sources(datasets, rows, layout)):
         monitor.say(line)
     saved, due = position.step, False
     with closing(occupancy), monitor.writing(position.step):
-        if position.step == 0 and valid is not None:
-            monitor.evaluation(0, evaluate(engine, run, valid, processes, stopper))
+        if position.step == 0:
+            held_out.tell(0, monitor)
         while not (asked := largest(stopper.asked, processes.device)) and position.step < steps:
             clock = Clock(processes)
             micro_batches = batches.step(position.rows)
@@ -95,15 +103,14 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
             loss = engine.train(micro_batches, teacher_losses, counts)
             before, position = position, position.after(layout.rows)
             numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
-            for source, epochs in zip(run.data.train, rows.epochs(position.rows), strict=True):
-                numbers[f"data/epochs/{source.path}"] = epochs
+            numbers |= {f"data/epochs/{path}": n for path, n in zip(paths, rows.epochs(position.rows), strict=True)}
             monitor.step(position.step, numbers)
             if broken := guard.check(position.step, numbers):
                 documents = documents_of(rows, range(before.rows, position.rows))
-                monitor.broken_step(broken, dict(zip((str(s.path) for s in run.data.train), documents, strict=True)))
+                monitor.broken_step(broken, dict(zip(map(str, paths), documents, strict=True)))
                 guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
-            if valid is not None and _due(position.step, run.eval.every, steps):
-                monitor.evaluation(position.step, evaluate(engine, run, valid, processes, stopper))
+            if _due(position.step, run.eval.every, steps):
+                held_out.tell(position.step, monitor)
             due = due or _due(position.step, run.checkpoint.every, steps)
             # after a broken step it waits for a healthy one: checkpoints of a run that goes wrong would push out the good ones
             if due and broken is None:
@@ -117,10 +124,10 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
 def save_last(engine: Engine, keeper: Keeper, position: Position, saved: int, monitor: Monitor) -> None:
     """A checkpoint of where the run ends, though its last step may not have been finite. Collective over the world.
 
-    Raises RunError: the weights are not finite.
+    Raises SharedError: the weights are not finite.
     """
     if not engine.has_finite_weights():
-        raise RunError(
+        raise SharedError(
             f"after step {position.step} the student's weights are not finite, and no checkpoint was written of them; "
             f"the newest is of step {saved}. Likely causes: a learning rate too high, or broken weights at the start."
         )
@@ -132,28 +139,6 @@ def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes)
     if scorer is None:
         return [torch.empty(len(batch.target_BS), 0, device=processes.device) for batch in batches]
     return scorer.score(batches)
-
-
-def evaluate(engine: Engine, run: Run, valid: AlignedDataset, processes: Processes, stopper: Stopper) -> dict[str, float]:
-    """Bits per byte of held-out text, and the mean loss of its tokens in nats; nothing where the run is asked to leave meanwhile.
-
-    Collective over the world.
-    """
-    nats, text_bytes, tokens = 0.0, 0, 0
-    steps = evaluation_batches(
-        valid, valid.student_byte_lengths, run.data.row_length, engine.layout, engine.data_rank, run.eval.rows
-    )
-    for step in steps:
-        if largest(stopper.asked, processes.device):
-            return {}
-        nats += engine.evaluate(step.batches)
-        text_bytes += step.text_bytes
-        tokens += step.tokens
-    # the losses are summed over all ranks already, the counts are of this rank's rows
-    text_bytes, tokens = sum_over_ranks([text_bytes, tokens], engine.data_group, processes.device)
-    if not text_bytes:
-        raise RunError(f"{run.data.valid}: the rows to evaluate hold no text (eval.rows = {run.eval.rows})")
-    return {"eval/bits_per_byte": nats / math.log(2) / text_bytes, "eval/loss": nats / tokens}
 
 
 class Clock:
@@ -207,13 +192,17 @@ def _numbers(
     if engine.grad_norm is not None:
         numbers["optimizer/grad_norm"] = engine.grad_norm
     means.pop("loss", None)
-    if scorer is not None:
-        numbers |= {f"guidance/{name}": value for name, value in means.items()}
+    numbers |= engine.take_numbers(counts)
+    guidance = engine.objective.guidance
+    if guidance.selects:
+        without_teacher = () if guidance.needs_teacher else ("guide_", "excess_", "threshold")
+        numbers |= {f"guidance/{name}": value for name, value in means.items() if not name.startswith(without_teacher)}
         for reason in pack.Mapping:
             if reason != pack.Mapping.MAPPED:
                 numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
         lost = counts.mapping[pack.Mapping.MAPPED] - stats[STATS.index("mapped")].item()
         numbers["guidance/unmapped_nan"] = lost / counts.targets
+    if scorer is not None and guidance.needs_teacher:
         numbers |= {
             "teacher/seconds": teacher,
             "teacher/share_of_time": teacher / whole,
@@ -279,12 +268,13 @@ def _open_student(
     run: Run, data: AlignedDataset, settings: Settings, processes: Processes
 ) -> tuple[PretrainedConfig, PretrainedWeights | None]:
     vocabulary = data.student_tokenizer.vocab_size
-    source = run.student.pretrained if run.student.pretrained is not None else run.student.config
+    weights = PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
+    source = weights.folder if weights is not None else run.student.config
     assert source is not None
     config = student_config(source, vocabulary)
-    if run.student.pretrained is not None:
-        check_tokenizer(data, "student", run.student.pretrained)
+    if weights is not None:
+        check_tokenizer(data, "student", weights.folder)
     check_row_length(config, run.data.row_length)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
-    return config, PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
+    return config, weights

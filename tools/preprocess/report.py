@@ -1,8 +1,10 @@
-"""What a dataset is like, as one HTML page that needs nothing else: no network, no scripts.
+"""What a dataset is like, or what a run learned, as one HTML page that needs nothing else, and no network.
 
     python -m tools.preprocess.report data/train --out report.html
+    python -m tools.preprocess.report --run RUN_DIR --out heat.html
 
-Counts of the whole dataset come from dataset.json and its indices. What training rows look like is measured on rows of
+The second shows the sample rows that a run with logging.samples wrote down: see heat.py. The rest is about
+the first. Counts of the whole dataset come from dataset.json and its indices. What training rows look like is measured on rows of
 sampled documents; the same dataset and seed give the same page, byte for byte.
 """
 
@@ -21,9 +23,10 @@ import numpy as np
 import orjson
 
 from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows
+from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from tools.preprocess import charts
+from tools.preprocess import charts, heat
 from tools.preprocess.interlinear import Cell, Interlinear, visible
 
 # ---- what bounds the page and the time
@@ -42,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 for an error that the message explains."""
     args = parse(argv)
     try:
-        html = page(AlignedDataset.open(args.dataset), args.sample, args.seed, args.row_length)
+        if args.run is not None:
+            html = heat.page(args.run, args.data)
+        else:
+            html = page(AlignedDataset.open(args.dataset), args.sample, args.seed, args.row_length)
         args.out.write_text(html, encoding="utf-8")
-    except (CorpusError, OSError) as error:
+    except (CorpusError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
@@ -52,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="report", description="A dataset -> one HTML page about it.")
-    parser.add_argument("dataset", help="folder of the dataset")
+    parser = argparse.ArgumentParser(prog="report", description="A dataset, or a run's sample rows -> one HTML page.")
+    about = parser.add_mutually_exclusive_group(required=True)
+    about.add_argument("dataset", nargs="?", help="folder of the dataset")
+    about.add_argument("--run", type=Path, help="output folder of a run with logging.samples: a heat map of its sample rows")
+    parser.add_argument("--data", type=Path, help="with --run: where its data.valid lies now (default: where it lay)")
     parser.add_argument("--out", required=True, type=Path, help="the page")
     parser.add_argument("--sample", type=positive_int, default=1000, help="documents whose rows are measured (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")

@@ -1,0 +1,235 @@
+"""What a run learned of its sample rows, as one HTML page: the text as a heat map, and a slider over its evaluations.
+
+Numbers above the text are of all rows that the run wrote down; of many rows the first are shown, of many evaluations some, so
+that the page stays small.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from base64 import b64encode
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+from megatron_vocagno.batch.pack import Float32, Int32, Mapping
+from megatron_vocagno.config import RunError
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps, summary
+from tools.preprocess.interlinear import Interlinear, Side, visible
+
+# ---- what bounds the page
+MOST_TOKENS = 8192  # student tokens
+MOST_LOSSES = 400_000  # tokens times evaluations
+MOST_STEPS = 200
+MOST_CHARACTERS = 60  # of a token
+
+TEMPLATES = Path(__file__).with_name("templates")
+HALF = 4  # colours on either side of the middle one
+
+
+@dataclass(frozen=True)
+class Token:
+    space: str  # the one before a word, which is no part of what is coloured
+    text: str
+    breaks: bool  # a line ends here
+
+    @classmethod
+    def of(cls, text: str, name: str) -> Token:
+        """text: "" without, then its name is shown."""
+        shown = _legible(text) or name
+        before = " " if shown.startswith(" ") and shown.strip() else ""
+        return cls(before, shown.removeprefix(before), "\n" in text)
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A document's part of a row. start: the place of its first token in the document."""
+
+    document: int
+    start: int
+    tokens: list[Token]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A number that follows the slider, as it is written for each evaluation, and as a line over them."""
+
+    title: str
+    note: str
+    texts: list[str]
+    line: list[tuple[float, float]]  # percent of the width, percent from above
+
+
+def page(run: Path, data: Path | None = None) -> str:
+    """The page about a run's samples. data: where its data.valid lies now, by default where it lay.
+
+    Raises RunError: no samples, or another dataset; CorpusError for a dataset that is broken.
+    """
+    rows, steps = read_rows(run), read_steps(run)
+    if not steps:
+        raise RunError(f"{run} holds no evaluation of its sample rows yet: the first is written before the first step")
+    dataset = AlignedDataset.open(data or rows.dataset)
+    if dataset.fingerprint != rows.fingerprint:
+        raise RunError(
+            f"{dataset.path} ({dataset.fingerprint}) is not the dataset whose rows {run} holds ({rows.fingerprint}).\n"
+            "  Name that one: --data FOLDER."
+        )
+    shown = _shown(rows)
+    views = _spread(steps, min(MOST_STEPS, max(2, MOST_LOSSES // max(1, int(shown.sum())))))
+    interlinear = Interlinear(dataset)
+    script = (TEMPLATES / "heat.js").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment.get_template("heat.html").render(
+        name=run.resolve().name,
+        rows=len(rows),
+        passages=[list(_passages(interlinear, rows, r, shown[r])) for r in range(len(rows)) if shown[r].any()],
+        evaluations=len(steps),
+        views=[view.step for view in views],
+        headlines=[_headline(rows, view) for view in views],
+        tiles=_tiles([summary(rows, view) for view in views]),
+        guidance=views[-1].guidance,
+        guided=any(np.isfinite(view.guide_RS).any() for view in views),
+        data=_data(interlinear.teacher, rows, views, shown),
+        script=Markup(script),
+        hash=b64encode(sha256(script.encode()).digest()).decode(),
+        colours=range(2 * HALF + 1),
+    )
+
+
+def _shown(rows: SampleRows) -> NDArray[np.bool_]:
+    """[R, S] the first tokens, whole rows where at least one has room."""
+    ends = rows.valid_RS.sum(axis=1).cumsum()
+    fitting = max(1, int((ends <= MOST_TOKENS).sum()))
+    shown = rows.valid_RS.copy()
+    shown[fitting:] = False
+    shown[0, MOST_TOKENS:] = False
+    return shown
+
+
+def _spread(steps: Sequence[SampleStep], most: int) -> list[SampleStep]:
+    """So many at most, the first and the last among them."""
+    places = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+    return [steps[place] for place in places.tolist()]
+
+
+# ---- the text
+
+
+def _passages(interlinear: Interlinear, rows: SampleRows, r: int, shown_S: NDArray[np.bool_]) -> Iterator[Passage]:
+    documents, places, targets = (x[r][shown_S] for x in (rows.document_RS, rows.token_RS, rows.target_RS))
+    cuts = [0, *(np.flatnonzero(np.diff(documents)) + 1).tolist(), len(documents)]
+    for begin, end in itertools.pairwise(cuts):
+        start = int(places[begin])
+        tokens = interlinear.student.readings(targets[begin:end], start)[0]
+        shown = [Token.of(token.data.decode(errors="surrogateescape"), token.name) for token in tokens]
+        yield Passage(int(documents[begin]), start, shown)
+
+
+def _legible(text: str) -> str:
+    """What would not be seen is a sign, but spaces are spaces."""
+    shown = visible(text).replace("␣", " ").replace("␊", "↵")
+    return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
+
+
+# ---- the numbers
+
+
+def _headline(rows: SampleRows, view: SampleStep) -> str:
+    mapped = int(rows.mapped_RS.sum())
+    kept = int((rows.mapped_RS & (view.weight_RS > 0)).sum())
+    when = f"After step {view.step:,}" if view.step else "Before the first step"
+    if not view.guidance.selects:
+        return f"{when}, every token is learned: {view.guidance.objective} selects none."
+    those = {
+        "guided": "those where it is furthest behind its teacher",
+        "student": "those where its own loss is highest",
+        "random": "chosen by chance",
+    }[view.guidance.objective]
+    return f"{when}, the student would learn from {kept:,} of {mapped:,} mapped tokens: {those}."
+
+
+def _tiles(numbers: Sequence[dict[str, float]]) -> list[Tile]:
+    nats = "{:.3f}".format
+    named = (
+        ("share_kept", "Share kept", "of the mapped tokens", "{:.1%}".format),
+        ("student_loss_kept", "Loss of the kept", "student’s mean, nats", nats),
+        ("student_loss_dropped", "Loss of the dropped", "student’s mean, nats", nats),
+    )
+    losses = [of.get(f"samples/{name}", math.nan) for of in numbers for name, *_ in named[1:]]
+    known = [loss for loss in losses if math.isfinite(loss)]
+    tiles = []
+    for name, title, note, form in named:
+        values = [of.get(f"samples/{name}", math.nan) for of in numbers]
+        # both losses on one scale, so that their lines compare
+        bounds = (0.0, 1.0) if name == "share_kept" else (min(known, default=0), max(known, default=1))
+        texts = [form(value) if math.isfinite(value) else "–" for value in values]
+        tiles.append(Tile(title, note, texts, _line(values, *bounds)))
+    return tiles
+
+
+def _line(values: Sequence[float], least: float, most: float) -> list[tuple[float, float]]:
+    last, span = max(1, len(values) - 1), most - least or 1
+    return [
+        (round(100 * i / last, 2), round(100 * (most - value) / span, 2) if math.isfinite(value) else 50.0)
+        for i, value in enumerate(values)
+    ]
+
+
+def _data(teacher: Side, rows: SampleRows, views: Sequence[SampleStep], shown: NDArray[np.bool_]) -> dict[str, Any]:
+    """What the script reads. Losses in hundredths of a nat; null where there is none."""
+    guides: list[list[int | None]] = []
+    told = []
+    for view in views:
+        guide = _hundredths(view.guide_RS[shown])
+        # a frozen teacher says the same every time
+        if guide not in guides:
+            guides.append(guide)
+        kept = "".join("01"[int(weight > 0)] for weight in view.weight_RS[shown].tolist())
+        told.append({"loss": _hundredths(view.student_loss_RS[shown]), "kept": kept, "guide": guides.index(guide)})
+    excess = np.abs(np.concatenate([view.excess_RS[shown] for view in views]))
+    losses = np.concatenate([x[shown] for view in views for x in (view.student_loss_RS, view.guide_RS)])
+    return {
+        "views": told,
+        "guides": guides,
+        "selects": views[-1].guidance.objective if views[-1].guidance.selects else "",
+        "kinds": "".join(str(kind) for kind in rows.mapping_RS[shown].tolist()),
+        "reasons": [kind.name.lower().replace("_", " ") for kind in Mapping],
+        "spans": [[int(first), int(last)] for first, last in zip(rows.first_RS[shown], rows.last_RS[shown], strict=True)],
+        "row": [int(r) for r in np.nonzero(shown)[0]],
+        "teacher": [_names(teacher, ids) for ids, shown_S in zip(rows.teacher_RU, shown, strict=True) if shown_S.any()],
+        "limits": {"excess": _limit(excess), "loss": _limit(losses)},
+        "half": HALF,
+    }
+
+
+def _hundredths(losses: Float32) -> list[int | None]:
+    return [round(100 * loss) if math.isfinite(loss) else None for loss in losses.tolist()]
+
+
+def _names(side: Side, ids: Int32) -> list[str]:
+    """The teacher's tokens of a row, as they are shown; spaces are signs here."""
+    eos = {side.info.eos_id: visible(side.info.eos_token)}
+    known = ids[ids >= 0].tolist()
+    return [visible(side.bytes[id_].decode(errors="surrogateescape"))[:MOST_CHARACTERS] or eos.get(id_, "∅") for id_ in known]
+
+
+def _limit(values: Float32) -> float:
+    """Where the colours end, nats: all but the last hundredths of the values lie within."""
+    finite = values[np.isfinite(values)]
+    return max(0.5, math.ceil(2 * float(np.quantile(finite, 0.98))) / 2) if len(finite) else 1.0
