@@ -141,13 +141,20 @@ class Guidance(Part):
         return self.objective in ("guided", "random", "student")
 
     @property
+    def distance(self) -> Literal["uld", "kld"] | None:
+        """What is learned besides the loss, from the teacher's distributions."""
+        return self.objective if self.objective in ("uld", "kld") else None
+
+    @property
     def needs_teacher(self) -> bool:
-        return self.objective in ("guided", "uld", "kld")
+        return self.objective == "guided" or self.distance is not None
 
     @model_validator(mode="after")
-    def _chunks_of_what(self) -> Self:
+    def _of_this_objective(self) -> Self:
         if self.chunks is not None and self.objective != "guided":
             raise ValueError(f"chunks replaces the alignment of 'guided'; objective is {self.objective!r}")
+        if self.distance_weight != 1 and self.distance is None:
+            raise ValueError(f"distance_weight is of 'uld' and 'kld'; objective is {self.objective!r}")
         return self
 
     @field_validator("keep")
@@ -245,7 +252,7 @@ class Run(Part):
         objective = self.guidance.objective
         if self.guidance.needs_teacher and not self.teacher:
             raise ValueError(f"guidance.objective = {objective!r} needs a [teacher]; 'clm' is the objective without one")
-        if objective in ("uld", "kld"):
+        if self.guidance.distance:
             self._check_distance()
         for i, teacher in enumerate(self.teacher):
             if teacher.path is None and teacher.placement != "cached":
@@ -284,9 +291,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     """Read a run file, with those that it starts from, and lay `a.b=c` overrides over it.
 
     `base = "OTHER.toml"` names another run file, from this one's folder: a section here replaces those fields of the base's
-    section that it names. All other paths count from where the command is run. An override's value is read as TOML (`0.6`,
-    `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no quotes. Raises RunError: file missing or no TOML,
-    unknown key, wrong value.
+    section that it names; `student.config` with a `model_type` is taken whole. All other paths count from where the command is
+    run. An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no
+    quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
     """
     fields = _fields(path)
     for override in overrides:
@@ -322,9 +329,13 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], place: tuple[str, 
     merged = dict(base)
     for name, value in over.items():
         here = (*place, name)
-        merged.pop(ALTERNATIVES.get(here, ""), None)
-        both = isinstance(value, dict) and isinstance(base.get(name), dict)
-        merged[name] = _merged(base[name], value, here) if both else value
+        other = ALTERNATIVES.get(here, "")
+        if other not in over:  # a file that names both is refused, whatever its base
+            merged.pop(other, None)
+        below = base.get(name)
+        # fields of one architecture mean nothing to another
+        anew = here == ("student", "config") and isinstance(value, dict) and "model_type" in value
+        merged[name] = _merged(below, value, here) if isinstance(value, dict) and isinstance(below, dict) and not anew else value
     return merged
 
 

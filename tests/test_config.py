@@ -139,6 +139,20 @@ def test_a_file_may_start_from_another_and_say_only_what_differs(tmp_path: Path)
     assert load_run(tmp_path / "arm_of_arm.toml").student.config is None
 
 
+def test_of_two_that_exclude_each_other_one_file_may_not_name_both_though_its_base_names_one(tmp_path: Path) -> None:
+    write(tmp_path, GOOD).rename(tmp_path / "base.toml")
+    with pytest.raises(RunError, match="give exactly one of 'steps' and 'tokens'"):
+        load_run(write(tmp_path, 'base = "base.toml"\n[training]\ntokens = 7\nsteps = 4\n'))
+
+
+def test_another_architecture_inherits_no_field_of_the_base_s(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(GOOD.replace('"llama"', '"gemma2"\nhead_dim = 12'))
+    same = load_run(write(tmp_path, 'base = "base.toml"\n[student.config]\nhidden_size = 8\n'))
+    assert same.student.config == {"model_type": "gemma2", "head_dim": 12, "hidden_size": 8}
+    other = load_run(write(tmp_path, 'base = "base.toml"\n[student.config]\nmodel_type = "llama"\nhidden_size = 8\n'))
+    assert other.student.config == {"model_type": "llama", "hidden_size": 8}
+
+
 def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 'base = "nothing.toml"\n')
     with pytest.raises(RunError, match=r"no run file at .*nothing.toml, the base of .*run.toml"):
@@ -154,6 +168,7 @@ def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None
     ("overrides", "complaint"),
     [
         (["guidance.objective=random", "guidance.chunks=4"], "chunks replaces the alignment of 'guided'; objective is 'random'"),
+        (["guidance.distance_weight=2.0"], "distance_weight is of 'uld' and 'kld'; objective is 'guided'"),
         (["guidance.objective=uld", "teacher.placement=cached"], "'uld' needs one teacher of placement 'replicated'"),
         (["guidance.objective=kld", "parallel.pipeline_stages=2"], "parallel.pipeline_stages = 0, not 2"),
         (["logging.samples=4"], "logging.samples is given, but there is no data.valid"),

@@ -45,7 +45,7 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
     teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
     mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in Mapping]
     distances = 0
-    if guidance.needs_teacher and not guidance.selects:
+    if guidance.distance:
         distances = sum(int(compared(batch.first_BS, batch.last_BS).sum()) for batch in batches)
     kept, teacher_tokens, distances, *mapping = sum_over_ranks([kept_here, teacher_tokens, distances, *mapping], group, device)
     if guidance.scope == "global":

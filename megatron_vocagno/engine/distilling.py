@@ -30,16 +30,10 @@ from megatron_vocagno.objective.distance import Kind, Reference, compared
 from megatron_vocagno.objective.linear_ce import LearnedRows
 
 
-def distance_kind(run: Run) -> Kind | None:
-    """None for objectives that compare no distributions."""
-    objective = run.guidance.objective
-    return objective if objective == "uld" or objective == "kld" else None
-
-
 def check_vocabularies(run: Run, data: AlignedDataset) -> None:
     """Raises RunError for `kld` of models whose tokenizers differ: an id would stand for two tokens."""
     student, teacher = data.student_tokenizer, data.teacher_tokenizer
-    if distance_kind(run) == "kld" and student.fingerprint != teacher.fingerprint:
+    if run.guidance.distance == "kld" and student.fingerprint != teacher.fingerprint:
         raise RunError(
             f"guidance.objective = 'kld' compares two distributions over one vocabulary, and {data.path} was aligned for two: "
             f"the student's tokenizer is {student.fingerprint} ({student.vocab_size:,} ids), "
@@ -51,7 +45,7 @@ def check_vocabularies(run: Run, data: AlignedDataset) -> None:
 
 def open_distiller(teacher: object, run: Run, data: AlignedDataset, device: torch.device) -> Distiller | None:
     """What a run's teacher is asked for while the student learns; None where the objective compares no distributions."""
-    kind = distance_kind(run)
+    kind = run.guidance.distance
     if kind is None:
         return None
     assert isinstance(teacher, Teacher), "the configuration lets no other through"

@@ -93,7 +93,7 @@ def as_asked(task: Task, cluster: Cluster, zero: int) -> Option | None:
 def layouts(run: Run, gpus: int, layers: int) -> Iterator[tuple[int, int]]:
     """(ZeRO stage, pipeline stages) to compare; the run's own stages are among them."""
     yield from ((1, 0), (2, 0), (3, 0))
-    if _compares_distributions(run):
+    if run.guidance.distance:  # no pipeline
         return
     for count in sorted({2, 4, 8, run.parallel.pipeline_stages} - {0}):
         if gpus % count == 0 and count <= layers:
@@ -103,14 +103,9 @@ def layouts(run: Run, gpus: int, layers: int) -> Iterator[tuple[int, int]]:
 def placements(task: Task) -> tuple[Placement | None, ...]:
     if not task.teachers:
         return (None,)
-    if _compares_distributions(task.run):
+    if task.run.guidance.distance:
         return ("replicated",)
     return ("replicated", "zero3", "cached") if len(task.teachers) == 1 else ("cached",)
-
-
-def _compares_distributions(run: Run) -> bool:
-    """Then the run takes a teacher on every rank, and no pipeline."""
-    return run.guidance.needs_teacher and not run.guidance.selects
 
 
 def _changes(task: Task, cluster: Cluster, zero: int, count: int, placement: Placement | None) -> Iterator[Option]:
@@ -138,7 +133,7 @@ def option(task: Task, cluster: Cluster, candidate: Candidate) -> Option:
     cached = candidate.placement == "cached"
     return Option(
         candidate,
-        memory(candidate, split, task.student, settings, learned, teacher),
+        memory(candidate, split, task.student, settings, learned, teacher, run.guidance.distance),
         taken,
         hours=task.steps * taken.total / 3600,
         scoring=sum(scoring_hours(each, task.teacher_tokens, cluster) for each in task.teachers) if cached else 0.0,

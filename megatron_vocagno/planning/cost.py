@@ -83,7 +83,7 @@ def step(
     learned = learned_share(guidance, batch.micro_batches, assumed.unmapped)
     tokens = batch.micro_batch_rows * student.row
     # a distance between distributions takes the head's products once more
-    heads = 2 if guidance.needs_teacher and not guidance.selects else 1
+    heads = 2 if guidance.distance else 1
     passes = [_passes(stage, sizes, tokens, student.row, heads, learned, candidate.recompute) for stage in split]
     if guidance.selects and guidance.scope == "global" and batch.micro_batches > 1:
         # the losses of the whole step must be known before its first backward pass

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from megatron_vocagno.objective.distance import Kind
 from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES
 from megatron_vocagno.planning.layouts import Candidate, Stage
 from megatron_vocagno.planning.sizes import Sizes
@@ -140,6 +141,19 @@ def head_bytes(tokens: int, learned: int, sizes: Sizes, width: int) -> int:
     return kept + max(forward, backward) + width * sizes.embedding
 
 
+TILES_AT_ONCE = {"uld": 6.5, "kld": 4.5}
+"""Of both models' logits, while a distance and its gradient are computed: at most so many, as an allocator had it."""
+
+
+def distance_bytes(kind: Kind, tokens: int, student: Sizes, teacher: Sizes, width: int) -> int:
+    """At most at once beside the loss, where distributions are compared: objective.distance. width: bytes of an element."""
+    hidden = tokens * width * (2 * student.hidden + teacher.hidden)
+    # the head's gradient adds up in float32, and so does what a tile brings
+    heads = 2 * 4 * student.embedding
+    logits = 4 * (student.vocabulary + teacher.vocabulary)
+    return hidden + heads + round(TILES_AT_ONCE[kind] * min(max(GPU_TILE_BYTES, logits), tokens * logits))
+
+
 def _tile(rows: int, vocabulary: int) -> int:
     """Bytes of a tile of float32 logits, as objective.linear_ce cuts it."""
     columns = max(GPU_TILE_BYTES // 4 // max(rows, 1) // 128 * 128, 128)
@@ -213,13 +227,19 @@ def memory(
     settings: dict[str, Any],
     learned: float,
     teacher: TeacherUse | None,
+    kind: Kind | None = None,
 ) -> Memory:
-    """Of the rank that needs most. learned: share of the tokens whose head gradient is computed."""
+    """Of the rank that needs most.
+
+    learned  share of the tokens whose head gradient is computed
+    kind     of the distance that is learned besides the loss
+    """
     width, batch = element_bytes(settings), candidate.batch
     dtype = torch.bfloat16 if width == 2 else torch.float32
     held, sizes = _learning(student, batch.micro_batch_rows, dtype), student.sizes
     tokens = batch.micro_batch_rows * student.row
     mine = teacher if candidate.placement in ("replicated", "zero3") else None
+    distance = distance_bytes(kind, tokens, sizes, mine.sizes, width) if kind and mine else 0
     memories = []
     for place, stage in enumerate(split):
         state = states(stage.parameters(sizes), sizes.embedding, candidate.zero, batch.data_parallel, settings)
@@ -240,7 +260,7 @@ def memory(
                 teacher=mine.resident(candidate) if mine else 0,
                 activations=kept,
                 layer=layer,
-                head=head_bytes(tokens, round(learned * tokens), sizes, width) if stage.head else 0,
+                head=head_bytes(tokens, round(learned * tokens), sizes, width) + distance if stage.head else 0,
                 scoring=mine.scoring() if mine else 0,
                 reduction=state.reduction,
             )

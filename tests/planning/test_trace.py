@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vocagno.model.student import Decoder, Student, student_config
+from megatron_vocagno.objective.distance import Kind, Reference, distance
 from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, LearnedRows, token_loss
 from megatron_vocagno.planning import memory
 from megatron_vocagno.planning.layouts import Candidate, Layout, Stage
@@ -123,6 +124,30 @@ def test_the_peak_of_the_head_is_that_of_the_allocator(share: float, monkeypatch
     # what the norm before it keeps, and hands on, is not made here
     norm = 4 * tokens * H + 2 * 4 * tokens * H + 4 * tokens
     assert memory.head_bytes(tokens, learned, count, 4) - norm == pytest.approx(measured, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "V", "W", "tile"), [("uld", 2048, 3072, 256), ("uld", 3072, 2048, 64), ("kld", 2048, 2048, 256)]
+)
+@each_dtype
+def test_the_peak_of_a_distance_is_bounded_and_no_more_than_half_above(
+    kind: Kind, V: int, W: int, tile: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "GPU_TILE_BYTES", tile * 4 * (V + W))
+    tokens, H, teacher_H = 512, 256, 320
+    student = sizes(student_config({"model_type": "llama", **SIZES, "vocab_size": V, "hidden_size": H}))
+    teacher = sizes(student_config({"model_type": "llama", **SIZES, "vocab_size": W, "hidden_size": teacher_H}))
+    hidden_NH, head_VH = (torch.randn(count, H, dtype=dtype, requires_grad=True) for count in (tokens, V))
+    said = Reference(kind, torch.arange(tokens), torch.randn(tokens, teacher_H), torch.randn(W, teacher_H), None, V)
+
+    def learn() -> None:
+        distance(hidden_NH, head_VH, None, said, tile).sum().backward()
+
+    learn()
+    hidden_NH.grad = head_VH.grad = None
+    measured = highest(learn)
+    counted = memory.distance_bytes(kind, tokens, student, teacher, hidden_NH.element_size())
+    assert measured < counted < 1.5 * measured
 
 
 @pytest.mark.parametrize("recompute", [False, True])
