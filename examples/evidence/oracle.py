@@ -1,0 +1,48 @@
+"""Where the noise is known: the losses of a teacher without error. Under arms/oracle.toml they keep all that is clean."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.losses import gather, record_losses, write_losses
+from megatron_vocagno.corpus.manifest import LossTotals, Scoring
+
+WHOLE = "whole"
+"""Stands beside what is finished."""
+
+
+def write_oracle(dataset: Path, out: Path, wrong: Callable[[int], NDArray[np.bool_]]) -> None:
+    """A copy of a dataset with losses of -inf nats on clean and +inf on wrong tokens, whose excess is never positive.
+
+    wrong: number of a document -> [M], whether each of its teacher tokens is wrong, the one that ends it included
+    """
+    if (out / WHOLE).exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(dataset, out)
+    data = AlignedDataset.open(out)
+    scoring = Scoring(
+        teacher="none: the noise is known",
+        name="oracle",
+        dtype="float32",
+        weights="as-is",
+        context=1,
+        stride=1,
+        before=data.teacher_tokenizer.eos_id,
+    )
+    document = 0
+    for shard in data.manifest.shards:
+        marks = [wrong(document + i) for i in range(shard.totals.documents)]
+        document += len(marks)
+        if marks:
+            losses = np.where(np.concatenate(marks), np.inf, -np.inf).astype(np.float16)
+            lengths = np.array([len(mark) for mark in marks], np.int64)
+            write_losses(out / shard.path, shard, scoring, losses, lengths, LossTotals())
+    record_losses(out, data.manifest, gather(out, data.manifest.shards))
+    (out / WHOLE).touch()

@@ -1,0 +1,50 @@
+"""What a student recalls: the values that it says, and how likely the right ones are to it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from examples.evidence.facts import EOS, Fact
+
+
+@dataclass(frozen=True)
+class Recalled:
+    """Of one fact."""
+
+    said: str
+    """The value that follows greedily, up to the dot."""
+    nats: float
+    """Mean loss of the right value's tokens, the dot not among them."""
+
+
+@torch.no_grad()
+def recall(student: PreTrainedModel, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[Recalled]:
+    """Each fact asked alone: EOS and `17+4=`, as a document of the corpus begins."""
+    eos = tokenizer.token_to_id(EOS)
+    pieces = {token: piece for piece, token in tokenizer.get_vocab().items()}  # `decode` would put spaces between them
+    by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
+    prompts = [[eos, *tokenizer.encode(fact.prompt).ids] for fact in facts]
+    lines = [[eos, *tokenizer.encode(f"{fact.prompt}{fact.value}.").ids] for fact in facts]
+    for number, (prompt, line) in enumerate(zip(prompts, lines, strict=True)):
+        assert line[: len(prompt)] == prompt, f"{facts[number]}: a token covers the end of its prompt and the value"
+        by_shape[len(prompt), len(line)].append(number)
+    found: dict[int, Recalled] = {}
+    for (given, length), numbers in by_shape.items():
+        line_NL = torch.tensor([lines[number] for number in numbers])
+        logits_NLV = student(line_NL[:, :-1]).logits
+        loss_NL = cross_entropy(logits_NLV.transpose(1, 2), line_NL[:, 1:], reduction="none")
+        nats = loss_NL[:, given - 1 : length - 2].mean(1).tolist()
+        said_NL = line_NL[:, :given]
+        for _ in range(given, length):
+            said_NL = torch.cat([said_NL, student(said_NL).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        for number, said, loss in zip(numbers, said_NL[:, given:].tolist(), nats, strict=True):
+            text = "".join(pieces[token] for token in said)
+            found[number] = Recalled(text.split(".")[0], loss)
+    return [found[number] for number in range(len(facts))]

@@ -1,0 +1,198 @@
+"""Results -> docs/evidence.md and its plots. Its words are in templates/; what the numbers mean is in conclusions/, by a person.
+
+Functions that a template calls return Markdown: a table, a line of text, or the link to a plot that they have drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from examples.evidence import plots
+from examples.evidence.running import ARMS, EXPERIMENTS, HERE
+from examples.evidence.statistics import Row, Sample, curve, final, paired, reached, sample
+
+PAGE = HERE.parent.parent / "docs" / "evidence.md"
+NOTHING = "–"
+
+
+def write(root: Path, page: Path) -> None:
+    """The page from the results of all experiments that have some."""
+    results = Results({path.stem: load(path) for path in sorted((root / "results").glob("*.jsonl"))}, page.parent / page.stem)
+    notes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (root / "results").glob("*.json")}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([HERE / "templates", HERE / "conclusions"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    words = {"arms": arms_table(), "notes": notes, "experiments": [name for name in EXPERIMENTS if name in results.rows]}
+    functions = {name: getattr(results, name) for name in ("comparison", "value", "curves", "bars", "shares", "points", "has")}
+    text = environment.get_template("evidence.md").render(words | functions)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text, encoding="utf-8")
+
+
+def load(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def arms_table() -> str:
+    """Every arm, in the words of its file, and what it changes."""
+    rows = ["| arm | | its run file says |", "|---|---|---|"]
+    for path in sorted(ARMS.glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        fields = tomllib.loads(text)
+        said = [f"`{name} = {json.dumps(value)}`" for name, value in fields.get("guidance", {}).items()]
+        said += [f"teacher `{teacher['placement']}`" for teacher in [fields.get("teacher")] if teacher]
+        rows.append(f"| `{path.stem}` | {text.splitlines()[0].removeprefix('# ')} | {', '.join(said)} |")
+    return "\n".join(rows)
+
+
+@dataclass(frozen=True)
+class Results:
+    """rows: of each experiment. plots: the folder for the plots, beside the page."""
+
+    rows: Mapping[str, Sequence[Row]]
+    plots: Path
+
+    def has(self, experiment: str, setting: str, arm: str = "clm") -> bool:
+        return bool(self._of(experiment, setting, arm))
+
+    def comparison(
+        self,
+        experiment: str,
+        setting: str,
+        judge: str,
+        higher_is_better: bool,
+        others: Mapping[str, str] | None = None,
+        arms: Sequence[str] | None = None,
+        form: str = ".3f",
+    ) -> str:
+        """The arms of a setting: their judge at the last step, its differences to clm and random seed by seed, other scores, and
+        what it took to reach clm's last score.
+
+        others: score -> title of its column; arms: by default all, in the order in which they ran
+        """
+        others = others or {}
+        clm, random = (final(self._of(experiment, setting, arm), judge) for arm in ("clm", "random"))
+        head = [
+            "arm",
+            "learning rate",
+            f"{judge.replace('_', ' ')} {'↑' if higher_is_better else '↓'}",
+            "− clm",
+            "− random",
+            *others.values(),
+            "clm's last score reached at",
+        ]
+        lines = [head, ["---"] * len(head)]
+        for arm in arms or self._arms(experiment, setting):
+            rows = self._of(experiment, setting, arm)
+            if not (values := final(rows, judge)):
+                continue
+            differences = [
+                paired(values, reference) if arm != name else None for name, reference in (("clm", clm), ("random", random))
+            ]
+            cells = [f"`{arm}`", _rates(rows), sample([*values.values()]).show(form)]
+            cells += [NOTHING if found is None else found.show(form) for found in differences]
+            for score in others:
+                cells.append(_shown(final(rows, score), ".3f"))
+            cells.append(NOTHING if arm == "clm" else _reached(rows, judge, clm, higher_is_better))
+            lines.append(cells)
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def value(self, experiment: str, setting: str, arm: str, score: str, form: str = ".3f") -> str:
+        """At the last step: mean ± sd (n)."""
+        return _shown(final(self._of(experiment, setting, arm), score), form)
+
+    def curves(self, experiment: str, setting: str, score: str, title: str, arms: Sequence[str] | None = None) -> str:
+        """A score over the steps, of each arm."""
+        drawn = {}
+        for arm in arms or self._arms(experiment, setting):
+            if found := _over_steps(self._of(experiment, setting, arm), score):
+                drawn[arm] = found
+        return self._plot(f"{experiment}-{setting}-{score}", title, plots.draw_curves, drawn, "step")
+
+    def bars(
+        self, experiment: str, setting: str, scores: Mapping[str, str], title: str, arms: Sequence[str] | None = None
+    ) -> str:
+        """Several scores at the last step, of each arm. scores: score -> its name in the legend."""
+        drawn: dict[str, dict[str, Sample]] = {}
+        for arm in arms or self._arms(experiment, setting):
+            found = {name: final(self._of(experiment, setting, arm), score) for score, name in scores.items()}
+            if any(found.values()):
+                drawn[arm] = {name: sample([*values.values()]) for name, values in found.items() if values}
+        name = f"{experiment}-{setting}-{'-'.join(scores)}"
+        return self._plot(name, title, plots.draw_bars, drawn)
+
+    def shares(
+        self, experiment: str, settings: Mapping[str, float], score: str, title: str, along: str, arms: Sequence[str]
+    ) -> str:
+        """A score at the last step of each arm, over settings that differ in one number. settings: name -> that number."""
+        drawn: dict[str, dict[float, Sample]] = {}
+        for arm in arms:
+            for setting, x in settings.items():
+                if values := final(self._of(experiment, setting, arm), score):
+                    drawn.setdefault(arm, {})[x] = sample([*values.values()])
+        name = f"{experiment}-{'-'.join(settings)}-{score}"
+        return self._plot(name, title, plots.draw_curves, drawn, along)
+
+    def points(self, experiment: str, setting: str, along: str, score: str, title: str, arms: Sequence[str]) -> str:
+        """One score of each arm over another one."""
+        drawn = []
+        for arm in arms:
+            rows = self._of(experiment, setting, arm)
+            x, y = final(rows, along), final(rows, score)
+            if x and y:
+                drawn.append((arm, sample([*x.values()]).mean, sample([*y.values()])))
+        name = f"{experiment}-{setting}-{along}-{score}"
+        return self._plot(name, title, plots.draw_points, drawn, along)
+
+    def _of(self, experiment: str, setting: str, arm: str) -> list[Row]:
+        return [row for row in self.rows.get(experiment, ()) if row["setting"] == setting and row["arm"] == arm]
+
+    def _arms(self, experiment: str, setting: str) -> list[str]:
+        return list(dict.fromkeys(row["arm"] for row in self.rows.get(experiment, ()) if row["setting"] == setting))
+
+    def _plot(self, name: str, title: str, draw: Callable[..., None], drawn: object, *more: str) -> str:
+        """The link to a plot; nothing where there is nothing to draw."""
+        if not drawn:
+            return ""
+        path = self.plots / f"{name}.svg"
+        draw(path, drawn, title, *more)
+        return f"![{title}]({self.plots.name}/{path.name})"
+
+
+def _over_steps(rows: Sequence[Row], score: str) -> dict[float, Sample]:
+    by_seed = curve(rows, score)
+    steps = sorted({step for values in by_seed.values() for step in values})
+    return {step: sample([values[step] for values in by_seed.values() if step in values]) for step in steps}
+
+
+def _shown(values: Mapping[int, float], form: str) -> str:
+    return sample([*values.values()]).show(form) if values else NOTHING
+
+
+def _rates(rows: Sequence[Row]) -> str:
+    return ", ".join(f"{rate:g}" for rate in sorted({row["learning_rate"] for row in rows}))
+
+
+def _reached(rows: Sequence[Row], judge: str, goals: dict[int, float], higher_is_better: bool) -> str:
+    """Steps and FLOPs of the first checkpoints that are as good as clm's last one, a mean over the seeds that have one."""
+    found = reached(rows, judge, goals, higher_is_better)
+    there = [one for one in found.values() if one is not None]
+    if not found:
+        return NOTHING
+    if not there:
+        return f"never (0 of {len(found)})"
+    steps, student, teacher = (
+        sample([getattr(one, field) for one in there]).mean for field in ("step", "student_flops", "teacher_flops")
+    )
+    flops = f"{student:.2g}" + (f" + {teacher:.2g} of the teacher" if teacher else "")
+    return f"step {steps:.0f}, {flops} FLOPs ({len(there)} of {len(found)})"

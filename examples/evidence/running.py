@@ -1,0 +1,213 @@
+"""Students: an arm on a setting from a seed, trained by the training command, then scored at each checkpoint.
+
+    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002/   what the command writes; spec.json, settings.json, scores.jsonl
+    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002.log   what the command says
+    ROOT/results/EXPERIMENT.jsonl                        the rows of all runs of an experiment, in the order of its specs
+
+A run that has scores.jsonl is not done again, one that was interrupted goes on from its checkpoint, and one whose spec has
+changed starts over.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.page import circumstances
+from examples.evidence.costs import Costs
+from examples.evidence.jobs import Job, work
+from megatron_vocagno.monitor import FINISHED_FILE
+from megatron_vocagno.pretrain import main
+
+HERE = Path(__file__).parent
+ARMS = HERE / "arms"
+BASE, SETTINGS = HERE / "base.toml", HERE / "settings.json"
+EXPERIMENTS = ("mechanism", "noise", "continued")
+SPEC, SCORES = "spec.json", "scores.jsonl"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was asked for."""
+
+    root: Path = Path(".evidence")
+    seeds: int = 3
+    """Of the main arms: 1, 2, …"""
+    quick: bool = False
+    """Few steps and arms: to see that all of it works, not to learn anything from it."""
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One student."""
+
+    experiment: str
+    """A module of this package; its `score` judges the student."""
+    setting: str
+    """What is learned from, such as `random-0.6`; arms of one setting and seed learn from the same data in the same order."""
+    arm: str
+    """arms/ARM.toml"""
+    seed: int
+    learning_rate: float
+    overrides: tuple[str, ...] = ()
+    """Of the run file: data, student, steps, seed of the run, which is not given by `seed` alone."""
+    variant: str = ""
+    """Told after the arm's name where overrides make it another one: `chunk` with `-16`."""
+    batch: Mapping[str, int] = field(default_factory=dict)
+    """Fields laid over settings.json: train_batch_size, train_micro_batch_size_per_gpu."""
+
+    @property
+    def name(self) -> str:
+        return self.arm + self.variant
+
+    def output(self, root: Path) -> Path:
+        return root / "runs" / self.experiment / self.setting / self.name / f"seed-{self.seed}-lr-{self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A student that has learned."""
+
+    spec: Spec
+    output: Path
+
+    @property
+    def root(self) -> Path:
+        """Of the options that it was made with."""
+        return self.output.parents[4]
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps, ascending, and the folders of their checkpoints: those of `checkpoint.keep_every`, and the last."""
+        folders = sorted((self.output / "checkpoints").glob("step-*"))
+        return [(int(folder.name.removeprefix("step-")), folder) for folder in folders]
+
+
+class Experiment(Protocol):
+    """A module of this package."""
+
+    JUDGE: str
+    """The score by which learning rates are chosen and arms are compared."""
+    HIGHER_IS_BETTER: bool
+
+    def runs(self, options: Options) -> Sequence[Spec]: ...
+
+    def tuning(self, options: Options) -> Sequence[Spec]:
+        """The same arms at several learning rates, on a seed and data that no table uses."""
+
+    def prepare(self, specs: Sequence[Spec], options: Options) -> None:
+        """Corpora, datasets, teachers and their losses for these specs; what is there already is left alone."""
+
+    def words(self, options: Options) -> dict[str, str]:
+        """What templates/NAME.md fills in as `words`, besides the results."""
+
+    def score(self, run: Run) -> Iterator[tuple[int, dict[str, float]]]:
+        """(step, scores by name) of each step that is to be told. Called in a process of its own, on one thread."""
+
+
+def experiment(name: str) -> Experiment:
+    module: Any = importlib.import_module(f"examples.evidence.{name}")
+    return module  # type: ignore[no-any-return]
+
+
+def run_all(specs: Sequence[Spec], options: Options) -> None:
+    """Train and score what is missing. Raises JobFailed."""
+    due = [spec for spec in specs if not is_done(spec, options.root)]
+    work([job(spec, options, train_and_score) for spec in due], options.workers)
+
+
+def train_all(specs: Sequence[Spec], options: Options) -> None:
+    """Train what is missing, to be used and not judged: teachers, and students to continue from. Raises JobFailed."""
+    due = [spec for spec in specs if not is_trained(spec, options.root)]
+    work([job(spec, options, train) for spec in due], options.workers)
+
+
+def job(spec: Spec, options: Options, do: Callable[[Spec, Path], None]) -> Job:
+    output = spec.output(options.root)
+    return Job(str(output.relative_to(options.root / "runs")), output.parent / f"{output.name}.log", partial(do, spec, output))
+
+
+def is_trained(spec: Spec, root: Path) -> bool:
+    output = spec.output(root)
+    return (output / FINISHED_FILE).exists() and (output / SPEC).read_text(encoding="utf-8") == _text(spec)
+
+
+def is_done(spec: Spec, root: Path) -> bool:
+    return is_trained(spec, root) and (spec.output(root) / SCORES).exists()
+
+
+def train_and_score(spec: Spec, output: Path) -> None:
+    """In a process of its own: the training command, then the experiment's `score` and what it has cost."""
+    train(spec, output)
+    run, costs = Run(spec, output), Costs(output)
+    rows = [
+        {"experiment": spec.experiment, "setting": spec.setting, "arm": spec.name, "seed": spec.seed}
+        | {"learning_rate": spec.learning_rate, "step": step, "scores": scores, "costs": asdict(costs.at(step))}
+        for step, scores in experiment(spec.experiment).score(run)
+    ]
+    _write(output / SCORES, "".join(json.dumps(row) + "\n" for row in rows))
+    for _, checkpoint in run.checkpoints():
+        shutil.rmtree(checkpoint / "optimizer", ignore_errors=True)  # two thirds of it, and nobody goes on from here
+
+
+def train(spec: Spec, output: Path) -> None:
+    """The training command, in this process. Raises SystemExit with its exit code where the run has not finished."""
+    if (output / SPEC).exists() and (output / SPEC).read_text(encoding="utf-8") != _text(spec):
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / SPEC, _text(spec))
+    if (output / FINISHED_FILE).exists():
+        return
+    settings = json.loads(SETTINGS.read_text(encoding="utf-8")) | dict(spec.batch)
+    settings["optimizer"]["params"]["lr"] = spec.learning_rate
+    _write(output / SETTINGS.name, json.dumps(settings, indent=2))
+    arguments = [str(ARMS / f"{spec.arm}.toml"), "--deepspeed_config", str(output / SETTINGS.name)]
+    for override in (f"output={output}", f"training.seed={spec.seed}", *spec.overrides):
+        arguments += ["--set", override]
+    os.environ["MASTER_PORT"] = str(_free_port())
+    code = main(arguments)
+    if code or not (output / FINISHED_FILE).exists():
+        raise SystemExit(code or f"{output} was asked to stop before its last step")
+
+
+def collect(specs: Sequence[Spec], root: Path) -> list[dict[str, Any]]:
+    """The rows of runs that are done, in the order of their specs."""
+    files = [spec.output(root) / SCORES for spec in specs if is_done(spec, root)]
+    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def write_results(name: str, specs: Sequence[Spec], options: Options) -> None:
+    """The rows of an experiment, and beside them when and where they were made."""
+    folder = options.root / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in collect(specs, options.root)))
+    command = f"python -m examples.evidence prepare run {name} --seeds {options.seeds}{' --quick' if options.quick else ''}"
+    made = circumstances("torch", "deepspeed", "transformers")
+    note = {"command": command, "runs": len(specs), "circumstances": made, "words": experiment(name).words(options)}
+    _write(folder / f"{name}.json", json.dumps(note, indent=1))
+
+
+def _text(spec: Spec) -> str:
+    """All that decides what a run learns: the spec, and the files that it names."""
+    files = [(path.name, path.read_text(encoding="utf-8")) for path in (ARMS / f"{spec.arm}.toml", BASE, SETTINGS)]
+    return json.dumps(asdict(spec) | {"files": files}, indent=1)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

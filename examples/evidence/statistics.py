@@ -1,0 +1,97 @@
+"""Numbers of seeds -> what a table says: mean, spread, and differences between arms seed by seed.
+
+A row is what `running.py` writes. Everything here says of how many seeds it speaks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Of one number over seeds."""
+
+    mean: float
+    sd: float | None
+    """With n - 1 in the denominator; None for n = 1."""
+    n: int
+
+    def show(self, form: str = ".3f", sign: str = "") -> str:
+        spread = "" if self.sd is None else f" ± {self.sd:{form}}"
+        return f"{self.mean:{sign}{form}}{spread} (n={self.n})"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Arm minus reference, over the seeds that both have."""
+
+    difference: Sample
+    positive: int
+    negative: int
+    """Of how many seeds the difference has that sign."""
+
+    def show(self, form: str = ".3f") -> str:
+        same, sign = max((self.positive, "+"), (self.negative, "−"))
+        agreed = "" if self.difference.n == 1 else f"; {same} of {self.difference.n} {sign}"
+        text = self.difference.show(form, "+").replace("-", "−")
+        return text.replace(")", f"{agreed})")
+
+
+def sample(values: Sequence[float]) -> Sample:
+    """Raises ValueError: there is none."""
+    if not values:
+        raise ValueError("no value: nothing can be said of no seeds")
+    mean = math.fsum(values) / len(values)
+    if len(values) == 1:
+        return Sample(mean, None, 1)
+    return Sample(mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)), len(values))
+
+
+def paired(arm: dict[int, float], reference: dict[int, float]) -> Paired | None:
+    """arm, reference: seed -> value. None where they share no seed."""
+    differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
+    if not differences:
+        return None
+    return Paired(sample(differences), sum(d > 0 for d in differences), sum(d < 0 for d in differences))
+
+
+def curve(rows: Sequence[Row], score: str) -> dict[int, dict[int, float]]:
+    """Seed -> step -> value, of rows of one arm that have the score."""
+    found: dict[int, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["step"]):
+        if score in row["scores"]:
+            found.setdefault(row["seed"], {})[row["step"]] = row["scores"][score]
+    return found
+
+
+def final(rows: Sequence[Row], score: str) -> dict[int, float]:
+    """Seed -> value at the last step that has the score."""
+    return {seed: steps[max(steps)] for seed, steps in curve(rows, score).items()}
+
+
+@dataclass(frozen=True)
+class Reached:
+    """The first checkpoint of a run whose score is no worse than a goal."""
+
+    step: int
+    student_flops: float
+    teacher_flops: float
+
+
+def reached(rows: Sequence[Row], score: str, goals: dict[int, float], higher_is_better: bool) -> dict[int, Reached | None]:
+    """For each seed that both have, where the arm first reaches the seed's goal; None where it never does."""
+    found: dict[int, Reached | None] = {}
+    for seed in sorted({row["seed"] for row in rows} & goals.keys()):
+        found[seed] = None
+        for row in sorted((row for row in rows if row["seed"] == seed and score in row["scores"]), key=lambda row: row["step"]):
+            value, goal = row["scores"][score], goals[seed]
+            if value >= goal if higher_is_better else value <= goal:
+                found[seed] = Reached(row["step"], row["costs"]["student_flops"], row["costs"]["teacher_flops"])
+                break
+    return found

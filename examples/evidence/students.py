@@ -1,0 +1,20 @@
+"""A checkpoint of a run as transformers' model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def open_student(checkpoint: Path) -> PreTrainedModel:
+    """In float32, to be evaluated. checkpoint: a folder of `Run.checkpoints`."""
+    config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = {name: tensor for file in (checkpoint / "student").glob("*.safetensors") for name, tensor in load_file(file).items()}
+    missing, unknown = model.load_state_dict(state, strict=False)
+    tied = set(model.all_tied_weights_keys or {})
+    assert not unknown and set(missing) <= tied, f"{checkpoint}: {missing} are missing, {unknown} unknown"
+    return model.eval()

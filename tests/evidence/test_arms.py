@@ -1,0 +1,104 @@
+"""Every arm is a run file, and arms differ in guidance and teacher alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from examples.evidence import mechanism
+from examples.evidence.learning_rates import SEED, choose, learning_rate
+from examples.evidence.running import ARMS, EXPERIMENTS, Options, Spec
+from megatron_vocagno.config import Run, load_run
+
+GIVEN = ("data.train=data", 'student.config={model_type="llama"}')
+TEACHER = ("teacher.path=teacher",)
+NAMES = sorted(path.stem for path in ARMS.glob("*.toml"))
+
+
+def load(arm: str) -> Run:
+    with_teacher = load_run(ARMS / f"{arm}.toml", (*GIVEN, *TEACHER))
+    return with_teacher if with_teacher.guidance.needs_teacher else load_run(ARMS / f"{arm}.toml", GIVEN)
+
+
+def test_every_arm_of_the_comparison_is_there() -> None:
+    methods = {"guided", "guided-mean", "guided-sum", "keep-0.2", "keep-0.6", "keep-0.8", "unmapped-exclude"}
+    methods |= {"scope-sequence", "scope-global", "chunk", "rho1", "oracle"}
+    assert set(NAMES) == {"clm", "random", "student", "uld", "kld"} | methods
+
+
+@pytest.mark.parametrize("arm", NAMES)
+def test_an_arm_differs_from_the_method_in_guidance_and_teacher_alone(arm: str) -> None:
+    fields, method = load(arm).model_dump(), load("guided").model_dump()
+    different = {name for name in method if fields[name] != method[name]}
+    assert different <= {"guidance", "teacher"}
+    # rho1 is the method with another teacher, which its data bring along
+    assert "guidance" in different or arm in ("guided", "rho1")
+
+
+def test_no_two_arms_are_the_same() -> None:
+    seen = {load(arm).model_dump_json(): arm for arm in NAMES if arm != "rho1"}
+    assert len(seen) == len(NAMES) - 1
+
+
+def test_arms_keep_what_their_names_say() -> None:
+    rule = {arm: load(arm).guidance for arm in NAMES}
+    assert [rule[f"keep-{keep}"].keep for keep in (0.2, 0.6, 0.8)] == [0.2, 0.6, 0.8] and rule["guided"].keep == 0.4
+    assert rule["random"].keep == rule["student"].keep == rule["guided"].keep
+    assert (rule["guided"].aggregate, rule["guided-mean"].aggregate, rule["guided-sum"].aggregate) == ("max", "mean", "sum")
+    assert rule["oracle"].keep == 1.0 and rule["oracle"].require_positive
+
+
+def specs(seeds: int) -> list[Spec]:
+    options = Options(seeds=seeds)
+    return [*mechanism.runs(options), *mechanism.tuning(options)]
+
+
+def test_runs_are_told_apart_and_their_settings_load() -> None:
+    found = specs(3)
+    assert len({spec.output(Path("root")) for spec in found}) == len(found) > 60
+    for spec in found:
+        run = load_run(ARMS / f"{spec.arm}.toml", spec.overrides)
+        assert run.data.attention == "document" and run.logging.samples
+        assert run.guidance.needs_teacher == bool(run.teacher)
+
+
+def test_arms_of_a_setting_and_seed_learn_from_the_same_lines_for_as_long() -> None:
+    groups: dict[tuple[str, int], set[tuple[object, ...]]] = {}
+    for spec in specs(3):
+        run = load_run(ARMS / f"{spec.arm}.toml", spec.overrides)
+        # the folder's name says which teacher's tokens lie beside the student's
+        corpus, tokens = run.data.train[0].path.parent.parent, run.data.train[0].path.parent.name.split("-")[0]
+        same = (corpus, tokens, run.training.steps, run.data.row_length, str(run.student), tuple(spec.batch.items()))
+        groups.setdefault((spec.setting, spec.seed), set()).add(same)
+    assert len(groups) > 10 and all(len(same) == 1 for same in groups.values())
+
+
+def test_learning_rates_are_chosen_on_data_and_a_seed_that_no_table_uses() -> None:
+    tuned, shown = mechanism.tuning(Options()), mechanism.runs(Options())
+    assert {spec.seed for spec in tuned} == {SEED} and SEED not in {spec.seed for spec in shown}
+    data = [
+        {o for spec in group for o in spec.overrides if o.startswith(("data.train", "data.valid"))} for group in (tuned, shown)
+    ]
+    assert data[0] and not data[0] & data[1]
+    assert len({spec.output(Path("root")) for spec in tuned}) == len(tuned)
+
+
+def test_the_best_rate_is_recorded_and_ablations_follow_the_method(tmp_path: Path) -> None:
+    def row(arm: str, rate: float, step: int, nats: float, seed: int = SEED) -> dict[str, object]:
+        return {"arm": arm, "learning_rate": rate, "setting": "s", "seed": seed, "step": step, "scores": {"nats": nats}}
+
+    rows = [row("clm", 1e-3, 20, 2.0), row("clm", 2e-3, 10, 0.1), row("clm", 2e-3, 20, 3.0)]
+    rows += [row("guided", 1e-3, 20, 2.0), row("guided", 2e-3, 20, 1.0)]
+    file = tmp_path / "rates.json"
+    assert choose("x", rows, "nats", False, file) == ["clm", "guided"], "of two rates each is at an edge"
+    assert [learning_rate("x", arm, file) for arm in ("clm", "guided", "keep-0.2")] == [1e-3, 2e-3, 2e-3]
+    choose("y", rows, "nats", True, file)
+    assert [learning_rate("y", arm, file) for arm in ("clm", "guided")] == [2e-3, 1e-3]
+    assert learning_rate("x", "clm", file) == 1e-3
+    with pytest.raises(ValueError, match="seed 1"):
+        choose("z", [row("clm", 1e-3, 20, 2.0, seed=1)], "nats", False, file)
+
+
+def test_every_experiment_that_the_command_knows_is_a_module() -> None:
+    assert EXPERIMENTS == ("mechanism", "noise", "continued")

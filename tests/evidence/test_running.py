@@ -1,0 +1,186 @@
+"""The smallest real experiment, from facts to results: two seconds of training an arm, by the training command itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from examples.evidence import __main__ as command
+from examples.evidence import facts as task
+from examples.evidence import mechanism
+from examples.evidence.costs import Costs
+from examples.evidence.jobs import Job, JobFailed, work
+from examples.evidence.lessons import PARTS, Files, known_facts, open_tokenizer
+from examples.evidence.mechanism import QUICK, Recall, kinds
+from examples.evidence.recall import recall
+from examples.evidence.running import SCORES, SPEC, Options, Run
+from examples.evidence.students import open_student
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import read_manifest
+from megatron_vocagno.monitor import read_metrics
+from megatron_vocagno.samples import read_rows, read_steps
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evidence")
+    assert run(folder) == 0
+    return folder
+
+
+def run(root: Path) -> int:
+    return command.main(["prepare", "run", "mechanism", "--quick", "--workers", "2", "--root", str(root)])
+
+
+def rows(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "results" / "mechanism.jsonl").read_text().splitlines()]
+
+
+def runs(root: Path) -> dict[str, Run]:
+    specs = mechanism.runs(Options(root, quick=True))
+    return {spec.arm: Run(spec, spec.output(root)) for spec in specs}
+
+
+def test_every_arm_has_a_row_for_each_checkpoint(root: Path) -> None:
+    found = rows(root)
+    assert {row["arm"] for row in found} == {"clm", "guided", "oracle"}
+    for arm, trained in runs(root).items():
+        steps = [row["step"] for row in found if row["arm"] == arm]
+        assert steps == [step for step, _ in trained.checkpoints()] == [4, 8, 12, 16, 20]
+    for row in found:
+        assert 0 <= row["scores"]["accuracy"] <= 1 and 0 < row["scores"]["answer_nats"] < 5
+    # 20 steps teach the signs at least
+    last = {row["arm"]: row["scores"]["answer_nats"] for row in found if row["step"] == 20}
+    first = {row["arm"]: row["scores"]["answer_nats"] for row in found if row["step"] == 4}
+    assert all(last[arm] < first[arm] for arm in last)
+
+
+def test_the_exact_alignment_covers_its_tokens_whole(root: Path) -> None:
+    guided = [row["scores"] for row in rows(root) if row["arm"] == "guided"]
+    # the teacher's tokens are wider than the student's, so the union is more than the token
+    assert {scores["IoS"] for scores in guided} == {1.0} and all(0.5 < scores["IoU"] < 0.9 for scores in guided)
+
+
+def test_the_oracle_keeps_what_is_clean_and_all_of_it_and_clm_keeps_everything(root: Path) -> None:
+    for row in rows(root):
+        kept = {name: value for name, value in row["scores"].items() if name.startswith("kept_")}
+        assert kept.keys() == {"kept_clean", "kept_wrong", "kept_key", "kept_sign", "kept_end"}
+        if row["arm"] == "clm":
+            assert set(kept.values()) == {1.0}
+        if row["arm"] == "oracle":
+            assert {name for name, value in kept.items() if value == 0} == {"kept_wrong"}
+            assert {value for name, value in kept.items() if name != "kept_wrong"} == {1.0}
+
+
+def test_the_losses_of_the_oracle_lie_on_the_wrong_answers_and_nowhere_else(root: Path) -> None:
+    spec = runs(root)["oracle"].spec
+    assert isinstance(spec, Recall)
+    files, met = Files(root, "tables", QUICK), 0
+    for part in PARTS:
+        data = AlignedDataset.open(files.dataset(spec.reads, spec.seed, part, "oracle"))
+        lines = task.load_corpus(files.corpus(spec.reads, spec.seed, part))
+        tokenizer = open_tokenizer(files.tokenizer("pairs"))
+        assert len(lines) == len(data)
+        for document, line in enumerate(lines):
+            assert tokenizer.encode(line.text).ids == data.teacher(document)[:-1].tolist()
+            wrong = data.teacher_losses(document) == np.inf
+            assert wrong.tolist() == [kind == "wrong" for kind in kinds(line, tokenizer)]
+            met += int(wrong.any())
+    assert met > 100
+
+
+def test_a_checkpoint_opened_outside_has_the_losses_that_its_run_saw(root: Path) -> None:
+    """Each line alone, through transformers, against the sample rows of the engine, where many lines share a row."""
+    trained = runs(root)["guided"]
+    step, checkpoint = trained.checkpoints()[-1]
+    student, seen = open_student(checkpoint), read_rows(trained.output)
+    loss_RS = next(found.student_loss_RS for found in read_steps(trained.output) if found.step == step)
+    data, met = AlignedDataset.open(seen.dataset), 0
+    eos = data.student_tokenizer.eos_id
+    for document in np.unique(seen.document_RS[seen.valid_RS])[2:12].tolist():
+        here = seen.document_RS == document
+        ids = torch.from_numpy(data.student(document)).long()
+        with torch.no_grad():
+            logits_NV = student(torch.cat([torch.tensor([eos]), ids[:-1]])[None]).logits[0]
+        alone = cross_entropy(logits_NV, ids, reduction="none").numpy()
+        if here.sum() == len(ids) and here.any(1).sum() == 1:  # all of it in one row
+            np.testing.assert_allclose(loss_RS[here], alone[seen.token_RS[here]], atol=1e-4)
+            met += 1
+    assert met > 5
+
+
+def test_what_is_said_is_what_greedy_generation_says(root: Path) -> None:
+    trained = runs(root)["clm"]
+    student = open_student(trained.checkpoints()[-1][1])
+    tokenizer = open_tokenizer(Files(root, "tables", QUICK).tokenizer("digits"))
+    known = known_facts("tables", 30)
+    eos = tokenizer.token_to_id(task.EOS)
+    for fact, found in zip(known[:8], recall(student, tokenizer, known), strict=False):
+        prompt = torch.tensor([[eos, *tokenizer.encode(fact.prompt).ids]])
+        with torch.no_grad():
+            seen = torch.ones_like(prompt)  # EOS at the start is read, though padding looks the same
+            made = student.generate(prompt, attention_mask=seen, max_new_tokens=4, do_sample=False, pad_token_id=eos)
+        said = "".join(tokenizer.id_to_token(token) for token in made[0, prompt.shape[1] :].tolist())
+        assert found.said == said.split(".")[0]
+
+
+def test_costs_are_the_tokens_that_were_read_and_the_usual_rule(root: Path) -> None:
+    found = {row["arm"]: row["costs"] for row in rows(root) if row["step"] == 20}
+    parameters = {name: open_student(run.checkpoints()[-1][1]).num_parameters() for name, run in runs(root).items()}
+    for arm, trained in runs(root).items():
+        read = sum(line.get("throughput/student_tokens", 0) for line in read_metrics(trained.output))
+        assert found[arm]["student_tokens"] == read > 1000
+        assert found[arm]["student_flops"] == 6 * parameters[arm] * read
+    spec = runs(root)["guided"].spec
+    assert isinstance(spec, Recall)
+    scored = read_manifest(Files(root, "tables", QUICK).dataset(spec.reads, spec.seed, "train", "pairs")).totals.teacher_tokens
+    assert found["guided"]["teacher_tokens"] == scored > 1000
+    assert found["clm"]["teacher_flops"] == 0 < found["guided"]["teacher_flops"]
+
+
+def test_an_online_teacher_reads_as_much_text_as_the_student_at_every_step(root: Path, tmp_path: Path) -> None:
+    """The record of a cached run, told as if its teacher had been there."""
+    trained = runs(root)["guided"]
+    shutil.copytree(trained.output, tmp_path / "run")
+    for file in (tmp_path / "run").glob("checkpoints/*/run.json"):
+        file.write_text(file.read_text().replace('"cached"', '"replicated"'))
+    cached, online = Costs(trained.output), Costs(tmp_path / "run")
+    assert cached.at(0).teacher_tokens == cached.at(20).teacher_tokens > 0 == online.at(0).teacher_tokens
+    # characters are cut into fewer tokens by the teacher
+    assert 0.5 < online.at(20).teacher_tokens / online.at(20).student_tokens < 1
+    assert online.at(20).teacher_tokens == pytest.approx(2 * online.at(10).teacher_tokens, rel=0.1)
+
+
+def test_a_second_start_makes_good_what_a_killed_one_left_and_does_nothing_again(root: Path) -> None:
+    results = (root / "results" / "mechanism.jsonl").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (root / "runs").rglob("*") if path.is_file()}
+    unscored, unfinished = (runs(root)[arm].output for arm in ("clm", "guided"))
+    (unscored / SCORES).unlink()
+    for path in unfinished.iterdir():
+        if path.name != SPEC:  # as if killed before its first checkpoint
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert run(root) == 0
+    assert (root / "results" / "mechanism.jsonl").read_bytes() == results
+    changed = {path for path, time in before.items() if not path.exists() or path.stat().st_mtime_ns != time}
+    again = {path for path in changed if not path.is_relative_to(unfinished) and path.suffix != ".log"}
+    assert again == {unscored / SPEC, unscored / SCORES}
+    assert not [path for path in changed if "oracle" in str(path)]
+
+
+def fail() -> None:
+    print("before it failed")
+    raise SystemExit(3)
+
+
+def test_a_job_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed, match=r"(?s)bad ended with exit code 3; .*before it failed"):
+        work([Job("bad", tmp_path / "logs" / "bad.txt", fail)], workers=1)
