@@ -24,7 +24,7 @@ setup(
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
         "numpy>=2.0",
-        "pydantic>=2.10,<3",
+        "pydantic>=2.12,<3",
         "orjson>=3.10",
         "rich>=13",
         "tensorboard>=2.18",

@@ -6,7 +6,9 @@ the meta device; and plans the run as its files have it. Nothing is downloaded, 
 
 from __future__ import annotations
 
+import argparse
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,10 +18,12 @@ from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, RunError, Teacher
 from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.engine.cached import check_cached
+from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.folder import ModelError, cached_snapshot
 from megatron_vocagno.model.student import check_row_length, student_config
-from megatron_vocagno.plan import Question, ask, parse
+from megatron_vocagno.plan import Question, add_question, ask
 from megatron_vocagno.planning.comparison import Task, as_asked
 from megatron_vocagno.planning.layouts import stages
 from megatron_vocagno.planning.report import table, text
@@ -28,12 +32,33 @@ from megatron_vocagno.planning.shapes import Passage, passage
 USER_ERRORS = (RunError, ModelError, CorpusError)
 
 
-def dry_run(arguments: Sequence[str]) -> str:
-    """What the run resolves to, what passes through its models, and its plan. Arguments: those of megatron_vocagno.plan.
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit code. Arguments: --dry-run, anywhere, and those of megatron_vocagno.plan that say what is asked."""
+    options = _parse(arguments)
+    try:
+        print(dry_run(options), end="")
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} --dry-run",
+        description="Check what needs no data, weights or GPU, and plan the run.",
+    )
+    add_question(parser)
+    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # read by the caller
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
+    return parser.parse_args(arguments)
+
+
+def dry_run(options: argparse.Namespace) -> str:
+    """What the run resolves to, what passes through its models, and its plan.
 
     Raises USER_ERRORS: what would stop the run, as far as it can be known.
     """
-    options = parse(arguments)
     question = ask(options)
     task = question.task
     layout = batch_layout(task.settings, options.gpus, task.run.parallel.pipeline_stages)
@@ -51,7 +76,7 @@ def dry_run(arguments: Sequence[str]) -> str:
 
 
 def _check_models(question: Question) -> None:
-    """Raises RunError, ModelError: models, rows, vocabularies and stages that do not fit together."""
+    """Raises USER_ERRORS: models, rows, vocabularies and cached losses that do not fit together."""
     task, config = question.task, question.task.student.config
     check_row_length(config, task.run.data.row_length)
     if task.run.student.config is not None:
@@ -65,6 +90,8 @@ def _check_models(question: Question) -> None:
                     f"{data.path}: its {side} tokenizer has {tokens:,} tokens, the {side} has {rows:,}: "
                     "the dataset was aligned for another one"
                 )
+        check_vocabularies(task.run, data)
+    check_cached(task.run, question.datasets)
 
 
 def _resolved(question: Question, layout: Layout) -> Iterator[str]:
@@ -78,7 +105,10 @@ def _resolved(question: Question, layout: Layout) -> Iterator[str]:
         yield f"data: {source.path}{'' if question.datasets else ', not there yet'}"
     yield f"student: {_whereabouts(run.student.pretrained) if run.student.pretrained else 'from nothing'}"
     for teacher in _read_teachers(run):
-        yield f"teacher: {_whereabouts(teacher.path)}, {teacher.dtype}, {teacher.placement}"
+        if teacher.placement == "cached":
+            yield f"teacher: its cached losses alone{f', of {hub.short_name(teacher.path)}' if teacher.path else ''}"
+        else:
+            yield f"teacher: {_whereabouts(teacher.path)}, {teacher.dtype}, {teacher.placement}"
     tokens = layout.rows * run.data.row_length
     stages = f" x {parallel.pipeline_stages} stages" if parallel.pipeline_stages else ""
     yield (
@@ -99,15 +129,10 @@ def _read_teachers(run: Run) -> tuple[Teacher, ...]:
 
 
 def _whereabouts(path: Path | None) -> str:
-    if path is None:
-        return "its losses alone"
+    assert path is not None, "the configuration lets none but cached teachers through without"
     if not hub.is_id(path):
         return f"{path}{'' if path.expanduser().exists() else ', not there yet'}"
-    try:
-        hub.snapshot(path, offline=True)
-    except hub.HubError:
-        return f"{path}, to be downloaded from the Hub"
-    return f"{path}, in the Hub's cache"
+    return f"{path}, in the Hub's cache" if cached_snapshot(path) else f"{path}, to be downloaded from the Hub"
 
 
 def _stages(task: Task) -> Iterator[str]:

@@ -97,6 +97,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron_vocagno.plan", description="Memory, time and cost of a run, before anything starts."
     )
+    add_question(parser)
+    parser.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
+    return parser.parse_args(arguments)
+
+
+def add_question(parser: argparse.ArgumentParser) -> None:
+    """The options that `ask` reads."""
     parser.add_argument("run", type=Path, help="the run file, TOML")
     parser.add_argument("--deepspeed_config", type=Path, required=True, help="the DeepSpeed configuration, JSON")
     parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
@@ -111,8 +118,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(
             f"--{name}", type=float, metavar="X", help=f"assumed {name.replace('-', ' ')}, default {field.default}"
         )
-    parser.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
-    return parser.parse_args(arguments)
 
 
 def _datasets(run: Run) -> list[AlignedDataset]:
@@ -187,7 +192,8 @@ def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumption
     path = given or teacher.path
     if path is None:
         raise RunError(
-            "a cached teacher has no teacher.path here: give its config.json with --teacher-config, once for each teacher"
+            "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json with "
+            "--teacher-config, once for each teacher"
         )
     config = _supported(read_config(path, "teacher"), "teacher").get_text_config()
     row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)

@@ -25,6 +25,11 @@ PATIENCE = 5.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--dry-run" in arguments:
+        from megatron_vocagno import dryrun
+
+        return dryrun.main(arguments)
     options = _parse(arguments)
     try:
         run = load_run(options.run, options.set)
@@ -35,9 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
     except RunError as error:
         return _refuse(error)
-    if options.dry_run:
-        problem = _dry_run(options)
-        return 0 if problem is None else _refuse(problem)
     try:
         # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
         with Stopper(run.training.max_minutes) as stopper:
@@ -61,21 +63,9 @@ def _train(run: Run, settings: Path, stopper: Stopper) -> Exception | None:
     return None
 
 
-def _dry_run(options: argparse.Namespace) -> Exception | None:
-    """Returns what the user has to mend."""
-    from megatron_vocagno.dryrun import USER_ERRORS, dry_run
-
-    settings = ["--deepspeed_config", str(options.deepspeed_config)]
-    overrides = [part for override in options.set for part in ("--set", override)]
-    try:
-        print(dry_run([str(options.run), *settings, *overrides, *options.of_plan]), end="")
-    except USER_ERRORS as error:
-        return error
-    return None
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.")
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    # no abbreviations: `--dry` must not train
+    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.", allow_abbrev=False)
     parser.add_argument("run", type=Path, help="the run file, TOML")
     parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
@@ -86,11 +76,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="check all that needs no data, weights or GPU, and stop; with the options of python -m megatron_vocagno.plan",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
-    options, of_plan = parser.parse_known_args(arguments)
-    if of_plan and not options.dry_run:
-        parser.error(f"unrecognized arguments: {' '.join(of_plan)}")
-    options.of_plan = of_plan
-    return options
+    return parser.parse_args(arguments)
 
 
 def _refuse(error: Exception) -> int:

@@ -9,13 +9,15 @@ same name. R rows of S student positions, and of U positions of the teacher at m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -23,6 +25,8 @@ from megatron_vocagno.batch.pack import Float32, Int32, Mapping, UInt8
 from megatron_vocagno.config import Guidance, RunError
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
+VERSION = "1"
+"""Of both files, in their metadata. The first files had none and are the same."""
 WIDEST = 4
 """Spans of so many teacher tokens and more are told together."""
 
@@ -106,8 +110,9 @@ def write_step(output: Path, step: SampleStep) -> None:
 
 
 def read_rows(output: Path) -> SampleRows:
-    """Raises RunError where the run wrote none."""
-    tensors, metadata = _read(output / FOLDER / ROWS_FILE)
+    """Raises RunError: the run wrote none, or a file that is broken or of another release."""
+    named = ("target", "document", "token", "first", "last", "mapping", "teacher")
+    tensors, metadata = _read(output / FOLDER / ROWS_FILE, named, ("dataset", "fingerprint"))
     return SampleRows(
         tensors["target"],
         tensors["document"],
@@ -122,11 +127,15 @@ def read_rows(output: Path) -> SampleRows:
 
 
 def read_steps(output: Path) -> list[SampleStep]:
-    """All evaluations, in their order. Raises RunError for a broken file."""
+    """All evaluations, in their order. Raises RunError for a file that is broken or of another release."""
     steps = []
     for step, path in step_files(output):
-        tensors, metadata = _read(path)
-        rule = Guidance.model_validate_json(metadata["guidance"])
+        tensors, metadata = _read(path, ("student_loss", "guide", "weight"), ("guidance",))
+        try:
+            # a rule may have had a field that is gone; what the others mean is the same
+            rule = Guidance.model_validate_json(metadata["guidance"], extra="ignore")
+        except ValidationError as error:
+            raise RunError(f"{path} holds a rule that this release does not know: {error}") from None
         steps.append(SampleStep(step, tensors["student_loss"], tensors["guide"], tensors["weight"], rule))
     return steps
 
@@ -134,7 +143,39 @@ def read_steps(output: Path) -> list[SampleStep]:
 def step_files(output: Path) -> Iterator[tuple[int, Path]]:
     """Steps with their files, in order."""
     for path in sorted((output / FOLDER).glob("step-*.safetensors")):
-        yield int(path.stem.removeprefix("step-")), path
+        if re.fullmatch(r"step-\d{8}", path.stem):
+            yield int(path.stem.removeprefix("step-")), path
+
+
+def difference(one: SampleRows, other: SampleRows) -> str | None:
+    """What keeps the steps of two runs from being compared, in words; None where the rows are the same."""
+    if one.fingerprint != other.fingerprint:
+        return "the dataset (data.valid)"
+    if len(one) != len(other):
+        return "their number (logging.samples)"
+    if one.target_RS.shape != other.target_RS.shape:
+        return f"their length, {one.target_RS.shape[1]} and {other.target_RS.shape[1]} positions (data.row_length)"
+    if not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("target_RS", "document_RS", "token_RS")):
+        return "the tokens"
+    if changed := int((one.mapping_RS != other.mapping_RS).sum()):
+        return (
+            f"whether the teacher covers a token, {changed:,} of them (teacher.placement, or a teacher that reads shorter rows)"
+        )
+    if changed := int((_cover(one) != _cover(other)).any(axis=0).sum()):
+        return f"which of the teacher's tokens cover a token, {changed:,} of them (guidance.chunks)"
+    return None
+
+
+def _cover(rows: SampleRows) -> Int32:
+    """[3, R, S] how many teacher tokens cover a mapped one, and the first and the last of them.
+
+    Not where they stand in the row: where losses are cached, its teacher tokens may begin one earlier.
+    """
+    # a row may have no teacher token
+    padded_RU = np.pad(rows.teacher_RU, ((0, 0), (0, 1)), constant_values=-1)
+    places = (np.where(rows.mapped_RS, place_RS, -1) for place_RS in (rows.first_RS, rows.last_RS - 1))
+    ends = [np.take_along_axis(padded_RU, place_RS, axis=1) for place_RS in places]
+    return np.stack([rows.last_RS - rows.first_RS, *ends])
 
 
 def summary(rows: SampleRows, step: SampleStep) -> dict[str, float]:
@@ -169,15 +210,22 @@ def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, metadata))
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    temporary.write_bytes(save(contiguous, metadata | {"version": VERSION}))
     temporary.replace(path)
 
 
-def _read(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def _read(path: Path, names: Collection[str], keys: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Tensors of these names, and metadata of these keys."""
     if not path.is_file():
         raise RunError(f"{path} is missing: a run writes it with logging.samples = R, for so many rows")
     try:
         with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise RunError(f"{path} is no file that a run wrote: {error}") from None
+    if (version := metadata.get("version", VERSION)) != VERSION:
+        raise RunError(f"{path} has version {version}, this release reads {VERSION}: read it with the release that wrote it")
+    if missing := [*(set(names) - set(tensors)), *(set(keys) - set(metadata))]:
+        raise RunError(f"{path} is no file that a run wrote: it has no {', '.join(sorted(missing))}")
+    return tensors, metadata

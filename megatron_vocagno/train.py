@@ -29,7 +29,7 @@ from megatron_vocagno.engine.counts import StepCounts, count_step
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy
-from megatron_vocagno.engine.pins import pin_models
+from megatron_vocagno.engine.pins import from_the_hub, pin_models
 from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.samples import open_samples
@@ -86,7 +86,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
         samples.begin(position.step)
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
-    for line in (_opening(run, layout, steps, position), *_sources(datasets, rows, layout)):
+    for line in (_opening(run, layout, steps, position), *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     saved, due = position.step, False
     with closing(occupancy), monitor.writing(position.step):

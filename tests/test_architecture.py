@@ -22,7 +22,7 @@ DIRECTION = {
     "batch": {"config", "corpus"},
     "model": {"objective", "config", "hub"},
     "offline": {"model", "batch", "corpus", "hub"},
-    "engine": {"model", "batch", "objective", "config", "corpus", "samples"},
+    "engine": {"model", "batch", "objective", "config", "corpus", "samples", "hub"},
     "planning": {"model", "batch", "objective", "config", "hub"},
     "dryrun": {"plan", "planning", "engine", "model", "batch", "corpus", "config", "hub"},
     "plan": {"planning", "engine", "model", "batch", "corpus", "config"},

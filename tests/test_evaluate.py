@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -68,7 +68,70 @@ def test_results_of_a_run_are_those_of_plain_transformers_on_its_export(case: Ca
     torch.testing.assert_close(torch.tensor(told), torch.tensor(scores), rtol=1e-4, atol=1e-4)
     assert results["word_problems_choice"]["acc,none"] == pytest.approx(right / 12)
     assert results["word_problems_answer"]["perplexity,none"] == pytest.approx(math.exp(nats / 12), rel=1e-3)
-    assert results["word_problems_cot"]["exact_match,answer"] == 0
+    (samples,) = out.glob("samples_word_problems_cot_*.jsonl")
+    written_by_student = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
+    assert len(written_by_student) == 12 and all(written_by_student)
+    assert 0 <= results["word_problems_cot"]["exact_match,answer"] < 1, "so young a student"
+
+
+class Speaker(NamedTuple):
+    says: str
+    scores: int
+
+
+def speakers(answer: int) -> list[Speaker]:
+    return [
+        Speaker(f" Some reasoning with 9 and 3. The answer is {answer}.\n\n", 1),
+        Speaker(f" The answer is {answer}", 1),
+        Speaker(f" The answer is {answer + 1}.", 0),
+        Speaker(f" The answer is {answer}0.", 0),
+        Speaker(f" It is {answer}.", 0),
+        Speaker(f" The answer is {answer + 1}. No. The answer is {answer}.", 0),
+    ]
+
+
+SPEAK = """
+import json, sys
+from lm_eval import simple_evaluate
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+class Canned(LM):
+    def generate_until(self, requests, **_):
+        return [responses[request.doc["question"]] for request in requests]
+    loglikelihood = loglikelihood_rolling = None
+
+responses = json.load(sys.stdin)
+tasks = TaskManager(include_path="examples/evaluate", include_defaults=False)
+told = simple_evaluate(Canned(), tasks=["word_problems_cot"], task_manager=tasks, bootstrap_iters=0)
+scores = {sample["doc"]["question"]: sample["exact_match"] for sample in told["samples"]["word_problems_cot"]}
+print(json.dumps([told["results"]["word_problems_cot"]["exact_match,answer"], scores]))
+"""
+
+
+def test_an_answer_that_is_written_out_scores_where_it_is_right() -> None:
+    """The task's own filter and metric, by lm-eval, on answers that nobody generated."""
+    problems = [json.loads(line) for line in (REPOSITORY / "examples" / "evaluate" / "problems.jsonl").read_text().splitlines()]
+    chosen = {}
+    for place, problem in enumerate(problems):
+        each = speakers(int(problem["answer"]))
+        chosen[problem["question"]] = each[place % len(each)]
+    beside = Path(sys.prefix) / "evaluation"
+    offline = environment(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONPATH=f"{beside}{os.pathsep}{REPOSITORY}")
+    finished = subprocess.run(
+        [sys.executable, "-c", SPEAK],
+        cwd=REPOSITORY,
+        env=offline,
+        input=json.dumps({question: speaker.says for question, speaker in chosen.items()}),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    mean, scores = json.loads(finished.stdout.splitlines()[-1])
+    assert scores == {question: speaker.scores for question, speaker in chosen.items()} and len(scores) == 12
+    assert mean == pytest.approx(4 / 12)
 
 
 def test_a_mistake_is_told_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,11 +15,15 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno import hub
+from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.model.folder import ModelError, model_folder, pinned
 from megatron_vocagno.offline.score import Asked
+from megatron_vocagno.planning.sizes import read_config
 from tests.hub_server import COMMIT, GATED, serving
 from tests.runs import REPOSITORY, Case, environment, spawn
+from tools.preprocess import score_teacher
 
 FETCH = "import sys; from megatron_vocagno import hub; print(hub.snapshot(sys.argv[1]))"
 
@@ -74,7 +79,84 @@ def test_a_path_that_exists_is_no_id_and_a_slip_in_one_is_not_asked_of_the_hub(
     ]
     assert [hub.is_id(name) for name in ids] == [True] * len(ids)
     assert [hub.is_id(name) for name in paths] == [False] * len(paths)
-    assert [hub.short_name(Path(name)) for name in (ids[0], ids[2], "/x/tiny@1")] == ["Qwen2.5-Math-7B", "b", "tiny@1"]
+    names = [ids[0], ids[2], "/x/tiny@1", "models/other@main"]
+    assert [hub.short_name(Path(name)) for name in names] == ["Qwen2.5-Math-7B", "b", "tiny@1", "other"]
+
+
+def test_a_folder_named_like_an_organisation_is_told_and_hides_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen").mkdir()
+    assert hub.is_id(f"Qwen/small@{COMMIT}") and not hub.is_id("Qwen/small")
+    with pytest.raises(ModelError, match=r"no model at Qwen/small: .* taken for a path, .* because `Qwen` is here"):
+        model_folder("Qwen/small")
+    with pytest.raises(RunError, match="not for a Hub id, because `Qwen` is here"):
+        read_config(Path("Qwen/small"), "teacher")
+    with pytest.raises(ModelError, match="Is it a Hub id"):
+        model_folder("./Qwen/small")
+
+
+def test_what_the_system_refuses_to_look_at_is_a_path_with_an_error_of_its_own(tmp_path: Path) -> None:
+    name = Path("a" * 300) / "b"
+    assert not hub.is_id(name) and pinned([name], tmp_path / "pins.json") == [name]
+    with pytest.raises(ModelError, match=r"no model at aaa.*File name too long"):
+        model_folder(name)
+    with pytest.raises(RunError, match=r"no configuration of the teacher at aaa.*File name too long"):
+        read_config(name, "teacher")
+
+
+def test_a_pin_outlives_the_branch_that_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commits = {"Qwen/small": "1" * 40, "Qwen/large@v2": "2" * 40, "Qwen/small@v2": "3" * 40}
+    asked: list[str] = []
+
+    def snapshot(name: str, _: object) -> Path:
+        asked.append(name)
+        return Path(commits[name])
+
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    record = Path("Qwen/run1/pins.json")  # its folder hides the organisation from the second start
+    names, pins = list(map(Path, commits)), [Path(f"{name.partition('@')[0]}@{commit}") for name, commit in commits.items()]
+    assert pinned([*names[:2], tmp_path], record) == [*pins[:2], tmp_path]
+    commits.update(dict.fromkeys(list(commits)[:2], "4" * 40))
+    assert pinned(names[:2], record) == pins[:2]
+    # another revision is another wish
+    record = (tmp_path / "Qwen").rename(tmp_path / "elsewhere") / "run1/pins.json"
+    assert pinned(names[1:], record) == pins[1:] and asked == list(commits)
+    assert json.loads(record.read_text()) == dict(zip(map(str, names), map(str, pins), strict=True))
+    # what is here, and what has a commit, asks neither the record nor the Hub
+    (tmp_path / "Qwen/small").mkdir(parents=True)
+    record.write_text('{"Qwen/small": "Qwen/small"}')
+    assert pinned([names[0], pins[0]], record) == [names[0], pins[0]]
+    with pytest.raises(ModelError, match=r"pins.json, the commits of Hub ids, cannot be read: a name without its commit"):
+        pinned(names[1:2], record)
+
+
+def test_of_two_processes_that_pin_at_once_the_first_has_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, first = tmp_path / "pins.json", f"a/b@{'1' * 40}"
+
+    def snapshot(*_: object) -> Path:
+        record.write_text(json.dumps({"a/b": first}))
+        return Path("2" * 40)
+
+    monkeypatch.setattr(hub, "snapshot", snapshot)
+    assert pinned([Path("a/b")], record) == [Path(first)]
+
+
+def test_all_tasks_that_score_a_dataset_read_one_commit(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shutil.copytree(case.train, tmp_path / "data")
+    asked: list[Asked] = []
+
+    def keep(path: Path, what: Asked, *_: object) -> Manifest:
+        asked.append(what)
+        return read_manifest(path)
+
+    monkeypatch.setattr(score_teacher, "score", keep)
+    for task, commit in (("1/2", "1" * 40), ("2/2", "2" * 40)):
+        monkeypatch.setattr(hub, "snapshot", lambda *_, commit=commit: Path(commit))
+        assert score_teacher.main([str(data), "--teacher", "someone/tiny", "--shards", task]) == 0
+    assert [what.teacher for what in asked] == [Path(f"someone/tiny@{'1' * 40}")] * 2
+    assert score_teacher.main([str(tmp_path / "nowhere"), "--teacher", "someone/tiny"]) == 2
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: Path) -> None:
@@ -89,6 +171,41 @@ def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: P
     for name, (_, error) in zip(names[3:], found[3:], strict=True):
         assert f"HubError: {name} is not, or not whole, in the Hub's cache" in error
         assert "hf download someone/" in error and str(tmp_path / "home") in error
+
+
+def test_a_cache_that_is_not_whole_is_told_where_the_hub_is_not_asked(tmp_path: Path) -> None:
+    snapshots = [tmp_path / f"home/hub/models--someone--{name}/snapshots/{COMMIT}" for name in ("shards", "config", "whole")]
+    for folder in snapshots:
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    for folder in (snapshots[0], snapshots[2]):
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
+    (snapshots[2] / "model-1.safetensors").write_text("")
+    program = (
+        "import sys\nfrom megatron_vocagno.model.folder import *\nfor name in ('shards', 'config', 'whole'):\n"
+        f"    name = sys.argv[1] + name + '@{COMMIT}'\n"
+        "    try: print(model_folder(name))\n    except ModelError as error: print(error)\n    print(cached_snapshot(name))"
+    )
+    process = python(program, "someone/", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
+    out, err = process.communicate(timeout=120)
+    lines = out.splitlines()
+    assert process.returncode == 0, err
+    for line, name in zip(lines[:4:2], ("shards", "config"), strict=True):
+        assert (
+            f"someone/{name}@{COMMIT} is not, or not whole, in the Hub's cache" in line and f"hf download someone/{name}" in line
+        )
+    assert lines[1::2] == ["None", "None", str(snapshots[2])] and lines[4] == str(snapshots[2])
+
+
+def test_a_file_is_missing_on_the_hub_only_where_the_hub_says_so(tmp_path: Path, model: Path) -> None:
+    program = "import sys; from megatron_vocagno import hub; print(hub.require_unlisted('someone/tiny', sys.argv[1:]))"
+    with serving({"someone/tiny": model}) as server:
+        where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
+        absent, listed = python(program, "absent.json", **where), python(program, "model.safetensors", **where)
+        assert outcome(absent) == ("None", "")
+        assert "someone/tiny is not, or not whole, in the Hub's cache" in outcome(listed)[1]
+        offline = python(program, "absent.json", HF_HUB_OFFLINE="1", **where)
+        assert "HubError: someone/tiny is not, or not whole" in outcome(offline)[1]
 
 
 def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_run(tmp_path: Path, model: Path) -> None:
@@ -122,6 +239,7 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_it
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub, "snapshot", lambda name: model)
+    monkeypatch.setattr(hub, "require_unlisted", lambda *_: None)
     assert model_folder("someone/tiny") == model
     (model / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no weights in someone/tiny: .* Pickled weights are not downloaded"):
@@ -131,9 +249,10 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_it
         raise hub.HubError("the reason")
 
     monkeypatch.setattr(hub, "snapshot", refuse)
-    for reading in (model_folder, pinned):
-        with pytest.raises(ModelError, match="no model at a/b: the path does not exist, and as a Hub id: the reason"):
-            reading(Path("a/b"))
+    with pytest.raises(ModelError, match="no model at a/b: the path does not exist, and as a Hub id: the reason"):
+        model_folder("a/b")
+    with pytest.raises(ModelError, match="path does not exist, and as a Hub id: the reason"):
+        pinned([Path("a/b")], model / "pins.json")
 
 
 def test_losses_that_were_scored_by_id_are_those_of_the_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,6 +277,11 @@ def test_a_run_does_not_depend_on_the_road_by_which_its_models_came(case: Case, 
         command = case.command("by-id", ids)
         finished = _with(where, command)
     assert finished.returncode == 0, finished.stdout[-4000:]
+    for side in ("student", "teacher"):
+        cache = tmp_path / "home/hub" / f"models--someone--{side}/snapshots/{COMMIT}"
+        assert f"from the Hub: someone/{side}@{COMMIT}, in {cache}\n" in finished.stdout
+    pins = json.loads((half / "pins.json").read_text())
+    assert pins == {f"someone/{side}": f"someone/{side}@{COMMIT}" for side in ("student", "teacher")}
     assert "resuming after step 2" in finished.stdout
     assert f"student.pretrained = someone/student@{COMMIT} (was {student})" in finished.stdout
     one, other = (load(output / "checkpoints" / "step-00000004") for output in (whole, half))

@@ -117,6 +117,41 @@ def test_data_that_is_there_is_checked_against_the_models(
     assert "its teacher tokenizer has" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["guidance.objective=kld"], "compares two distributions over one vocabulary"),
+        (["teacher.placement=cached"], "has no losses of its teacher, and teacher.placement is 'cached'"),
+    ],
+)
+def test_a_run_that_its_data_stops_is_not_called_faultless(
+    change: list[str], message: str, dataset: AlignedDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [part for text in (*change, f"data.train={dataset.path}") for part in ("--set", text)]
+    assert main([*QWEN, "--gpus", "8", *settings]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_cached_teacher_is_its_losses_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*QWEN, "--gpus", "8", "--set", "teacher.placement=cached"]) == 0
+    assert "\nteacher: its cached losses alone, of Qwen2.5-Math-7B-Instruct\n" in capsys.readouterr().out
+
+
+def test_options_stand_in_any_order_and_those_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dry-run", "--local_rank=0", "--gpus", "8", QWEN[0], *QWEN[1:3], *QWEN[4:]]) == 0
+    assert "no fault" in capsys.readouterr().out
+    for wrong, message in (
+        ([*QWEN, "--gpus", "8", "--json"], "unrecognized arguments: --json"),
+        ([*QWEN, "--gpus", "8", "--print-config"], "unrecognized arguments: --print-config"),
+        (QWEN, "the following arguments are required: --gpus"),
+        ([*QWEN[:3], "--dry"], "unrecognized arguments: --dry"),
+    ):
+        with pytest.raises(SystemExit) as exit_of:
+            main(wrong)
+        told = capsys.readouterr().err
+        assert exit_of.value.code == 2 and message in told and "megatron_vocagno.plan" not in told
+
+
 def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QWEN, "--gpus", "8", "--gpu", "l40s", "--set", "parallel.pipeline_stages=2"]) == 0
     printed = capsys.readouterr().out

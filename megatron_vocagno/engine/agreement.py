@@ -25,24 +25,35 @@ class Failure:
 
 
 class Watch:
-    """Notes the first error of some kinds, so that this rank can go on to where all ranks tell each other."""
+    """Notes the first error, so that this rank can go on to where all ranks tell each other."""
 
     def __init__(self, *kinds: type[Exception]) -> None:
+        """kinds: those that are told as a message. Any other is a defect, and raised again where it was met."""
         self.kinds = kinds
         self.error: str | None = None
+        self._defect: Exception | None = None
 
     @contextmanager
     def on(self, what: object = None) -> Iterator[None]:
         """Run a block without collectives; `what` it works on stands before its error."""
         try:
             yield
-        except self.kinds as error:
-            self.error = self.error or (f"{what}: {error}" if what else str(error))
+        except Exception as error:
+            message = str(error)
+            if not isinstance(error, self.kinds):
+                self._defect = self._defect or error
+                message = f"{type(error).__name__}: {message}"
+            self.error = self.error or (f"{what}: {message}" if what else message)
 
     def failure(self) -> Failure | None:
-        """The same on all ranks; None where no rank met an error. Collective over the world."""
+        """The same on all ranks; None where no rank met an error. Collective over the world.
+
+        Raises, on the rank that met it alone, an error of another kind.
+        """
         errors: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, self.error)
+        if self._defect is not None:
+            raise self._defect
         ranks = tuple(rank for rank, error in enumerate(errors) if error is not None)
         return Failure(ranks, errors[ranks[0]] or "") if ranks else None
 
@@ -50,7 +61,8 @@ class Watch:
 def together(action: Callable[[], Result], *errors: type[Exception]) -> Result:
     """What `action` returns, once it has succeeded on every rank; it may hold no collectives. Collective over the world.
 
-    Raises SharedError on all ranks where it raised one of `errors` on any.
+    Raises SharedError on all ranks where it raised one of `errors` on any. Any other error is raised as it is where it was met,
+    and as a SharedError elsewhere.
     """
     watch = Watch(*errors)
     with watch.on():
@@ -65,7 +77,8 @@ def together(action: Callable[[], Result], *errors: type[Exception]) -> Result:
 def from_first_rank(action: Callable[[], Result], *errors: type[Exception]) -> Result:
     """What `action` returns on the first rank, on all. Collective over the world.
 
-    Raises SharedError on all ranks where it raised one of `errors`.
+    Raises SharedError on all ranks where it raised one of `errors`. Any other error is raised as it is on the first, and as a
+    SharedError on the others.
     """
     watch = Watch(*errors)
     answer: list[Result | None] = [None]

@@ -7,19 +7,23 @@ for several teachers datasets that are not of the same documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_vocagno import hub
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
 from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
 from megatron_vocagno.config import Guidance, Run, RunError, Teacher
-from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.dataset import DATASET, AlignedDataset
 from megatron_vocagno.corpus.losses import require_whole, unscored
+from megatron_vocagno.corpus.manifest import Scoring
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
+from megatron_vocagno.model.folder import cached_snapshot
 
 
 def is_cached(run: Run) -> bool:
@@ -72,6 +76,14 @@ def _aligned(source: TeacherSource, guidance: Guidance) -> TeacherSource:
     return source if guidance.chunks is None else Chunked(source, guidance.chunks)
 
 
+def check_cached(run: Run, datasets: Sequence[AlignedDataset]) -> None:
+    """Raises RunError: losses that are missing, or not those asked for. Of further teachers, where their datasets are there."""
+    if is_cached(run):
+        for k, teacher in enumerate(run.teacher):
+            if all((path / DATASET).is_file() for path in teacher.data):
+                open_scored(run, k, datasets)
+
+
 def open_scored(run: Run, k: int, datasets: Sequence[AlignedDataset]) -> list[AlignedDataset]:
     """The datasets that hold the losses of the run's teacher k: those of `data.train` for the first, its own for the others."""
     asked = run.teacher[k]
@@ -100,14 +112,24 @@ def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
             f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'}"
         )
     require_whole(data.path, data.manifest)
-    if asked.path is not None and asked.path.expanduser().exists():
-        fingerprint = teacher_fingerprint(asked.path)
-        if fingerprint != data.scoring.teacher:
-            raise RunError(
-                f"{data.path} holds the losses of {data.scoring.name} ({data.scoring.teacher}), "
-                f"teacher.path is {asked.path} ({fingerprint}).\n"
-                "  Name the teacher that has scored it, or score it anew (tools.preprocess.score_teacher --replace)."
-            )
+    if asked.path is not None:
+        _require_teacher(data, data.scoring, asked.path)
+
+
+def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path) -> None:
+    """Raises RunError: `path` is not the teacher that was scored, by its weights where they are here, or else by its name."""
+    folder = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
+    if folder is not None and folder.exists():
+        fingerprint = teacher_fingerprint(folder)
+        same, which = fingerprint == scoring.teacher, fingerprint
+    else:
+        same, which = hub.short_name(path) == scoring.name, "whose weights are not on this machine"
+    if not same:
+        raise RunError(
+            f"{data.path} holds the losses of {scoring.name} ({scoring.teacher}), teacher.path is {path} ({which}).\n"
+            "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the dataset, or\n"
+            "  score it anew (tools.preprocess.score_teacher --replace)."
+        )
 
 
 def _require_same_documents(mine: AlignedDataset, first: AlignedDataset) -> None:

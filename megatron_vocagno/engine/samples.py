@@ -22,7 +22,7 @@ from megatron_vocagno.engine.agreement import from_first_rank
 from megatron_vocagno.engine.cached import held_out_source
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.trainers import Engine
-from megatron_vocagno.samples import FOLDER, SampleRows, SampleStep, read_rows, step_files, write_rows
+from megatron_vocagno.samples import FOLDER, SampleRows, SampleStep, difference, read_rows, step_files, write_rows
 
 
 def open_samples(
@@ -57,24 +57,26 @@ class Samples:
     def begin(self, step: int) -> None:
         """Make room for what comes after `step`, the steps already done: later files go. Collective over the world.
 
-        Raises RunError: what lies there is of other rows, and not all of it is to come again.
+        Raises SharedError: what lies there is of other rows or another release, and not all of it is to come again. Nothing is
+        removed then.
         """
         from_first_rank(lambda: self._begin(step), RunError, OSError)
 
     def _begin(self, step: int) -> None:
         output = self.run.output
-        for written, path in step_files(output):
-            # nothing of step 0 is kept when a run starts over: its first evaluation comes again
-            if written > step or not step:
-                path.unlink()
-        if any(step_files(output)):
+        files = list(step_files(output))
+        # nothing of step 0 is kept when a run starts over: its first evaluation comes again
+        again = [path for written, path in files if written > step or not step]
+        if len(again) < len(files):
             there = read_rows(output)
-            if there.fingerprint != self.rows.fingerprint or not np.array_equal(there.target_RS, self.rows.target_RS):
+            if differs := difference(there, self.rows):
                 raise RunError(
                     f"{output / FOLDER} holds {len(there)} rows of {there.dataset} ({there.fingerprint}), this run asks for "
                     f"{len(self.rows)} of {self.rows.dataset} ({self.rows.fingerprint}).\n"
-                    "  Files of both cannot be compared: move the folder away, or set data.valid and logging.samples back."
+                    f"  They differ in {differs}, and files of both cannot be compared: move the folder away, or set that back."
                 )
+        for path in again:
+            path.unlink()
         write_rows(output, self.rows)
 
     def look(self, step: int, engine: Engine, scorer: Scorer | None, asked: Callable[[], int]) -> SampleStep | None:

@@ -6,7 +6,7 @@ Everything here works on any causal language model that transformers knows; what
 import copy
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,32 @@ from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
 
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+
 
 class ModelError(Exception):
     """A model that cannot be used as asked: what was tried, both values, the likely cause."""
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the snapshot of a Hub id, once it is known to be a folder with a config.json and safetensors.
+    """`path`, or the snapshot of a Hub id, once it is known to be a folder with a config.json and whole safetensors.
 
     Raises ModelError.
     """
-    if hub.is_id(path):
-        return _snapshot(path)
+    try:
+        folder = _snapshot(path) if hub.is_id(path) else _local_folder(path)
+    except OSError as error:
+        raise ModelError(f"no model at {path}: {error}") from error
+    if absent := _absent(folder):
+        source = _weight_files(folder)[0]
+        raise ModelError(f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?")
+    return folder
+
+
+def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(
-            f"no model at {folder}: the path does not exist. Is it a Hub id? Those are org/name or org/name@revision."
-        )
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
     if not _weight_files(folder):
@@ -54,9 +63,12 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 def _snapshot(name: str | os.PathLike[str]) -> Path:
     try:
         folder = hub.snapshot(name)
+        missing = _missing(folder)
+        if missing:
+            hub.require_unlisted(name, missing)
     except hub.HubError as error:
         raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
-    if not (folder / "config.json").is_file() or not _weight_files(folder):
+    if missing:
         raise ModelError(
             f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "
             "Pickled weights are not downloaded, as they can run code when they are read. Has the Hub's bot offered a conversion "
@@ -65,18 +77,48 @@ def _snapshot(name: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def pinned(path: Path) -> Path:
-    """A Hub id with its commit, so that many processes read the same; any other path as it is. Raises ModelError."""
-    if not hub.is_id(path):
-        return path
+def cached_snapshot(name: str | os.PathLike[str]) -> Path | None:
+    """The folder of a Hub id in the cache; None where it is not there, or not whole. The Hub is not asked."""
     try:
-        return Path(hub.pinned(path))
+        folder = hub.snapshot(name, offline=True)
+    except hub.HubError:
+        return None
+    return folder if not _missing(folder) else None
+
+
+def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
+    """Hub ids with their commits, see hub.pinned; any other path as it is. Raises ModelError, OSError."""
+    try:
+        return [Path(name) for name in hub.pinned(paths, record)]
     except hub.HubError as error:
-        raise ModelError(f"no model at {path}: the path does not exist, and as a Hub id: {error}") from error
+        raise ModelError(f"a model's path does not exist, and as a Hub id: {error}") from error
+
+
+def _missing(folder: Path) -> list[str]:
+    """Files for want of which a snapshot is no model."""
+    if not (folder / "config.json").is_file():
+        return ["config.json"]
+    return _absent(folder) if _weight_files(folder) else list(WEIGHT_FILES)
+
+
+def _absent(folder: Path) -> list[str]:
+    """Files that the index of the weights lists, and that are not there."""
+    source = _weight_files(folder)[0]
+    files = set(_file_of(source).values()) if source.suffix == ".json" else set()
+    return sorted(file for file in files if not (folder / file).is_file())
+
+
+def _file_of(index: Path) -> dict[str, str]:
+    """Tensor name -> name of the file that holds it, of sharded weights."""
+    try:
+        file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{index} cannot be read: {error!r}") from error
+    return file_of
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return [file for name in ("model.safetensors", "model.safetensors.index.json") if (file := folder / name).is_file()]
+    return [file for name in WEIGHT_FILES if (file := folder / name).is_file()]
 
 
 class PretrainedWeights:
@@ -92,13 +134,7 @@ class PretrainedWeights:
         source = _weight_files(self.folder)[0]
         if source.suffix == ".safetensors":
             return dict.fromkeys(self._shard(source.name).keys(), source.name)
-        file_of: dict[str, str] = json.loads(source.read_text(encoding="utf-8"))["weight_map"]
-        absent = sorted({file for file in file_of.values() if not (self.folder / file).is_file()})
-        if absent:
-            raise ModelError(
-                f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?"
-            )
-        return file_of
+        return _file_of(source)
 
     def _shard(self, file: str) -> Any:
         if file not in self._open:

@@ -82,13 +82,18 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
     """
     if hub.is_id(path):
         path = _cached(path, whose)
-    file = path / "config.json" if path.is_dir() else path
-    if file.suffix != ".json" or not file.is_file():
+    try:
+        file = path / "config.json" if path.is_dir() else path
+        text = file.read_text(encoding="utf-8") if file.suffix == ".json" and file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"no configuration of the {whose} at {path}: {error}") from error
+    if text is None:
         raise RunError(
-            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file.\n{_remedy(whose)}"
+            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file. "
+            f"{hub.taken_for_path(path)}\n{_remedy(whose)}"
         )
     try:
-        config: PretrainedConfig = AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+        config: PretrainedConfig = AutoConfig.for_model(**json.loads(text))
     # transformers raises classes of its own for wrong types and values; all carry a readable message
     except Exception as error:
         raise RunError(f"{file} is no configuration that transformers knows: {error}") from error

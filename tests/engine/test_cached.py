@@ -119,15 +119,38 @@ def test_losses_that_are_missing_or_another_teachers_are_refused(
     data = AlignedDataset.open(scored)
     with pytest.raises(RunError, match=r"holds the losses of teacher \([0-9a-f]{64}\), teacher.path is .*other \([0-9a-f]{64}\)"):
         training_rows(run_of(case, "other", scored, cached, f"teacher.path={other}"), [data], None)
-    # the weights may be gone: then nobody can say
+    # the weights may be gone: then their name speaks for them
     gone = run_of(case, "gone", scored, cached, "teacher.path=/nowhere/teacher")
     assert len(training_rows(gone, [data], None)) == 1
+    with pytest.raises(RunError, match=r"teacher.path is /nowhere/other \(whose weights are not on this machine\)"):
+        training_rows(run_of(case, "elsewhere", scored, cached, "teacher.path=/nowhere/other"), [data], None)
 
     twice = shutil.copytree(scored, tmp_path / "twice")
     score(twice, replace(asked, context=40), replace=True)
     blend = [data, AlignedDataset.open(twice)]
     with pytest.raises(RunError, match="were not scored in one way"):
         training_rows(gone, blend, None)
+
+
+def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and_by_its_name_else(
+    case: Case, scored: Path, teacher_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, other = AlignedDataset.open(scored), write_teacher(tmp_path / "other", teacher_tokenizer, scale=0.5)
+    cached: dict[str, Path] = {}
+    monkeypatch.setattr("megatron_vocagno.engine.cached.cached_snapshot", lambda name: cached.get(str(name)))
+
+    def accepts(name: str) -> bool:
+        run = run_of(case, "by-id", scored, 'teacher.placement="cached"', f"teacher.path={name}")
+        try:
+            return len(training_rows(run, [data], None)) == 1
+        except RunError as error:
+            assert "One dataset holds one teacher's losses" in str(error)
+            return False
+
+    commit = "0" * 40
+    assert [accepts(name) for name in ("a/teacher", f"a/teacher@{commit}", "a/teacher-instruct")] == [True, True, False]
+    cached |= {"a/teacher": other, "a/teacher-instruct": case.teacher}
+    assert [accepts(name) for name in ("a/teacher", f"a/teacher@{commit}", "a/teacher-instruct")] == [False, True, True]
 
 
 # ---- several teachers

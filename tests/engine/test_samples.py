@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +24,17 @@ from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.export import export
 from megatron_vocagno.offline.score import Asked, score
-from megatron_vocagno.samples import FOLDER, SampleRows, SampleStep, read_rows, read_steps, summary
+from megatron_vocagno.samples import (
+    FOLDER,
+    SampleRows,
+    SampleStep,
+    difference,
+    read_rows,
+    read_steps,
+    summary,
+    write_rows,
+    write_step,
+)
 from tests.runs import Case, metrics, spawn
 
 # more than a step's rows, and no multiple of a micro-batch: the rows of the second forward are empty in part
@@ -273,10 +285,109 @@ def test_cached_losses_of_the_held_out_text_guide_and_are_asked_for(case: Case, 
             met += 1
     assert met > 150
 
+    loaded = samples_of(case, "samples-loaded", "logging.samples=3")
+    assert difference(loaded.rows, samples.rows) is None, "a run may go on from a loaded teacher to its cached losses"
+
     fields = run.model_dump()
     fields["teacher"] = [fields["teacher"][0], fields["teacher"][0] | {"path": None, "data": [valid]}]
     with pytest.raises(RunError, match=r"logging.samples = 3 with 2 teachers"):
         Samples(Run.model_validate(fields), [scored], scored, None)
+
+
+# ---- what lies there already
+
+
+def samples_of(case: Case, name: str, *overrides: str) -> Samples:
+    arguments = case.command(name, overrides)
+    run = load_run(Path(arguments[0]), arguments[4::2])
+    assert run.data.valid is not None
+    data = AlignedDataset.open(run.data.valid)
+    return Samples(run, [data], data, None)
+
+
+def write_steps(samples: Samples, *steps: int) -> Path:
+    """Files as a run writes them, of no loss that anyone computed; their folder."""
+    output, shape = samples.run.output, samples.rows.target_RS.shape
+    write_rows(output, samples.rows)
+    for step in steps:
+        write_step(output, SampleStep(step, *(np.full(shape, step, np.float32) for _ in range(3)), samples.run.guidance))
+    return output / FOLDER
+
+
+def rewrite(path: Path, drop: str = "", **metadata: str) -> None:
+    """The same file without what is called `drop`, and with other metadata."""
+    with safe_open(path, framework="numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys() if name != drop}  # noqa: SIM118
+        kept = {key: value for key, value in file.metadata().items() if key != drop}
+    save_file(tensors, path, kept | metadata)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("override", "differs"),
+    [
+        ("guidance.chunks=2", r"which of the teacher's tokens cover a token, 1\d\d of them \(guidance.chunks\)"),
+        ("logging.samples=4", r"their number \(logging.samples\)"),
+        ("data.row_length=48", r"their length, 64 and 48 positions \(data.row_length\)"),
+        ("data.valid={case.train}", r"the dataset \(data.valid\)"),
+    ],
+)
+def test_files_of_other_rows_are_refused_and_none_is_removed(case: Case, override: str, differs: str) -> None:
+    name = f"samples-{override.partition('=')[0]}"
+    folder = write_steps(samples_of(case, name, "logging.samples=3"), 0, 1, 2)
+    other = samples_of(case, name, "logging.samples=3", override.format(case=case))
+    before = names(folder)
+    with pytest.raises(RunError, match=f"They differ in {differs}, and files of both cannot be compared"):
+        other._begin(1)
+    assert names(folder) == before and len(before) == 4
+    other._begin(0)
+    assert names(folder) == ["rows.safetensors"] and difference(read_rows(other.run.output), other.rows) is None
+
+
+@pytest.mark.parametrize("objective", ["clm", "student", "random", "uld"])
+def test_another_objective_goes_on_with_the_same_rows(case: Case, objective: str) -> None:
+    folder = write_steps(samples_of(case, f"samples-to-{objective}", "logging.samples=3"), 0, 1, 2)
+    (folder / "step-best.safetensors").write_bytes(b"somebody's own")
+    samples_of(case, f"samples-to-{objective}", "logging.samples=3", f"guidance.objective={objective}")._begin(1)
+    assert names(folder) == [
+        "rows.safetensors",
+        "step-00000000.safetensors",
+        "step-00000001.safetensors",
+        "step-best.safetensors",
+    ]
+
+
+def test_a_file_of_another_release_is_an_error_that_says_so(case: Case) -> None:
+    samples = samples_of(case, "samples-release", "logging.samples=3")
+    output, rows, step = samples.run.output, f"{FOLDER}/rows.safetensors", f"{FOLDER}/step-00000001.safetensors"
+    mistakes: list[tuple[str, str, dict[str, str], str]] = [
+        (rows, "", {"version": "2"}, "has version 2, this release reads 1"),
+        (step, "", {"version": "2"}, "has version 2, this release reads 1"),
+        *((rows, name, {}, f"it has no {name}") for name in ("target", "mapping", "teacher", "fingerprint")),
+        *((step, name, {}, f"it has no {name}") for name in ("student_loss", "weight", "guidance")),
+        (step, "", {"guidance": '{"objective": "oracle"}'}, "a rule that this release does not know"),
+    ]
+    for file, drop, metadata, words in mistakes:
+        write_steps(samples, 0, 1)
+        rewrite(output / file, drop, **metadata)
+        with pytest.raises(RunError, match=words) as error:
+            read_rows(output)
+            read_steps(output)
+        assert str(output / file) in str(error.value)
+        if file == rows:
+            with pytest.raises(RunError, match=words):
+                samples._begin(1)
+    # without metadata at all
+    save_file({"target": samples.rows.target_RS}, output / rows)
+    with pytest.raises(RunError, match="it has no dataset, document, "):
+        samples._begin(1)
+    # a field that the rule had once, and the first files, which had no version
+    write_steps(samples, 0, 1)
+    rewrite(output / step, "version", guidance='{"objective": "guided", "keep": 0.25, "temperature": 2}')
+    assert [step.guidance.keep for step in read_steps(output)] == [0.4, 0.25]
 
 
 def test_a_run_that_is_asked_to_leave_looks_no_further(case: Case) -> None:

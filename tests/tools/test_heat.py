@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from base64 import b64encode
+from dataclasses import replace
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_vocagno.config import Guidance, Run
 from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.samples import SampleRows, SampleStep, summary, write_rows, write_step
 from tools.preprocess import heat
-from tools.preprocess.report import main
+from tools.preprocess.report import main, parse
 
 ROWS, LENGTH, STEPS = 12, 128, (0, 10, 20, 30)
 VOID = {"meta", "br", "input"}
@@ -232,6 +233,31 @@ def test_the_command_writes_the_page_and_explains_what_it_lacks(run, rows, sourc
     (broken / "rows.safetensors").write_bytes(b"\x00" * 30)
     assert main(["--run", str(broken.parent), "--out", str(out)]) == 2
     assert "is no file that a run wrote" in capsys.readouterr().err
+
+
+def test_a_dataset_that_has_moved_is_named(run, rows, source, small, tmp_path, capsys):
+    moved = replace(rows, dataset=str(tmp_path / "gone"))
+    folder, _ = written(tmp_path / "<b>run</b>", moved, Guidance())
+    command = ["--run", str(folder), "--out", str(tmp_path / "heat.html")]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'gone'}" in told and "--data FOLDER" in told and f"{folder} holds rows of it" in told
+    assert main([*command, "--data", str(small.dataset.path)]) == 0
+    assert (tmp_path / "heat.html").read_text(encoding="utf-8") == source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["DATASET", "--data", "X"], "--data goes with --run"),
+        (["--run", "RUN", "--sample", "5"], "with --run nothing is sampled"),
+        (["--run", "RUN", "--row-length", "4096"], "with --run nothing is sampled"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(arguments, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse([*arguments, "--out", "page.html"])
+    assert words in capsys.readouterr().err
 
 
 def test_widths_and_shares_add_up(run, rows):

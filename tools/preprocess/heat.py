@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from megatron_vocagno.batch.pack import Float32, Int32, Mapping
 from megatron_vocagno.config import RunError
+from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps, summary
 from tools.preprocess.interlinear import Interlinear, Side, visible
@@ -77,7 +78,7 @@ def page(run: Path, data: Path | None = None) -> str:
     rows, steps = read_rows(run), read_steps(run)
     if not steps:
         raise RunError(f"{run} holds no evaluation of its sample rows yet: the first is written before the first step")
-    dataset = AlignedDataset.open(data or rows.dataset)
+    dataset = _dataset(run, rows, data)
     if dataset.fingerprint != rows.fingerprint:
         raise RunError(
             f"{dataset.path} ({dataset.fingerprint}) is not the dataset whose rows {run} holds ({rows.fingerprint}).\n"
@@ -110,6 +111,15 @@ def page(run: Path, data: Path | None = None) -> str:
         hash=b64encode(sha256(script.encode()).digest()).decode(),
         colours=range(2 * HALF + 1),
     )
+
+
+def _dataset(run: Path, rows: SampleRows, data: Path | None) -> AlignedDataset:
+    if data is not None:
+        return AlignedDataset.open(data)
+    try:
+        return AlignedDataset.open(rows.dataset)
+    except CorpusError as error:
+        raise RunError(f"{error}\n  {run} holds rows of it. Where it lies elsewhere now, name it: --data FOLDER.") from None
 
 
 def _shown(rows: SampleRows) -> NDArray[np.bool_]:

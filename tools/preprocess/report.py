@@ -67,7 +67,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--sample", type=positive_int, default=1000, help="documents whose rows are measured (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
     parser.add_argument("--row-length", type=row_length, default=2048, help="student positions of a row (default: 2048)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.run is None and args.data is not None:
+        parser.error("--data goes with --run; a dataset is named by itself")
+    measures = ("sample", "seed", "row_length")
+    if args.run is not None and any(getattr(args, name) != parser.get_default(name) for name in measures):
+        parser.error("--sample, --seed and --row-length are of a dataset's page: with --run nothing is sampled")
+    return args
 
 
 def positive_int(text: str) -> int:

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
-from megatron_vocagno.corpus.manifest import Manifest
+from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.hub import is_id
@@ -34,6 +34,9 @@ from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.offline.score import CONTEXT, Asked, DType, Engine, ScoringError, finish, score
 from tools.preprocess.build_dataset import positive_int, slice_of
 from tools.preprocess.score_progress import ScoreProgress, summary
+
+PINS = ".build/pins.json"
+"""Of a dataset: the commits of Hub ids that have scored it, so that all tasks of an array read the same weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +62,9 @@ def score_teacher(argv: Sequence[str]) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards, rank, world)
     # tasks of a cluster start elsewhere
-    teacher = pinned(args.teacher) if is_id(args.teacher) else args.teacher.absolute()
+    read_manifest(path)  # before anything is written there
+    [teacher] = pinned([args.teacher], path / PINS)
+    teacher = teacher if is_id(teacher) else teacher.absolute()
     asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
     console = Console()
     with ScoreProgress(console, f"rank {rank}: " if world > 1 else "") as progress:
