@@ -30,7 +30,7 @@ ARMS = ("clm", "random", "random-0.6", "student", "guided", "keep-0.6", "oracle"
 """As tables name them; random-0.6 keeps as many as keep-0.6."""
 GUIDED = ("guided", "keep-0.6")
 SETTING, TUNING = "half-junk", "tune-half-junk"
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ROW, ROWS_A_STEP, STEPS, QUICK_STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 2, 320, 8, 4, 40
 MODEL = {
     "model_type": "llama",
