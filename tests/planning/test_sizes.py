@@ -74,7 +74,7 @@ def test_flops_are_those_that_a_step_computes(spec: dict[str, Any], recompute: b
         forward = counter.get_total_flops()
         rows.tell(torch.arange(learned))
         (loss_BS.flatten() * (torch.arange(tokens) < learned)).sum().backward()
-    planned = _passes(Stage(found.layers, True, True), found, tokens, LENGTH, learned / tokens, recompute)
+    planned = _passes(Stage(found.layers, True, True), found, tokens, LENGTH, 1, learned / tokens, recompute)
     # torch counts the whole square of attention, we the half under the diagonal
     square = found.layers * tokens * 4 * found.heads_width * (LENGTH - (LENGTH + 1) / 2)
     assert forward == planned[0] + square
