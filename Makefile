@@ -1,7 +1,7 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite
 # make lint   ruff and mypy
-# make evidence  does the guidance work: three small experiments, into docs/evidence.md; within an hour on two cores
+# make evidence  does the guidance work: three small experiments, into docs/evidence.md
 # make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
 # make gpu-test    the kernels' and the objective's tests on the GPU that is here

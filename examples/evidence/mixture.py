@@ -29,7 +29,7 @@ from examples.evidence.problems import Problem, invent_problems
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tools.preprocess import build_dataset, score_teacher
 
-SHARES = {"mathematics": 0.4, "problems": 0.3, "code": 0.3}
+SHARES = {"mathematics": 0.4, "problems": 0.4, "code": 0.2}
 """Of the rows of the mixture, by source."""
 DOMAINS: tuple[Domain, ...] = ("mathematics", "software", "code")
 """The student has learned `software` before, and neither of the others."""
@@ -37,7 +37,7 @@ WRONG = 0.3
 """Of the problems in the mixture, those with a wrong result."""
 LONGEST = 1_500
 """Bytes of a document: longer ones are cut between lines."""
-TRAIN = {"mathematics": 205_000, "problems": 1_150, "code": 88_000}
+TRAIN = {"mathematics": 205_000, "problems": 1_850, "code": 62_000}
 MIXED = {"mathematics": 9_000, "problems": 50, "code": 4_000}
 HELD_OUT = {"mathematics": 30_000, "software": 12_000, "code": 12_000}
 """Bytes of text, before junk, and numbers of problems."""

@@ -1,4 +1,4 @@
-"""Word problems with worked answers, invented from templates: `Question: … Answer: 7 + 5 = 12.`
+"""Word problems invented from templates, with worked answers such as `Answer: 5 + 4 = 9.`
 
 A story and its numbers are in one part alone, so no test is learned from; the same numbers do meet elsewhere, in other stories.
 In a share of the problems the result is wrong, and nothing in the text says so.
@@ -6,35 +6,36 @@ In a share of the problems the result is wrong, and nothing in the text says so.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from examples.evidence.corpus import PARTS, Part
 
-HELD_OUT = 10
-"""One pair of numbers of a template in so many is for tests, and another one for tuning."""
-HIGHEST = 9
-"""Of the two numbers that are added or multiplied, or that a difference or quotient leads back to."""
-NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Julia", "Lucas", "Maria", "Oscar", "Sarah", "Tom")
-THINGS = ("apples", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "shells", "stamps", "stickers")
+NUMBERS = range(2, 6)
+"""Any two of them are added or multiplied, or are what a difference or quotient leads back to."""
+HELD_OUT = 2
+"""Of the 16 pairs of numbers of a template, so many are for tests, and as many for tuning."""
+NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Henry", "Julia", "Lucas", "Maria", "Max", "Oscar", "Paul", "Ray", "Tom")
+THINGS = ("apples", "bags", "balls", "books", "cards", "coins", "eggs", "flowers", "keys", "lamps", "shells", "stamps")
 
 # {a} and {b} meet under the operation; {name} and {other} are two persons
 TEMPLATES = (
-    ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many {things} does {name} have now?"),
-    ("+", "{name} has {a} {things} and {other} has {b}. How many {things} do they have together?"),
-    ("+", "There are {a} {things} on the table and {b} in the box. How many {things} are there in all?"),
-    ("+", "{name} paid {a} dollars for lunch and {b} dollars for a ticket. How much did {name} pay?"),
-    ("-", "{name} had {a} {things} and gave {b} of them to {other}. How many {things} does {name} have left?"),
-    ("-", "{name} is {a} years old and {other} is {b}. How many years older is {name}?"),
-    ("-", "{name} needs {a} {things} and has found {b}. How many {things} does {name} still need?"),
+    ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many does {name} have now?"),
+    ("+", "{name} has {a} {things} and {other} has {b}. How many do they have together?"),
+    ("+", "{name} has {a} {things} on the table and {b} in the box. How many are there in all?"),
+    ("-", "{name} had {a} {things} and gave {b} of them to {other}. How many are left?"),
+    ("-", "There were {a} {things} in the box. {name} took {b} of them. How many are left?"),
+    ("-", "{name} needs {a} {things} and has found {b}. How many are still missing?"),
     ("*", "{name} has {a} boxes with {b} {things} in each box. How many {things} does {name} have?"),
-    ("*", "{name} reads {b} pages each day. How many pages does {name} read in {a} days?"),
-    ("*", "{name} buys {a} tickets for {b} dollars each. How much does {name} pay?"),
-    ("/", "{name} shares {a} {things} equally among {b} children. How many {things} does each child get?"),
-    ("/", "{a} {things} lie in {b} equal rows on the table of {name}. How many {things} are in each row?"),
-    ("/", "{name} puts {a} {things} into bags of {b}. How many bags does {name} fill?"),
+    ("*", "{name} sells {b} {things} each day. How many {things} does {name} sell in {a} days?"),
+    ("*", "{name} buys {a} {things} for {b} dollars each. How much does {name} pay?"),
+    ("/", "{name} shares {a} {things} equally among {b} friends. How many does each friend get?"),
+    ("/", "{name} puts {a} {things} into boxes of {b}. How many boxes are full?"),
+    ("/", "{name} lays {a} {things} in {b} equal rows. How many are in each row?"),
 )
 
 
@@ -84,17 +85,28 @@ def invent_problems(count: int, part: Part, seed: int, wrong: float = 0.0) -> li
 
 def part_of(problem: Problem) -> Part:
     """By template and numbers; a + b and b + a are two instances of a story."""
-    name = f"{problem.template}:{problem.a},{problem.b}"
-    return PARTS[min(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % HELD_OUT, 2)]
+    return _parts(problem.template, TEMPLATES[problem.template][0])[problem.a, problem.b]
+
+
+@functools.cache
+def _parts(template: int, operation: str) -> dict[tuple[int, int], Part]:
+    """The part of each instance (a, b) of a template."""
+    instances = [_instance(operation, x, y)[:2] for x, y in itertools.product(NUMBERS, NUMBERS)]
+    order = sorted(instances, key=lambda numbers: hashlib.sha256(f"{template}:{numbers}".encode()).digest())
+    return {numbers: PARTS[min(place // HELD_OUT, 2)] for place, numbers in enumerate(order)}
+
+
+def _instance(operation: str, x: int, y: int) -> tuple[int, int, int]:
+    """a, b and the result."""
+    return {"+": (x, y, x + y), "-": (x + y, y, x), "*": (x, y, x * y), "/": (x * y, y, x)}[operation]
 
 
 def _invent(template: int, random: np.random.Generator) -> Problem:
     operation, story = TEMPLATES[template]
-    a, b = random.integers(2, HIGHEST + 1, 2).tolist()
-    a, result = {"+": (a, a + b), "-": (a + b, a), "*": (a, a * b), "/": (a * b, a)}[operation]
+    a, b, result = _instance(operation, *random.choice(NUMBERS, 2).tolist())
     name, other = random.choice(NAMES, 2, replace=False).tolist()
     question = story.format(name=name, other=other, things=random.choice(THINGS), a=a, b=b)
-    return Problem(template, a, b, f"Question: {question}\nAnswer:", result)
+    return Problem(template, a, b, f"{question}\nAnswer:", result)
 
 
 def _spoil(problem: Problem, random: np.random.Generator) -> Problem:

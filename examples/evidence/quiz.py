@@ -60,7 +60,8 @@ class Quiz:
     def scores(self, student: PreTrainedModel) -> dict[str, float]:
         """Losses in nats a token, where all before is given.
 
-        work_nats, result_nats  of what stands between `Answer:` and the result, and of the result
+        answer_nats             of what follows `Answer:`, such as `5 + 4 = 9.`
+        work_nats, result_nats  of what stands before the result, and of the result
         result_nats_OPERATION   of the results of one operation: sum, difference, product, quotient
         accuracy                the share of results that are said, greedily and exactly
         """
@@ -68,7 +69,8 @@ class Quiz:
         result_NL = self.kind_NL == "result"
         # the point after the last digit is part of it: 12 is not 123
         right_N = (said_NL | ~(result_NL | (self.kind_NL == "point"))).all(1)
-        scores = {f"{kind}_nats": float(loss_NL[self.kind_NL == kind].mean()) for kind in ("work", "result")}
+        kinds = {"work": ["work"], "result": ["result"], "answer": ["work", "result", "point"]}
+        scores = {f"{name}_nats": float(loss_NL[np.isin(self.kind_NL, of)].mean()) for name, of in kinds.items()}
         for operation, name in OPERATIONS.items():
             scores[f"result_nats_{name}"] = float(loss_NL[(self.operation_N == operation)[:, None] & result_NL].mean())
         return scores | {"accuracy": float(right_N.mean())}

@@ -1,4 +1,4 @@
-"""The student that all arms of the third experiment continue: six million parameters, trained plainly until its loss is flat.
+"""The student that all arms of the third experiment continue: five million parameters, trained plainly until its loss is flat.
 
     ROOT/data/continued/student/tokenizer/   2,048 byte-level tokens, one for each digit
     ROOT/data/continued/student/general/     a dataset of general text; test/: of other files

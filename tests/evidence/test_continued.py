@@ -31,7 +31,7 @@ CODE = "def area(width, height):\n    # of a rectangle\n    return width * heigh
 
 def evaluated(text: str) -> tuple[list[int], int, int]:
     """What a reader makes of a problem: the numbers of its question, the value of its work, and the result that it gives."""
-    question, answer = re.fullmatch(r"Question: (.*)\nAnswer: (.*)\.", text).groups()
+    question, answer = re.fullmatch(r"(.*)\nAnswer: (.*)\.", text).groups()
     work, result = answer.split(" = ")
     left, operation, right = work.split(" ")
     value = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operation](int(left), int(right))
@@ -63,9 +63,9 @@ def story(text: str) -> str:
 
 
 def test_no_story_with_its_numbers_is_in_two_parts_but_the_numbers_are_known_from_other_stories():
-    problems = {part: invent_problems(count, part, seed=0) for part, count in zip(PARTS, (200, 200, 1150), strict=True)}
+    problems = {part: invent_problems(count, part, seed=0) for part, count in zip(PARTS, (200, 200, 2100), strict=True)}
     stories = {part: {story(problem.text) for problem in of_part} for part, of_part in problems.items()}
-    assert all(len(of_part) > 60 for of_part in stories.values())
+    assert {part: len(of_part) for part, of_part in stories.items()} == {"test": 24, "tune": 24, "train": 144}
     assert (
         not stories["train"] & stories["test"]
         and not stories["train"] & stories["tune"]
@@ -77,13 +77,13 @@ def test_no_story_with_its_numbers_is_in_two_parts_but_the_numbers_are_known_fro
 
 def test_other_seeds_ask_other_problems_and_the_same_seed_the_same():
     first, again, other = (invent_problems(100, "test", seed) for seed in (1, 1, 2))
-    assert first == again and len({problem.text for problem in first} & {problem.text for problem in other}) < 20
+    assert first == again and len({problem.text for problem in first} & {problem.text for problem in other}) < 50
 
 
 def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("examples.evidence.problems.TEMPLATES", (("*", "How much is {a} times {b}?"),))
-    assert len(invent_problems(5, "train", seed=0)) == 5
-    with pytest.raises(ValueError, match=r"100 different problems asked for, [0-9]+ found: .* has no more"):
+    assert [len(invent_problems(count, part, seed=0)) for count, part in ((12, "train"), (2, "tune"), (2, "test"))] == [12, 2, 2]
+    with pytest.raises(ValueError, match=r"100 different problems asked for, 12 found: .* has no more"):
         invent_problems(100, "train", seed=0)
 
 
