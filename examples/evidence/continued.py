@@ -43,8 +43,8 @@ VARIANTS = ("keep-0.6",)
 teacher's each."""
 GUIDED = ("guided", *VARIANTS)
 SETTING, TUNING = "mixture", "tune-mixture"
-RATES = (5e-4, 1e-3, 2e-3)
-ROW, ROWS_A_STEP, STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 4, 300, 4, 40
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+ROW, ROWS_A_STEP, STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 4, 200, 4, 40
 PROBLEMS = 200
 """That are asked."""
 

@@ -1,6 +1,6 @@
 """Many small jobs in processes of their own, forked from one that has imported DeepSpeed: an import costs 8 s, such a fork none.
 
-A job's words go into its log. The first that fails ends the others and is told with its log's end.
+A job's words go into its log. The first that fails ends the others and is told with its log's end. None outlives the command.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ def work(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) 
 
 def _in_own_log(job: Job) -> None:
     """In the child."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
@@ -74,6 +76,14 @@ def _in_own_log(job: Job) -> None:
     job.do()
     print(f"done in {time.process_time():.1f} seconds of CPU time")
     sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """A run that went on when its command has been killed would write where the next command does."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 def _end_of(log: Path) -> str:

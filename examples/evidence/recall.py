@@ -1,4 +1,4 @@
-"""What a student recalls: the values that it says, and how likely the right ones are to it."""
+"""What a student recalls: the values that it says, how likely the right ones are to it, and how sure it is of any."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ class Recalled:
     """The value that follows greedily, up to the dot."""
     nats: float
     """Mean loss of the right value's tokens, the dot not among them."""
+    sureness: float
+    """Mean probability of whatever token is the likeliest in their places."""
 
 
 @torch.no_grad()
@@ -40,11 +42,13 @@ def recall(student: PreTrainedModel, tokenizer: Tokenizer, facts: Sequence[Fact]
         line_NL = torch.tensor([lines[number] for number in numbers])
         logits_NLV = student(line_NL[:, :-1]).logits
         loss_NL = cross_entropy(logits_NLV.transpose(1, 2), line_NL[:, 1:], reduction="none")
-        nats = loss_NL[:, given - 1 : length - 2].mean(1).tolist()
+        value = slice(given - 1, length - 2)
+        nats = loss_NL[:, value].mean(1).tolist()
+        surenesses = logits_NLV[:, value].softmax(2).amax(2).mean(1).tolist()
         said_NL = line_NL[:, :given]
         for _ in range(given, length):
             said_NL = torch.cat([said_NL, student(said_NL).logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        for number, said, loss in zip(numbers, said_NL[:, given:].tolist(), nats, strict=True):
+        for number, said, loss, sureness in zip(numbers, said_NL[:, given:].tolist(), nats, surenesses, strict=True):
             text = "".join(pieces[token] for token in said)
-            found[number] = Recalled(text.split(".")[0], loss)
+            found[number] = Recalled(text.split(".")[0], loss, sureness)
     return [found[number] for number in range(len(facts))]

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from benchmarks.page import circumstances
 from examples.evidence.costs import Costs
 from examples.evidence.jobs import Job, work
-from megatron_vocagno.monitor import FINISHED_FILE
+from megatron_vocagno.monitor import FINISHED_FILE, read_metrics
 from megatron_vocagno.pretrain import main
 
 HERE = Path(__file__).parent
@@ -86,9 +86,14 @@ class Run:
         return self.output.parents[4]
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Steps, ascending, and the folders of their checkpoints: those of `checkpoint.keep_every`, and the last."""
+        """Steps, ascending, and the folders of their checkpoints: those of `checkpoint.keep_every`, and the last.
+
+        An interruption leaves one more, of a step without an evaluation: it is not among them.
+        """
+        looked_at = {line["step"] for line in read_metrics(self.output) if "eval/loss" in line}
         folders = sorted((self.output / "checkpoints").glob("step-*"))
-        return [(int(folder.name.removeprefix("step-")), folder) for folder in folders]
+        checkpoints = [(int(folder.name.removeprefix("step-")), folder) for folder in folders]
+        return [(step, folder) for step, folder in checkpoints if step in looked_at]
 
 
 class Experiment(Protocol):

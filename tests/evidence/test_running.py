@@ -16,7 +16,6 @@ from examples.evidence import __main__ as command
 from examples.evidence import facts as task
 from examples.evidence import mechanism
 from examples.evidence.costs import Costs
-from examples.evidence.jobs import Job, JobFailed, work
 from examples.evidence.lessons import PARTS, Files, known_facts, open_tokenizer
 from examples.evidence.mechanism import QUICK, Recall, kinds
 from examples.evidence.recall import recall
@@ -131,6 +130,12 @@ def test_what_is_said_is_what_greedy_generation_says(root: Path) -> None:
             made = student.generate(prompt, attention_mask=seen, max_new_tokens=4, do_sample=False, pad_token_id=eos)
         said = "".join(tokenizer.id_to_token(token) for token in made[0, prompt.shape[1] :].tolist())
         assert found.said == said.split(".")[0]
+        line = torch.tensor([[eos, *tokenizer.encode(f"{fact.prompt}{fact.value}").ids]])
+        with torch.no_grad():
+            probability_LV = student(line).logits[0].softmax(1)[prompt.shape[1] - 1 : -1]
+        right_L = line[0, prompt.shape[1] :]
+        assert found.sureness == pytest.approx(probability_LV.amax(1).mean().item(), abs=1e-5)
+        assert found.nats == pytest.approx(-probability_LV.gather(1, right_L[:, None]).log().mean().item(), abs=1e-4)
 
 
 def test_costs_are_the_tokens_that_were_read_and_the_usual_rule(root: Path) -> None:
@@ -174,13 +179,3 @@ def test_a_second_start_makes_good_what_a_killed_one_left_and_does_nothing_again
     again = {path for path in changed if not path.is_relative_to(unfinished) and path.suffix != ".log"}
     assert again == {unscored / SPEC, unscored / SCORES}
     assert not [path for path in changed if "oracle" in str(path)]
-
-
-def fail() -> None:
-    print("before it failed")
-    raise SystemExit(3)
-
-
-def test_a_job_that_fails_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
-    with pytest.raises(JobFailed, match=r"(?s)bad ended with exit code 3; .*before it failed"):
-        work([Job("bad", tmp_path / "logs" / "bad.txt", fail)], workers=1)
