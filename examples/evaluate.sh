@@ -64,9 +64,11 @@ out=$(realpath -m "${folders[1]:-$model/evaluation}")
 mkdir -p "$out" || fail "$out cannot be written"
 cd "$repository" # the package is found without installation, and the tasks name their files from here
 name=$(basename "$model")
+temporary=()
+trap 'rm -rf "${temporary[@]}"' EXIT
 if [[ -d $model/checkpoints ]]; then
     exported=$(mktemp -d "$out/exported-XXXXXX")
-    trap 'rm -rf "$exported"' EXIT
+    temporary+=("$exported")
     told=$(python -m megatron_vocagno.export "$model" --out "$exported")
     name=$(basename "${told%% -> *}")
     model=$exported
@@ -80,11 +82,11 @@ fi
 [[ -z $generation ]] || options+=(--gen_kwargs "$generation")
 # as JSON, where a path may hold commas and equals signs
 arguments=$(python -c 'import json, sys; print(json.dumps({"pretrained": sys.argv[1]}))' "$model")
-touch "$out/.started"
+started=$(mktemp "$out/.started-XXXXXX")
+temporary+=("$started")
 "${harness[@]}" run --model hf --model_args "$arguments" --tasks "$tasks" --include_path "$include" --batch_size "$batch" \
     --output_path "$out/$name.json" --log_samples "${options[@]}" | tee "$out/$name.txt"
 # a harness that could not write says so in its log, and exits 0
-written=$(find "$out" -maxdepth 1 -name '*.json' -newer "$out/.started")
-rm "$out/.started"
+written=$(find "$out" -maxdepth 1 -name '*.json' -newer "$started")
 [[ -n $written ]] || fail "lm-eval has written no results into $out: its log above says why"
 echo "$written"
