@@ -87,7 +87,7 @@ def runs(options: Options) -> Sequence[Spec]:
 
 
 def tuning(options: Options) -> Sequence[Spec]:
-    return [spec_of(TUNING, arm, SEED, rate, options) for arm in MAIN for rate in RATES]
+    return [spec_of(TUNING, arm, SEED, rate, options) for arm in (*MAIN, *VARIANTS, "oracle") for rate in RATES]
 
 
 def spec_of(setting: str, arm: str, seed: int, rate: float, options: Options) -> Spec:
