@@ -1,11 +1,16 @@
-"""Results -> docs/evidence.md and its plots. Its words are in templates/; what the numbers mean is in conclusions/, by a person.
+"""Results -> docs/evidence.md, its plots, and the results beside them. The page's words are in templates/.
+
+What the numbers mean is said in conclusions/NAME-DIGEST.md, by a person, of the numbers that have this digest. Other results, of
+another machine or after a change, get a page without conclusions.
 
 Functions that a template calls return Markdown: a table, a line of text, or the link to a plot that they have drawn.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +23,52 @@ from examples.evidence.running import ARMS, EXPERIMENTS, HERE
 from examples.evidence.statistics import Row, Sample, curve, final, paired, reached, sample
 
 PAGE = HERE.parent.parent / "docs" / "evidence.md"
+CONCLUSIONS = HERE / "conclusions"
 NOTHING = "–"
+OF_ANOTHER_SHARE = {"keep-0.2": "random-0.2", "keep-0.6": "random-0.6", "keep-0.8": "random-0.8"}
+"""The control that keeps as many as an arm, where that is not `random`. Not every experiment has it."""
 
 
-def write(root: Path, page: Path) -> None:
-    """The page from the results of all experiments that have some."""
-    results = Results({path.stem: load(path) for path in sorted((root / "results").glob("*.jsonl"))}, page.parent / page.stem)
+class NoResults(Exception):
+    """There is nothing to report."""
+
+
+def write(root: Path, page: Path) -> list[Path]:
+    """The page from the results of all experiments that have some.
+
+    Returns where conclusions would be, of results that have none. Raises NoResults; the page that was there stays.
+    """
+    files = [path for name in EXPERIMENTS if (path := root / "results" / f"{name}.jsonl").exists()]
+    if not files:
+        raise NoResults(f"{root / 'results'} has no results: run the experiments first")
+    results = Results({path.stem: load(path) for path in files}, page.parent / page.stem)
+    conclusions = {name: CONCLUSIONS / f"{name}-{digest(rows)}.md" for name, rows in results.rows.items()}
+    everything = digest([row for rows in results.rows.values() for row in rows])
+    conclusions["summary"] = CONCLUSIONS / f"summary-{everything}.md"
     notes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (root / "results").glob("*.json")}
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([HERE / "templates", HERE / "conclusions"]),
+        loader=jinja2.FileSystemLoader([HERE / "templates", CONCLUSIONS]),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    words = {"arms": arms_table(), "notes": notes, "experiments": [name for name in EXPERIMENTS if name in results.rows]}
+    words = {"arms": arms_table(), "notes": notes, "experiments": list(results.rows)}
+    words["conclusions"] = {name: path.name for name, path in conclusions.items()}
     functions = {name: getattr(results, name) for name in ("comparison", "value", "curves", "bars", "shares", "points", "has")}
     text = environment.get_template("evidence.md").render(words | functions)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text, encoding="utf-8")
+    results.plots.mkdir(exist_ok=True)
+    for path in files:
+        shutil.copyfile(path, results.plots / path.name)
+    return [path for path in conclusions.values() if not path.exists()]
+
+
+def digest(rows: Sequence[Row]) -> str:
+    """Of all that was measured, whatever it has cost."""
+    measured = [{name: value for name, value in row.items() if name != "costs"} for row in rows]
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def load(path: Path) -> list[Row]:
@@ -75,13 +107,13 @@ class Results:
         arms: Sequence[str] | None = None,
         form: str = ".3f",
     ) -> str:
-        """The arms of a setting: their judge at the last step, its differences to clm and random seed by seed, other scores, and
-        what it took to reach clm's last score.
+        """The arms of a setting: their judge at the last step, its differences to clm and to as many at random, seed by seed,
+        other scores, and what it took to reach clm's last score.
 
         others: score -> title of its column; arms: by default all, in the order in which they ran
         """
         others = others or {}
-        clm, random = (final(self._of(experiment, setting, arm), judge) for arm in ("clm", "random"))
+        clm = final(self._of(experiment, setting, "clm"), judge)
         head = [
             "arm",
             "learning rate",
@@ -96,9 +128,9 @@ class Results:
             rows = self._of(experiment, setting, arm)
             if not (values := final(rows, judge)):
                 continue
-            differences = [
-                paired(values, reference) if arm != name else None for name, reference in (("clm", clm), ("random", random))
-            ]
+            control = OF_ANOTHER_SHARE.get(arm, "random")
+            references = {"clm": clm, control: final(self._of(experiment, setting, control), judge)}
+            differences = [None if arm == name else paired(values, reference) for name, reference in references.items()]
             cells = [f"`{arm}`", _rates(rows), sample([*values.values()]).show(form)]
             cells += [NOTHING if found is None else found.show(form) for found in differences]
             for score in others:

@@ -194,7 +194,8 @@ def write_results(name: str, specs: Sequence[Spec], options: Options) -> None:
     folder = options.root / "results"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in collect(specs, options.root)))
-    command = f"python -m examples.evidence prepare run {name} --seeds {options.seeds}{' --quick' if options.quick else ''}"
+    command = f"python -m examples.evidence run {name} {'--quick' if options.quick else f'--seeds {options.seeds}'}"
+    command += "" if options.root == Options().root else f" --root {options.root}"
     made = circumstances("torch", "deepspeed", "transformers")
     note = {"command": command, "runs": len(specs), "circumstances": made, "words": experiment(name).words(options)}
     _write(folder / f"{name}.json", json.dumps(note, indent=1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from examples.evidence import mechanism
-from examples.evidence.learning_rates import SEED, choose, learning_rate
-from examples.evidence.running import ARMS, EXPERIMENTS, Options, Spec
+from examples.evidence.learning_rates import FILE, SEED, choose, learning_rate
+from examples.evidence.running import ARMS, EXPERIMENTS, Options, Spec, experiment
 from megatron_vocagno.config import Run, load_run
 
 GIVEN = ("data.train=data", 'student.config={model_type="llama"}')
@@ -98,6 +99,16 @@ def test_the_best_rate_is_recorded_and_ablations_follow_the_method(tmp_path: Pat
     assert learning_rate("x", "clm", file) == 1e-3
     with pytest.raises(ValueError, match="seed 1"):
         choose("z", [row("clm", 1e-3, 20, 2.0, seed=1)], "nats", False, file)
+
+
+def test_every_experiment_has_a_rate_for_each_of_its_arms_and_has_tuned_its_main_ones() -> None:
+    rates = json.loads(FILE.read_text())
+    for name in EXPERIMENTS:
+        module = experiment(name)
+        shown = module.runs(Options())
+        assert {spec.learning_rate for spec in shown} <= set(rates[name].values())
+        assert {spec.name for spec in module.tuning(Options())} == set(rates[name])
+        assert {spec.name for spec in shown if spec.seed == 2} <= set(rates[name])
 
 
 def test_every_experiment_that_the_command_knows_is_a_module() -> None:

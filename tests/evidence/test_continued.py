@@ -271,8 +271,7 @@ def test_arms_of_a_seed_differ_in_guidance_and_teacher_alone(tmp_path: Path):
     assert sum(source.weight for source in loaded[0].data.train) == 1
 
 
-def test_tuning_is_judged_by_no_text_that_tables_are_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(continued, "learning_rate", lambda experiment, arm: 1e-3)
+def test_tuning_is_judged_by_no_text_that_tables_are_made_of(tmp_path: Path):
     for spec in continued.tuning(Options(tmp_path)):
         run = load_run(ARMS / f"{spec.arm}.toml", spec.overrides)
         assert run.data.valid.parts[-2] == "mixed-tune" and spec.seed == 100

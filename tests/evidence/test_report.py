@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from examples.evidence import __main__ as command
 from examples.evidence import report
 from examples.evidence.report import Results, arms_table
-from examples.evidence.running import ARMS
+from examples.evidence.running import ARMS, EXPERIMENTS
 
+PUBLISHED = report.PAGE.with_suffix("")
 KEPT = {"kept_clean": 0.9, "kept_wrong": 0.1, "kept_key": 0.2, "kept_sign": 0.3, "IoS": 1.0, "IoU": 0.7}
 
 
@@ -93,13 +95,70 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert results.curves("mechanism", "random-0.6", "never_scored", "nothing") == "" and not list(tmp_path.iterdir())
 
 
-def test_conclusions_are_read_and_never_written(page: Path) -> None:
-    folder = report.HERE / "conclusions"
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-    report.write(page.parent.parent, page)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
-    for path in folder.glob("conclusions-mechanism.md"):
-        assert path.read_text().strip() in page.read_text()
+def test_conclusions_stand_on_the_page_of_the_numbers_that_they_speak_of_alone(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "CONCLUSIONS", tmp_path / "conclusions")
+    root = page.parent.parent
+    assert page.read_text().count("Nothing has been concluded of these results") == 2
+    for path in report.write(root, page):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"It works, says {path.stem}.\n")
+    assert report.write(root, page) == []
+    text = page.read_text()
+    assert "It works, says summary-" in text and "It works, says mechanism-" in text and "Nothing has been concluded" not in text
+
+    def others(field: str, value: Any) -> int:
+        """How many conclusions are lacking where one number is another one."""
+        (tmp_path / "results").mkdir(exist_ok=True)
+        changed = [*ROWS[:-1], ROWS[-1] | {field: {**ROWS[-1][field], **value}}]
+        (tmp_path / "results" / "mechanism.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
+        (tmp_path / "results" / "mechanism.json").write_bytes((root / "results" / "mechanism.json").read_bytes())
+        return len(report.write(tmp_path, tmp_path / "evidence.md"))
+
+    assert others("scores", {"answer_nats": 1.4999}) == 2 and "It works" not in (tmp_path / "evidence.md").read_text()
+    assert others("costs", {"teacher_flops": 1.0}) == 0 and "It works" in (tmp_path / "evidence.md").read_text()
+
+
+def test_conclusions_in_the_repository_speak_of_the_numbers_in_the_repository() -> None:
+    results = {path.stem: report.load(path) for name in EXPERIMENTS if (path := PUBLISHED / f"{name}.jsonl").exists()}
+    expected = {f"{name}-{report.digest(rows)}.md" for name, rows in results.items()}
+    expected.add(f"summary-{report.digest([row for rows in results.values() for row in rows])}.md")
+    assert {path.name for path in report.CONCLUSIONS.glob("*.md")} == expected
+    assert "Nothing has been concluded" not in report.PAGE.read_text()
+
+
+def test_without_results_there_is_no_page_and_the_old_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "evidence.md"
+    page.write_text("what was found before")
+    with pytest.raises(report.NoResults, match=r"typo/results has no results"):
+        report.write(tmp_path / "typo", page)
+    assert page.read_text() == "what was found before"
+    monkeypatch.setattr(report, "PAGE", page)
+    assert command.main(["report", "--root", str(tmp_path / "typo")]) == 2
+    assert "typo/results has no results" in capsys.readouterr().err and page.read_text() == "what was found before"
+
+
+@pytest.mark.parametrize("option", ["--workers", "--seeds"])
+@pytest.mark.parametrize("value", ["0", "-1", "two"])
+def test_no_workers_or_seeds_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["run", option, value])
+    assert f"argument {option}: a number of at least 1, not {value!r}" in capsys.readouterr().err
+
+
+def test_an_arm_is_compared_with_the_control_that_keeps_as_many(tmp_path: Path) -> None:
+    rows = [
+        *ROWS,
+        *[row("keep-0.6", seed, 20, 1.0) for seed in (1, 2, 3)],
+        *[row("random-0.6", seed, 20, 4.0) for seed in (1, 2, 3)],
+    ]
+    text = Results({"mechanism": rows}, tmp_path).comparison("mechanism", "random-0.6", "answer_nats", False)
+    cells = {line.split(" | ")[0].strip("| `"): line.split(" | ")[4] for line in text.splitlines()}
+    assert cells["keep-0.6"] == "−3.000 ± 0.000 (n=3; 3 of 3 −)" and cells["keep-0.2"] == "–"
+    assert cells["guided"] == "−0.800 ± 0.000 (n=3; 3 of 3 −)"
 
 
 def test_the_table_of_arms_quotes_their_files() -> None:

@@ -37,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path) -> int:
-    return command.main(["prepare", "run", "mechanism", "--quick", "--workers", "2", "--root", str(root)])
+    return command.main(["run", "mechanism", "--quick", "--workers", "2", "--root", str(root)])
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
