@@ -10,9 +10,10 @@ kind is refused with its place.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -182,6 +183,14 @@ class Schedule(Part):
     final: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the peak at the last step."""
 
+    def notes(self, steps: int) -> Iterator[str]:
+        """What a user may not have meant, of a run of so many steps."""
+        if self.warmup_steps > steps:
+            yield (
+                f"note: training.schedule.warmup_steps is {self.warmup_steps:,}, the run has {steps:,} step{'s' * (steps != 1)}: "
+                "the learning rate never reaches its peak."
+            )
+
 
 class Training(Part):
     steps: PositiveInt | None = None
@@ -295,34 +304,43 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     run. An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no
     quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
     """
-    fields = _fields(path)
+    files = _files(path)
+    fields: dict[str, Any] = {}
+    for file in reversed(files):
+        fields = _merged(fields, files[file])
+    fields = copy.deepcopy(fields)  # the files stay as they were read, to be blamed for what is theirs
     for override in overrides:
         _lay_over(fields, override)
     try:
         return Run.model_validate(fields)
     except ValidationError as error:
-        details = [_without_place_of_one(detail, fields) for detail in error.errors()]
-        raise RunError(f"{path}:\n" + "\n".join(f"  {_explain(detail)}" for detail in details)) from None
+        found: dict[str, list[str]] = {}
+        for detail in (_without_place_of_one(detail, fields) for detail in error.errors()):
+            found.setdefault(_source(detail["loc"], files, overrides), []).append(f"  {_explain(detail)}")
+        raise RunError("\n".join(f"{source}:\n" + "\n".join(lines) for source, lines in found.items())) from None
 
 
-def _fields(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A file's fields, laid over those of its base."""
-    try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        wanted = f", the base of {above[-1]}" if above else ""
-        raise RunError(f"no run file at {path}{wanted}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not TOML: {error}") from None
-    base = fields.pop("base", None)
-    if base is None:
-        return fields
-    if not isinstance(base, str):
-        raise RunError(f"{path}: 'base' is the path of another run file, not {base!r}")
-    under = path.parent / base
-    if any(under.resolve() == file.resolve() for file in (*above, path)):
-        raise RunError(f"{path}: base = {base!r} leads back to {under}, which starts from this file")
-    return _merged(_fields(under, (*above, path)), fields)
+def _files(path: Path) -> dict[Path, dict[str, Any]]:
+    """The fields of a file, of its base, of that one's base, and so on."""
+    files: dict[Path, dict[str, Any]] = {}
+    while True:
+        try:
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            wanted = f", the base of {list(files)[-1]}" if files else ""
+            raise RunError(f"no run file at {path}{wanted}: {error.strerror}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RunError(f"{path} is not TOML: {error}") from None
+        base = fields.pop("base", None)
+        files[path] = fields
+        if base is None:
+            return files
+        if not isinstance(base, str):
+            raise RunError(f"{path}: 'base' is the path of another run file, not {base!r}")
+        under = path.parent / base
+        if any(under.resolve() == file.resolve() for file in files):
+            raise RunError(f"{path}: base = {base!r} leads back to {under}, which starts from this file")
+        path = under
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any], place: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -349,11 +367,10 @@ ALTERNATIVES: dict[tuple[str, ...], str] = {
 
 
 def _lay_over(fields: dict[str, Any], override: str) -> None:
-    name, equals, text = override.partition("=")
-    *sections, last = name.strip().split(".")
+    _, equals, text = override.partition("=")
+    *sections, last = place = _place(override)
     if not equals or not last:
         raise RunError(f"--set {override}: expected section.key=value")
-    place = (*sections, last)
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
@@ -364,6 +381,40 @@ def _lay_over(fields: dict[str, Any], override: str) -> None:
         fields[last] = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         fields[last] = text.strip()
+
+
+def _place(override: str) -> tuple[str, ...]:
+    return tuple(override.partition("=")[0].strip().split("."))
+
+
+def _source(loc: Sequence[str | int], files: Mapping[Path, Mapping[str, Any]], overrides: Sequence[str]) -> str:
+    """Who says what stands at a place: the command line, or the nearest file that has it.
+
+    What concerns several fields is told of the first file, and of all overrides among these fields.
+    """
+    steps = tuple(map(str, loc))
+    for override in reversed(overrides):
+        place = _place(override)
+        if steps[: len(place)] == place:
+            return f"--set {override}"
+    first = next(iter(files))
+    if among := [f"--set {override}" for override in overrides if _place(override)[: len(steps)] == steps]:
+        return f"{first} with {' '.join(among)}"
+    return str(next((file for file, fields in files.items() if _has(fields, loc)), first))
+
+
+def _has(value: Any, loc: Sequence[str | int]) -> bool:
+    """Whether a value stands at this place, or at one that leads there."""
+    for step in loc:
+        if isinstance(value, Mapping):
+            if step not in value:
+                return False
+            value = value[step]
+        elif isinstance(value, list) and isinstance(step, int) and step < len(value):
+            value = value[step]
+        else:
+            return not isinstance(value, list)
+    return True
 
 
 def _without_place_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -32,15 +32,12 @@ from megatron_vocagno.planning.shapes import Passage, passage
 USER_ERRORS = (RunError, ModelError, CorpusError)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns the exit code. Arguments: --dry-run, anywhere, and those of megatron_vocagno.plan that say what is asked."""
-    options = _parse(arguments)
-    try:
-        print(dry_run(options), end="")
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def answer(arguments: Sequence[str]) -> str:
+    """What is printed. Arguments: --dry-run, anywhere, and those of megatron_vocagno.plan that say what is asked.
+
+    Raises USER_ERRORS.
+    """
+    return dry_run(_parse(arguments))
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -64,13 +61,14 @@ def dry_run(options: argparse.Namespace) -> str:
     layout = batch_layout(task.settings, options.gpus, task.run.parallel.pipeline_stages)
     _check_models(question)
     parts = ["\n".join([*_resolved(question, layout), *_stages(task)]), _passages(task)]
+    notes = [*question.notes, *_notes(question)]
     warnings = list(_longer_rows(task, question.cluster.assumed.teacher_tokens))
     if precision(task.settings) == "fp32":
-        parts += ["no plan: the rates that it knows are those of 16-bit products", *question.notes]
+        parts += ["no plan: the rates that it knows are those of 16-bit products", *notes]
     else:
         asked = as_asked(task, question.cluster, zero_stage(task.settings))
         assert asked is not None  # the batch can be dealt
-        parts.append(text(task, question.cluster, [asked], asked, question.notes).rstrip())
+        parts.append(text(task, question.cluster, [asked], asked, notes).rstrip())
         warnings += [] if asked.fits else ["warning: the plan does not fit, see above."]
     return "\n\n".join([*parts, *(warnings or ["The dry run has found no fault."])]) + "\n"
 
@@ -120,8 +118,38 @@ def _resolved(question: Question, layout: Layout) -> Iterator[str]:
     peak = optimizer.get("params", {}).get("lr", "its default")
     yield (
         f"training: {task.steps:,} steps, {optimizer['type']}, learning rate {peak}, {schedule.kind} to {schedule.final:g} of it "
-        f"after {schedule.warmup_steps} steps of warm-up, {precision(task.settings)}, seed {run.training.seed}"
+        f"after {schedule.warmup_steps:,} steps of warm-up, {precision(task.settings)}, seed {run.training.seed}"
     )
+
+
+def _notes(question: Question) -> Iterator[str]:
+    """What is no fault as far as can be known here, and may be one."""
+    task, run = question.task, question.task.run
+    if run.student.pretrained:
+        yield from _absent("student.pretrained", run.student.pretrained)
+    for teacher in _read_teachers(run):
+        if teacher.placement != "cached" and teacher.path:
+            yield from _absent("teacher.path", teacher.path)
+    yield from run.training.schedule.notes(task.steps)
+    student = task.student.config.vocab_size
+    # the data would say more, see _check_models; a student from nothing takes its vocabulary from there
+    known = run.student.config is None or "vocab_size" in run.student.config
+    if run.guidance.distance == "kld" and known and not question.datasets:
+        for teacher in (each.config.vocab_size for each in task.teachers):
+            if teacher != student:
+                yield (
+                    "note: guidance.objective = 'kld' needs one tokenizer for both models. Their vocab_size differ, "
+                    f"the student has {student:,} and the teacher {teacher:,}: the run starts only where that is padding alone."
+                )
+
+
+def _absent(field: str, path: Path) -> Iterator[str]:
+    """Why a model that is not on this machine is looked for where it is looked for."""
+    if hub.is_id(path):
+        if not cached_snapshot(path):
+            yield f"note: {field}: nothing at {path} here, nor in the Hub's cache. {hub.taken_for_id(path)}"
+    elif not path.expanduser().exists():
+        yield f"note: {field}: nothing at {path} here. {hub.taken_for_path(path)}"
 
 
 def _read_teachers(run: Run) -> tuple[Teacher, ...]:

@@ -37,11 +37,20 @@ def is_id(name: str | os.PathLike[str]) -> bool:
     return _is_commit(found["revision"]) or not (_is_here(Path(name)) or _is_here(Path(Path(name).parts[0])))
 
 
+def taken_for_id(name: str | os.PathLike[str]) -> str:
+    """What to say of an id whose model is not on this machine: why it was not taken for a path."""
+    found = ID.fullmatch(os.fspath(name))
+    assert found, name
+    if _is_commit(found["revision"]):
+        return "It is taken for a Hub id, because it ends with a commit."
+    return f"It is taken for a Hub id, because it reads org/name and there is no `{Path(name).parts[0]}` here."
+
+
 def taken_for_path(name: str | os.PathLike[str]) -> str:
     """What to add to the error of a path that does not exist: why it was not asked of the Hub."""
     if ID.fullmatch(os.fspath(name)) and not is_id(name) and Path(name).suffix != ".gguf":
         return f"It is taken for a path, not for a Hub id, because `{Path(name).parts[0]}` is here."
-    return "Is it a Hub id? Those are org/name or org/name@revision."
+    return "It is taken for a path: a Hub id is org/name or org/name@revision."
 
 
 def short_name(name: str | os.PathLike[str]) -> str:
@@ -68,7 +77,10 @@ def pinned(names: Sequence[str | os.PathLike[str]], record: Path) -> list[str]:
 
 
 def _pin(name: str) -> str:
-    return f"{_parts(name)[0]}@{snapshot(name, CONFIG).name}"
+    try:
+        return f"{_parts(name)[0]}@{snapshot(name, CONFIG).name}"
+    except HubError as error:
+        raise HubError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
 
 
 def _recorded(pins: dict[str, str], record: Path) -> dict[str, str]:
@@ -127,7 +139,9 @@ def snapshot(name: str | os.PathLike[str], files: Sequence[str] = WEIGHTS, offli
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{repository} has no revision {revision!r} on the Hub") from error
     except errors.LocalEntryNotFoundError as error:
-        raise HubError(f"{_not_cached(repository, revision)} {_first_line(error)}") from error
+        # not the library's words, which name an argument of its own
+        silence = "the Hub was not asked" if offline else _no_answer(error.__cause__)
+        raise HubError(_not_cached(repository, revision, silence)) from error
     # what is left is the way to the Hub: timeouts, proxies, disks, each with an error class of its own
     except Exception as error:
         raise HubError(f"{repository} cannot be downloaded: {type(error).__name__}: {_first_line(error)}") from error
@@ -142,9 +156,11 @@ def require_unlisted(name: str | os.PathLike[str], files: Sequence[str]) -> None
         listed = HfApi().list_repo_files(repository, revision=revision)
     # whatever the reason, the Hub has not said that the file is missing
     except Exception as error:
-        raise HubError(f"{_not_cached(repository, revision)} {_first_line(error)}") from error
+        raise HubError(_not_cached(repository, revision, _no_answer(error))) from error
     if not set(files).isdisjoint(listed):
-        raise HubError(_not_cached(repository, revision))
+        raise HubError(
+            _not_cached(repository, revision, "the Hub did not answer when it was asked for the rest, though it does now")
+        )
 
 
 def _is_commit(revision: str | None) -> bool:
@@ -165,15 +181,24 @@ def _parts(name: str | os.PathLike[str]) -> tuple[str, str | None]:
     return found["repository"], found["revision"]
 
 
-def _not_cached(repository: str, revision: str | None) -> str:
+def _no_answer(error: BaseException | None) -> str:
+    """Why the Hub gave nothing."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "the Hub is not asked, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    return "the Hub does not answer" + (f" ({type(error).__name__}: {_first_line(error)})" if error else "")
+
+
+def _not_cached(repository: str, revision: str | None, silence: str) -> str:
     from huggingface_hub import constants
 
     command = f"hf download {repository}" + (f" --revision {revision}" if revision else "") + " --exclude '*.bin'"
     return (
         f"{repository}{f'@{revision}' if revision else ''} is not, or not whole, in the Hub's cache {constants.HF_HUB_CACHE}, "
-        f"and the Hub is not asked or does not answer. Download it where there is a network: {command}."
+        f"and {silence}. Download it where there is a network: {command}."
     )
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -31,7 +31,7 @@ from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
 from megatron_vocagno.planning.memory import StudentUse, TeacherUse
 from megatron_vocagno.planning.report import as_json, text
-from megatron_vocagno.planning.sizes import read_config, sizes
+from megatron_vocagno.planning.sizes import given_config, read_config, sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,21 +181,25 @@ def _task(
 
 
 def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -> PretrainedConfig:
-    if given is None and run.student.config is not None:
+    if given is not None:
+        return _supported(given_config(given, "--student-config"), "student")
+    if run.student.config is not None:
         return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
-    path = given or run.student.pretrained
-    assert path is not None
-    return _supported(read_config(path, "student"), "student")
+    assert run.student.pretrained is not None
+    return _supported(read_config(run.student.pretrained, "student"), "student")
 
 
 def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions) -> TeacherUse:
-    path = given or teacher.path
-    if path is None:
+    if given is not None:
+        found = given_config(given, "--teacher-config")
+    elif teacher.path is not None:
+        found = read_config(teacher.path, "teacher")
+    else:
         raise RunError(
             "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json with "
             "--teacher-config, once for each teacher"
         )
-    config = _supported(read_config(path, "teacher"), "teacher").get_text_config()
+    config = _supported(found, "teacher").get_text_config()
     row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)
     dtype: torch.dtype = getattr(torch, teacher.dtype)
     return TeacherUse(config, sizes(config), dtype, teacher.weights != "as-is", teacher.tokens_per_batch, row)

@@ -27,9 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--dry-run" in arguments:
-        from megatron_vocagno import dryrun
-
-        return dryrun.main(arguments)
+        return _dry_run(arguments)
     options = _parse(arguments)
     try:
         run = load_run(options.run, options.set)
@@ -49,6 +47,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("interrupted; the same command goes on from the newest whole checkpoint", file=sys.stderr, flush=True)
         return 130
     return 0 if problem is None else _refuse(problem)
+
+
+def _dry_run(arguments: Sequence[str]) -> int:
+    """Under a launcher each rank finds the same: the first one says it."""
+    from megatron_vocagno import dryrun
+
+    try:
+        found = dryrun.answer(arguments)
+    except dryrun.USER_ERRORS as error:
+        return _refuse(SharedError(str(error)))
+    if _is_first():
+        print(found, end="")
+    return 0
 
 
 def _train(run: Run, settings: Path, stopper: Stopper) -> Exception | None:

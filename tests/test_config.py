@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.engine.build import share_of_peak
 
 GOOD = """
 output = "runs/x"
@@ -162,6 +163,32 @@ def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None
         load_run(write(tmp_path, 'base = "other.toml"\n'))
     with pytest.raises(RunError, match="'base' is the path of another run file, not 3"):
         load_run(write(tmp_path, "base = 3\n"))
+
+
+def test_a_mistake_is_told_of_the_command_line_or_of_the_file_that_makes_it(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(GOOD.replace("steps = 3", "steps = 0") + "[guidance]\nscope = 'row'\n")
+    path = write(tmp_path, 'base = "base.toml"\n[guidance]\nkeep = 2\n[training]\nseed = -1\n')
+
+    def told(*overrides: str) -> list[str]:
+        with pytest.raises(RunError) as refusal:
+            load_run(path, overrides)
+        return [line for line in str(refusal.value).splitlines() if not line.startswith("  ")]
+
+    assert told() == [f"{path}:", f"{tmp_path / 'base.toml'}:"]
+    assert told("guidance.keep=1.5", "guidance.scope=global", "training.steps=3") == ["--set guidance.keep=1.5:", f"{path}:"]
+    mended = ["training.steps=3", "training.seed=1", "guidance.scope=global"]
+    assert told(*mended, "guidance.keep=1.5", "guidance.keep=1.25") == ["--set guidance.keep=1.25:"]
+    assert told(*mended, 'data.train=[{path="a", weight=0}]') == ['--set data.train=[{path="a", weight=0}]:', f"{path}:"]
+    # what fields do to each other is no one's alone
+    mended += ["guidance.keep=0.5", "guidance.chunks=2", "guidance.objective=clm"]
+    assert told(*mended) == [f"{path} with {' '.join(f'--set {each}' for each in mended if 'guidance' in each)}:"]
+
+
+def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
+    schedule = load_run(write(tmp_path, GOOD), ["training.schedule.warmup_steps=2000"]).training.schedule
+    [note] = schedule.notes(1999)
+    assert note.startswith("note: training.schedule.warmup_steps is 2,000, the run has 1,999 steps")
+    assert share_of_peak(schedule, 1999, 1998) < 1 == share_of_peak(schedule, 2000, 1999) and [*schedule.notes(2000)] == []
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno import hub
-from megatron_vocagno.config import RunError
+from megatron_vocagno.config import RunError, load_run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.model.folder import ModelError, model_folder, pinned
 from megatron_vocagno.offline.score import Asked
 from megatron_vocagno.planning.sizes import read_config
+from megatron_vocagno.train import with_fields
 from tests.hub_server import COMMIT, GATED, serving
 from tests.runs import REPOSITORY, Case, environment, spawn
 from tools.preprocess import score_teacher
@@ -91,7 +93,7 @@ def test_a_folder_named_like_an_organisation_is_told_and_hides_no_commit(tmp_pat
         model_folder("Qwen/small")
     with pytest.raises(RunError, match="not for a Hub id, because `Qwen` is here"):
         read_config(Path("Qwen/small"), "teacher")
-    with pytest.raises(ModelError, match="Is it a Hub id"):
+    with pytest.raises(ModelError, match=r"It is taken for a path: a Hub id is org/name or org/name@revision\."):
         model_folder("./Qwen/small")
 
 
@@ -170,7 +172,33 @@ def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: P
     assert [out for out, _ in found] == [str(repository / "snapshots" / COMMIT)] * 3 + [""] * 2
     for name, (_, error) in zip(names[3:], found[3:], strict=True):
         assert f"HubError: {name} is not, or not whole, in the Hub's cache" in error
+        assert "and the Hub is not asked, because HF_HUB_OFFLINE" in error and "local_files_only" not in error
         assert "hf download someone/" in error and str(tmp_path / "home") in error
+
+
+def test_a_hub_that_does_not_answer_is_told_apart_from_one_that_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # no one listens there
+    only_cache = FETCH.replace("sys.argv[1]", "sys.argv[1], offline=True")
+    silent, unasked = [
+        outcome(process)[1] for process in [python(program, "someone/tiny", **nobody) for program in (FETCH, only_cache)]
+    ]
+    assert "and the Hub does not answer (ConnectError: " in silent and "not asked" not in silent
+    assert "and the Hub was not asked. Download it" in unasked and "answer" not in unasked
+    assert "local_files_only" not in silent + unasked
+
+    def refuse(*_: object, **__: object) -> list[str]:
+        raise ConnectionError("nobody is there\nand more")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    for offline, why in (
+        (False, r"the Hub does not answer \(ConnectionError: nobody is there\)\."),
+        (True, "HF_HUB_OFFLINE or "),
+    ):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(hub.HubError, match=why):
+            hub.require_unlisted("someone/tiny", ["config.json"])
 
 
 def test_a_cache_that_is_not_whole_is_told_where_the_hub_is_not_asked(tmp_path: Path) -> None:
@@ -203,7 +231,8 @@ def test_a_file_is_missing_on_the_hub_only_where_the_hub_says_so(tmp_path: Path,
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
         absent, listed = python(program, "absent.json", **where), python(program, "model.safetensors", **where)
         assert outcome(absent) == ("None", "")
-        assert "someone/tiny is not, or not whole, in the Hub's cache" in outcome(listed)[1]
+        told = outcome(listed)[1]
+        assert "someone/tiny is not, or not whole, in the Hub's cache" in told and "though it does now" in told
         offline = python(program, "absent.json", HF_HUB_OFFLINE="1", **where)
         assert "HubError: someone/tiny is not, or not whole" in outcome(offline)[1]
 
@@ -251,8 +280,33 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_it
     monkeypatch.setattr(hub, "snapshot", refuse)
     with pytest.raises(ModelError, match="no model at a/b: the path does not exist, and as a Hub id: the reason"):
         model_folder("a/b")
-    with pytest.raises(ModelError, match="path does not exist, and as a Hub id: the reason"):
+    with pytest.raises(ModelError, match="no model at a/b: the path does not exist, and as a Hub id: the reason"):
         pinned([Path("a/b")], model / "pins.json")
+
+
+def test_the_error_of_a_run_names_the_field_of_a_model_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Path:
+        raise hub.HubError("the reason")
+
+    monkeypatch.setattr(hub, "snapshot", refuse)
+    monkeypatch.chdir(REPOSITORY)
+    met = 0
+    for student, teacher, fields in (
+        ("a/b", "a/c", {"a/b": "student.pretrained", "a/c": "teacher.path"}),
+        ("a/b", "a/b", {"a/b": "student.pretrained and teacher.path"}),
+        (f"a/b@{COMMIT}", "~/c", {f"a/b@{COMMIT}": "student.pretrained", "~/c": "teacher.path"}),
+    ):
+        run = load_run(Path("examples/quickstart.toml"), [f"student.pretrained={student}", f"teacher.path={teacher}"])
+        for name, field in fields.items():
+            for action in (lambda name: pinned([Path(name)], tmp_path / "pins.json"), model_folder):
+                try:
+                    action(name)
+                except ModelError as error:
+                    told = with_fields(run, str(error))
+                    assert told == f"{field}: {error}" and "no model at" in told
+                    met += 1
+    assert met == 8  # a commit and a path need no pin
+    assert with_fields(run, "pins.json cannot be read") == "pins.json cannot be read"
 
 
 def test_losses_that_were_scored_by_id_are_those_of_the_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vocagno import pretrain
 from megatron_vocagno.config import load_run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.pretrain import main
@@ -91,9 +92,11 @@ def test_files_that_the_page_names_are_there() -> None:
     [
         (["--set", "data.row_length=4096"], "rows have 4,096 tokens, the student reads 2,048"),
         (["--gpus", "24"], "train_batch_size is 512, but 4 rows a micro-batch"),
+        (["--gpus", "3"], "is 504.\n  It can be dealt to 2 or 4 processes.\n"),
+        (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': Input should be less than"),
         (["--gpus", "9", "--set", "parallel.pipeline_stages=2"], "9 processes cannot form pipelines of 2 stages"),
         (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages, and 22 layers"),
-        (["--student-config", "examples/plan"], "no configuration of the student at examples/plan"),
+        (["--student-config", "examples/plan"], "no file at examples/plan/config.json (--student-config)"),
         (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
     ],
 )
@@ -105,6 +108,43 @@ def test_a_misfit_is_told_before_anything_starts(change: list[str], message: str
 def test_a_model_that_is_nowhere_yet_asks_for_its_configuration(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QWEN[:4], "--gpus", "8"]) == 2
     assert re.search(r"no configuration of the student at TinyLlama/[\s\S]*--student-config", capsys.readouterr().err)
+
+
+def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "model").mkdir()
+
+    def notes(*settings: str) -> list[str]:
+        assert main([*QWEN, "--gpus", "8", *(part for text in settings for part in ("--set", text))]) == 0
+        printed = capsys.readouterr().out
+        assert "The dry run has found no fault." in printed
+        return [
+            line.removeprefix("note: ") for line in printed.splitlines() if line.startswith("note: ") and "no data" not in line
+        ]
+
+    here = [f"student.pretrained={tmp_path / 'model'}", f"teacher.path={tmp_path / 'model'}"]
+    assert notes(*here) == [] == notes(here[0], "teacher.placement=cached") == notes(here[0], "guidance.objective=random")
+    student, teacher = notes("teacher.path=models/Qwen", "student.pretrained=TinyLlama-1.1B")
+    assert student.startswith("student.pretrained: nothing at TinyLlama-1.1B here. It is taken for a path: a Hub id is org/name")
+    assert teacher.startswith(
+        "teacher.path: nothing at models/Qwen here, nor in the Hub's cache. It is taken for a Hub id, because"
+    )
+    assert teacher.endswith("there is no `models` here.")
+    [path, commit] = notes("student.pretrained=docs/Tiny", f"teacher.path=docs/Tiny@{'1' * 40}")
+    assert path.endswith("not for a Hub id, because `docs` is here.") and commit.endswith("because it ends with a commit.")
+    [warm_up] = notes(*here, "training.schedule.warmup_steps=20000")
+    assert "warmup_steps is 20,000, the run has 14,362 steps" in warm_up
+    [two] = notes(*here, "guidance.objective=kld")
+    assert "the student has 32,000 and the teacher 152,064" in two and notes(*here, "guidance.objective=uld") == []
+
+
+def test_of_the_ranks_of_a_launcher_the_first_one_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pretrain, "PATIENCE", 0.0)
+    for rank, speaks in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert main([*QWEN, "--gpus", "8"]) == 0 and bool(capsys.readouterr().out) == speaks
+        assert main([*QWEN, "--gpus", "3"]) == 2 and ("error: " in capsys.readouterr().err) == speaks
 
 
 def test_data_that_is_there_is_checked_against_the_models(
@@ -160,6 +200,8 @@ def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(tmp_path: Path,
     printed = capsys.readouterr().out
     assert "rows have about 6,144 teacher tokens, the teacher reads 4,096" in printed and "does not fit" in printed
     assert "no fault" not in printed
+    # it has looked at one layout alone
+    assert "None of the layouts" not in printed and "megatron_vocagno.plan looks for a layout that fits" in printed
     float32 = str(write_settings(tmp_path / "ds.json", train_batch_size=512, train_micro_batch_size_per_gpu=4))
     assert main([QWEN[0], "--deepspeed_config", float32, *QWEN[3:], "--gpus", "8"]) == 0
     assert "no plan: the rates that it knows are those of 16-bit products" in capsys.readouterr().out

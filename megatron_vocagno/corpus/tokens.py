@@ -312,7 +312,11 @@ def _find_file(path_or_id: str | Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).is_file():
             return path / name
-    what = "a folder without tokenizer.json or tokenizer.model" if path.is_dir() else "no such file or folder"
+    if path.is_dir():
+        what = "a folder without tokenizer.json or tokenizer.model"
+    else:
+        # a Path is never asked of the Hub
+        what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 

@@ -104,11 +104,32 @@ def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout
         accumulate = max(1, (total or 0) // (rows * data_parallel))
     layout = Layout(rows, accumulate, data_parallel)
     if total not in (None, layout.rows):
+        counted = settings.get("gradient_accumulation_steps")
         raise RunError(
-            f"train_batch_size is {total}, but {rows} rows a micro-batch (train_micro_batch_size_per_gpu) * {accumulate} "
-            f"micro-batches * {data_parallel} data-parallel ranks ({world} processes / {stages} stages) is {layout.rows}"
+            f"train_batch_size is {total}, but {_count(rows, 'row')} a micro-batch (train_micro_batch_size_per_gpu) * "
+            f"{_count(accumulate, 'micro-batch', 'micro-batches')} * {_count(data_parallel, 'data-parallel rank')} "
+            f"({_count(world, 'process', 'processes')} / {_count(stages, 'stage')}) is {layout.rows}.\n"
+            f"  {_remedy(total or 0, rows, counted, data_parallel, stages)}"
         )
     return layout
+
+
+def _remedy(total: int, rows: int, accumulate: int | None, data_parallel: int, stages: int) -> str:
+    """The nearest numbers of processes that `total` rows can be dealt to; or what these rows must be a multiple of."""
+    unit = rows * (accumulate or 1)
+    if total % unit:
+        given = "train_micro_batch_size_per_gpu" + " * gradient_accumulation_steps" * (accumulate is not None)
+        return f"It must be a multiple of {unit}, {given}."
+    # where micro-batches are counted in the file, one number alone
+    whole = total // unit
+    fitting = [n for n in range(1, whole + 1) if whole % n == 0] if accumulate is None else [whole]
+    below, above = [n for n in fitting if n < data_parallel][-1:], [n for n in fitting if n > data_parallel][:1]
+    near = [n * stages for n in (*below, *above)]
+    return f"It can be dealt to {' or '.join(map(str, near))} process{'es' * (near != [1])}."
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _number(settings: Settings, key: str) -> int | None:

@@ -91,7 +91,7 @@ def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
     try:
         return [Path(name) for name in hub.pinned(paths, record)]
     except hub.HubError as error:
-        raise ModelError(f"a model's path does not exist, and as a Hub id: {error}") from error
+        raise ModelError(str(error)) from error
 
 
 def _missing(folder: Path) -> list[str]:

@@ -29,12 +29,11 @@ def text(task: Task, cluster: Cluster, options: Sequence[Option], asked: Option 
     parts = ["\n".join(_opening(task, cluster)), _costs(options, asked), _memories(options)]
     if any(asked and option.candidate == asked.candidate for option in options):
         parts.append("* as the run's files have it")
-    return "\n\n".join([*parts, *warnings(options, asked), *notes, *_changed(task, options)]) + "\n"
+    return "\n\n".join([*parts, *warnings(task, options, asked), *notes, *_changed(task, options)]) + "\n"
 
 
 def _changed(task: Task, options: Sequence[Option]) -> list[str]:
-    guidance = task.run.guidance
-    if not guidance.selects or guidance.scope != "microbatch":
+    if not _ranks_micro_batches(task):
         return []
     if all(option.candidate.batch.micro_batch_rows == task.micro_batch_rows for option in options):
         return []
@@ -42,6 +41,12 @@ def _changed(task: Task, options: Sequence[Option]) -> list[str]:
         f"note: the run ranks the tokens of {task.micro_batch_rows} rows together (guidance.scope = 'microbatch'); "
         "other micro-batches choose other tokens."
     ]
+
+
+def _ranks_micro_batches(task: Task) -> bool:
+    """Whether another micro-batch makes another run: it is the rows of one whose tokens are ranked together."""
+    guidance = task.run.guidance
+    return guidance.selects and guidance.scope == "microbatch"
 
 
 def _opening(task: Task, cluster: Cluster) -> list[str]:
@@ -129,7 +134,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> st
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
-def warnings(options: Sequence[Option], asked: Option | None) -> list[str]:
+def warnings(task: Task, options: Sequence[Option], asked: Option | None) -> list[str]:
     """What will not fit of the run as its files have it: which part, both values, what to change."""
     if asked is None or asked.fits:
         return []
@@ -140,9 +145,16 @@ def warnings(options: Sequence[Option], asked: Option | None) -> list[str]:
         f"{asked.capacity / 1e9:.1f} to use.",
         f"  Its largest part is {largest} with {parts[largest] / 1e9:.1f} GB. Change: {REMEDIES[largest]}.",
     ]
+    if "train_micro_batch_size_per_gpu" in REMEDIES[largest] and _ranks_micro_batches(task):
+        lines.append(
+            "  A smaller train_micro_batch_size_per_gpu also changes which tokens are ranked together, and so the run "
+            "(guidance.scope = 'microbatch')."
+        )
     if options and options[0].fits:
         best = options[0]
         lines.append(f"  The cheapest that fits is {describe(best)}: {best.memory.total / 1e9:.1f} GB.")
+    elif options == [asked]:
+        lines.append("  python -m megatron_vocagno.plan looks for a layout that fits.")
     else:
         lines.append("  None of the layouts fits: more memory, more GPUs or a smaller model.")
     return ["\n".join(lines)]
@@ -183,5 +195,5 @@ def as_json(
         "assumed": asdict(cluster.assumed),
         "options": [one(option) for option in options],
         "as_asked": None if asked is None else one(asked),
-        "warnings": [*warnings(options, asked), *notes],
+        "warnings": [*warnings(task, options, asked), *notes],
     }

@@ -92,6 +92,21 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
             f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file. "
             f"{hub.taken_for_path(path)}\n{_remedy(whose)}"
         )
+    return _parsed(text, file)
+
+
+def given_config(path: Path, option: str) -> PretrainedConfig:
+    """The config.json, or the folder that holds it, that an option of the command names. Raises RunError as read_config does."""
+    try:
+        file = path / "config.json" if path.is_dir() else path
+        return _parsed(file.read_text(encoding="utf-8"), file)
+    except FileNotFoundError:
+        raise RunError(f"no file at {file} ({option})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} ({option}) cannot be read: {error}") from error
+
+
+def _parsed(text: str, file: Path) -> PretrainedConfig:
     try:
         config: PretrainedConfig = AutoConfig.for_model(**json.loads(text))
     # transformers raises classes of its own for wrong types and values; all carry a readable message

@@ -236,8 +236,10 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
     (tmp_path / "noise.model").write_bytes(b"\xff\xfe\x00 noise")
     with pytest.raises(TokenizerError, match=r"noise\.model.*SentencePiece"):
         open_tokenizer(tmp_path / "noise.model")
-    with pytest.raises(TokenizerError, match="no such file or folder"):
+    with pytest.raises(TokenizerError, match=r"no such file or folder$"):
         open_tokenizer(tmp_path / "missing")
+    with pytest.raises(TokenizerError, match=r"no such file or folder\. It is taken for a path: a Hub id is org/name"):
+        open_tokenizer("missing")
     with pytest.raises(TokenizerError, match=r"without tokenizer\.json"):
         open_tokenizer(tmp_path)
     with pytest.raises(TokenizerError, match="no tokenizer backend 'rust'"):

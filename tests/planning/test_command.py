@@ -52,7 +52,11 @@ def test_a_run_that_does_not_fit_is_told_which_part_and_what_to_change() -> None
     assert warning is not None and float(warning[1]) > 36.8
     assert "largest part is activations with 31.4 GB. Change: parallel.activation_checkpointing = true" in warning[0]
     assert "The cheapest that fits is" in text and "too much" not in text  # each layout has a change that fits
+    assert "also changes which tokens are ranked together" in text
     assert "does not fit" not in printed("--gpus", "8", "--gpu", "h100")
+    unranked = ["--gpus", "8", "--gpu", "a100-40gb", "--set", "data.row_length=4096", "--set"]
+    for other in ("guidance.scope=sequence", "guidance.objective=clm"):
+        assert "tokens are ranked together" not in printed(*unranked, other)
     alone = printed("--gpus", "1", "--gpu", "l40s", "--set", "teacher.dtype=float32", "--memory-share", "0.2")
     assert "None of the layouts fits" in alone and alone.count("too much") >= 3
 
@@ -60,6 +64,7 @@ def test_a_run_that_does_not_fit_is_told_which_part_and_what_to_change() -> None
 def test_a_batch_that_cannot_be_dealt_is_told() -> None:
     text = printed("--gpus", "256")
     assert "warning: as its files have it, the run does not start: train_batch_size is 512" in text
+    assert "It can be dealt to 128 processes." in text
     assert "other micro-batches choose other tokens" in text
     assert "ZeRO-1" not in printed("--gpus", "1024")
     assert "bubble" in printed("--gpus", "256", "--set", "parallel.pipeline_stages=2")
@@ -120,7 +125,10 @@ def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDatase
         (["--gpus", "0"], "--gpus 0"),
         (["--mfu", "40"], "--mfu 40: a number above 0 and up to 1 expected"),
         (["--gpus", "7"], "512 rows of a global batch cannot be dealt to 7 GPUs"),
-        (["--teacher-config", "examples/plan"], "no configuration of the teacher at examples/plan"),
+        (["--teacher-config", "examples/plan"], "no file at examples/plan/config.json (--teacher-config)"),
+        (["--student-config", "examples/plan/nope.json"], "error: no file at examples/plan/nope.json (--student-config)\n"),
+        (["--student-config", "ds_configs"], "no file at ds_configs/config.json (--student-config)"),
+        (["--student-config", "README.md"], "README.md is no configuration that transformers knows"),
         (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
         (["--deepspeed_config", "ds_configs/cpu_pp2.json"], "asks for float32"),
     ],
