@@ -24,6 +24,11 @@ repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 include=$repository/examples/evaluate
 batch=8 gpus=1 options=() folders=()
 while (($#)); do
+    if [[ $1 == -h || $1 == --help ]]; then
+        # what stands above, without its signs
+        sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit 0
+    fi
     if [[ $1 != --* ]]; then
         folders+=("$1")
         shift
@@ -53,6 +58,8 @@ model=$(realpath "${folders[0]}")
 [[ -d $model/checkpoints || -f $model/config.json ]] ||
     fail "$model has neither 'checkpoints' nor 'config.json': it is no run's output folder, and no Hugging Face folder"
 
+[[ -n $(command -v python) ]] ||
+    fail "there is no python: activate the environment that 'make install' has built, 'source $repository/.venv/bin/activate'"
 # the harness lies in a folder of its own, where no training run imports it
 beside=$(python -c 'import sys; print(sys.prefix)')/evaluation
 [[ ! -d $beside ]] || export PYTHONPATH="$beside${PYTHONPATH:+:$PYTHONPATH}"
@@ -61,8 +68,20 @@ python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("lm_eva
   python -m pip install --no-deps --target '$beside' --requirement '$repository/requirements/evaluation.txt'"
 
 out=$(realpath -m "${folders[1]:-$model/evaluation}")
-mkdir -p "$out" || fail "$out cannot be written"
 cd "$repository" # the package is found without installation, and the tasks name their files from here
+# as the harness itself looks for them, but before anything is exported
+ask='
+import sys
+from lm_eval.config.evaluate_config import EvaluatorConfig
+
+try:
+    EvaluatorConfig(tasks=[sys.argv[1]], include_path=sys.argv[2]).process_tasks()
+except ValueError as error:
+    print(error)'
+unknown=$(python -c "$ask" "$tasks" "$include")
+[[ -z $unknown ]] || fail "$unknown
+  These are there: PYTHONPATH='$beside' python -m lm_eval ls tasks --include_path '$include'"
+mkdir -p "$out" || fail "$out cannot be written"
 name=$(basename "$model")
 temporary=()
 trap 'rm -rf "${temporary[@]}"' EXIT

@@ -26,7 +26,7 @@ from megatron_vocagno.config import Guidance, RunError
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
 VERSION = "1"
-"""Of both files, in their metadata. The first files had none and are the same."""
+"""Of both files, in their metadata."""
 WIDEST = 4
 """Spans of so many teacher tokens and more are told together."""
 
@@ -224,8 +224,9 @@ def _read(path: Path, names: Collection[str], keys: Collection[str]) -> tuple[di
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise RunError(f"{path} is no file that a run wrote: {error}") from None
-    if (version := metadata.get("version", VERSION)) != VERSION:
-        raise RunError(f"{path} has version {version}, this release reads {VERSION}: read it with the release that wrote it")
+    if (version := metadata.get("version")) != VERSION:
+        has = f"version {version}" if version else "no version"
+        raise RunError(f"{path} has {has}, this release reads {VERSION}: read it with the release that wrote it")
     if missing := [*(set(names) - set(tensors)), *(set(keys) - set(metadata))]:
         raise RunError(f"{path} is no file that a run wrote: it has no {', '.join(sorted(missing))}")
     return tensors, metadata

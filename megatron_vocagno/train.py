@@ -53,8 +53,22 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper) -> None:
     """Join the other processes, train, and leave together. Raises USER_ERRORS."""
     processes = start()
     settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
-    train(pin_models(run), settings, processes, stopper)
+    try:
+        run = pin_models(run)
+        train(run, settings, processes, stopper)
+    except SharedError as error:
+        # here alone: what looks for a model knows its path, and not which field has it
+        raise type(error)(with_fields(run, str(error))) from error
     stop()
+
+
+def with_fields(run: Run, message: str) -> str:
+    """The message, after the fields that name the model which it says is missing."""
+    # of several teachers, all cached, none is read
+    paths = {"student.pretrained": run.student.pretrained, "teacher.path": run.teacher[0].path if run.teacher else None}
+    names = {field: path.expanduser() for field, path in paths.items() if path}
+    fields = [field for field, name in names.items() if message.startswith((f"no model at {name}: ", f"no weights in {name}: "))]
+    return f"{' and '.join(fields)}: {message}" if fields else message
 
 
 def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) -> None:
@@ -83,10 +97,11 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     occupancy.take(monitor.say)
     position = keeper.resume(monitor.say)
     if samples is not None:
-        samples.begin(position.step)
+        samples.begin(position.step, monitor.say)
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
-    for line in (_opening(run, layout, steps, position), *from_the_hub(run), *_sources(datasets, rows, layout)):
+    lines = [_opening(run, layout, steps, position), *run.training.schedule.notes(steps)]
+    for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     saved, due = position.step, False
     with closing(occupancy), monitor.writing(position.step):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +155,40 @@ def test_a_mistake_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
         assert finished.returncode == 2 and finished.stderr.startswith("error: "), arguments
         assert expected in finished.stderr
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_help_is_the_head_of_the_script() -> None:
+    head = SCRIPT.read_text().partition("\nset -")[0].splitlines()[1:]
+    for arguments in (["--help"], ["-h"], ["RUN", "--limit", "3", "--help"]):
+        told = evaluate(*arguments)
+        assert told.returncode == 0 and not told.stderr
+        assert told.stdout.splitlines() == [line.removeprefix("#").removeprefix(" ") for line in head]
+    assert len(head) > 5 and all(line.startswith("#") for line in head)
+
+
+def test_a_task_that_does_not_exist_is_told_before_anything_is_exported(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()  # no checkpoint in it: an export would say so
+    told = evaluate(tmp_path, "--tasks", "word_problems_cot,word_problems_cto,mmlu_stem_c*")
+    assert told.returncode == 2 and told.stderr.endswith(
+        "error: Tasks not found: word_problems_cto\n"
+        f"  These are there: PYTHONPATH='{sys.prefix}/evaluation' python -m lm_eval ls tasks "
+        f"--include_path '{REPOSITORY / 'examples' / 'evaluate'}'\n"
+    )
+    assert "Traceback" not in told.stderr and not (tmp_path / "evaluation").exists()
+    # of those that exist nothing is said, and the export is what fails
+    told = evaluate(tmp_path, "--tasks", "word_problems_cot,mmlu_stem_c*")
+    assert "Tasks not found" not in told.stderr and "checkpoint" in told.stderr
+
+
+def test_without_an_environment_the_script_says_which_to_activate(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "realpath"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    finished = subprocess.run([str(SCRIPT), str(tmp_path)], env={"PATH": str(tools)}, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: there is no python: activate ") and ".venv/bin/activate" in finished.stderr
 
 
 def test_without_the_harness_the_script_says_how_to_install_it(tmp_path: Path) -> None:

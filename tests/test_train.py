@@ -44,7 +44,12 @@ BAD = {
     "keep = 0": (["guidance.keep=0"], {}, "'guidance.keep': Input should be greater than 0, not 0"),
     "no dataset": (["data.train=/nowhere"], {}, "/nowhere/dataset.json is missing"),
     "a truncated dataset": (["data.train={cut_off}"], {}, "student.bin: "),
-    "no teacher": (["teacher.path=/nowhere"], {}, "no model at /nowhere: the path does not exist"),
+    "no teacher": (["teacher.path=/nowhere"], {}, "error: teacher.path: no model at /nowhere: the path does not exist"),
+    "no student": (
+        ["student.pretrained=/nowhere"],
+        {},
+        "error: student.pretrained: no model at /nowhere: the path does not exist",
+    ),
     "another teacher's dataset": (["teacher.path={other_tokenizer}"], {}, "its teacher ids were made with tokenizer "),
     "a vocabulary larger than the embedding": (
         ["student.config.vocab_size=31000"],
@@ -112,6 +117,14 @@ def test_plain_language_modeling_never_opens_a_teacher(case: Case) -> None:
 
 
 @pytest.mark.slow
+def test_a_warm_up_that_outlasts_the_run_is_told_where_it_starts(case: Case) -> None:
+    changes = ["guidance.objective=clm", "training.steps=1", "training.schedule.warmup_steps=9"]
+    finished = spawn(1, case.command("warm-up", changes))
+    assert finished.returncode == 0
+    assert "note: training.schedule.warmup_steps is 9, the run has 1 step: the learning rate never reaches" in finished.stdout
+
+
+@pytest.mark.slow
 def test_keeping_all_tokens_is_plain_language_modeling(case: Case) -> None:
     everything = case.run("keep-all", 1, ["guidance.keep=1.0", "training.steps=3"])
     plain = case.run("keep-plain", 1, ["guidance.objective=clm", "training.steps=3"])
@@ -160,10 +173,34 @@ def test_the_global_batch_is_dealt_as_the_settings_say() -> None:
         ({total: 8}, "must give"),
         ({rows: 0, total: 8}, "train_micro_batch_size_per_gpu = 0; a whole number above 0 expected"),
         ({rows: "auto", total: 8}, "train_micro_batch_size_per_gpu = 'auto'; a whole number"),
-        ({rows: 2, total: 9}, r"train_batch_size is 9, but 2 rows a micro-batch .* is 8"),
+        ({rows: 2, total: 9}, r"train_batch_size is 9, but 2 rows a micro-batch .* is 8.\n  It must be a multiple of 2, "),
     ):
         with pytest.raises(RunError, match=complaint):
             batch_layout(settings, 1, 0)
+
+
+def test_a_batch_that_does_not_divide_is_told_with_the_nearest_numbers_that_divide_it() -> None:
+    rows, total, accumulate = "train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps"
+    for settings, world, stages, near in (
+        ({rows: 4, total: 512}, 3, 0, "2 or 4 processes."),
+        ({rows: 4, total: 512}, 1024, 0, "128 processes."),
+        ({rows: 4, total: 512}, 6, 2, "4 or 8 processes."),
+        ({rows: 4, total: 4}, 2, 0, "1 process."),
+        ({rows: 4, total: 512, accumulate: 16}, 4, 0, "8 processes."),
+        ({rows: 4, total: 512, accumulate: 16}, 4, 2, "16 processes."),
+    ):
+        with pytest.raises(RunError) as refusal:
+            batch_layout(settings, world, stages)
+        assert str(refusal.value).endswith(f".\n  It can be dealt to {near}")
+        # and to these it is dealt
+        numbers = [int(word) for word in near.split() if word.isdigit()]
+        assert [batch_layout(settings, number, stages).rows for number in numbers] == [settings[total]] * len(numbers)
+    with pytest.raises(
+        RunError, match=r"4 rows .* \* 1 micro-batch \* 1024 data-parallel ranks \(1024 processes / 1 stage\) is 4096"
+    ):
+        batch_layout({rows: 4, total: 512}, 1024, 0)
+    with pytest.raises(RunError, match="multiple of 12, train_micro_batch_size_per_gpu \\* gradient_accumulation_steps"):
+        batch_layout({rows: 4, total: 512, accumulate: 3}, 2, 0)
 
 
 def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,15 +54,17 @@ class Samples:
         self.rows = _described(valid, aligned, self._read, [aligned[k] for k in range(count)] if without else self._read)
         self._teacher_loss_RU: Tensor | None = None
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, say: Callable[[str], None]) -> None:
         """Make room for what comes after `step`, the steps already done: later files go. Collective over the world.
+
+        say  takes a line for a person, on the first rank alone
 
         Raises SharedError: what lies there is of other rows or another release, and not all of it is to come again. Nothing is
         removed then.
         """
-        from_first_rank(lambda: self._begin(step), RunError, OSError)
+        from_first_rank(lambda: self._begin(step, say), RunError, OSError)
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, say: Callable[[str], None]) -> None:
         output = self.run.output
         files = list(step_files(output))
         # nothing of step 0 is kept when a run starts over: its first evaluation comes again
@@ -78,6 +80,9 @@ class Samples:
         for path in again:
             path.unlink()
         write_rows(output, self.rows)
+        asked, count = self.run.logging.samples or 0, len(self.rows)
+        if count < asked:
+            say(f"note: logging.samples = {asked:,} rows, but {self.run.data.valid} makes {count:,}: these are taken")
 
     def look(self, step: int, engine: Engine, scorer: Scorer | None, asked: Callable[[], int]) -> SampleStep | None:
         """The rows after a step, on the first rank; None where the run is asked to leave meanwhile. Collective over the world.

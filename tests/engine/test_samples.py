@@ -347,9 +347,9 @@ def test_files_of_other_rows_are_refused_and_none_is_removed(case: Case, overrid
     other = samples_of(case, name, "logging.samples=3", override.format(case=case))
     before = names(folder)
     with pytest.raises(RunError, match=f"They differ in {differs}, and files of both cannot be compared"):
-        other._begin(1)
+        other._begin(1, print)
     assert names(folder) == before and len(before) == 4
-    other._begin(0)
+    other._begin(0, print)
     assert names(folder) == ["rows.safetensors"] and difference(read_rows(other.run.output), other.rows) is None
 
 
@@ -357,7 +357,7 @@ def test_files_of_other_rows_are_refused_and_none_is_removed(case: Case, overrid
 def test_another_objective_goes_on_with_the_same_rows(case: Case, objective: str) -> None:
     folder = write_steps(samples_of(case, f"samples-to-{objective}", "logging.samples=3"), 0, 1, 2)
     (folder / "step-best.safetensors").write_bytes(b"somebody's own")
-    samples_of(case, f"samples-to-{objective}", "logging.samples=3", f"guidance.objective={objective}")._begin(1)
+    samples_of(case, f"samples-to-{objective}", "logging.samples=3", f"guidance.objective={objective}")._begin(1, print)
     assert names(folder) == [
         "rows.safetensors",
         "step-00000000.safetensors",
@@ -372,6 +372,7 @@ def test_a_file_of_another_release_is_an_error_that_says_so(case: Case) -> None:
     mistakes: list[tuple[str, str, dict[str, str], str]] = [
         (rows, "", {"version": "2"}, "has version 2, this release reads 1"),
         (step, "", {"version": "2"}, "has version 2, this release reads 1"),
+        *((file, "version", {}, "has no version, this release reads 1") for file in (rows, step)),
         *((rows, name, {}, f"it has no {name}") for name in ("target", "mapping", "teacher", "fingerprint")),
         *((step, name, {}, f"it has no {name}") for name in ("student_loss", "weight", "guidance")),
         (step, "", {"guidance": '{"objective": "oracle"}'}, "a rule that this release does not know"),
@@ -385,15 +386,30 @@ def test_a_file_of_another_release_is_an_error_that_says_so(case: Case) -> None:
         assert str(output / file) in str(error.value)
         if file == rows:
             with pytest.raises(RunError, match=words):
-                samples._begin(1)
+                samples._begin(1, print)
+    save_file({"target": samples.rows.target_RS}, output / rows, {"version": "1"})
+    with pytest.raises(RunError, match="it has no dataset, document, "):
+        samples._begin(1, print)
     # without metadata at all
     save_file({"target": samples.rows.target_RS}, output / rows)
-    with pytest.raises(RunError, match="it has no dataset, document, "):
-        samples._begin(1)
-    # a field that the rule had once, and the first files, which had no version
+    with pytest.raises(RunError, match="has no version"):
+        samples._begin(1, print)
+    # a field that the rule had once
     write_steps(samples, 0, 1)
-    rewrite(output / step, "version", guidance='{"objective": "guided", "keep": 0.25, "temperature": 2}')
+    rewrite(output / step, guidance='{"objective": "guided", "keep": 0.25, "temperature": 2}')
     assert [step.guidance.keep for step in read_steps(output)] == [0.4, 0.25]
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_more_samples_than_there_are_rows_are_told_with_both_numbers(case: Case, step: int) -> None:
+    said: list[str] = []
+    many = samples_of(case, "samples-clipped", "logging.samples=100000")
+    count = len(many.rows)
+    many._begin(step, said.append)
+    assert 10 < count < 100_000
+    assert said == [f"note: logging.samples = 100,000 rows, but {case.valid} makes {count}: these are taken"]
+    samples_of(case, "samples-all", f"logging.samples={count}")._begin(step, said.append)
+    assert len(said) == 1, "as many as there are"
 
 
 def test_a_run_that_is_asked_to_leave_looks_no_further(case: Case) -> None:

@@ -200,6 +200,42 @@ def test_what_guides_nothing_shows_no_guide(rows, tmp_path, objective, words):
     assert "dropped" in read.text or objective == "clm"
 
 
+def drawn(source: str) -> list[int]:
+    """Of each number above the text, how many lines follow the slider."""
+    return [tile.count("<polyline ") for tile in re.findall(r"<div><dt>.*?</dd></div>", source, re.DOTALL)]
+
+
+def test_a_number_that_does_not_exist_has_no_line(rows, tmp_path):
+    clm, told = written(tmp_path / "clm", rows, Guidance(objective="clm"))
+    loss = np.where(np.isinf(told[0].student_loss_RS), 9, told[0].student_loss_RS).astype(np.float32)
+    for view in told:
+        write_step(clm, replace(view, student_loss_RS=loss + view.step))
+    page = heat.page(clm)
+    # every token is learned: nothing is dropped
+    assert drawn(page) == [1, 1, 0] and page.count('class="spark"') == 2
+    # a loss that is infinite in the midst parts the line in two
+    write_step(clm, replace(told[1], student_loss_RS=np.where(rows.valid_RS, np.inf, loss)))
+    write_step(clm, replace(told[3], student_loss_RS=loss, step=40))
+    assert drawn(heat.page(clm)) == [1, 2, 0]
+    points = re.findall(r'<polyline points="([^"]*)"', page)
+    assert [len(line.split()) for line in points] == [len(STEPS)] * 2
+
+
+@pytest.mark.parametrize(("chunks", "words"), [(16, "cut into 16 chunks instead of aligned"), (1, "cut into 1 chunk instead")])
+def test_chunks_are_told_wherever_the_method_would_be(rows, read, tmp_path, chunks, words):
+    folder, _ = written(tmp_path, rows, Guidance(chunks=chunks))
+    told = Reader(heat.page(folder))
+    assert words in told.text and f"guidance.chunks = {chunks}, a baseline" in told.text
+    assert all("behind its teacher in the same chunk" in headline for headline in json.loads(told.data["headlines"]))
+    assert "instead of aligned" not in read.text and "same chunk" not in read.data["headlines"]
+
+
+def test_the_page_says_what_mapped_means(rows, read, tmp_path):
+    clm, _ = written(tmp_path, rows, Guidance(objective="clm"))
+    for told in (read, Reader(heat.page(clm))):
+        assert "A token is mapped where teacher tokens cover it." in told.text
+
+
 def test_the_page_is_small_whatever_was_written(small, tmp_path, monkeypatch):
     rows = rows_of(small.dataset, LENGTH, 60)
     folder, _ = written(tmp_path, rows, Guidance(), range(0, 300, 10))

@@ -67,7 +67,7 @@ class Tile:
     title: str
     note: str
     texts: list[str]
-    line: list[tuple[float, float]]  # percent of the width, percent from above
+    lines: list[list[tuple[float, float]]]  # percent of the width, percent from above; none where there is no number
 
 
 def page(run: Path, data: Path | None = None) -> str:
@@ -166,8 +166,9 @@ def _headline(rows: SampleRows, view: SampleStep) -> str:
     when = f"After step {view.step:,}" if view.step else "Before the first step"
     if not view.guidance.selects:
         return f"{when}, every token is learned: {view.guidance.objective} selects none."
+    behind = "its teacher" if view.guidance.chunks is None else "its teacher in the same chunk"
     those = {
-        "guided": "those where it is furthest behind its teacher",
+        "guided": f"those where it is furthest behind {behind}",
         "student": "those where its own loss is highest",
         "random": "chosen by chance",
     }[view.guidance.objective]
@@ -189,15 +190,18 @@ def _tiles(numbers: Sequence[dict[str, float]]) -> list[Tile]:
         # both losses on one scale, so that their lines compare
         bounds = (0.0, 1.0) if name == "share_kept" else (min(known, default=0), max(known, default=1))
         texts = [form(value) if math.isfinite(value) else "–" for value in values]
-        tiles.append(Tile(title, note, texts, _line(values, *bounds)))
+        tiles.append(Tile(title, note, texts, _lines(values, *bounds)))
     return tiles
 
 
-def _line(values: Sequence[float], least: float, most: float) -> list[tuple[float, float]]:
+def _lines(values: Sequence[float], least: float, most: float) -> list[list[tuple[float, float]]]:
+    """One for each stretch of evaluations that have the number."""
     last, span = max(1, len(values) - 1), most - least or 1
+    stretches = itertools.groupby(enumerate(values), key=lambda place: math.isfinite(place[1]))
     return [
-        (round(100 * i / last, 2), round(100 * (most - value) / span, 2) if math.isfinite(value) else 50.0)
-        for i, value in enumerate(values)
+        [(round(100 * i / last, 2), round(100 * (most - value) / span, 2)) for i, value in stretch]
+        for known, stretch in stretches
+        if known
     ]
 
 
