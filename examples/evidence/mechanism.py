@@ -5,6 +5,7 @@ a document of its own, and none twice. Training and test share their facts: reca
 
     random-0.6        60 % of the lines with another random value each time; three digits, all wrong
     systematic-0.6    always the same wrong value, so that the wrong one is said more often than the right one
+    random-0          no line is wrong
     …-gaps            a teacher that believes something wrong about a quarter of the facts, and knows nothing of another quarter
     …-wide            the student's tokens are wider than the teacher's: what the aggregate is for
     …-4-micro-batches a step of four instead of one: what the scope is for
@@ -86,6 +87,7 @@ def runs(options: Options) -> Sequence[Spec]:
         specs += [spec_of(Setting("random", 0.6, "digits", "pairs"), arm, seed, options) for seed in first]
     for arm in ("keep-0.2", "keep-0.6", "keep-0.8", "unmapped-exclude", "rho1", "uld", "kld"):
         specs += [spec_of(main[0], arm, seed, options) for seed in first]
+    specs += [spec_of(Setting("random", 0.0), arm, seed, options) for arm in ("clm", "uld") for seed in first]
     for arm in ("guided", "scope-sequence", "scope-global"):
         specs += [spec_of(Setting("random", 0.6, micro_batches=4), arm, seed, options) for seed in first]
     for chunks in CHUNKS:
