@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from tests.datasets import dataset, teacher_tokenizer
 from tests.runs import Case, build_case
 
 __all__ = ["dataset", "teacher_tokenizer"]
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # a shell's `make test &` ignores Ctrl-C, and so would the commands whose Ctrl-C is tested
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -42,6 +42,15 @@ pytestmark = [
 CPUS = 2
 
 
+class Driver(subprocess.Popen[str]):
+    """Ends with a test that fails, instead of being waited for."""
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        if kind is not None:
+            self.kill()
+        super().__exit__(kind, *rest)
+
+
 class Cluster:
     """`ray start` with a token, in a process group and a folder of its own."""
 
@@ -85,10 +94,10 @@ class Cluster:
                 os.killpg(self.head.pid, signal.SIGKILL)
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, script: str, *args: object, **environment: str) -> subprocess.Popen[str]:
+    def start(self, script: str, *args: object, **environment: str) -> Driver:
         """A driver in a process of its own; it has the token unless told otherwise."""
         command = [sys.executable, "-c", script, self.address, *map(str, args)]
-        return subprocess.Popen(command, env=environment or self.environment, stderr=subprocess.PIPE, text=True)
+        return Driver(command, env=environment or self.environment, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
