@@ -261,7 +261,8 @@ def test_a_document_of_50_megabytes_needs_no_more_memory_than_others(mistral, tm
     peak = int(run.stdout.split()[-1]) / 1024
     with capsys.disabled():
         print(f"\nworker with a document of 50 MB: {peak:.0f} MiB at most")
-    assert 100 < peak < 500
+    # 477 alone; a twentieth more where other tests take the cores
+    assert 100 < peak < 550
     ds = AlignedDataset.open(tmp_path / "out")
     assert len(ds) == 41 and ds.totals.text_bytes == sum(len(t.encode()) for t in [*map(nfc, texts[:40]), long])
     n = int(ds.student_lengths[20])
