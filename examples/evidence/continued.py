@@ -1,4 +1,4 @@
-"""Experiment 3, continued pretraining: a student whose loss is flat goes on with a mixture. Who learns what of it?
+"""Experiment 3, continued pretraining: a student at the end of its schedule goes on with a mixture. Who learns what of it?
 
 The student has learned general text (`warm_student`); the mixture is mathematics, word problems of which three in ten have a
 wrong result, and program code with junk between its words (`mixture`). The teacher, SmolLM2-135M-Instruct, has read it once.

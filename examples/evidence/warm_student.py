@@ -1,4 +1,5 @@
-"""The student that all arms of the third experiment continue: five million parameters, trained plainly until its loss is flat.
+"""The student that all arms of the third experiment continue: five million parameters, trained plainly to the end of a
+cosine to zero, where its loss is flat.
 
     ROOT/data/continued/student/tokenizer/   2,048 byte-level tokens, one for each digit
     ROOT/data/continued/student/general/     a dataset of general text; test/: of other files

@@ -18,7 +18,8 @@ def say(word: str) -> None:
     print(word)
 
 
-def fail() -> None:
+def fail_beside(file: Path) -> None:
+    assert eventually(file.exists)
     print("reading the corpus")
     raise SystemExit(3)
 
@@ -53,10 +54,10 @@ def test_each_job_writes_its_own_log_and_the_first_failure_ends_the_others(tmp_p
     assert sorted(line.split()[1] for line in told) == ["one", "three", "two"] and told[-1].startswith("3/3")
     sleeper = tmp_path / "pid"
     jobs = [Job("sleeps", tmp_path / "sleeps.log", partial(sleep_after_writing_pid, sleeper))]
-    jobs.append(Job("fails", tmp_path / "fails.log", fail))
+    jobs.append(Job("fails", tmp_path / "fails.log", partial(fail_beside, sleeper)))
     with pytest.raises(JobFailed, match=r"(?s)fails ended with exit code 3; .*fails\.log ends:\nreading the corpus"):
         work(jobs, 2, told.append)
-    assert not sleeper.exists() or not is_running(int(sleeper.read_text()))
+    assert not is_running(int(sleeper.read_text()))
 
 
 def test_a_killed_command_leaves_no_job_behind(tmp_path: Path) -> None:
