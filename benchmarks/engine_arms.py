@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import IGNORE, Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds
-from megatron_vocagno.config import Run, load_run
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.engine.scoring import plan_scoring
@@ -36,6 +36,7 @@ from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.guidance import planned_kept, weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.run_file import load_run
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ offline/     the teacher's losses of a whole dataset, scored once
 engine/      the step: DeepSpeed, scoring, checkpoints
 planning/    what a run would take; plan.py, dryrun.py: its commands
 
-config.py    the run file      monitor.py     what a run tells, samples.py: token by token
-pretrain.py  the command       train.py       the loop, evaluation.py: held-out text
+config.py    the run, run_file.py: read from its file
+pretrain.py  the command       train.py    the loop, evaluation.py: held-out text
+monitor.py   what a run tells, samples.py: token by token
 export.py    a checkpoint as a Hugging Face folder
 hub.py       models by their Hub ids
 """

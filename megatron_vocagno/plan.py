@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Run, RunError, Teacher, load_run
+from megatron_vocagno.config import Run, RunError, Teacher
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import DATASET, AlignedDataset
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings, zero_stage
@@ -32,6 +32,7 @@ from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
 from megatron_vocagno.planning.memory import StudentUse, TeacherUse
 from megatron_vocagno.planning.report import as_json, text
 from megatron_vocagno.planning.sizes import given_config, read_config, sizes
+from megatron_vocagno.run_file import load_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.config import OccupiedError, Run, RunError, SharedError, load_run
+from megatron_vocagno.config import OccupiedError, Run, RunError, SharedError
+from megatron_vocagno.run_file import load_run
 from megatron_vocagno.stopping import Stopper
 
 PATIENCE = 5.0

@@ -14,7 +14,6 @@ import torch
 
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds
-from megatron_vocagno.config import load_run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.build import share_of_peak
 from megatron_vocagno.engine.scoring import ReplicatedScorer
@@ -23,6 +22,7 @@ from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.guidance import planned_kept, weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.run_file import load_run
 
 
 def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, half: bool) -> list[tuple[float, float]]:

@@ -24,11 +24,11 @@ from deepspeed.utils import groups
 from torch import Tensor
 
 from megatron_vocagno import pretrain, train
-from megatron_vocagno.config import load_run
 from megatron_vocagno.engine import learning, placement
 from megatron_vocagno.engine.processes import start, stop
 from megatron_vocagno.engine.sharded import ShardedTeacher
 from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.run_file import load_run
 
 select_tokens, call, open_sharded = learning.select_tokens, learning.Objective.__call__, placement.open_sharded
 seen: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "megatron_vocagno"
 # what each part of the package may import of it
 DIRECTION = {
     "config": set(),
+    "run_file": {"config"},
     "hub": set(),
     "stopping": set(),
     "health": {"batch", "config"},
@@ -25,9 +26,9 @@ DIRECTION = {
     "engine": {"model", "batch", "objective", "config", "corpus", "samples", "hub"},
     "planning": {"model", "batch", "objective", "config", "hub"},
     "dryrun": {"plan", "planning", "engine", "model", "batch", "corpus", "config", "hub"},
-    "plan": {"planning", "engine", "model", "batch", "corpus", "config"},
+    "plan": {"planning", "engine", "model", "batch", "corpus", "config", "run_file"},
     "export": {"engine", "model", "config"},
-    "pretrain": {"train", "dryrun", "stopping", "config"},
+    "pretrain": {"train", "dryrun", "stopping", "config", "run_file"},
     "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping"},
     "train": {"evaluation", "engine", "model", "batch", "objective", "corpus", "config", "monitor", "health", "stopping"},
 }

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno import hub
-from megatron_vocagno.config import RunError, load_run
+from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.model.folder import ModelError, model_folder, pinned
 from megatron_vocagno.offline.score import Asked
 from megatron_vocagno.planning.sizes import read_config
+from megatron_vocagno.run_file import load_run
 from megatron_vocagno.train import with_fields
 from tests.hub_server import COMMIT, GATED, serving
 from tests.runs import REPOSITORY, Case, environment, spawn

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_vocagno import pretrain
-from megatron_vocagno.config import load_run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.pretrain import main
+from megatron_vocagno.run_file import load_run
 from tests.runs import REPOSITORY, write_settings
 
 RECIPES = REPOSITORY / "examples/recipes"

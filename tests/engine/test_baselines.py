@@ -16,13 +16,14 @@ from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Mapping, Rows
 from megatron_vocagno.batch.unguided import NoGuide, RandomRows
-from megatron_vocagno.config import Guidance, Run, Scope, Unmapped, load_run
+from megatron_vocagno.config import Guidance, Run, Scope, Unmapped
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import counts
 from megatron_vocagno.engine.cached import CachedScorer, held_out_source, training_rows
 from megatron_vocagno.engine.counts import count_step
 from megatron_vocagno.engine.learning import Labels, Objective
 from megatron_vocagno.objective.statistics import STATS
+from megatron_vocagno.run_file import load_run
 from tests.batch.test_chunked import WithLosses
 from tests.runs import Case, metrics, spawn
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from megatron_vocagno.batch.cached import CachedLosses, guides
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.cached import CachedScorer, training_rows
 from megatron_vocagno.offline.score import Asked, score
+from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
 from tests.runs import Case, metrics, spawn, write_teacher

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.batch.loader import IGNORE, Batch, Batches, Layout, TrainRows
-from megatron_vocagno.config import RunError, load_run
+from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.distilling import Distiller
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.distance import Kind
+from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.model.tiny import SIZES, write_model

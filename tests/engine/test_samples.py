@@ -18,12 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno.batch.pack import Mapping
-from megatron_vocagno.config import Run, RunError, load_run
+from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.export import export
 from megatron_vocagno.offline.score import Asked, score
+from megatron_vocagno.run_file import load_run
 from megatron_vocagno.samples import (
     FOLDER,
     SampleRows,

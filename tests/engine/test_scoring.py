@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
-from megatron_vocagno.config import Schedule, load_run
+from megatron_vocagno.config import Schedule
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import scoring
 from megatron_vocagno.engine.build import share_of_peak
 from megatron_vocagno.engine.scoring import ReplicatedScorer, ShardedScorer, plan_scoring
+from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.runs import REPOSITORY

@@ -10,7 +10,8 @@ import pytest
 from examples.evidence import mechanism
 from examples.evidence.learning_rates import FILE, SEED, choose, learning_rate
 from examples.evidence.running import ARMS, EXPERIMENTS, Options, Spec, experiment
-from megatron_vocagno.config import Run, load_run
+from megatron_vocagno.config import Run
+from megatron_vocagno.run_file import load_run
 
 GIVEN = ("data.train=data", 'student.config={model_type="llama"}')
 TEACHER = ("teacher.path=teacher",)

@@ -21,7 +21,7 @@ from examples.evidence.held_out import HeldOut
 from examples.evidence.problems import NAMES, TEMPLATES, THINGS, invent_problems
 from examples.evidence.quiz import Quiz
 from examples.evidence.running import ARMS, Options
-from megatron_vocagno.config import load_run
+from megatron_vocagno.run_file import load_run
 
 CODE = "def area(width, height):\n    # of a rectangle\n    return width * height\n\nprint(area(3, 14))\n"
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from examples.evidence.running import ARMS
-from megatron_vocagno.config import load_run
+from megatron_vocagno.run_file import load_run
 from tests.runs import REPOSITORY
 
 PAGE = REPOSITORY / "examples" / "evidence" / "README.md"
