@@ -6,35 +6,31 @@ deepspeed examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import PretrainedConfig
 
-from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
-from megatron_vocagno.batch.loader import Batch, Batches, Layout
+from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.config import Run, RunError, SharedError, Source
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import largest, together
-from megatron_vocagno.engine.build import build_engine
+from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
-from megatron_vocagno.engine.counts import StepCounts, count_step
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
-from megatron_vocagno.engine.occupancy import Occupancy
+from megatron_vocagno.engine.occupancy import Occupancy, make_output
 from megatron_vocagno.engine.pins import from_the_hub, pin_models
 from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.samples import open_samples
-from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings
+from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.evaluation import HeldOut
 from megatron_vocagno.health import NonFiniteGuard, documents_of
@@ -42,20 +38,20 @@ from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights
 from megatron_vocagno.model.student import check_row_length, student_config
 from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
-from megatron_vocagno.objective.statistics import STATS, summarize
+from megatron_vocagno.step import Stepper
 from megatron_vocagno.stopping import Stopper
 
 USER_ERRORS = (RunError, CorpusError, ModelError)
 """What a user can mend; everything else is a fault of ours or of a machine."""
 
 
-def start_training(run: Run, settings_path: Path, stopper: Stopper) -> None:
-    """Join the other processes, train, and leave together. Raises USER_ERRORS."""
+def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool = False) -> None:
+    """Join the other processes, train, and leave together. quiet: see Monitor. Raises USER_ERRORS."""
     processes = start()
     settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
     try:
         run = pin_models(run)
-        train(run, settings, processes, stopper)
+        train(run, settings, processes, stopper, quiet)
     except SharedError as error:
         # here alone: what looks for a model knows its path, and not which field has it
         raise type(error)(with_fields(run, str(error))) from error
@@ -63,19 +59,22 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper) -> None:
 
 
 def with_fields(run: Run, message: str) -> str:
-    """The message, after the fields that name the model which it says is missing."""
+    """The message, after the fields that name the model or the dataset which it says is missing."""
     # of several teachers, all cached, none is read
-    paths = {"student.pretrained": run.student.pretrained, "teacher.path": run.teacher[0].path if run.teacher else None}
-    names = {field: path.expanduser() for field, path in paths.items() if path}
+    models = {"student.pretrained": run.student.pretrained, "teacher.path": run.teacher[0].path if run.teacher else None}
+    names = {field: path.expanduser() for field, path in models.items() if path}
     fields = [field for field, name in names.items() if message.startswith((f"no model at {name}: ", f"no weights in {name}: "))]
+    datasets = [("data.train", source.path) for source in run.data.train] + [("data.valid", run.data.valid)]
+    fields += [field for field, path in datasets if message.startswith(f"{path} is not a dataset: ")]
     return f"{' and '.join(fields)}: {message}" if fields else message
 
 
-def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) -> None:
+def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper, quiet: bool = False) -> None:
     """Train a run to its last step, from its newest whole checkpoint where it has one. Collective over the world.
 
     Where any rank's `stopper` asks it to, the run saves after the step that it is in, and returns.
     """
+    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     datasets, valid, config, weights = together(lambda: _open(run, settings, processes), *USER_ERRORS)
     data, paths = datasets[0], [source.path for source in run.data.train]  # data: for what they have in common
     teacher = load_teacher(run, data, processes)
@@ -83,14 +82,13 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
     mixture = Mixture([source.weight for source in run.data.train])
     rows = BlendedRows(together(lambda: training_rows(run, datasets, longest), *USER_ERRORS), mixture)
     samples = together(lambda: open_samples(run, datasets, valid, longest), *USER_ERRORS)
-    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
-    monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps)
+    monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps, quiet)
     distiller = open_distiller(teacher, run, data, processes.device)
     engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
-    batches = Batches(rows, layout, engine.data_rank)
     scorer = place_teacher(teacher, run, engine, processes)
+    stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, engine, run.guidance, processes)
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
     occupancy = Occupancy(run.output)
@@ -100,7 +98,7 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
         samples.begin(position.step, monitor.say)
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, engine.skipped_steps)
-    lines = [_opening(run, layout, steps, position), *run.training.schedule.notes(steps)]
+    lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
     for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     saved, due = position.step, False
@@ -108,16 +106,8 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper) 
         if position.step == 0:
             held_out.tell(0, monitor)
         while not (asked := largest(stopper.asked, processes.device)) and position.step < steps:
-            clock = Clock(processes)
-            micro_batches = batches.step(position.rows)
-            counts = count_step(micro_batches, run.guidance, engine.data_group, processes.device)
-            clock.start_teacher()
-            teacher_losses = score(micro_batches, scorer, processes)
-            clock.start_student()
-            learning_rate = engine.learning_rate
-            loss = engine.train(micro_batches, teacher_losses, counts)
             before, position = position, position.after(layout.rows)
-            numbers = _numbers(loss, engine, counts, scorer, clock.stop(), learning_rate)
+            numbers = stepper.step(before.rows)
             numbers |= {f"data/epochs/{path}": n for path, n in zip(paths, rows.epochs(position.rows), strict=True)}
             monitor.step(position.step, numbers)
             if broken := guard.check(position.step, numbers):
@@ -149,85 +139,6 @@ def save_last(engine: Engine, keeper: Keeper, position: Position, saved: int, mo
     monitor.say(f"checkpoint: {keeper.save(position)}")
 
 
-def score(batches: Sequence[Batch], scorer: Scorer | None, processes: Processes) -> list[Tensor]:
-    """The teacher's losses, one [B, U] a batch; [B, 0] where there is no teacher. Collective."""
-    if scorer is None:
-        return [torch.empty(len(batch.target_BS), 0, device=processes.device) for batch in batches]
-    return scorer.score(batches)
-
-
-class Clock:
-    """Wall time of a step: reading, the teacher, the student."""
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self.begin = self.teacher = self.student = self._now()
-
-    def start_teacher(self) -> None:
-        self.teacher = self._now()
-
-    def start_student(self) -> None:
-        self.student = self._now()
-
-    def stop(self) -> tuple[float, float, float]:
-        """Seconds of the whole step, of the teacher, of the student."""
-        end = self._now()
-        return end - self.begin, self.student - self.teacher, end - self.student
-
-    def _now(self) -> float:
-        self.processes.synchronize()
-        return time.perf_counter()
-
-
-def _numbers(
-    loss: float,
-    engine: Engine,
-    counts: StepCounts,
-    scorer: Scorer | None,
-    seconds: tuple[float, float, float],
-    learning_rate: float,
-) -> dict[str, float]:
-    """What a step is remembered by. Collective over the world."""
-    stats = engine.objective.take_stats()
-    means = summarize(stats)
-    whole, teacher, student = seconds
-    numbers = {
-        "loss/train": loss,
-        "loss/nonfinite_tokens": stats[STATS.index("nonfinite")].item(),
-        "loss/tokens_over_capacity": stats[STATS.index("over_capacity")].item(),
-        "optimizer/learning_rate": learning_rate,
-        "optimizer/skipped_steps": engine.skipped_steps,
-        "throughput/student_tokens_per_second": counts.targets / whole,
-        "throughput/step_seconds": whole,
-        "throughput/student_seconds": student,
-        "throughput/student_tokens": counts.targets,
-    }
-    if "student_loss_all" in means:
-        numbers["loss/all_tokens"] = means.pop("student_loss_all")
-    if engine.grad_norm is not None:
-        numbers["optimizer/grad_norm"] = engine.grad_norm
-    means.pop("loss", None)
-    numbers |= engine.take_numbers(counts)
-    guidance = engine.objective.guidance
-    if guidance.selects:
-        without_teacher = () if guidance.needs_teacher else ("guide_", "excess_", "threshold")
-        numbers |= {f"guidance/{name}": value for name, value in means.items() if not name.startswith(without_teacher)}
-        for reason in pack.Mapping:
-            if reason != pack.Mapping.MAPPED:
-                numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
-        lost = counts.mapping[pack.Mapping.MAPPED] - stats[STATS.index("mapped")].item()
-        numbers["guidance/unmapped_nan"] = lost / counts.targets
-    if scorer is not None and guidance.needs_teacher:
-        numbers |= {
-            "teacher/seconds": teacher,
-            "teacher/share_of_time": teacher / whole,
-            "teacher/tokens": counts.teacher_tokens,
-            "teacher/tokens_per_second": counts.teacher_tokens / teacher,
-            "teacher/padding": scorer.padding,
-        }
-    return numbers
-
-
 def _due(step: int, every: int | None, steps: int) -> bool:
     return step == steps or (every is not None and step % every == 0)
 
@@ -253,10 +164,15 @@ def _sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layo
 def _open(
     run: Run, settings: Settings, processes: Processes
 ) -> tuple[list[AlignedDataset], AlignedDataset | None, PretrainedConfig, PretrainedWeights | None]:
-    """Training data, validation data and the student's files; nothing here waits for another rank."""
+    """Training data, validation data and the student's files; nothing here waits for another rank.
+
+    What can be refused is refused here, before the minutes in which a teacher is read.
+    """
+    check_precision(settings, processes.device)
     datasets = open_data(run.data.train)
     valid = _open_valid(run, datasets[0])
     config, weights = _open_student(run, datasets[0], settings, processes)
+    make_output(run.output)
     return datasets, valid, config, weights
 
 
@@ -290,6 +206,7 @@ def _open_student(
     if weights is not None:
         check_tokenizer(data, "student", weights.folder)
     check_row_length(config, run.data.row_length)
+    check_stages(run.parallel, config.num_hidden_layers)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
     return config, weights

@@ -7,8 +7,9 @@ clipped, and AdamW on float32 masters, from which the model is rounded again.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,13 +43,7 @@ def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, hal
         student.to(torch.bfloat16)
     parameters = list(student.parameters())
     masters = [parameter.detach().float().clone() for parameter in parameters]
-    decay = settings["optimizer"]["params"]["weight_decay"]
-    peak, betas = settings["optimizer"]["params"]["lr"], settings["optimizer"]["params"]["betas"]
-    groups = [
-        {"params": [m for m in masters if m.dim() > 1], "weight_decay": decay},
-        {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=betas)
+    optimizer = adamw(masters, settings["optimizer"]["params"])
 
     steps = []
     for step in range(run.training.steps):
@@ -82,10 +77,19 @@ def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, hal
                 parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(masters, settings["gradient_clipping"])
         for group in optimizer.param_groups:
-            group["lr"] = peak * share_of_peak(run.training.schedule, run.training.steps, step)
+            group["lr"] = settings["optimizer"]["params"]["lr"] * share_of_peak(run.training.schedule, run.training.steps, step)
         optimizer.step()
         with torch.no_grad():
             for master, parameter in zip(masters, parameters, strict=True):
                 parameter.copy_(master)
         steps.append((total, norm.item()))
     return steps
+
+
+def adamw(masters: Sequence[torch.Tensor], params: Mapping[str, Any]) -> torch.optim.AdamW:
+    """What is no matrix does not decay."""
+    groups = [
+        {"params": [m for m in masters if m.dim() > 1], "weight_decay": params["weight_decay"]},
+        {"params": [m for m in masters if m.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=params["lr"], betas=params["betas"])

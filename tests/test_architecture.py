@@ -11,26 +11,29 @@ PACKAGE = ROOT / "megatron_vocagno"
 
 # what each part of the package may import of it
 DIRECTION = {
-    "config": set(),
+    "errors": set(),
+    "command": {"errors", "__version__"},
+    "config": {"errors"},
     "run_file": {"config"},
     "hub": set(),
     "stopping": set(),
     "health": {"batch", "config"},
     "samples": {"batch", "config"},
     "monitor": {"health", "samples", "stopping", "config"},
-    "corpus": {"config", "hub"},
+    "corpus": {"config", "hub", "errors"},
     "objective": set(),
     "batch": {"config", "corpus"},
-    "model": {"objective", "config", "hub"},
+    "model": {"objective", "config", "hub", "errors"},
     "offline": {"model", "batch", "corpus", "hub"},
     "engine": {"model", "batch", "objective", "config", "corpus", "samples", "hub"},
-    "planning": {"model", "batch", "objective", "config", "hub"},
-    "dryrun": {"plan", "planning", "engine", "model", "batch", "corpus", "config", "hub"},
-    "plan": {"planning", "engine", "model", "batch", "corpus", "config", "run_file"},
-    "export": {"engine", "model", "config"},
-    "pretrain": {"train", "dryrun", "stopping", "config", "run_file"},
+    "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub"},
+    "dryrun": {"planning", "engine", "model", "batch", "corpus", "config", "hub"},
+    "plan": {"planning", "command"},
+    "export": {"engine", "model", "config", "command"},
+    "pretrain": {"train", "dryrun", "plan", "engine", "stopping", "config", "run_file", "command"},
     "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping"},
-    "train": {"evaluation", "engine", "model", "batch", "objective", "corpus", "config", "monitor", "health", "stopping"},
+    "step": {"engine", "batch", "objective", "config"},
+    "train": {"step", "evaluation", "engine", "model", "batch", "objective", "corpus", "config", "monitor", "health", "stopping"},
 }
 # foreign package: the only files or folders that may import it
 DOORS = {

@@ -26,8 +26,73 @@ def walk(*arguments: Any) -> NDArray[np.int64]:
 _compiled: Any = None
 
 
+def _text(
+    s_ids: Any,  # uint32 [S], all below len(s_bytes)
+    s_prefix: Any,  # uint8: bytes of a dummy prefix, which the text does not have
+    s_bytes: Any,  # uint16 [V]
+    t_ids: Any,  # uint32 [U]
+    t_prefix: Any,
+    t_bytes: Any,  # uint16 [W]
+    n_bytes: Any,
+    position: int,  # student token of its document at which the text starts
+    origin: int,  # teacher token likewise
+    eos: int,  # 1: the text ends its document
+    codes: Any,  # uint8 [S + 1 or more], written
+    anchors: Any,  # int32, written
+    escapes: Any,  # int32 [E, 2], written
+    widths: Any,  # int64 [9], added to
+) -> Any:
+    """One text: codes, anchors and escapes written, tokens covered whole; -1 for each where the bytes do not add up."""
+    bad = (-1, -1, -1, -1)
+    if len(s_ids) == 0 or len(t_ids) == 0:
+        return bad
+    t = 1 if t_bytes[t_ids[0]] == t_prefix > 0 and len(t_ids) > 1 else 0  # 1: the teacher's dummy prefix stands alone
+    t_end = np.int64(t_bytes[t_ids[t]]) - (0 if t else t_prefix)
+    if t_end <= 0:
+        return bad
+    n_anchors = n_escapes = covered = 0
+    start, last = np.int64(0), origin + t
+    for i in range(len(s_ids) + eos):
+        if (position + i) % ANCHOR_EVERY == 0:
+            anchors[n_anchors] = last
+            n_anchors += 1
+        if i == len(s_ids):  # EOS, which covers nothing
+            codes[i] = 0
+            break
+        stop = start + np.int64(s_bytes[s_ids[i]]) - (0 if i else s_prefix)
+        if stop <= start:
+            if stop < start or i > 0 or s_prefix == 0:  # only a dummy prefix may be without text
+                return bad
+            codes[i] = 0
+            widths[0] += 1
+            continue
+        first = t + (t_end == start)  # the teacher's token may have ended with the token before
+        while t_end < stop:
+            t += 1
+            if t == len(t_ids) or t_bytes[t_ids[t]] == 0:
+                return bad
+            t_end += np.int64(t_bytes[t_ids[t]])
+        covered += t_end >= stop
+        width = t + 1 - first
+        code = width << 1 | (last - origin - first)
+        last = origin + t + 1
+        widths[min(width, 8)] += 1
+        if width > WIDEST:
+            escapes[n_escapes, 0], escapes[n_escapes, 1] = position + i, code
+            n_escapes += 1
+            code = ESCAPE
+        codes[i] = code
+        start = stop
+    if start != n_bytes or t_end != n_bytes or t + 1 != len(t_ids):
+        return bad
+    return len(s_ids) + eos, n_anchors, n_escapes, covered
+
+
+_compiled_text: Any = numba.njit(nogil=True, boundscheck=False)(_text)  # nothing is compiled before it is called
+
+
 def _walk(
-    s_ids: Any,  # uint32 [N], all below len(s_bytes)
+    s_ids: Any,  # uint32 [N]
     s_bounds: Any,  # int64 [D + 1]
     s_prefix: Any,  # uint8 [D]
     s_bytes: Any,  # uint16 [V]
@@ -36,94 +101,46 @@ def _walk(
     t_prefix: Any,
     t_bytes: Any,
     n_bytes: Any,  # int64 [D]
-    position: int,  # student token of its document at which each text starts
-    origin: int,  # teacher token likewise
-    eos: int,  # 1: each text ends its document
+    position: int,
+    origin: int,
+    eos: int,
     codes: Any,  # uint8 [N + D], written
-    anchors: Any,  # int32, written
+    anchors: Any,
     n_anchors: Any,  # int64 [D], written
-    escapes: Any,  # int32 [E, 2], written
+    escapes: Any,
     n_escapes: Any,  # int64 [D], written
     good: Any,  # bool [D], written
     widths: Any,  # int64 [9], added to
 ) -> Any:
-    """Returns int64 [4]: codes, anchors and escapes written, tokens covered whole."""
-    code_at = anchor_at = escape_at = 0
-    covered: Any = 0
+    """All texts, one after the other; what has one name here and in _text is the same.
+
+    Returns int64 [4]: codes, anchors and escapes written, tokens covered whole.
+    """
+    done = np.zeros(4, np.int64)
     here = np.zeros(9, np.int64)
     for d in range(len(n_bytes)):
-        code_0, anchor_0, escape_0, covered_0 = code_at, anchor_at, escape_at, covered
         here[:] = 0
-        t, t_stop, total = t_bounds[d], t_bounds[d + 1], n_bytes[d]
-        t_start = 0
-        t_end: Any = -1
-        if t < t_stop:
-            t_end = np.int64(t_bytes[t_ids[t]]) - t_prefix[d]
-            if t_end == 0 and t_prefix[d] > 0 and t + 1 < t_stop:  # the teacher's dummy prefix stands alone
-                t += 1
-                t_end = np.int64(t_bytes[t_ids[t]])
-        shift = origin - t_bounds[d]  # teacher positions of the document
-        last = t + shift
-        fine = t_end > 0 and s_bounds[d] < s_bounds[d + 1]
-        start: Any = 0
-        at = position
-        for i in range(s_bounds[d], s_bounds[d + 1]):
-            if not fine:
-                break
-            if at % ANCHOR_EVERY == 0:
-                anchors[anchor_at] = last
-                anchor_at += 1
-            length = np.int64(s_bytes[s_ids[i]])
-            if i == s_bounds[d]:
-                length -= s_prefix[d]
-            if length <= 0:
-                fine = length == 0 and i == s_bounds[d] and s_prefix[d] > 0  # only a dummy prefix may be without text
-                codes[code_at] = 0
-                here[0] += 1
-            else:
-                stop = start + length
-                first, first_start = t + shift, t_start
-                while t_end < stop:
-                    t += 1
-                    if t == t_stop:
-                        fine = False
-                        break
-                    grown = np.int64(t_bytes[t_ids[t]])
-                    if grown == 0:
-                        fine = False
-                        break
-                    t_start = t_end
-                    t_end += grown
-                covered += first_start <= start and t_end >= stop
-                width = t + shift + 1 - first
-                code = width << 1 | (last - first)
-                last = first + width
-                here[min(width, 8)] += 1
-                if width > WIDEST:
-                    escapes[escape_at, 0] = at
-                    escapes[escape_at, 1] = code
-                    escape_at += 1
-                    code = ESCAPE
-                codes[code_at] = code
-                if t_end == stop and t + 1 < t_stop:
-                    t += 1
-                    t_start = t_end
-                    t_end += np.int64(t_bytes[t_ids[t]])
-                    fine = fine and t_end > t_start
-                start = stop
-            code_at += 1
-            at += 1
-        if eos and at % ANCHOR_EVERY == 0 and fine:
-            anchors[anchor_at] = last
-            anchor_at += 1
-        if eos and fine:
-            codes[code_at] = 0
-            code_at += 1
-        good[d] = fine and start == total and t_end == total and t + 1 == t_stop
+        of_text = _compiled_text(
+            s_ids[s_bounds[d] : s_bounds[d + 1]],
+            s_prefix[d],
+            s_bytes,
+            t_ids[t_bounds[d] : t_bounds[d + 1]],
+            t_prefix[d],
+            t_bytes,
+            n_bytes[d],
+            position,
+            origin,
+            eos,
+            codes[done[0] :],
+            anchors[done[1] :],
+            escapes[done[2] :],
+            here,
+        )
+        good[d] = of_text[0] >= 0
         if good[d]:
             widths += here
-        else:
-            code_at, anchor_at, escape_at, covered = code_0, anchor_0, escape_0, covered_0
-        n_anchors[d] = anchor_at - anchor_0
-        n_escapes[d] = escape_at - escape_0
-    return np.array([code_at, anchor_at, escape_at, covered])
+            for k in range(4):
+                done[k] += of_text[k]
+        n_anchors[d] = max(of_text[1], 0)
+        n_escapes[d] = max(of_text[2], 0)
+    return done

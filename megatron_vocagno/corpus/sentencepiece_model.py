@@ -27,18 +27,8 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
         proto.ParseFromString(data)
     except DecodeError:
         raise TokenizerError(f"{file}: neither JSON nor a SentencePiece model ({len(data):,} bytes)") from None
+    _check(proto, file)
     trainer, spec, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
-    refused = {
-        "it holds no pieces: not a SentencePiece model": not pieces,
-        "its model is not BPE (Unigram, word or char); only BPE is supported": trainer.model_type != trainer.BPE,
-        "it has no byte fallback: characters outside its vocabulary would be lost": not trainer.byte_fallback,
-        f"its normalizer {spec.name!r} changes the text": bool(spec.precompiled_charsmap) or spec.remove_extra_whitespaces,
-        "it marks spaces in another way than U+2581 before a word": trainer.treat_whitespace_as_suffix
-        or not spec.escape_whitespaces,
-    }
-    for reason, applies in refused.items():
-        if applies:
-            raise TokenizerError(f"{file}: {reason}")
     normal, unknown, control, user_defined = 1, 2, 3, 4
     steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
@@ -75,6 +65,21 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
         },
     }
     return raw, {name: pieces[i].piece for name, i in named.items() if 0 <= i < len(pieces)}
+
+
+def _check(proto: Any, file: Path) -> None:
+    trainer, spec, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
+    refused = {
+        "it holds no pieces: not a SentencePiece model": not pieces,
+        "its model is not BPE (Unigram, word or char); only BPE is supported": trainer.model_type != trainer.BPE,
+        "it has no byte fallback: characters outside its vocabulary would be lost": not trainer.byte_fallback,
+        f"its normalizer {spec.name!r} changes the text": bool(spec.precompiled_charsmap) or spec.remove_extra_whitespaces,
+        "it marks spaces in another way than U+2581 before a word": trainer.treat_whitespace_as_suffix
+        or not spec.escape_whitespaces,
+    }
+    for reason, applies in refused.items():
+        if applies:
+            raise TokenizerError(f"{file}: {reason}")
 
 
 def _merges(scores: dict[str, float]) -> list[list[str]]:
