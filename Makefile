@@ -1,7 +1,10 @@
 # make demo   the whole way on this machine, in minutes
-# make test   the test suite
+# make test   the test suite; make test-long: the long ones that it leaves out
 # make lint   ruff and mypy
 # make evidence  does the guidance work: three small experiments, into docs/evidence.md
+# make docs   the documentation as a site, into site/
+# make docs-links  the links of the documentation that lead out of it: do they answer? Needs a network
+# make prove-same-loss REV=...  does the working tree keep the losses of a revision, to the bit? Minutes
 # make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
 # make gpu-test    the kernels' and the objective's tests on the GPU that is here
@@ -10,15 +13,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PYTEST_MANY := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test lint evidence soak gpu-test gpu-bench install clean
+.PHONY: demo test test-long lint evidence docs docs-links prove-same-loss soak gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
 
 # a file at a time, each process on one thread: many tests start processes of their own
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_MANY) -m 'not long'
+
+test-long: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_MANY) -m long
 
 lint: install
 	$(BIN)/ruff check .
@@ -27,6 +34,16 @@ lint: install
 
 evidence: install
 	$(BIN)/python -m examples.evidence
+
+docs: $(VENV)-docs/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build
+	@echo 'open site/index.html'
+
+docs-links:
+	$(PYTHON) docs/external_links.py --ask
+
+prove-same-loss: demo
+	$(BIN)/python -m benchmarks.prove_same_loss $(REV)
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --kills 20 --steps 500
@@ -51,5 +68,11 @@ $(VENV)/installed: requirements/pinned.txt requirements/containers.txt requireme
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
 	touch $@
 
+# an environment of its own: no other command needs what builds the site
+$(VENV)-docs/installed: requirements/docs.txt
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --disable-pip-version-check --quiet --requirement requirements/docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo .evidence
+	rm -rf $(VENV) $(VENV)-docs .demo .evidence site

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import chain
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.offline import TARGETS, Launch, compiled_for
 from benchmarks.page import write_section
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.rule import Aggregate
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -101,11 +103,11 @@ def launches_for(target: str) -> list[tuple[str, Launch]]:
     return found
 
 
-def all_launches() -> list[tuple[str, Launch]]:
-    """Of all targets, in two processes."""
+def all_launches(targets: Iterable[str] = TARGETS) -> list[tuple[str, Launch]]:
+    """Target by target, in two processes."""
     os.environ.pop("TRITON_INTERPRET", None)  # read where a kernel is defined: in the processes that start here
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        return [found for of_target in pool.map(launches_for, TARGETS) for found in of_target]
+        return [found for of_target in pool.map(launches_for, targets) for found in of_target]
 
 
 def table(found: Sequence[tuple[str, Launch]]) -> str:
@@ -140,10 +142,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "python -m benchmarks.compile_table",
+        "",
+        "Registers, spills and shared memory of every kernel, compiled for four GPUs that need not be here.",
+        "python -m benchmarks.compile_table --write",
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
     options = parser.parse_args(arguments)
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     text = table(all_launches())
     print(text)
     if options.write:
@@ -151,4 +162,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
@@ -15,6 +16,18 @@ __all__ = ["dataset", "teacher_tokenizer"]
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # a shell's `make test &` ignores Ctrl-C, and so would the commands whose Ctrl-C is tested
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is loaded
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a test that waits for processes, or for time to pass, leaves its core to another."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that quick ones fill the end, when the first workers have nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")

@@ -58,6 +58,7 @@ def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
     assert written.index(r"third \1") < written.index("second")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_of_preprocessing_writes_its_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
@@ -114,6 +115,7 @@ def test_the_texts_for_another_trainer_are_those_of_the_rows(cases: tuple[step_a
         assert SequenceMatcher(None, again, row, autojunk=False).ratio() > 0.85
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_benchmark_of_a_step_writes_its_table(tmp_path: Path) -> None:
     page = tmp_path / "page.md"

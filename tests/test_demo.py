@@ -11,6 +11,7 @@ import pytest
 CORPUS = Path(__file__).parent.parent / "examples" / "demo" / "corpus.py"
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_corpus_is_large_and_its_parts_share_neither_text_nor_source(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("demo_corpus", CORPUS)

@@ -37,6 +37,7 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) 
     return sum(log_p_SV[place - 1, ids_1S[0, place]].item() for place in range(first, ids_1S.shape[1]))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_results_of_a_run_are_those_of_plain_transformers_on_its_export(case: Case) -> None:
     run = case.run("evaluated", 1, ["training.steps=2", "student.config.max_position_embeddings=512", "eval.rows=2"])

@@ -30,7 +30,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stages", "processes"), [(2, 2), (0, 1)], ids=["pipeline", "plain"])
+@pytest.mark.parametrize(("stages", "processes"), [(2, 2), pytest.param(0, 1, marks=pytest.mark.long)], ids=["pipeline", "plain"])
 def test_losses_and_weights_are_those_of_whole_logits(overrides: list[str], stages: int, processes: int, tmp_path: Path) -> None:
     for name, program in (("ours", [SCRIPT]), ("naive", ["-m", "tests.naive_objective"])):
         mine = ["--set", f"output={tmp_path / name}", "--set", f"parallel.pipeline_stages={stages}"]

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import scoring
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_scoring_and_reading_are_measured(tmp_path: Path) -> None:
     figures = scoring.scoring_figures(tmp_path, None, rounds=1, quick=True)

@@ -129,6 +129,7 @@ def ends_well(build, undisturbed, tmp_path) -> Iterator[Path]:
 # ---- workers are killed
 
 
+@pytest.mark.long
 def test_twenty_killed_workers_cost_nothing(build, undisturbed, tmp_path):
     """At work, while they open their tokenizers, or before they are ready; no shard is hit three times."""
     dice, killed, at_work = random.Random(1), [], 0

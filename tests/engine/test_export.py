@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from typing import NoReturn
 
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from megatron_vocagno.batch.loader import IGNORE, Layout, evaluation_batches
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -19,16 +20,27 @@ from tests.runs import Case, metrics, spawn
 pytestmark = pytest.mark.slow
 
 
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def evaluations(output) -> list[float]:
     return [line["eval/loss"] for line in metrics(output) if "eval/loss" in line]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_the_exported_model_scores_as_the_engine_did_and_trains_on(case: Case, tied: bool) -> None:
+def test_the_exported_model_scores_as_the_engine_did_and_trains_on(
+    case: Case, tied: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     name = f"export-tied-{tied}"
     tie = f"student.config.tie_word_embeddings={str(tied).lower()}"
     output = case.run(name, 2, ["parallel.pipeline_stages=2", tie, "training.steps=2"])
     out = case.folder / f"{name}-hf"
+    with monkeypatch.context() as patched:
+        # between the weights and the configuration
+        patched.setattr(PretrainedConfig, "save_pretrained", interrupt)
+        assert main([str(output), "--out", str(out)]) == 130 and list(out.iterdir()) == []
+        assert capsys.readouterr().err == "interrupted; nothing was written\n"
     command = [sys.executable, "-m", "megatron_vocagno.export", str(output), "--out", str(out)]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.count(str(out)) == 1
     readable = {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()}

@@ -47,6 +47,7 @@ def wait_for_steps(output: Path, steps: int) -> int:
     raise AssertionError(f"{output} did not come to step {steps}")
 
 
+@pytest.mark.long
 def test_killed_at_random_under_the_supervisor_it_ends_where_an_undisturbed_run_ends(case: Case) -> None:
     overrides = [*soak.LAYOUT, "training.steps=6", "checkpoint.every=1", "eval.rows=4"]
     shared_memory = soak.shared_memory()

@@ -27,7 +27,9 @@ def lines_by_step(output: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "processes", "stages", "zero"), [("pp2", 2, 2, 1), ("plain-zero3", 2, 0, 3)], ids=["pp2", "plain-zero3"]
+    ("layout", "processes", "stages", "zero"),
+    [("pp2", 2, 2, 1), pytest.param("plain-zero3", 2, 0, 3, marks=pytest.mark.long)],
+    ids=["pp2", "plain-zero3"],
 )
 def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, processes: int, stages: int, zero: int) -> None:
     tied = stages > 0
@@ -115,7 +117,9 @@ def test_resuming_another_run_is_refused_and_changes_nothing(case: Case) -> None
     output = case.run("other", 1, ["training.steps=1"])
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*")}
     refused = spawn(1, case.command("other", ["training.seed=1"]))
-    assert refused.returncode == 2 and "was written with seed = 0, this run has 1" in refused.stdout, refused.stdout[-3000:]
+    assert refused.returncode == 2 and "was written with training.seed = 0, this run has 1" in refused.stdout, refused.stdout[
+        -3000:
+    ]
     assert "Traceback" not in refused.stdout
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 

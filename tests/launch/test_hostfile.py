@@ -48,6 +48,7 @@ def test_the_hostfile_is_read_by_deepspeed() -> None:
     assert fetch_hostfile(str(LAUNCH / "hostfile")) == {"node1": 8, "node2": 8}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_machines_by_pdsh_train_as_one(
     case: Case, one_host: dict[int, float], cluster: dict[str, str], tmp_path: Path

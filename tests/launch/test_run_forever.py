@@ -98,6 +98,7 @@ def test_the_exit_code_of_node_sh_for_a_stopped_run_ends_it(tmp_path: Path) -> N
     assert [(tmp_path / name / "starts").read_text().count("\n") for name in ("out", "died")] == [1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_script_on_each_machine_bears_a_lost_rank_and_a_signal(case: Case, one_host: dict[int, float]) -> None:
     """A training run of two machines with a rank each: a rank is killed, all come again; a signal to one script stops all."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vocagno.model.student import student_config
+from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.planning.layouts import Stage, stages
 from megatron_vocagno.planning.memory import states
 from megatron_vocagno.planning.sizes import sizes
@@ -41,6 +41,7 @@ ENGINES = [(0, 1, FLOAT32), (0, 1, ROUNDED), (0, 2, FLOAT32), (0, 3, FLOAT32), (
 """(pipeline stages, ZeRO stage, data types)"""
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_engines_hold_the_bytes_that_are_planned(tmp_path: Path) -> None:
     arguments = [(count, configuration(stage, data_types)) for count, stage, data_types in ENGINES]
