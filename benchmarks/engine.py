@@ -34,9 +34,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks.engine_arms import Case, Ranks, Taken, bare, loop
-from benchmarks.page import PAGE, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, PAGE, Figure, circumstances, markdown, show, write_section
 from benchmarks.step import llama, save_random
 from megatron_vocagno.batch.loader import Layout
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.model.teacher import teacher_folder
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
@@ -58,10 +59,22 @@ LEARNING_RATE, CLIP = 1e-4, 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"(default: docs/{PAGE.name})")
+    parser = Parser(
+        "python -m benchmarks.engine",
+        "",
+        "What the training loop costs beside its models on a CPU, with one process and with two stages.",
+        "python -m benchmarks.engine --write",
+        GOALS,
+    )
+    parser.add_argument(
+        "--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"where the table goes (default: docs/{PAGE.name})"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: does it run?")
     args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else FULL
     with TemporaryDirectory() as folder:
         figures = measure(prepare(Path(folder), sizes, args.quick), sizes)

@@ -31,11 +31,12 @@ from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.engine.scoring import plan_scoring
-from megatron_vocagno.model.student import Student, student_config
+from megatron_vocagno.model.configuration import student_config
+from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
-from megatron_vocagno.objective.guidance import planned_kept, weighted_loss
+from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
-from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.run_file import load_run
 
 
@@ -114,12 +115,12 @@ def _begin(arm: Callable[[Connection, Case], None], end: Connection, case: Case,
 
 
 def loop(end: Connection, case: Case) -> None:
-    from megatron_vocagno import train
+    from megatron_vocagno import opening, train
     from megatron_vocagno.engine.processes import start, stop
     from megatron_vocagno.engine.settings import read_settings
 
     run, processes, turns = load_run(case.run, case.overrides), start(), Turns(end)
-    train.Batches = turns.reading  # type: ignore[assignment, misc]
+    opening.Batches = turns.reading  # type: ignore[assignment, misc]
     train.train(run, read_settings(case.settings, run.parallel.pipeline_stages, "cpu"), processes, turns)  # type: ignore[arg-type]
     stop()
 

@@ -32,6 +32,7 @@ from torch import Tensor
 from benchmarks import selection
 from benchmarks.head_arms import Loss, dense, torch_chunked
 from benchmarks.page import circumstances, write_section
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, LearnedRows, token_loss
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -293,11 +294,20 @@ def measure(device: torch.device, heads: Sequence[Head], chip: Chip | None, roun
     return "\n\n".join(tables)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "python -m benchmarks.gpu",
+        "",
+        "What the objective costs on the GPU that is here, in time and memory, against other libraries: 10 minutes.",
+        "python -m benchmarks.gpu --dry-run",
+    )
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/kernels.md")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print(measure(torch.device("cpu"), TINY, None, rounds=2), "\n\nA dry run on a CPU: these times say nothing.", sep="")
         return
@@ -314,4 +324,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,7 +34,8 @@ import torch
 
 from benchmarks import step_memory
 from benchmarks.head_arms import Loss, dense, dense_as_is, ours, row_chunks, torch_chunked
-from benchmarks.page import Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, Figure, circumstances, markdown, show, write_section
+from megatron_vocagno.command import Parser, run_command
 
 ROUNDS = 5
 ARMS: dict[str, Loss] = {"dense": dense, "ours": ours, "rows": row_chunks, "torch": torch_chunked, "as is": dense_as_is}
@@ -154,10 +155,20 @@ def alone(function, *arguments):  # type: ignore[no-untyped-def]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "python -m benchmarks.head",
+        "",
+        "What a loss per token costs on a CPU, from hidden states and the output head, against dense logits.",
+        "python -m benchmarks.head --write",
+        GOALS,
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the vocabulary, one round")
     args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     figures: list[Figure] = []
     for case in CASES:
         if args.quick:

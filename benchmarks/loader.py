@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,12 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.page import circumstances, write_section
+from benchmarks.page import GOALS, circumstances, write_section
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Rows
-from megatron_vocagno.corpus.dataset import PAIRS, ShardRecord, Totals, create
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.indexed import token_dtype, write_index
-from megatron_vocagno.corpus.manifest import FileRecord
+from megatron_vocagno.corpus.manifest import PAIRS, FileRecord, ShardRecord, Totals, create
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
@@ -47,10 +47,21 @@ MOST_SECONDS = 5.0
 SHARDS, DOCUMENTS, TOKENS_A_DOCUMENT = 1000, 6_300_000, 2380
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Reading packed rows: rate, memory, start.")
-    parser.add_argument("--folder", type=Path, help="where to write, 1.5 GB (default: a temporary folder)")
-    with tempfile.TemporaryDirectory(dir=parser.parse_args().folder) as folder:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "python -m benchmarks.loader",
+        "",
+        "Reading packed rows: rate, memory, and the time until the first batch. Writes into docs/benchmarks.md.",
+        "python -m benchmarks.loader --folder /tmp",
+        GOALS,
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write, 1.5 GB (default: a temporary folder)")
+    args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         root = Path(folder)
         student = open_tokenizer(real.mistral_tokenizer_path())
         teacher = open_tokenizer(real.smollm2_tokenizer_folder(root / "tokenizer"))

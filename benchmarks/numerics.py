@@ -10,6 +10,7 @@ excess. --write puts the table into docs/kernels.md.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.page import circumstances, write_section
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import token_loss
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
@@ -58,10 +60,19 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into docs/kernels.md")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "python -m benchmarks.numerics",
+        "",
+        "How far the losses of a 16-bit head are from those of float64, and whether other tokens are kept. On a CPU.",
+        "python -m benchmarks.numerics --write",
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
     options = parser.parse_args(arguments)
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> None:
     text = table()
     print(text)
     if options.write:
@@ -69,4 +80,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

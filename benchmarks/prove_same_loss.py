@@ -25,6 +25,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_vocagno.command import Parser, positive_int, run_command
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.monitor import read_metrics
 
 DEMO = Path(".demo").absolute()
@@ -43,11 +45,18 @@ console = Console(highlight=False, soft_wrap=True)
 Lines = Sequence[Mapping[str, float]]
 
 
-def main() -> int:
-    args = parse()
+class NotProved(UserError):
+    """It cannot be said whether the loss is the same."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    return run_command(lambda: compare(args))
+
+
+def compare(args: argparse.Namespace) -> int:
     if not (DEMO / "teacher" / "model.safetensors").exists():
-        console.print("error: no teacher in .demo/: run `make demo` first", style="red")
-        return 2
+        raise NotProved("no teacher in .demo/: run `make demo` first")
     with tempfile.TemporaryDirectory(prefix="same-loss-") as name:
         folder = Path(name)
         there = check_out(args.revision, folder / "revision")
@@ -55,12 +64,24 @@ def main() -> int:
     return tell(args.revision, theirs, ours, args.tolerance)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("revision", help="what the working tree is compared with: a commit, branch or tag")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps (default: 8)")
-    parser.add_argument("--tolerance", type=float, default=0.0, help="largest relative difference (default: 0, the same bits)")
-    return parser.parse_args()
+def parser() -> Parser:
+    parser = Parser(
+        "python -m benchmarks.prove_same_loss",
+        "REVISION",
+        "Does a change keep the loss? The quickstart's first steps at a revision and in this working tree, number by number.",
+        "python -m benchmarks.prove_same_loss HEAD~3 --steps 8",
+        "0 the same, or within --tolerance; 1 it differs; 2 something for you to mend; 130 Ctrl-C",
+    )
+    parser.add_argument("revision", metavar="REVISION", help="what is compared with: a commit, branch or tag")
+    parser.add_argument("--steps", type=positive_int, default=8, metavar="N", help="optimizer steps (default: 8)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="largest relative difference, a share (default: 0, the same bits)",
+    )
+    return parser
 
 
 def check_out(revision: str, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -27,10 +27,11 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.page import Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, Figure, circumstances, markdown, show, write_section
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherSource
+from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.losses import LOSS_RECORD, gather, record_losses, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring
@@ -47,13 +48,23 @@ LEAST_RATIO, LEAST_TOKENS = 0.95, 5e6
 ROW, ROWS = 2048, 512
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Scoring a dataset, and reading its losses.")
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        "python -m benchmarks.scoring",
+        "",
+        "What scoring a dataset costs against the teacher's bare forwards, and reading the losses again.",
+        "python -m benchmarks.scoring --write",
+        GOALS,
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
-    parser.add_argument("--teacher", type=Path, help="with SmolLM2's tokenizer (default: random weights)")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="does it run?")
-    args = parser.parse_args()
+    parser.add_argument("--teacher", type=Path, metavar="PATH", help="a model with SmolLM2's tokenizer (default: random weights)")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="turns that are timed (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="few documents: does it run?")
+    args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
         figures = [

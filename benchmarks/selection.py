@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.page import circumstances, write_section
+from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.objective.ranking import kept_count
 from megatron_vocagno.objective.selection import select_tokens
 
@@ -71,10 +72,21 @@ Arm = Callable[[Inputs, str, str], tuple[Tensor, Tensor]]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Selection on the CPU: operations, bytes, time.")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns that are timed")
-    parser.add_argument("--write", action="store_true", help="write the section of docs/benchmarks.md")
-    arguments = parser.parse_args(argv)
+    parser = Parser(
+        "python -m benchmarks.selection",
+        "",
+        "What choosing tokens costs on a CPU: operations, bytes and time, against the method written down plainly.",
+        "python -m benchmarks.selection --write",
+    )
+    parser.add_argument(
+        "--rounds", type=positive_int, default=ROUNDS, metavar="N", help=f"turns that are timed (default: {ROUNDS})"
+    )
+    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     x = inputs()
     lines = ["| scope, aggregate | arm | operations | MB moved | ms | times as long |", "|---|---|---|---|---|---|"]

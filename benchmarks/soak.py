@@ -24,6 +24,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.page import GOALS
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.engine.manifest import MANIFEST, OPTIMIZER, STUDENT, checkpoint_folders, finished_checkpoints
 from tests import tokenizers_for_tests as real
 from tests.runs import REPOSITORY, SCRIPT, Case, build_case, environment, metrics
@@ -169,12 +171,29 @@ def left_behind(run: Supervised) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 when the run bore it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
+    """Returns the exit code."""
+    parser = Parser(
+        "python -m benchmarks.soak",
+        "",
+        "How a run bears what machines do: ranks killed at random moments, and many steps on end. Half an hour.",
+        "python -m benchmarks.soak --kills 20 --steps 500",
+        GOALS,
+    )
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="kills of a rank; the weights must stay those of an undisturbed run (default: 0)",
+    )
+    parser.add_argument("--steps", type=int, default=0, metavar="N", help="steps on end; memory must stay flat (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments of the kills (default: 0)")
     options = parser.parse_args(arguments)
+    return run_command(lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0 when the run bore it."""
     before = shared_memory()
     fine = True
     with tempfile.TemporaryDirectory() as folder:

@@ -45,9 +45,10 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import step_memory
-from benchmarks.page import PAGE, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, PAGE, Figure, circumstances, markdown, show, write_section
 from benchmarks.step_arms import Case, Step, cached, clm, floor, guided, inputs_of, naive
 from benchmarks.trl_gold import Gold
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.model.folder import quiet
@@ -82,11 +83,23 @@ QUICK = Sizes(64, 1, llama(2, 32), llama(2, 32))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"(default: docs/{PAGE.name})")
-    parser.add_argument("--trl", metavar="PYTHON", help="interpreter of an environment with trl")
+    parser = Parser(
+        "python -m benchmarks.step",
+        "",
+        "What a guided training step costs on a CPU, in time and memory, against plain steps: minutes.",
+        "python -m benchmarks.step --write",
+        GOALS,
+    )
+    parser.add_argument(
+        "--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"where the table goes (default: docs/{PAGE.name})"
+    )
+    parser.add_argument("--trl", metavar="PYTHON", help="also TRL's GOLD, by the interpreter of an environment that has trl")
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: does it run?")
     args = parser.parse_args(argv)
+    return run_command(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else FULL
     with TemporaryDirectory() as folder:
         a, b = prepare(Path(folder), sizes)

@@ -29,9 +29,9 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import Teacher, open_teacher
-from megatron_vocagno.objective.guidance import planned_kept, weighted_loss
+from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
-from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.objective.selection import planned_kept, select_tokens
 
 KEEP = 0.4
 TILE = 2048

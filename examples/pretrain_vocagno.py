@@ -3,9 +3,7 @@
 deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
 """
 
-import sys
-
-from megatron_vocagno.pretrain import main
+from megatron_vocagno.pretrain import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

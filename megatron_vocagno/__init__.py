@@ -12,7 +12,7 @@ planning/    what a run would take; plan.py, dryrun.py: its commands
 
 config.py    the run, run_file.py: read from its file
 pretrain.py  the command       train.py    the loop, step.py: a step of it, evaluation.py: held-out text
-monitor.py   what a run tells, samples.py: token by token
+monitor.py   what a run tells, board.py: in TensorBoard, samples.py: token by token
 export.py    a checkpoint as a Hugging Face folder
 hub.py       models by their Hub ids
 command.py   what all commands share      errors.py    what a user can mend

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron_vocagno.errors import UserError
+
 Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
 Unmapped = Literal["include", "exclude"]
@@ -20,7 +22,7 @@ Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-class RunError(Exception):
+class RunError(UserError):
     """Something a user can mend in a run: its file, an override, a path, or how the parts fit together."""
 
 
@@ -30,6 +32,8 @@ class SharedError(RunError):
 
 class OccupiedError(SharedError):
     """Another run is in the way: nothing to mend, and a later start may find it gone."""
+
+    exit_code = 1
 
 
 class Part(BaseModel):
@@ -143,6 +147,14 @@ class Guidance(Part):
     def needs_teacher(self) -> bool:
         return self.objective == "guided" or self.distance is not None
 
+    def notes(self) -> Iterator[str]:
+        """What a user may not have meant: fields that stand in the run and that its objective does not read."""
+        idle = [name for name in _OF_GUIDES if self.objective != "guided"] + [name for name in _OF_SELECTION if not self.selects]
+        if given := [f"guidance.{name}" for name in idle if name in self.model_fields_set]:
+            why = "selects without a guide" if self.selects else "learns every token"
+            have = "has" if len(given) == 1 else "have"
+            yield f"note: {', '.join(given)} {have} no effect: guidance.objective = {self.objective!r} {why}."
+
     @model_validator(mode="after")
     def _of_this_objective(self) -> Self:
         if self.chunks is not None and self.objective != "guided":
@@ -157,6 +169,10 @@ class Guidance(Part):
         if round(keep, 6) != keep:
             raise ValueError("at most 6 decimals: the number of kept tokens is computed exactly from them")
         return keep
+
+
+_OF_GUIDES = ("aggregate", "require_positive", "combine")
+_OF_SELECTION = ("keep", "scope", "unmapped")
 
 
 class Parallel(Part):
@@ -264,10 +280,12 @@ class Run(Part):
                     f"[[teacher]] {i + 1} of {len(self.teacher)} has placement {teacher.placement!r}: several teachers must all "
                     "be 'cached' (tools.preprocess.score_teacher)"
                 )
-            if len(teacher.data) != (len(self.data.train) if i else 0):
+            if not i and teacher.data:
+                raise ValueError("teacher.data is for the second and every further teacher: the first one reads data.train")
+            if i and len(teacher.data) != len(self.data.train):
                 raise ValueError(
-                    f"[[teacher]] {i + 1} of {len(self.teacher)} names {len(teacher.data)} datasets: the first teacher reads "
-                    f"data.train, every further one names {len(self.data.train)} of its own, aligned for it"
+                    f"[[teacher]] {i + 1} of {len(self.teacher)} names {len(teacher.data)} datasets in 'data', and data.train "
+                    f"{len(self.data.train)}: each further teacher needs every one of them, aligned for it"
                 )
         if self.eval.every is not None and self.data.valid is None:
             raise ValueError("eval.every is given, but there is no data.valid to evaluate on")

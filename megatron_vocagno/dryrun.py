@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -17,44 +16,22 @@ import torch
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, RunError, Teacher
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
-from megatron_vocagno.model.folder import ModelError, cached_snapshot
-from megatron_vocagno.model.student import check_row_length, student_config
-from megatron_vocagno.plan import Question, add_question, ask
+from megatron_vocagno.model.configuration import check_row_length, student_config
+from megatron_vocagno.model.folder import cached_snapshot
 from megatron_vocagno.planning.comparison import Task, as_asked
 from megatron_vocagno.planning.layouts import stages
+from megatron_vocagno.planning.question import Question, ask
 from megatron_vocagno.planning.report import table, text
 from megatron_vocagno.planning.shapes import Passage, passage
 
-USER_ERRORS = (RunError, ModelError, CorpusError)
-
-
-def answer(arguments: Sequence[str]) -> str:
-    """What is printed. Arguments: --dry-run, anywhere, and those of megatron_vocagno.plan that say what is asked.
-
-    Raises USER_ERRORS.
-    """
-    return dry_run(_parse(arguments))
-
-
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=f"{Path(sys.argv[0]).name} --dry-run",
-        description="Check what needs no data, weights or GPU, and plan the run.",
-    )
-    add_question(parser)
-    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # read by the caller
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher passes it
-    return parser.parse_args(arguments)
-
 
 def dry_run(options: argparse.Namespace) -> str:
-    """What the run resolves to, what passes through its models, and its plan.
+    """What the run resolves to, what passes through its models, and its plan. options: of `plan.add_question`.
 
-    Raises USER_ERRORS: what would stop the run, as far as it can be known.
+    Raises UserError: what would stop the run, as far as it can be known.
     """
     question = ask(options)
     task = question.task
@@ -74,7 +51,7 @@ def dry_run(options: argparse.Namespace) -> str:
 
 
 def _check_models(question: Question) -> None:
-    """Raises USER_ERRORS: models, rows, vocabularies and cached losses that do not fit together."""
+    """Raises UserError: models, rows, vocabularies and cached losses that do not fit together."""
     task, config = question.task, question.task.student.config
     check_row_length(config, task.run.data.row_length)
     if task.run.student.config is not None:
@@ -130,6 +107,7 @@ def _notes(question: Question) -> Iterator[str]:
     for teacher in _read_teachers(run):
         if teacher.placement != "cached" and teacher.path:
             yield from _absent("teacher.path", teacher.path)
+    yield from run.guidance.notes()
     yield from run.training.schedule.notes(task.steps)
     student = task.student.config.vocab_size
     # the data would say more, see _check_models; a student from nothing takes its vocabulary from there

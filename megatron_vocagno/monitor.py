@@ -1,8 +1,9 @@
 """What a run tells: TensorBoard, one line on the console, and metrics.jsonl, from the same numbers.
 
-Names are grouped for TensorBoard (`loss/`, `guidance/`, `distance/`, `teacher/`, `throughput/`, `optimizer/`, `data/`, `eval/`,
-`samples/`). A number that does not exist in a step (the guide of kept tokens when none was mapped) is not there; one that is NaN
-or infinite is shown, and null in metrics.jsonl, since JSON has no such numbers.
+Names are grouped (`loss/`, `guidance/`, `distance/`, `teacher/`, `throughput/`, `optimizer/`, `data/`, `eval/`, `samples/`) and
+explained in docs/monitoring.md; board.py shows them in TensorBoard. A number that does not exist in a step (the guide of kept
+tokens when none was mapped) is not there; one that is NaN or infinite is shown, and null in metrics.jsonl, since JSON has no
+such numbers.
 metrics.jsonl holds one object a step, and one an evaluation, with the same names and `step`; a resumed run drops the lines of
 steps that it is about to repeat, so that each stands there once. not_finite.jsonl names the documents of steps that were not
 finite. `finished` (the last step) or `stopped` (the step and who asked) is there once a run has left of its own will.
@@ -11,17 +12,19 @@ finite. `finished` (the last step) or `stopped` (the step and who asked) is ther
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import orjson
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vocagno import samples
-from megatron_vocagno.config import RunError
+from megatron_vocagno.board import Board
+from megatron_vocagno.command import duration
+from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.health import BrokenStep, described
 from megatron_vocagno.samples import SampleRows, SampleStep
 from megatron_vocagno.stopping import reason
@@ -29,20 +32,24 @@ from megatron_vocagno.stopping import reason
 METRICS_FILE = "metrics.jsonl"
 BROKEN_STEPS_FILE = "not_finite.jsonl"
 FINISHED_FILE, STOPPED_FILE = "finished", "stopped"
+RECENT_STEPS = 50
+"""The time that remains is told from so many steps: a run that changes its pace is believed soon, and one slow step is not."""
 
 
 class Monitor:
     """The voice of one process; the others hold one that is silent (`output=None`)."""
 
-    def __init__(self, output: Path | None, every: int, last_step: int) -> None:
-        """output: the run's folder, made when writing begins. every: steps between console lines."""
-        self.output, self.every, self.last_step = output, every, last_step
+    def __init__(self, output: Path | None, every: int, last_step: int, quiet: bool = False) -> None:
+        """output: the run's folder, made when writing begins. every: steps between console lines. quiet: only what is wrong, and
+        the last word, are said."""
+        self.output, self.every, self.last_step, self.quiet = output, every, last_step, quiet
         self._metrics: IO[bytes] | None = None
-        self._board: SummaryWriter | None = None
+        self._board: Board | None = None
+        self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
-    def say(self, text: str) -> None:
-        """One line for a person."""
-        if self.output is not None:
+    def say(self, text: str, always: bool = False) -> None:
+        """One line for a person. always: though asked to be quiet."""
+        if self.output is not None and (always or not self.quiet):
             print(text, flush=True)
 
     @contextmanager
@@ -57,7 +64,7 @@ class Monitor:
                 (self.output / name).unlink(missing_ok=True)
             for name in (METRICS_FILE, BROKEN_STEPS_FILE):
                 _forget_after(self.output / name, first_step)
-            self._board = SummaryWriter(str(self.output / "tensorboard"), purge_step=first_step + 1)
+            self._board = Board(self.output / "tensorboard", first_step)
             self._metrics = (self.output / METRICS_FILE).open("ab")
         try:
             yield
@@ -68,11 +75,20 @@ class Monitor:
                     file.close()
             self._metrics = self._board = None
 
+    def introduce(self, run: Run, settings: Mapping[str, Any]) -> None:
+        """What the run was asked to do, for its TensorBoard. settings: the DeepSpeed configuration."""
+        if self.output is None or self._board is None:
+            return
+        with _disk(self.output):
+            self._board.introduce(run, settings)
+
     def step(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers after a step (counted from 1)."""
         self._write(step, numbers)
+        if seconds := numbers.get("throughput/step_seconds"):
+            self._seconds.append(seconds)
         if step % self.every == 0 or step in (1, self.last_step):
-            self.say(_line(step, self.last_step, numbers))
+            self.say(_line(step, self.last_step, numbers, self._remaining(self.last_step - step)))
 
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers of an evaluation after a step (0: before the first); none where the run was asked to leave meanwhile."""
@@ -89,7 +105,7 @@ class Monitor:
         with _disk(self.output / samples.FOLDER):
             samples.write_step(self.output, step)
             for name, values in samples.distributions(rows, step).items():
-                self._board.add_histogram(name, values, step.step)
+                self._board.histogram(step.step, name, values)
 
     def broken_step(self, broken: BrokenStep, documents: Mapping[str, Sequence[int]]) -> None:
         """A step that was not finite, and what it read: document numbers by dataset."""
@@ -97,7 +113,7 @@ class Monitor:
             return
         with _disk(self.output), (self.output / BROKEN_STEPS_FILE).open("ab") as file:
             file.write(orjson.dumps(asdict(broken) | {"documents": documents}, option=orjson.OPT_APPEND_NEWLINE))
-        self.say(described(broken, documents))
+        self.say(described(broken, documents), always=True)
 
     def leave(self, step: int, asked: int) -> None:
         """The last word of a run that ends of its own will. asked: see stopping.py; 0 where it reached its last step."""
@@ -108,14 +124,18 @@ class Monitor:
         with _disk(self.output):
             name, text = (STOPPED_FILE, f"{step} {reason(asked)}\n") if asked else (FINISHED_FILE, f"{step}\n")
             (self.output / name).write_text(text, encoding="utf-8")
-        self.say(f"stopped after step {step}: {reason(asked)}" if asked else f"finished: step {step} was the last one")
+        last_word = f"stopped after step {step}: {reason(asked)}" if asked else f"finished: step {step} was the last one"
+        self.say(last_word, always=True)
+
+    def _remaining(self, steps: int) -> float | None:
+        """Seconds that so many steps will take; None while no step was timed. Evaluations and checkpoints are not in it."""
+        return steps * sum(self._seconds) / len(self._seconds) if self._seconds else None
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._metrics is None or self._board is None:
             return
         with _disk(self._metrics.name):
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, step)
+            self._board.scalars(step, numbers)
             self._metrics.write(orjson.dumps({"step": step, **numbers}, option=orjson.OPT_APPEND_NEWLINE))
             self._metrics.flush()
 
@@ -150,19 +170,20 @@ def _forget_after(path: Path, step: int) -> None:
     temporary.replace(path)
 
 
-def _line(step: int, last_step: int, numbers: Mapping[str, float]) -> str:
-    """The console's line: what a person watches while it runs."""
+def _line(step: int, last_step: int, numbers: Mapping[str, float], remaining: float | None) -> str:
+    """The console's line: what a person watches while it runs, in 120 columns. remaining: seconds."""
     columns = [
         ("loss", "loss/train", "{:.4f}"),
-        ("lr", "optimizer/learning_rate", "{:.2e}"),
-        ("grad", "optimizer/grad_norm", "{:.2f}"),
-        ("kept", "guidance/share_kept", "{:.1%}"),
+        ("lr", "optimizer/learning_rate", "{:.1e}"),
+        ("grad", "optimizer/grad_norm", "{:.3g}"),
+        ("kept", "guidance/share_kept", "{:.0%}"),
         ("unmapped", "guidance/share_unmapped", "{:.1%}"),
-        ("threshold", "guidance/threshold", "{:+.3f}"),
         ("tok/s", "throughput/student_tokens_per_second", "{:.0f}"),
         ("teacher", "teacher/share_of_time", "{:.0%}"),
     ]
     shown = [f"{title} {form.format(numbers[name])}" for title, name, form in columns if name in numbers]
+    if remaining:
+        shown.append(f"eta {duration(remaining)}")
     if broken := numbers.get("loss/nonfinite_tokens"):
         shown.append(f"NOT FINITE {broken:.0f} tokens")
     return f"step {step:>{len(str(last_step))}}/{last_step}  " + "  ".join(shown)

@@ -2,214 +2,81 @@
 
     python -m megatron_vocagno.plan RUN.toml --deepspeed_config ds_configs/X.json --gpus 32 --gpu h100
 
-It reads the run's files and the two models' config.json, no weights. Exit code 0: a plan. 2: the user has something to mend.
-docs/scaling.md tells how to read it and what it rests on.
+It reads the run's files and the two models' config.json, no weights. docs/scaling.md tells how to read it and what it rests on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-import torch
-from transformers import PretrainedConfig
+from megatron_vocagno.command import Parser, positive_float, run_command
+from megatron_vocagno.planning.hardware import GPUS, Assumptions
 
-from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Run, RunError, Teacher
-from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import DATASET, AlignedDataset
-from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings, zero_stage
-from megatron_vocagno.model.folder import ModelError
-from megatron_vocagno.model.student import SUPPORTED, student_config
-from megatron_vocagno.planning.comparison import Task, as_asked, compare
-from megatron_vocagno.planning.cost import Cluster
-from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
-from megatron_vocagno.planning.memory import StudentUse, TeacherUse
-from megatron_vocagno.planning.report import as_json, text
-from megatron_vocagno.planning.sizes import given_config, read_config, sizes
-from megatron_vocagno.run_file import load_run
+EXAMPLE = """python -m megatron_vocagno.plan examples/recipes/qwen2.5-math-instruct.toml \\
+    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 --gpu h100 \\
+    --student-config examples/plan/TinyLlama-1.1B.json \\
+    --teacher-config examples/plan/Qwen2.5-Math-7B.json"""
+ASSUMED = {
+    "mfu": "share of the peak rate that the student's passes reach",
+    "teacher_mfu": "share of the peak rate that the teacher's forward reaches",
+    "link_share": "share of the peak bandwidth that collectives reach",
+    "memory_share": "share of the memory that tensors may take",
+    "teacher_tokens": "teacher tokens for each student token",
+    "unmapped": "share of the student's tokens that are unmapped",
+    "reread": "tokens that scoring reads for each that it scores",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    options = parse(arguments)
-    try:
-        print(plan(options), end="")
-    except (RunError, ModelError, CorpusError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    options = parser().parse_args(arguments)
+    return run_command(lambda: _print_plan(options))
 
 
-@dataclass(frozen=True)
-class Question:
-    """A run on a cluster, as its files and the command line have it."""
+def _print_plan(options: argparse.Namespace) -> None:
+    # after the options are known to be right: torch takes seconds to import
+    from megatron_vocagno.planning.question import answer
 
-    task: Task
-    cluster: Cluster
-    datasets: list[AlignedDataset]
-    """None where one is not there yet."""
-    notes: list[str]
-    """What had to be assumed, and why the run could not start."""
+    print(answer(options), end="")
 
 
-def plan(options: argparse.Namespace) -> str:
-    question = ask(options)
-    if precision(question.task.settings) == "fp32":
-        raise RunError(f"{options.deepspeed_config} asks for float32: the rates that plan knows are those of 16-bit products")
-    task, cluster, notes = question.task, question.cluster, question.notes
-    found, asked = compare(task, cluster), as_asked(task, cluster, zero_stage(task.settings))
-    if not found:
-        raise RunError(
-            f"{task.rows} rows of a global batch cannot be dealt to {options.gpus} GPUs in any layout: change train_batch_size"
-        )
-    if options.json:
-        return json.dumps(as_json(task, cluster, found, asked, notes), indent=2, default=str) + "\n"
-    return text(task, cluster, found, asked, notes)
-
-
-def ask(options: argparse.Namespace) -> Question:
-    """Read all that the options name. Raises RunError, ModelError, CorpusError."""
-    run = load_run(options.run, options.set)
-    settings = read_settings(options.deepspeed_config, run.parallel.pipeline_stages, "cuda")
-    if options.gpus < 1 or options.gpus_per_node < 1:
-        raise RunError(f"--gpus {options.gpus}, --gpus-per-node {options.gpus_per_node}: at least 1 of each")
-    datasets = _datasets(run)
-    assumed = _assumptions(options, run, datasets)
-    cluster = Cluster(gpu(options.gpu), options.gpus, options.gpus_per_node, assumed)
-    notes = []
-    if not datasets:
-        notes.append(
-            f"note: no data at {run.data.train[0].path} yet: {assumed.teacher_tokens:.2f} teacher tokens for each student token, "
-            f"{assumed.unmapped:.1%} of them unmapped, are assumed."
-        )
-    rows, problem = _rows(settings, options.gpus, run.parallel.pipeline_stages)
-    if problem:
-        notes.append(f"warning: as its files have it, the run does not start: {problem}")
-    return Question(_task(run, settings, options, datasets, assumed, rows), cluster, datasets, notes)
-
-
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m megatron_vocagno.plan", description="Memory, time and cost of a run, before anything starts."
+def parser() -> Parser:
+    parser = Parser(
+        "python -m megatron_vocagno.plan",
+        "RUN.toml --deepspeed_config FILE --gpus N",
+        "Memory, time and cost of a run, before anything starts. Nothing is downloaded, no weights are read.",
+        EXAMPLE,
     )
     add_question(parser)
     parser.add_argument("--json", action="store_true", help="everything, unrounded, as JSON")
-    return parser.parse_args(arguments)
+    return parser
 
 
 def add_question(parser: argparse.ArgumentParser) -> None:
-    """The options that `ask` reads."""
-    parser.add_argument("run", type=Path, help="the run file, TOML")
-    parser.add_argument("--deepspeed_config", type=Path, required=True, help="the DeepSpeed configuration, JSON")
-    parser.add_argument("--gpus", type=int, required=True, help="how many, over all nodes")
-    parser.add_argument("--gpu", default="h100", help=f"their type: {', '.join(GPUS)}")
-    parser.add_argument("--gpus-per-node", type=int, default=8)
-    parser.add_argument("--tokens", type=float, help="student tokens to learn from, instead of the run's")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
-    parser.add_argument("--student-config", type=Path, help="config.json of a student that is not on this machine")
-    parser.add_argument("--teacher-config", type=Path, action="append", default=[], help="the same of a teacher, once for each")
-    for field in fields(Assumptions):
-        name = field.name.replace("_", "-")
-        parser.add_argument(
-            f"--{name}", type=float, metavar="X", help=f"assumed {name.replace('-', ' ')}, default {field.default}"
-        )
-
-
-def _datasets(run: Run) -> list[AlignedDataset]:
-    """All of the run's, or none where one is not there yet."""
-    paths = [source.path for source in run.data.train]
-    return [AlignedDataset.open(path) for path in paths] if all((path / DATASET).is_file() for path in paths) else []
-
-
-def _assumptions(options: argparse.Namespace, run: Run, datasets: Sequence[AlignedDataset]) -> Assumptions:
-    """The defaults, what the datasets know, and what the command line says, the later before the earlier."""
-    known = {}
-    if datasets:
-        weights = [source.weight / sum(each.weight for each in run.data.train) for source in run.data.train]
-        shares = list(zip(weights, (data.totals for data in datasets), strict=True))
-        known["teacher_tokens"] = sum(weight * each.teacher_tokens / each.student_tokens for weight, each in shares)
-        known["unmapped"] = sum(weight * each.span_widths[0] / each.student_tokens for weight, each in shares)
-    given = {field.name: value for field in fields(Assumptions) if (value := getattr(options, field.name)) is not None}
-    for name, value in given.items():
-        most = 100 if name in ("teacher_tokens", "reread") else 1
-        if not 0 < value <= most:
-            raise RunError(f"--{name.replace('_', '-')} {value:g}: a number above 0 and up to {most} expected")
-    return replace(Assumptions(), **(known | given))
-
-
-def _rows(settings: Settings, gpus: int, stages: int) -> tuple[int, str]:
-    """Rows of a global batch; and why the run cannot start on so many GPUs as it is, if it cannot."""
-    try:
-        return batch_layout(settings, gpus, stages).rows, ""
-    except RunError as error:
-        if "train_batch_size" not in settings or "train_micro_batch_size_per_gpu" not in settings:
-            raise
-        return int(settings["train_batch_size"]), str(error)
-
-
-def _task(
-    run: Run,
-    settings: Settings,
-    options: argparse.Namespace,
-    datasets: Sequence[AlignedDataset],
-    assumed: Assumptions,
-    rows: int,
-) -> Task:
-    config = _student(run, options.student_config, datasets)
-    tokens_per_row = run.data.row_length - SLACK
-    tokens = options.tokens or run.training.tokens or (run.training.steps or 0) * rows * tokens_per_row
-    asked = run.teacher if run.guidance.needs_teacher else ()
-    configs = [*options.teacher_config, *[None] * (len(asked) - len(options.teacher_config))]
-    teachers = tuple(_teacher(t, c, run, assumed) for t, c in zip(asked, configs, strict=False))
-    scored = sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens
-    return Task(
-        run,
-        settings,
-        StudentUse(config, sizes(config), run.data.row_length),
-        teachers,
-        rows,
-        settings["train_micro_batch_size_per_gpu"],
-        tokens_per_row,
-        tokens,
-        scored,
+    """The options that say what run, on what cluster, under which assumptions."""
+    parser.add_argument("run", type=Path, metavar="RUN.toml", help="the run file")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, required=True, metavar="FILE", help="the DeepSpeed configuration, JSON (required)"
     )
-
-
-def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -> PretrainedConfig:
-    if given is not None:
-        return _supported(given_config(given, "--student-config"), "student")
-    if run.student.config is not None:
-        return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
-    assert run.student.pretrained is not None
-    return _supported(read_config(run.student.pretrained, "student"), "student")
-
-
-def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions) -> TeacherUse:
-    if given is not None:
-        found = given_config(given, "--teacher-config")
-    elif teacher.path is not None:
-        found = read_config(teacher.path, "teacher")
-    else:
-        raise RunError(
-            "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json with "
-            "--teacher-config, once for each teacher"
-        )
-    config = _supported(found, "teacher").get_text_config()
-    row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)
-    dtype: torch.dtype = getattr(torch, teacher.dtype)
-    return TeacherUse(config, sizes(config), dtype, teacher.weights != "as-is", teacher.tokens_per_batch, row)
-
-
-def _supported(config: PretrainedConfig, whose: str) -> PretrainedConfig:
-    if config.model_type not in SUPPORTED:
-        raise RunError(f"plan cannot count a {whose} of type {config.model_type!r}; these it can: {', '.join(SUPPORTED)}")
-    return config
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="GPUs over all nodes (required)")
+    parser.add_argument("--gpu", default="h100", metavar="TYPE", help=f"{', '.join(GPUS)} (default: h100)")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
+    parser.add_argument("--tokens", type=positive_float, metavar="N", help="student tokens to learn from (default: the run's)")
+    parser.add_argument("--student-config", type=Path, metavar="FILE", help="config.json of a student that is not here")
+    parser.add_argument(
+        "--teacher-config", type=Path, action="append", default=[], metavar="FILE", help="of a teacher, once for each"
+    )
+    assumed = parser.add_argument_group(
+        "what is assumed", "A dataset that is there knows --teacher-tokens and --unmapped itself."
+    )
+    for field in fields(Assumptions):
+        help_ = f"{ASSUMED[field.name]} (default: {field.default})"
+        assumed.add_argument(f"--{field.name.replace('_', '-')}", type=float, metavar="X", help=help_)
 
 
 if __name__ == "__main__":

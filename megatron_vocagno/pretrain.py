@@ -12,97 +12,137 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from megatron_vocagno.config import OccupiedError, Run, RunError, SharedError
+from megatron_vocagno.command import Parser, add_verbosity, is_first_rank, refuse, run_command
+from megatron_vocagno.config import Run, RunError, SharedError
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.stopping import Stopper
 
-PATIENCE = 5.0
-"""Seconds that a rank waits before it speaks of an error that the first rank has most likely met too."""
+# help speaks of what was started: the installed module, or the repository's script
+LAUNCHED, ALONE = (
+    ("--module megatron_vocagno.pretrain", "-m megatron_vocagno.pretrain")
+    if __name__ == "__main__"
+    else ("examples/pretrain_vocagno.py", "examples/pretrain_vocagno.py")
+)
+PROG = f"deepspeed {LAUNCHED}"
+EXAMPLE = f"""deepspeed --num_gpus 2 {LAUNCHED} examples/quickstart.toml \\
+    --deepspeed_config ds_configs/cpu_pp2.json --set training.steps=10"""
+EXIT_CODES = (
+    "0 the last step is done, or it was asked to leave and has saved (SIGTERM, SIGUSR1, training.max_minutes); "
+    "1 another run is at work in its folder; 2 something for you to mend; 130 Ctrl-C"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--dry-run" in arguments:
-        return _dry_run(arguments)
-    options = _parse(arguments)
-    try:
-        run = load_run(options.run, options.set)
-        if options.print_config:
-            print(run.model_dump_json(indent=2))
-            return 0
-        if options.deepspeed_config is None:
-            raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
-    except RunError as error:
-        return _refuse(error)
-    try:
-        # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
-        with Stopper(run.training.max_minutes) as stopper:
-            problem = _train(run, options.deepspeed_config, stopper)
-    except KeyboardInterrupt:
-        if _is_first():
-            print("interrupted; the same command goes on from the newest whole checkpoint", file=sys.stderr, flush=True)
-        return 130
-    return 0 if problem is None else _refuse(problem)
+        options = dry_run_parser().parse_args(arguments)
+        return run_command(lambda: _dry_run(options))
+    options = parser().parse_args(arguments)
+    # an OSError may pass by itself, so it is no matter of the user's: supervisors start such a run again
+    return run_command(lambda: _pretrain(options), "the same command goes on from the newest whole checkpoint", (UserError,))
 
 
-def _dry_run(arguments: Sequence[str]) -> int:
-    """Under a launcher each rank finds the same: the first one says it."""
-    from megatron_vocagno import dryrun
-
-    try:
-        found = dryrun.answer(arguments)
-    except dryrun.USER_ERRORS as error:
-        return _refuse(SharedError(str(error)))
-    if _is_first():
-        print(found, end="")
-    return 0
+def leave(code: int) -> NoReturn:
+    """Ends this process. A run that failed has left threads of its process group behind: they would turn its exit code into that
+    of an abort when the interpreter tidies up, so that is not waited for."""
+    if code == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
-def _train(run: Run, settings: Path, stopper: Stopper) -> Exception | None:
+def _pretrain(options: argparse.Namespace) -> int:
+    run = load_run(options.run, options.set)
+    if options.print_config:
+        print(run.model_dump_json(indent=2))
+        return 0
+    if options.deepspeed_config is None:
+        raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
+    # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
+    with Stopper(run.training.max_minutes) as stopper:
+        problem = _train(run, options, stopper)
+    return 0 if problem is None else refuse(problem, all_ranks_say_the_same=isinstance(problem, SharedError))
+
+
+def _train(run: Run, options: argparse.Namespace, stopper: Stopper) -> UserError | None:
     """Returns what the user has to mend."""
-    # after what needs no more than the run file: DeepSpeed takes seconds to import, and talks while it does
-    from megatron_vocagno.train import USER_ERRORS, start_training
+    # after what needs no more than the run file: DeepSpeed takes seconds to import
+    from megatron_vocagno.engine.processes import show_deepspeed_log
+    from megatron_vocagno.train import start_training
 
+    if options.verbose and is_first_rank():
+        show_deepspeed_log()
     try:
-        start_training(run, settings, stopper)
-    except USER_ERRORS as error:
+        start_training(run, options.deepspeed_config, stopper, options.quiet)
+    except UserError as error:
         return error
     return None
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    # no abbreviations: `--dry` must not train
-    parser = argparse.ArgumentParser(description="Pretrain a student under the guidance of a teacher.", allow_abbrev=False)
-    parser.add_argument("run", type=Path, help="the run file, TOML")
-    parser.add_argument("--deepspeed_config", type=Path, help="batch sizes, precision, optimizer and ZeRO stage, JSON")
+def _dry_run(options: argparse.Namespace) -> int:
+    """Under a launcher each rank finds the same: the first one says it."""
+    from megatron_vocagno.dryrun import dry_run
+
+    try:
+        found = dry_run(options)
+    except UserError as error:
+        return refuse(error, all_ranks_say_the_same=True)
+    if is_first_rank():
+        print(found, end="")
+    return 0
+
+
+def parser() -> Parser:
+    parser = Parser(
+        PROG,
+        "RUN.toml --deepspeed_config FILE",
+        "Pretrain a student under the guidance of a teacher. Started again, it goes on from its newest checkpoint.",
+        EXAMPLE,
+        EXIT_CODES,
+    )
+    parser.add_argument("run", type=Path, metavar="RUN.toml", help="the run file")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, metavar="FILE", help="batch sizes, precision, optimizer and ZeRO stage, JSON (required)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="override a value of the run file")
     parser.add_argument("--print-config", action="store_true", help="print the resolved run as JSON and stop")
     parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check all that needs no data, weights or GPU, and stop; with the options of python -m megatron_vocagno.plan",
+        "--dry-run", action="store_true", help="check all that needs no data, weights or GPU, and stop: --dry-run --help"
     )
+    add_verbosity(parser, "DeepSpeed's log lines too, of the first rank")
+    _add_launchers_word(parser)
+    return parser
+
+
+def dry_run_parser() -> Parser:
+    """The options of the plan belong to a dry run."""
+    from megatron_vocagno.plan import add_question
+
+    parser = Parser(
+        f"python {ALONE}",
+        "RUN.toml --dry-run --deepspeed_config FILE --gpus N",
+        "Check what needs no data, weights or GPU, and plan the run.",
+        f"python {ALONE} examples/recipes/qwen2.5-math-instruct.toml --dry-run \\\n"
+        "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"
+        "    --student-config examples/plan/TinyLlama-1.1B.json \\\n"
+        "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
+    )
+    parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # that it is one is known by now
+    add_question(parser)
+    _add_launchers_word(parser)
+    return parser
+
+
+def _add_launchers_word(parser: Parser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher passes it; LOCAL_RANK says the same
-    return parser.parse_args(arguments)
-
-
-def _refuse(error: Exception) -> int:
-    if not _is_first():
-        # the first rank says the same, and the launcher then ends this one: one message, not one a rank
-        time.sleep(PATIENCE)
-    if _is_first() or not isinstance(error, SharedError):
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return 1 if isinstance(error, OccupiedError) else 2
-
-
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

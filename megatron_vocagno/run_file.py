@@ -27,6 +27,14 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     section that it names; `student.config` with a `model_type` is taken whole. All other paths count from where the command is
     run. An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no
     quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
+
+    >>> run = load_run(Path("examples/quickstart.toml"), ["guidance.keep=0.6"])
+    >>> run.guidance.keep, run.guidance.aggregate, run.data.row_length
+    (0.6, 'max', 256)
+    >>> load_run(Path("examples/quickstart.toml"), ["guidance.kep=0.6"])
+    Traceback (most recent call last):
+    megatron_vocagno.config.RunError: --set guidance.kep=0.6:
+      no field 'guidance.kep'; did you mean 'guidance.keep'?
     """
     files = _files(path)
     fields: dict[str, Any] = {}
@@ -95,6 +103,9 @@ def _lay_over(fields: dict[str, Any], override: str) -> None:
     *sections, last = place = _place(override)
     if not equals or not last:
         raise RunError(f"--set {override}: expected section.key=value")
+    if not text.strip():
+        # most likely a shell's variable that is not set; for a path it would mean the folder that the command is run in
+        raise RunError(f"--set {override}: no value after the '='")
     for section in sections:
         fields = fields.setdefault(section, {})
         if not isinstance(fields, dict):
@@ -151,16 +162,30 @@ def _without_place_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) 
 
 def _explain(detail: Mapping[str, Any]) -> str:
     """One line for one of pydantic's findings, with the nearest name where a key is unknown."""
-    place = ".".join(str(step) for step in detail["loc"])
+    # of a field with two kinds of values pydantic names the kind as well: 'partition.tuple[...].0'
+    place = ".".join(str(step) for step in detail["loc"] if "[" not in str(step))
     if detail["type"] == "extra_forbidden":
         *sections, key = (str(step) for step in detail["loc"])
         near = difflib.get_close_matches(key, _keys(sections), n=1, cutoff=0.5)
         return f"no field '{place}'" + (f"; did you mean '{'.'.join([*sections, near[0]])}'?" if near else "")
     if detail["type"] == "missing":
         return f"'{place}' is missing"
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = _KINDS.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(detail["input"], dict) else f", not {detail['input']!r}"
     return f"'{place}': {message}{given}" if place else message
+
+
+_KINDS = {
+    "model_type": "a table expected",
+    "dict_type": "a table expected",
+    "tuple_type": "a list expected",
+    "path_type": "a path expected",
+    "int_parsing": "a whole number expected",
+    "int_from_float": "a whole number expected",
+    "float_parsing": "a number expected",
+    "float_type": "a number expected",
+}
+"""Where pydantic's words speak of Python."""
 
 
 def _keys(sections: Sequence[str]) -> list[str]:

@@ -135,7 +135,9 @@ def read_steps(output: Path) -> list[SampleStep]:
             # a rule may have had a field that is gone; what the others mean is the same
             rule = Guidance.model_validate_json(metadata["guidance"], extra="ignore")
         except ValidationError as error:
-            raise RunError(f"{path} holds a rule that this release does not know: {error}") from None
+            first = error.errors()[0]
+            what = f"guidance.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise RunError(f"{path} holds a rule that this release does not know: {what}") from None
         steps.append(SampleStep(step, tensors["student_loss"], tensors["guide"], tensors["weight"], rule))
     return steps
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.dataset import AlignedDataset, ShardRecord, Totals, create, hash_file
+from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
+from megatron_vocagno.corpus.manifest import ShardRecord, Totals, create, hash_file
 from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import Spans, encode
 from megatron_vocagno.corpus.tokens import Tokenizer

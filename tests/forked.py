@@ -24,10 +24,11 @@ import megatron_vocagno.train  # noqa: F401
 from megatron_vocagno.pretrain import main
 
 
-def become_rank(arguments: list[str], variables: dict[str, str], output: str) -> NoReturn:
+def become_rank(arguments: list[str], variables: dict[str, str], output: str, folder: str) -> NoReturn:
     """In the child: what `python examples/pretrain_vocagno.py ARGUMENTS` would do."""
     os.environ.clear()
     os.environ.update(variables)
+    os.chdir(folder)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
@@ -41,12 +42,12 @@ def become_rank(arguments: list[str], variables: dict[str, str], output: str) ->
     os._exit(code)
 
 
-def run(processes: int, arguments: list[str], variables: dict[str, str], output: str) -> int:
+def run(processes: int, arguments: list[str], variables: dict[str, str], output: str, folder: str) -> int:
     """The exit code of the first rank that failed, negative for a signal; 0 where all ended well."""
     ranks = set()
     for rank in range(processes):
         if not (child := os.fork()):
-            become_rank(arguments, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
+            become_rank(arguments, variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output, folder)
         ranks.add(child)
     failed = 0
     while ranks and not failed:

@@ -18,11 +18,12 @@ from megatron_vocagno.batch.pack import TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.build import share_of_peak
 from megatron_vocagno.engine.scoring import ReplicatedScorer
-from megatron_vocagno.model.student import Student, student_config
+from megatron_vocagno.model.configuration import student_config
+from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
-from megatron_vocagno.objective.guidance import planned_kept, weighted_loss
+from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
-from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.run_file import load_run
 
 

@@ -162,13 +162,18 @@ def launch(
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
-def spawn(processes: int, arguments: Sequence[str], program: Sequence[str] = (SCRIPT,)) -> subprocess.CompletedProcess[str]:
-    """The same without the launcher, as torchrun would set it up; the script's ranks are forks of one process (forked.py)."""
+def spawn(
+    processes: int, arguments: Sequence[str], program: Sequence[str] = (SCRIPT,), folder: Path = REPOSITORY
+) -> subprocess.CompletedProcess[str]:
+    """The same without the launcher, as torchrun would set it up; the script's ranks are forks of one process (forked.py).
+
+    folder: where the script's ranks run.
+    """
     shared = environment(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
     with tempfile.NamedTemporaryFile("w+") as output:
         if tuple(program) == (SCRIPT,):
             request = {"processes": processes, "arguments": list(arguments), "variables": shared, "output": output.name}
-            code = _ask_forks(json.dumps(request))
+            code = _ask_forks(json.dumps(request | {"folder": str(folder)}))
         else:
             code = _run_ranks(processes, [sys.executable, *program, *arguments], shared, output)
         output.seek(0)

@@ -65,7 +65,7 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ('data.train=[{path="a"}, {weight=2}]', "'data.train.1.path' is missing"),
         ('data.train=[{path="a", weight=0}]', "'data.train.0.weight': Input should be greater than 0, not 0"),
         ('data.train=[{path="a", weight=inf}]', "'data.train.0.weight': Input should be a finite number, not inf"),
-        ("data.train=7", "'data.train': Input should be a valid tuple, not 7"),
+        ("data.train=7", "'data.train': a list expected, not 7"),
         ("guidance", "expected section.key=value"),
     ],
 )

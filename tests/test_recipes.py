@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno import pretrain
+from megatron_vocagno import command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.pretrain import main
 from megatron_vocagno.run_file import load_run
@@ -140,7 +140,7 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_of_the_ranks_of_a_launcher_the_first_one_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pretrain, "PATIENCE", 0.0)
+    monkeypatch.setattr(command, "PATIENCE", 0.0)
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert main([*QWEN, "--gpus", "8"]) == 0 and bool(capsys.readouterr().out) == speaks

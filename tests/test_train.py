@@ -42,7 +42,7 @@ def other_tokenizer(case: Case) -> Path:
 BAD = {
     "an unknown key": (["guidance.kep=0.4"], {}, "no field 'guidance.kep'; did you mean 'guidance.keep'?"),
     "keep = 0": (["guidance.keep=0"], {}, "'guidance.keep': Input should be greater than 0, not 0"),
-    "no dataset": (["data.train=/nowhere"], {}, "/nowhere/dataset.json is missing"),
+    "no dataset": (["data.train=/nowhere"], {}, "error: data.train: /nowhere is not a dataset: the path does not exist"),
     "a truncated dataset": (["data.train={cut_off}"], {}, "student.bin: "),
     "no teacher": (["teacher.path=/nowhere"], {}, "error: teacher.path: no model at /nowhere: the path does not exist"),
     "no student": (
@@ -137,7 +137,7 @@ def test_keeping_all_tokens_is_plain_language_modeling(case: Case) -> None:
 def test_one_error_message_for_all_ranks(case: Case) -> None:
     finished = launch(2, case.command("two-ranks", ["data.train=/nowhere"]))
     assert finished.returncode != 0
-    assert finished.stdout.count("error: /nowhere/dataset.json is missing") == 1
+    assert finished.stdout.count("error: data.train: /nowhere is not a dataset: the path does not exist") == 1
 
 
 def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -> None:

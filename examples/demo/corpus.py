@@ -8,16 +8,19 @@ JSON, docstrings from the syntax tree. A text stands in the corpus once, and one
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import importlib.util
 import inspect
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
+
+from megatron_vocagno.command import Parser, run_command
+from megatron_vocagno.errors import UserError
 
 DOCUMENTED = ("sympy", "networkx", "mpmath")
 """Packages with long docstrings about mathematics; all three under BSD licences."""
@@ -25,6 +28,10 @@ SHORTEST = 200
 """Characters; shorter docstrings say little but their function's name."""
 HELD_OUT = 20
 """One source file in so many is held out."""
+
+
+class PackageMissing(UserError):
+    """What the corpus is made of is not there."""
 
 
 class Text(NamedTuple):
@@ -80,12 +87,27 @@ def write_corpus(out: Path) -> dict[str, tuple[int, int]]:
 def _package(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"error: the package {name!r} is not installed; `make demo` installs what the demo needs")
+        raise PackageMissing(f"the package {name!r} is not installed; `make demo` installs what the demo needs")
     return Path(spec.origin).parent
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write a small corpus of real text, from installed packages.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and heldout.jsonl")
-    for part, (documents, size) in write_corpus(parser.parse_args().out).items():
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = Parser(
+        "python examples/demo/corpus.py",
+        "--out DIR",
+        "Write a small corpus of real text, from installed packages: train.jsonl and heldout.jsonl, 7 MB.",
+        "python examples/demo/corpus.py --out .demo/corpus",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the two files (required)")
+    options = parser.parse_args(arguments)
+    return run_command(lambda: write_and_tell(options.out))
+
+
+def write_and_tell(out: Path) -> None:
+    for part, (documents, size) in write_corpus(out).items():
         print(f"{part}: {documents:,} documents, {size / 1e6:.2f} MB of text")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

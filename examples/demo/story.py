@@ -23,12 +23,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_vocagno.command import run_command
 from megatron_vocagno.engine.manifest import checkpoint_folders
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.monitor import read_metrics
 
 DEMO = Path(".demo")
 RUN = DEMO / "run"
 console = Console(highlight=False, soft_wrap=True)
+
+
+class StepFailed(UserError):
+    """A command has failed, and has said why."""
 
 
 def main() -> None:
@@ -75,7 +81,8 @@ def step(title: str, result: Path, command: list[str]) -> None:
         console.print(f"reusing {result}")
         return
     show(command)
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise StepFailed(f"it ended with exit code {code}; the next `make demo` goes on from here")
 
 
 def train() -> None:
@@ -119,7 +126,7 @@ def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> N
                     time.sleep(2)  # a step or two that will be done again
                     return
             if process.returncode:
-                raise SystemExit(f"error: training ended with exit code {process.returncode}")
+                raise StepFailed(f"training ended with exit code {process.returncode}; the next `make demo` goes on from here")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -182,7 +189,7 @@ def total(steps: list[dict[str, float]], name: str) -> int:
 def packaged(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise SystemExit(f"error: the package {package!r} is not installed; `make demo` installs what the demo needs")
+        raise StepFailed(f"the package {package!r} is not installed; `make demo` installs what the demo needs")
     return Path(spec.origin).parent / file
 
 
@@ -191,4 +198,4 @@ def show(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, "what is finished stays; `make demo` goes on from there"))

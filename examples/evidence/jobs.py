@@ -17,14 +17,16 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.workers import ONE_THREAD
+from megatron_vocagno.errors import UserError
 
 PRELOADED = "examples.evidence.preload"
 SHOWN_OF_A_LOG = 3000
 """Characters at its end."""
 
 
-class JobFailed(Exception):
+class JobFailed(UserError):
     """A job has failed; what it said last."""
 
 
@@ -43,7 +45,7 @@ def work(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) 
     os.environ.update(ONE_THREAD | {"DS_ACCELERATOR": "cpu"})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED])
-    waiting, done = deque(jobs), 0
+    waiting, done, began = deque(jobs), 0, time.monotonic()
     working: dict[int, tuple[BaseProcess, Job]] = {}
     try:
         while waiting or working:
@@ -59,7 +61,8 @@ def work(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) 
                 done += 1
                 if process.exitcode:
                     raise JobFailed(f"{job.name} ended with exit code {process.exitcode}; {job.log} ends:\n{_end_of(job.log)}")
-                say(f"{done}/{len(jobs)} {job.name}")
+                left = (time.monotonic() - began) / done * (len(jobs) - done)
+                say(f"{done}/{len(jobs)} {job.name}" + (f" (eta {duration(left)})" if left else ""))
     finally:
         for process, _ in working.values():
             process.kill()

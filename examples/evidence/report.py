@@ -21,6 +21,7 @@ import jinja2
 from examples.evidence import plots
 from examples.evidence.running import ARMS, EXPERIMENTS, HERE
 from examples.evidence.statistics import Row, Sample, curve, final, paired, reached, sample
+from megatron_vocagno.errors import UserError
 
 PAGE = HERE.parent.parent / "docs" / "evidence.md"
 CONCLUSIONS = HERE / "conclusions"
@@ -29,7 +30,7 @@ OF_ANOTHER_SHARE = {"keep-0.2": "random-0.2", "keep-0.6": "random-0.6", "keep-0.
 """The control that keeps as many as an arm, where that is not `random`. Not every experiment has it."""
 
 
-class NoResults(Exception):
+class NoResults(UserError):
     """There is nothing to report."""
 
 

@@ -7,6 +7,11 @@
 # again, for it was asked to stop, or died after a new checkpoint. Else that of the rank that failed first; 2 means that there is
 # something to mend.
 set -euo pipefail
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    # what stands above, without its signs
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 0
+fi
 : "${NODES:?}" "${NODE_RANK:?}" "${RANKS:?}" "${MASTER_ADDR:?}" "${MASTER_PORT:?}"
 
 trap 'exit 75' TERM USR1 # nothing has begun

@@ -4,13 +4,18 @@
 #   examples/launch/run_forever.sh OUTPUT deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config X.json
 #
 # OUTPUT is the run's 'output' folder. SIGTERM and SIGUSR1 go on to the ranks: they save and leave, and so does this script.
-# The launcher itself must not be signalled: it would kill its ranks, or leave them behind (docs/training.md). Ranks of other
+# The launcher itself must not be signalled: it would kill its ranks, or leave them behind (docs/checkpoints.md). Ranks of other
 # machines are out of reach: what to type for them is in docs/clusters.md.
 #
 # Exit code 0: OUTPUT/finished or OUTPUT/stopped says which. 2: a mistake, as the training command explained. 130: Ctrl-C.
 # 1: it died RUN_FOREVER_TRIES times in a row without a newer checkpoint; between those it waits longer and longer.
 set -um # m: the command gets a process group of its own, so that Ctrl-C does not reach its ranks
 
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    # what stands above, without its signs
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit 0
+fi
 if [ $# -lt 2 ]; then
     echo "usage: $0 OUTPUT COMMAND..." >&2
     exit 2

@@ -7,4 +7,5 @@ unguided.py the same for baselines that select without a teacher
 chunked.py  the same with another alignment, for comparison
 blend.py    rows of several datasets, mixed in exact shares
 forwards.py rows of different lengths, read together
+texts.py    texts -> padded tensors of both models, for loops of one's own
 """

@@ -30,7 +30,11 @@ class Mixture:
         self._unit = unit
 
     def counts(self, rows: int) -> list[int]:
-        """How many of the first `rows` rows are each dataset's."""
+        """How many of the first `rows` rows are each dataset's.
+
+        >>> Mixture([0.7, 0.3]).counts(10), [Mixture([0.7, 0.3]).place(row) for row in range(4)]
+        ([7, 3], [(1, 0), (0, 0), (0, 1), (1, 1)])
+        """
         counts = [0] * len(self.shares)
         left = self._unit
         for d, weight in self._order:

@@ -29,7 +29,12 @@ class Chunked:
 
 
 def chunk_ranges(first: Int32, last: Int32, teacher_tokens: int, chunks: int) -> tuple[Int32, Int32]:
-    """first, last [n] of targets -> those of their chunks. What is unmapped, or reaches outside of [0, teacher_tokens), stays."""
+    """first, last [n] of targets -> those of their chunks. What is unmapped, or reaches outside of [0, teacher_tokens), stays.
+
+    >>> first, last = chunk_ranges(np.array([0, 1, 2, 3]), np.array([1, 2, 3, 4]), teacher_tokens=4, chunks=2)
+    >>> first.tolist(), last.tolist()
+    ([0, 0, 2, 2], [2, 2, 4, 4])
+    """
     mapped = np.flatnonzero((first < last) & (first >= 0) & (last <= teacher_tokens))
     first, last = first.copy(), last.copy()
     if not len(mapped):

@@ -16,6 +16,10 @@ def plan_forwards(lengths: Int64, tokens_per_batch: int) -> list[Int64]:
 
     lengths           [R], 1 and more
     tokens_per_batch  most positions of a forward, with padding; a longer row is a forward of its own
+    returns           positions in `lengths`, a forward each; no row gives none
+
+    >>> [rows.tolist() for rows in plan_forwards(np.array([10, 500, 12, 492]), tokens_per_batch=1000)]
+    [[1, 3], [2, 0]]
     """
     order = np.argsort(-lengths, kind="stable")
     longest, count = lengths[order].tolist(), len(order)

@@ -75,6 +75,7 @@ class TrainRows:
     """Rows without end: epoch after epoch, each with its own order of documents and of rows."""
 
     def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, teacher: TeacherSource | None = None) -> None:
+        """row_length and teacher: see Rows. Raises ValueError: no row in the dataset, or rows too short."""
         self.dataset, self.row_length, self.seed, self.teacher = dataset, row_length, seed, teacher
         # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 100 MB
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
@@ -120,7 +121,10 @@ class EndlessRows(Protocol):
     """Rows of one dataset or of a blend."""
 
     @property
-    def row_length(self) -> int: ...
+    def row_length(self) -> int:
+        """Student positions, S."""
+        ...
+
     def __getitem__(self, index: int) -> Row: ...
 
 

@@ -91,6 +91,12 @@ class Stream:
 
     @classmethod
     def of(cls, order: Int32, lengths: Int32) -> Stream:
+        """lengths: tokens of every document of the dataset.
+
+        >>> stream = Stream.of(np.array([2, 0]), np.array([4, 9, 3]))
+        >>> len(stream), stream.place(2), stream.place(3)
+        (7, (0, 2), (1, 0))
+        """
         starts = np.zeros(len(order) + 1, np.int64)
         np.cumsum(lengths[order], out=starts[1:])
         return cls(order, starts)
@@ -135,10 +141,24 @@ class Row:
 
 
 class Rows:
-    """All rows of the documents in one order. `len(rows)`, `rows[k]`."""
+    """All rows of the documents in one order. `len(rows)`, `rows[k]`; documents of one token in all give none.
+
+    >>> from megatron_vocagno.corpus import AlignedDataset
+    >>> rows = Rows(AlignedDataset.open("data/mine"), np.array([1, 0]), row_length=32)
+    >>> len(rows), rows.pieces(0)
+    (1, [Piece(document=1, start=0, stop=8), Piece(document=0, start=0, stop=7)])
+    >>> row = rows[0]
+    >>> row.input_ids.tolist()[1:] == row.target_ids.tolist()[:-1], len(row.target_ids), len(row.teacher_target_ids)
+    (True, 14, 15)
+    >>> [Mapping(code).name for code in row.mapping if code]
+    ['END_OF_DOCUMENT', 'END_OF_DOCUMENT']
+    """
 
     def __init__(self, dataset: AlignedDocuments, order: Int32, row_length: int, teacher: TeacherSource | None = None) -> None:
-        """row_length S > 2 * SLACK, so that each row ends after it starts; teacher: by default ids to be scored, no limit."""
+        """order [D]: documents of the dataset, each once; teacher: by default ids to be scored, no limit.
+
+        Raises ValueError: a row_length S of 2 * SLACK or less, as each row must end after it starts.
+        """
         if row_length <= 2 * SLACK:
             raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
         self.dataset = dataset
@@ -166,6 +186,7 @@ class Rows:
         return [Piece(*piece) for piece in zip(documents, starts, stops, strict=True)]
 
     def __getitem__(self, k: int) -> Row:
+        """Reads row k of the files. Raises IndexError."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k} of {len(self)}")
         pieces = self.pieces(k)

@@ -80,7 +80,10 @@ class AlignedTexts:
 
 
 def align_texts(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Part = WHOLE) -> AlignedTexts:
-    """n_bytes: int64 [D], UTF-8 bytes of each text. A text that either side's tokens do not tile is not good."""
+    """n_bytes: int64 [D], UTF-8 bytes of each text. A text that either side's tokens do not tile is not good.
+
+    Raises ValueError: a token id beyond its vocabulary.
+    """
     for side in (student, teacher):
         if len(side.tokens.ids) and int(side.tokens.ids.max()) >= len(side.byte_lengths):
             raise ValueError(f"token id {side.tokens.ids.max()} in a vocabulary of {len(side.byte_lengths)}")

@@ -72,7 +72,7 @@ def _text(
             if t == len(t_ids) or t_bytes[t_ids[t]] == 0:
                 return bad
             t_end += np.int64(t_bytes[t_ids[t]])
-        covered += t_end >= stop
+        covered += int(t_end >= stop)
         width = t + 1 - first
         code = width << 1 | (last - origin - first)
         last = origin + t + 1

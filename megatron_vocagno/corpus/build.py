@@ -22,9 +22,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import ShardRecord, Totals, create, hash_file, to_json, write_durably
 from megatron_vocagno.corpus.encoders import EncoderMismatch
 from megatron_vocagno.corpus.losses import gather
+from megatron_vocagno.corpus.manifest import ShardRecord, Totals, create, hash_file, to_json, write_durably
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
@@ -39,6 +39,7 @@ Engine = Callable[..., Iterator[Result | Failure[Job]]]
 
 
 def in_this_process(task: Callable[[Job], Result], jobs: Sequence[Job], **rest: Any) -> Iterator[Result | Failure[Job]]:
+    """The engine that starts no process."""
     return run_local(task, jobs, workers=1, **rest)
 
 
@@ -144,7 +145,8 @@ def finish(
     with reaching(out), locked(out, None):
         if made.settings != settings.sha256:
             raise ChangedError(
-                f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256})"
+                f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256}): "
+                "finalize takes the options of its build"
             )
         settings = _without_doubt(out, settings, on_note)
         _finish(out, made, settings, made.jobs(str(out), settings, trusted=True), max_bad_fraction)
@@ -192,7 +194,7 @@ def _tell_of_room(out: Place, made: Plan, on_note: Callable[[str], object]) -> N
 
 def _refuse_foreign(out: Place) -> None:
     if out.is_file():
-        raise ChangedError(f"{out} is a file")
+        raise ChangedError(f"{out} is a file, and a dataset is a folder: name another --out")
     known = ("shards", "dataset.json", ".build")
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in known):
         raise ChangedError(f"{out} is not empty and holds no dataset: name another --out")
@@ -247,7 +249,8 @@ def _refuse_strangers(out: Place, jobs: Sequence[Job], force: bool) -> None:
     strangers = [folder for folder in there if folder.name.isdigit() and folder.name not in planned]
     if strangers and not force:
         raise ChangedError(
-            f"{strangers[0]} is not part of this plan of {len(jobs)} shards: other input or --shard-mb? Use --force"
+            f"{strangers[0]} is not part of this plan of {len(jobs)} shards: other input or --shard-mb? "
+            "Name another --out, or use --force, which removes it"
         )
     for folder in strangers:
         _remove(folder)

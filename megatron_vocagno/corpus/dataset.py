@@ -21,70 +21,39 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_vocagno.corpus.decoding import Decoder
 from megatron_vocagno.corpus.indexed import THREADS, PairReader
 from megatron_vocagno.corpus.losses import LOSS
 from megatron_vocagno.corpus.manifest import (
-    CODEC,
     DATASET,
-    FORMAT,
     IDS,
     PAIRS,
     DatasetError,
     FileRecord,
     LossTotals,
     Manifest,
-    Record,
     Scoring,
     ShardRecord,
     TeacherLosses,
     TokenizerMismatch,
     Totals,
     check_size,
-    create,
-    hash_file,
     read_manifest,
     recorded_files,
-    sync,
-    to_json,
     write_durably,
 )
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, EncodedSpans, Spans, decode
 from megatron_vocagno.corpus.verify import verify
-
-__all__ = [
-    "CODEC",
-    "DATASET",
-    "FORMAT",
-    "PAIRS",
-    "AlignedDataset",
-    "DatasetError",
-    "Document",
-    "FileRecord",
-    "Manifest",
-    "Record",
-    "ShardRecord",
-    "TokenizerInfo",
-    "TokenizerMismatch",
-    "Totals",
-    "check_size",
-    "create",
-    "hash_file",
-    "local_folder",
-    "merge",
-    "read_manifest",
-    "sync",
-    "to_json",
-    "write_durably",
-]
 
 
 @dataclass(frozen=True)
@@ -113,9 +82,20 @@ class AlignedDataset:
 
     student_lengths, teacher_lengths  int32 [D], tokens of each document, EOS included
     student_byte_lengths, teacher_…   int32 [V], bytes of text of each token
+
+    >>> dataset = AlignedDataset.open("data/mine")
+    >>> dataset
+    <AlignedDataset data/mine: 2 documents, 15 student tokens, 16 teacher tokens>
+    >>> dataset.text(0), [len(document.student_ids) for document in dataset]
+    ('les êtres humains', [7, 8])
+    >>> dataset[0].spans.last.tolist()
+    [1, 2, 3, 5, 6, 7, 7]
+    >>> dataset.student(0, 5).tolist() == [*dataset[0].student_ids[5:6], dataset.student_tokenizer.eos_id]
+    True
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
+        """For `open` and `of`. Raises DatasetError: a shard's pairs differ in their documents, a tokenizer's table is damaged."""
         self.path, self.manifest, self.totals = path, manifest, manifest.totals
         folders = [path / shard.path for shard in manifest.shards if shard.totals.documents]
         student, teacher, codes, anchors, ids = ([folder / name for folder in folders] for name in (*PAIRS, IDS))
@@ -159,14 +139,36 @@ class AlignedDataset:
         return len(self._student)
 
     def __getitem__(self, i: int) -> Document:
+        """Document i, -1 the last. Raises IndexError."""
+        i = i + len(self) if i < 0 else i
         return Document(self.student(i), self.teacher(i), self.spans(i), self.id(i))
 
+    def __iter__(self) -> Iterator[Document]:
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        t = self.totals
+        return (
+            f"<AlignedDataset {self.path}: {t.documents:,} documents, {t.student_tokens:,} student tokens, "
+            f"{t.teacher_tokens:,} teacher tokens>"
+        )
+
+    def text(self, i: int) -> str:
+        """The text of document i as it was tokenized, which is NFC unless the dataset was built without.
+
+        To the byte where one of the tokenizers is byte-level (GPT-2's, Llama 3's, Qwen's). Where both are SentencePiece's (Llama
+        2's, Mistral's), U+2581 reads as a space, and a space at the text's start may be missing.
+        """
+        certain = ("never", "always", "unless_space")  # whose first space is known for its own, or for the text's
+        side = min(("student", "teacher"), key=lambda side: certain.index(self._decoders[side].prefix))
+        return self._decoders[side].text(self.student(i) if side == "student" else self.teacher(i))
+
     def student(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
-        """int32 [stop - start], student ids of document i."""
+        """int32 [stop - start], student ids of document i, EOS last. Raises IndexError."""
         return self._student.read(i, start, stop).astype(np.int32)
 
     def teacher(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
-        """int32 [stop - start], teacher ids of document i."""
+        """int32 [stop - start], teacher ids of document i, EOS last. Raises IndexError."""
         return self._teacher.read(i, start, stop).astype(np.int32)
 
     def teacher_losses(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
@@ -174,7 +176,10 @@ class AlignedDataset:
         return self._losses.read(i, start, stop).view(np.float16).astype(np.float32)
 
     def spans(self, i: int, start: int = 0, stop: int | None = None) -> Spans:
-        """Spans of the student tokens [start, stop) of document i; teacher positions count from the document's start."""
+        """Spans of the student tokens [start, stop) of document i; teacher positions count from the document's start.
+
+        The last token of a document, EOS, is unmapped. Raises IndexError.
+        """
         length = int(self.student_lengths[i])
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
@@ -228,6 +233,12 @@ class AlignedDataset:
         """
         verify(self.path, on_shard)
 
+    @cached_property
+    def _decoders(self) -> dict[str, Decoder]:
+        """Each side's; reading the tokenizers takes a tenth of a second."""
+        tables = {"student": self.student_byte_lengths, "teacher": self.teacher_byte_lengths}
+        return {side: Decoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()}
+
     def _tokenizer(self, side: str) -> TokenizerInfo:
         r = self.manifest.tokenizer(side)
         return TokenizerInfo(r.fingerprint, r.vocab_size, r.eos_id, r.eos_token, self.path / "tokenizers" / side)
@@ -238,10 +249,11 @@ class AlignedDataset:
         try:
             # mapped, so that a damaged header cannot ask for memory
             table = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
-        except (ValueError, OSError) as error:
-            raise DatasetError(f"{file} is damaged: {error}") from None
+        except (ValueError, OSError):
+            # numpy's own words advise to trust the file
+            raise DatasetError(f"{file} is damaged: it is no array of numpy; copy the dataset again") from None
         if table.dtype != np.int32 or table.shape != expected:
-            raise DatasetError(f"{file}: {table.dtype} {table.shape}, expected int32 {expected}")
+            raise DatasetError(f"{file} is damaged: it holds {table.dtype} {table.shape}, expected int32 {expected}")
         return table
 
 
@@ -266,7 +278,8 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     first = opened[0]
     if len({ds.path.resolve() for ds in opened}) < len(opened):
         raise DatasetError(
-            "one dataset is named twice: its documents would count twice; give it a weight in the run's blend instead"
+            "one dataset is named twice: its documents would count twice. To read it more often, give it a weight in the run's "
+            "data.train instead"
         )
     shards: list[ShardRecord] = []
     for ds in opened:

@@ -96,10 +96,10 @@ def _parse(line: Line, text_key: str, id_key: str | None) -> tuple[str, str]:
     except orjson.JSONDecodeError:
         row = _lenient(line.raw, (text_key, id_key))
     if not isinstance(row, dict):
-        raise _NoText(f"a JSON {type(row).__name__}, not an object")
+        raise _NoText(f"{_kind(row)}, not a JSON object")
     text = _value(row, text_key, "--text-key")
     if not isinstance(text, str):
-        raise _NoText(f"{text_key!r} is a {type(text).__name__}, not a string")
+        raise _NoText(f"{text_key!r} is {_kind(text)}, not a string")
     return text, "" if id_key is None else _id(_value(row, id_key, "--id-key"), id_key)
 
 
@@ -125,8 +125,14 @@ def _value(row: dict[str, Any], key: str, option: str) -> Any:
 
 def _id(value: object, key: str) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise _NoText(f"{key!r} is a {type(value).__name__}, not a string or an integer")
+        raise _NoText(f"{key!r} is {_kind(value)}, not a string or an integer")
     return str(value)
+
+
+def _kind(value: object) -> str:
+    """In the words of JSON."""
+    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "null")
 
 
 # ---- text files

@@ -112,6 +112,7 @@ class GigatokenEncoder:
         self.encode(SAMPLE, check=range(len(SAMPLE)))
 
     def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
+        """Raises EncoderMismatch: a text of `check` whose ids are not Hugging Face's."""
         if self.remembers and self.text_read > TEXT_BEFORE_REOPENING and _resident_bytes() > RESIDENT_LIMIT:
             self.tokenizer = self._open()
         self.text_read += sum(map(len, texts))
@@ -141,7 +142,10 @@ class GigatokenEncoder:
 
 
 def open_encoder(plain: bytes, backend: Backend) -> tuple[Encoder, HuggingFaceEncoder, str]:
-    """The encoder, the reference, and why the encoder is not gigatoken's ("" where it is, or was not asked for)."""
+    """The encoder, the reference, and why the encoder is not gigatoken's ("" where it is, or was not asked for).
+
+    Raises EncoderError: no backend reads it, or the one that was asked for does not; then EncoderMismatch too.
+    """
     reference = HuggingFaceEncoder(plain)
     if backend == "huggingface":
         return reference, reference, ""

@@ -55,7 +55,15 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class PairWriter:
-    """Writes `prefix.bin` document by document; `close` writes `prefix.idx`. Both are on the disk when it returns."""
+    """Writes `prefix.bin` document by document; `close` writes `prefix.idx`. Both are on the disk when it returns.
+
+    >>> with PairWriter(Path("pair"), np.uint16) as pair:
+    ...     pair.add(np.array([7, 8, 9]))
+    ...     pair.add(np.array([5]))
+    >>> reader = PairReader(Path("pair"))
+    >>> len(reader), reader.lengths.tolist(), reader.read(0, 1).tolist()
+    (2, [3, 1], [8, 9])
+    """
 
     def __init__(self, prefix: Path, dtype: DTypeLike) -> None:
         self.prefix, self.dtype = prefix, np.dtype(dtype)
@@ -72,7 +80,7 @@ class PairWriter:
             self._bin.close()
 
     def add(self, document: NDArray[Any]) -> None:
-        """One document, 1-D; its numbers must fit the dtype."""
+        """One document, [n], which may be empty. Raises IndexedError: a number that does not fit the dtype."""
         stored = document.astype(self.dtype)
         if not np.array_equal(stored, document):
             raise IndexedError(f"{self.prefix}: {document.max()} or {document.min()} does not fit {self.dtype}")
@@ -95,12 +103,18 @@ class PairWriter:
         self._bin.truncate()
 
     def close(self) -> None:
+        """Raises IndexedError: a document too long for an index."""
         _flush(self._bin)
         write_index(self.prefix, self.dtype, np.array(self._lengths, np.int64))
 
 
 def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int64]) -> None:
-    """`prefix.idx` of documents of so many numbers; on the disk when it returns."""
+    """`prefix.idx` of documents of so many numbers; on the disk when it returns.
+
+    lengths  int64 [D]
+
+    Raises IndexedError: a document of more than 2^31 - 1 numbers.
+    """
     if np.any(lengths > LONGEST):
         raise IndexedError(f"{prefix}: a document of {lengths.max():,} numbers; an index holds {LONGEST:,} at most")
     with Path(f"{prefix}.idx").open("wb") as idx:
@@ -122,6 +136,7 @@ class PairReader:
     """
 
     def __init__(self, *prefixes: Path) -> None:
+        """prefixes: one or more. Raises IndexedError: a pair that is damaged, or of another dtype than the first."""
         self.prefixes = prefixes
         self._bins = [f"{prefix}.bin" for prefix in prefixes]
         # a network file system takes a millisecond to answer, and here are thousands of questions
@@ -150,7 +165,7 @@ class PairReader:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """The numbers [start, stop) of a document: a view of the file."""
+        """The numbers [start, stop) of a document: a view of the file. Raises IndexError; IndexedError, see map_numbers."""
         if not 0 <= document < len(self.lengths):
             raise IndexError(f"{self.prefixes[0]}: no document {document}; there are {len(self):,}")
         length = int(self.lengths[document])

@@ -71,6 +71,8 @@ class InputError(CorpusError):
 
 
 class Line(NamedTuple):
+    """A line of a text file."""
+
     number: int  # in the piece, from 0
     offset: int  # byte of the (decompressed) file
     raw: bytes  # without line end; of one longer than LONGEST_RECORD the beginning

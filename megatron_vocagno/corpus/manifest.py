@@ -42,10 +42,14 @@ class TokenizerMismatch(DatasetError):
 
 
 class Record(BaseModel):
+    """A part of dataset.json or shard.json. Frozen, and it knows every key."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileRecord(Record):
+    """What a file must be."""
+
     size: int  # bytes
     sha256: str
 
@@ -74,10 +78,13 @@ class Totals(Record):
 
     @property
     def mapped_tokens(self) -> int:
+        """Student tokens with a range of teacher tokens."""
         return self.student_tokens - self.eos_tokens - self.zero_width_tokens
 
 
 class TokenizerRecord(Record):
+    """A tokenizer of the dataset, and its files."""
+
     fingerprint: str
     vocab_size: int
     eos_id: int
@@ -86,6 +93,8 @@ class TokenizerRecord(Record):
 
 
 class ShardRecord(Record):
+    """A shard and its files, by name."""
+
     path: str  # from the dataset's folder
     totals: Totals
     files: dict[str, FileRecord]
@@ -162,6 +171,7 @@ class Manifest(Record):
         return PAIRS if self.id_key is None else (*PAIRS, IDS)
 
     def tokenizer(self, side: str) -> TokenizerRecord:
+        """side: one of SIDES."""
         return self.student if side == "student" else self.teacher
 
     def sealed(self) -> bytes:
@@ -177,9 +187,9 @@ def read_manifest(root: Place) -> Manifest:
     """Raises DatasetError: no dataset.json, one of another format, or one that is not what was written."""
     file = root / DATASET
     if not file.is_file():
-        unfinished = (root / "shards").is_dir()
-        cause = "its build did not finish; run the same command again" if unfinished else "not a dataset"
-        raise DatasetError(f"{file} is missing: {cause}")
+        if (root / "shards").is_dir():
+            raise DatasetError(f"{file} is missing: the build of the dataset did not finish; run the same command again")
+        raise DatasetError(f"{root} is not a dataset: {_what_is_there(root)}")
     data = file.read_bytes()
     try:
         fields = orjson.loads(data)
@@ -194,13 +204,24 @@ def read_manifest(root: Place) -> Manifest:
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
-        raise DatasetError(f"{file} is not understood: {error}") from None
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DatasetError(f"{file} is not understood: {what}. Made by another release? Build it again") from None
     if manifest.codec != CODEC:
         raise DatasetError(f"{file}: spans are coded as {manifest.codec!r}, this reads {CODEC!r}")
     return manifest
 
 
+def _what_is_there(root: Place) -> str:
+    if not root.exists():
+        return "the path does not exist"
+    if root.is_file():
+        return "it is a file. python -m tools.preprocess.build_dataset makes a dataset of a corpus, and that is a folder"
+    return "the folder has no dataset.json"
+
+
 def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileRecord]]:
+    """All files of a dataset but dataset.json itself."""
     for side in SIDES:
         for name, record in manifest.tokenizer(side).files.items():
             yield root / "tokenizers" / side / name, record
@@ -225,9 +246,11 @@ def create(
     """Writes the tokenizers and, last, dataset.json around finished shards. Raises DatasetError when no document is left."""
     totals = sum((shard.totals for shard in shards), Totals())
     if not totals.documents:
+        if not totals.empty_documents + totals.bad_lines + totals.mismatched_documents:
+            raise DatasetError("no document was read: the input files are empty")
         raise DatasetError(
             f"no document is left: {totals.empty_documents:,} were empty, {totals.bad_lines:,} lines were bad, "
-            f"the tokens of {totals.mismatched_documents:,} did not cover their text"
+            f"the tokens of {totals.mismatched_documents:,} did not cover their text. Is --text-key the key of the text?"
         )
     manifest = Manifest(
         format=FORMAT,
@@ -264,6 +287,7 @@ def _write_tokenizer(folder: Place, tokenizer: Tokenizer) -> TokenizerRecord:
 
 
 def check_size(file: Place, record: FileRecord) -> None:
+    """Raises DatasetError: missing, or of another size than recorded."""
     try:
         size = file.stat().st_size
     except OSError as error:
@@ -276,12 +300,14 @@ def check_size(file: Place, record: FileRecord) -> None:
 
 
 def hash_file(file: Place) -> FileRecord:
+    """What it is now; reads all of it. Raises OSError."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # fsspec's files have readinto as well
         return FileRecord(size=file.stat().st_size, sha256=digest.hexdigest())
 
 
 def to_json(record: BaseModel) -> bytes:
+    """The bytes of its file: equal records, equal bytes."""
     return orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2) + b"\n"
 
 

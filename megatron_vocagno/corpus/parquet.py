@@ -24,11 +24,15 @@ LARGE_ROW_GROUP = 128 << 20  # bytes uncompressed
 
 
 class RowGroup(NamedTuple):
+    """A part of a parquet file that is read by itself."""
+
     rows: int
     weight: int  # bytes uncompressed, of all columns
 
 
 class Row(NamedTuple):
+    """A record."""
+
     number: int  # in the file, from 0
     text: bytes | None  # as it is stored: null, perhaps not UTF-8
     id: bytes | None  # the same; a number in decimal. None where none is asked for
@@ -97,7 +101,7 @@ def _check_columns(where: Place, schema: Any, text_key: str, id_key: str | None)
         if key not in schema.names:
             raise InputError(f"{where}: no column {key!r} (it has {_some(schema.names)}); {option} names another")
         if schema.names.count(key) > 1:
-            raise InputError(f"{where}: {schema.names.count(key)} columns are called {key!r}")
+            raise InputError(f"{where}: {schema.names.count(key)} columns are called {key!r}: rename all but one")
         kind = _values(schema.field(key).type)
         if not (_is_text(kind) or (key == id_key and pa.types.is_integer(kind))):
             fit = [field.name for field in schema if _is_text(_values(field.type))]

@@ -34,6 +34,7 @@ def place(url: str | Place) -> Place:
 
 
 def is_local(where: Place) -> bool:
+    """Whether it is on this machine's file systems."""
     return isinstance(where, Path)
 
 

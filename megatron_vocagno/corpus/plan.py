@@ -12,8 +12,8 @@ from typing import TypeVar
 import orjson
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import Record
 from megatron_vocagno.corpus.inputs import InputError, Piece, cut, take
+from megatron_vocagno.corpus.manifest import Record
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.shards import Job, Settings
 
@@ -67,6 +67,7 @@ class Plan(Record):
         return "".join(f"{parts[0]}/" for parts in common)
 
     def jobs(self, out: str, settings: Settings, trusted: bool = False, force: bool = False) -> list[Job]:
+        """One a shard, in their order; see Job."""
         return [Job(i, pieces, self.root, out, settings, self.settings, trusted, force) for i, pieces in enumerate(self.shards)]
 
 
@@ -82,6 +83,11 @@ class Slice:
             raise PlanError(f"--shards {self.i}/{self.n}: the first number goes from 1 to the second")
 
     def of(self, jobs: Sequence[J]) -> Sequence[J]:
+        """Those of this task; none where there are fewer jobs than tasks.
+
+        >>> Slice(2, 3).of([0, 1, 2, 3, 4])
+        [1, 4]
+        """
         return jobs[self.i - 1 :: self.n]
 
 

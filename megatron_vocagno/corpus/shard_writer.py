@@ -22,12 +22,12 @@ import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from megatron_vocagno.corpus.aligner import AlignedTexts, Side, align_texts, append_to_each
-from megatron_vocagno.corpus.dataset import PAIRS, Totals, sync
 from megatron_vocagno.corpus.documents import Document
 from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
 from megatron_vocagno.corpus.inputs import Piece
 from megatron_vocagno.corpus.long_texts import PART, aligned_parts
+from megatron_vocagno.corpus.manifest import PAIRS, Totals, sync
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer
 

@@ -26,7 +26,10 @@ import orjson
 from pydantic import ValidationError
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import (
+from megatron_vocagno.corpus.documents import Document, read
+from megatron_vocagno.corpus.encoders import Backend
+from megatron_vocagno.corpus.inputs import InputError, Piece
+from megatron_vocagno.corpus.manifest import (
     CODEC,
     FORMAT,
     DatasetError,
@@ -38,9 +41,6 @@ from megatron_vocagno.corpus.dataset import (
     to_json,
     write_durably,
 )
-from megatron_vocagno.corpus.documents import Document, read
-from megatron_vocagno.corpus.encoders import Backend
-from megatron_vocagno.corpus.inputs import InputError, Piece
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.shard_writer import ShardWriter
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
@@ -106,6 +106,7 @@ class Job:
 
     @property
     def name(self) -> str:
+        """Of the shard."""
         return f"{self.index:04}"
 
     def file(self, piece: Piece) -> str:
@@ -114,15 +115,19 @@ class Job:
 
     @property
     def folder(self) -> Place:
+        """Of the shard."""
         return place(self.out) / "shards" / self.name
 
     @property
     def input_bytes(self) -> int:
+        """Bytes of files that are read, compressed or not."""
         return sum(p.size for p in self.pieces)
 
 
 @dataclass(frozen=True)
 class Result:
+    """A shard that is there. reused: it was there before."""
+
     job: Job
     record: ShardRecord
     reused: bool

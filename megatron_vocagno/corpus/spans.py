@@ -68,9 +68,20 @@ class Spans:
 
 
 def align(student: Tokens, teacher: Tokens) -> Spans:
-    """Spans of one document's student tokens; by binary search, O(N log M). Raises AlignmentError.
+    """Spans of one document's student tokens; by binary search, O(N log M) (docs/method.md, 1).
 
-    Both must tile the same bytes; only at byte 0 may a token be without text.
+    Both must tile the same bytes; only at byte 0 may a token be without text. No token on either side gives no span.
+
+    Raises AlignmentError: the ends of a side are unknown, the two read different bytes, or ends do not rise.
+
+    [sel][ection] over [select][ion], as their tokens end:
+
+    >>> student, teacher = (Tokens(np.zeros(2, np.int32), np.array(ends)) for ends in ([3, 9], [6, 9]))
+    >>> spans = align(student, teacher)
+    >>> spans.first.tolist(), spans.last.tolist()
+    ([0, 0], [1, 2])
+    >>> intersection_over_student(student, teacher, spans).tolist()
+    [1.0, 1.0]
     """
     if student.ends_from == "unknown" or teacher.ends_from == "unknown":
         side = "student" if student.ends_from == "unknown" else "teacher"
@@ -117,7 +128,14 @@ class EncodedSpans:
 
 
 def encode(spans: Spans) -> EncodedSpans:
-    """A document's spans -> codes. Raises AlignmentError where neighbours share more than one teacher token or skip one."""
+    """A document's spans -> codes. Raises AlignmentError where neighbours share more than one teacher token or skip one.
+
+    >>> spans = Spans(np.array([0, 0, 2], np.int32), np.array([1, 2, 3], np.int32))
+    >>> encode(spans).codes.tolist()
+    [2, 5, 2]
+    >>> decode(encode(spans), 1, 3).last.tolist()
+    [2, 3]
+    """
     before = spans._last_before()
     shared = before - spans.first
     if np.any((shared != 0) & (shared != 1)):

@@ -49,6 +49,10 @@ class Tokens:
     ends       int64 [N], the UTF-8 byte of the document at which each token ends; never falling
     ends_from  where the ends come from: the byte table, the tokenizer's offsets, or "unknown": then they do not reach the
                text's end, nothing may be aligned with them
+
+    >>> tokens = Tokens(ids=np.array([5, 9]), ends=np.array([3, 9]))
+    >>> tokens.starts.tolist(), tokens.pieces("selection")
+    ([0, 3], [b'sel', b'ection'])
     """
 
     ids: NDArray[np.int32]
@@ -62,7 +66,13 @@ class Tokens:
 
     @property
     def n_bytes(self) -> int:
+        """Bytes of text that the tokens hold; 0 where there are none."""
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    def pieces(self, text: str) -> list[bytes]:
+        """[N] the bytes of each token, of the text that was tokenized: a token may hold a part of a character."""
+        data = text.encode()
+        return [data[start:end] for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,16 @@ def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token:
     """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a Hub id, see hub.py.
 
     backend: "auto" takes gigatoken where it is installed, can read the tokenizer and gives the same ids.
-    eos_token: for tokenizers that come without one; a token of the vocabulary. Raises TokenizerError.
+    eos_token: for tokenizers that come without one; a token of the vocabulary.
+
+    Raises TokenizerError: nothing there, not one of the two kinds, text would be lost, no end-of-text token is known.
+
+    >>> mistral = open_tokenizer("mistral")
+    >>> mistral.vocab_size, mistral.eos_token, mistral.prefix
+    (32000, '</s>', 'always')
+    >>> (tokens,) = mistral.encode_batch(["Zoë"])
+    >>> tokens.ids.tolist(), tokens.ends.tolist(), tokens.pieces("Zoë")
+    ([1054, 28709, 28919], [1, 2, 4], [b'Z', b'o', b'\\xc3\\xab'])
     """
     if backend not in get_args(Backend):
         raise TokenizerError(f"no tokenizer backend {backend!r}; there are {', '.join(map(repr, get_args(Backend)))}")

@@ -109,6 +109,7 @@ class ShardCheck:
 
 
 def shard_checks(root: Path, manifest: Manifest) -> list[ShardCheck]:
+    """One a shard, for verify_shard on any engine."""
     losses = manifest.teacher_losses.shards if manifest.teacher_losses is not None else ({},) * len(manifest.shards)
     return [
         ShardCheck(root / record.path, record, manifest.student, manifest.teacher, manifest.pairs, files)

@@ -118,6 +118,7 @@ Answer: TypeAlias = tuple[Literal["done", "failed", "stopped"], Any]  # with the
 
 
 def attempt(task: Callable[[J], R], job: J, stop: Stop) -> Answer:
+    """Does a job, whatever becomes of it. stop: exceptions that end all jobs. Ctrl-C and exits pass."""
     try:
         return "done", task(job)
     except (KeyboardInterrupt, SystemExit):
@@ -155,6 +156,8 @@ def settle(job: J, answer: Answer) -> Any:
 
 @dataclass(eq=False)
 class Entry(Generic[J]):
+    """A job in the queue. deaths: workers that died at it."""
+
     job: J
     deaths: int = 0
 

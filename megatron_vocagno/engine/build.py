@@ -19,7 +19,7 @@ from megatron_vocagno.engine.distilling import Distiller, DistillingTrainer
 from megatron_vocagno.engine.learning import Objective
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.settings import Settings, precision
-from megatron_vocagno.engine.stages import StudentPipeline, check_stages, pipeline_layers
+from megatron_vocagno.engine.stages import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.trainers import Engine, PipelineTrainer, PlainTrainer
 from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.student import Decoder, Student, logit_softcap
@@ -39,11 +39,9 @@ def build_engine(
 
     distiller: the teacher that stands beside it, where the objective compares their distributions.
 
-    Raises RunError: a precision that the device has not, a partition that does not fit the stages.
+    Raises RunError: what DeepSpeed refuses.
     """
-    check_precision(settings, processes.device)
     stages, recompute = run.parallel.pipeline_stages, run.parallel.activation_checkpointing
-    check_stages(run.parallel, config.num_hidden_layers)
     objective = Objective(run.guidance, processes.device, logit_softcap(config))
     pipeline = {"use_reentrant": False, **settings.get("pipeline", {})}
     if stages:
@@ -64,19 +62,22 @@ def build_engine(
         module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        model_parameters=_parameter_groups(module, settings["optimizer"].get("params", {}).get("weight_decay", 0.0)),
-        lr_scheduler=partial(_scheduler, run.training.schedule, steps),
-        config=settings
-        | {
-            "pipeline": pipeline,
-            "train_batch_size": layout.rows,
-            "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
-            "gradient_accumulation_steps": layout.micro_batches,
-        },
-        dist_init_required=False,
-    )
+    batches = {
+        "train_batch_size": layout.rows,
+        "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
+        "gradient_accumulation_steps": layout.micro_batches,
+    }
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            model_parameters=_parameter_groups(module, settings["optimizer"].get("params", {}).get("weight_decay", 0.0)),
+            lr_scheduler=partial(_scheduler, run.training.schedule, steps),
+            config=settings | {"pipeline": pipeline} | batches,
+            dist_init_required=False,
+        )
+    # by which DeepSpeed and the optimizers say that a name or a value of theirs is wrong
+    except (AssertionError, TypeError, ValueError) as error:
+        raise RunError(f"DeepSpeed does not take this configuration: {type(error).__name__}: {error}") from error
     documents = run.data.attention == "document"
     if distiller is not None:
         return DistillingTrainer(engine, objective, layout, documents, distiller)

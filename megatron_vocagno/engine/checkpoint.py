@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Run, RunError, SharedError
-from megatron_vocagno.corpus.dataset import sync, write_durably
+from megatron_vocagno.corpus.manifest import sync, write_durably
 from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
 from megatron_vocagno.engine.manifest import (
     FOLDER,
@@ -144,7 +144,7 @@ class Keeper:
             self._check_nothing_is_lost()
             return self.fresh
         manifest = from_first_rank(lambda: read_manifest(folder), RunError, OSError)
-        check_resumable(folder, manifest, self.fresh, self.layout)
+        check_resumable(folder, manifest, self.fresh, self.layout, orjson.loads(self.config.to_json_string()))
         disk = Watch(OSError, SafetensorError)
         self.state.read(folder, disk)
         if failure := disk.failure():

@@ -18,7 +18,7 @@ from megatron_vocagno.batch.loader import Batch
 from megatron_vocagno.batch.pack import Mapping
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.objective.distance import compared
-from megatron_vocagno.objective.guidance import planned_kept
+from megatron_vocagno.objective.selection import planned_kept
 
 
 @dataclass(frozen=True)

@@ -124,8 +124,11 @@ def read_manifest(folder: Path) -> Manifest:
         return Manifest.model_validate(fields)
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the checkpoint was never finished") from None
-    except (orjson.JSONDecodeError, ValidationError) as error:
+    except orjson.JSONDecodeError as error:
         raise RunError(f"{path} cannot be read: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RunError(f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def inspect(folder: Path) -> Manifest | str:
@@ -156,24 +159,31 @@ def altered(folder: Path, files: Mapping[str, File]) -> str | None:
     return None
 
 
-def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout) -> None:
+def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout, student: Mapping[str, Any]) -> None:
     """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another training.
 
-    The number of processes, of stages and the ZeRO stage may differ.
+    The number of processes, of stages and the ZeRO stage may differ. student: the configuration, as its config.json has it.
     """
-    for name in ("dataset", "row_length", "seed"):
+    for name, field in (("dataset", "data.train"), ("row_length", "data.row_length"), ("seed", "training.seed")):
         mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
         if mine != theirs:
             raise RunError(
-                f"{folder} was written with {name} = {theirs}, this run has {mine}: its rows would not follow on.\n"
+                f"{folder} was written with {field} = {theirs}, this run has {mine}: its rows would not follow on.\n"
                 "  Give the run another 'output', or the old value back."
             )
-    for name in ("precision", "optimizer", "student"):
+    if layout.student != manifest.layout.student:
+        before = orjson.loads((folder / "config.json").read_bytes())
+        raise RunError(
+            f"{folder} holds another student than this run's: {'; '.join(changes(before, dict(student)))}.\n"
+            "  Give the run another 'output', or the student its old configuration back."
+        )
+    for name, field in (("precision", "precision"), ("optimizer", "optimizer.type")):
         mine, theirs = getattr(layout, name), getattr(manifest.layout, name)
         if mine != theirs:
             raise RunError(
-                f"{folder} was written with {name} = {theirs}, this run has {mine}: its optimizer states are of no use here.\n"
-                "  Resume with the old value, or start from the exported weights."
+                f"{folder} was written with {field} = {theirs}, the DeepSpeed configuration now says {mine}: "
+                "its optimizer states are of no use here.\n"
+                "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
             )
 
 

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_vocagno.config import OccupiedError
+from megatron_vocagno.config import OccupiedError, RunError
 from megatron_vocagno.engine.agreement import from_first_rank
 
 LOCK = ".lock"
 PATIENCE = 300.0
 """Seconds to wait for another run to end. Less than the ten minutes after which the other ranks give the first one up."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def make_output(output: Path) -> None:
+    """Raises RunError where a run cannot write there: better before a teacher is read than after."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise RunError(f"'output', {output}, is a file; a run writes into a folder: name another one") from None
+    except OSError as error:
+        raise RunError(f"cannot make the folder of 'output', {output}: {error.strerror}") from None
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write to 'output', {output}: this user may not. Name another folder, or change its permissions")
 
 
 class Occupancy:
@@ -30,8 +43,11 @@ class Occupancy:
         self._lock: BinaryIO | None = None
 
     def take(self, say: Callable[[str], None]) -> None:
-        """Wait for another run to leave. Collective over the world. Raises OccupiedError: it has not left."""
-        if not from_first_rank(lambda: self._take(say)):
+        """Wait for another run to leave. Collective over the world.
+
+        Raises OccupiedError: it has not left. Raises SharedError: nothing can be written there.
+        """
+        if not from_first_rank(lambda: self._take(say), RunError):
             raise OccupiedError(
                 f"another run is at work in {self.output}, and has not left within {self.patience:.0f} s ({LOCK} is locked).\n"
                 "  Wait for it, end what an earlier start has left behind, or give this run another 'output'."
@@ -43,8 +59,11 @@ class Occupancy:
             self._lock = None
 
     def _take(self, say: Callable[[str], None]) -> bool:
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.output / LOCK).open("ab")
+        make_output(self.output)
+        try:
+            self._lock = (self.output / LOCK).open("ab")
+        except OSError as error:
+            raise RunError(f"cannot write to 'output', {self.output}: {error}") from None
         end = time.monotonic() + self.patience
         told = False
         while not self._try():

@@ -11,6 +11,8 @@ import torch
 from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import TokenizerMismatch
+from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
@@ -41,7 +43,7 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else together(opened, ModelError)
     if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
         raise RunError(
-            f"the dataset's teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
+            f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
             f"the teacher {path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
         )
     return teacher
@@ -63,5 +65,12 @@ def check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], f
     if not (folder / "tokenizer.json").is_file():
         return
     made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
-    mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
+    try:
+        mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
+    except TokenizerError as error:
+        raise TokenizerMismatch(
+            f"{data.path}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
+            f"which could not have made them: {error}.\n"
+            "  Build the dataset again with that model's tokenizer, or name the model it was built for."
+        ) from None
     data.require_tokenizers(**{f"{side}_fingerprint": mine})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -48,6 +49,14 @@ def start() -> Processes:
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device("cpu") if on_cpu else torch.device(accelerator.current_device_name())
     return Processes(dist.get_rank(), dist.get_world_size(), device)
+
+
+def show_deepspeed_log() -> None:
+    """DeepSpeed says warnings alone, unless it is asked for more."""
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.INFO)
+    for handler in log.handlers:
+        handler.setLevel(logging.INFO)
 
 
 def stop() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import orjson
 
@@ -11,12 +12,19 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import RunError
 
 Settings = dict[str, Any]
+SECTIONS = ("zero_optimization", "bf16", "bfloat16", "fp16", "data_types", "pipeline", "activation_checkpointing")
+NAMES = (
+    *SECTIONS,
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer"),
+)
+"""Names whose loss would make another run, in silence."""
 
 
 def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     """Read the file and refuse what cannot work, with the reason.
 
-    Raises RunError: no such file, no JSON, no optimizer, a ZeRO stage that cannot be trusted or cannot run in a pipeline.
+    Raises RunError: no such file, no JSON, a misspelt name, no optimizer with a learning rate, a precision or a ZeRO stage that
+    cannot be trusted or cannot run in a pipeline.
     """
     try:
         settings: Settings = orjson.loads(path.read_bytes())
@@ -26,9 +34,8 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
         raise RunError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise RunError(f"{path}: a JSON object expected")
-    optimizer = settings.get("optimizer")
-    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
-        raise RunError(f"{path}: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate")
+    _check_names(path, settings)
+    optimizer = _optimizer(path, settings)
     if "scheduler" in settings:
         raise RunError(f"{path}: 'scheduler' belongs into the run file, as [training.schedule]")
     if "tensor_parallel" in settings:
@@ -36,12 +43,46 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
             f"{path}: 'tensor_parallel' is not supported: ranks that share a matrix would read different rows here.\n"
             "  Use pipeline stages, or ZeRO-2/3."
         )
+    _check_precision(path, settings, pipeline_stages)
     _check_zero(path, settings, pipeline_stages)
     if device == "cpu" and optimizer["type"].lower() in ("adam", "adamw"):
         # the fused Adam is compiled on first use; torch's gives the same update and needs no compiler
         optimizer.setdefault("params", {}).setdefault("torch_adam", True)
     settings.setdefault("steps_per_print", 2**31)
     return settings
+
+
+def _check_names(path: Path, settings: Settings) -> None:
+    """DeepSpeed passes over a name that it does not know, and over one that is almost right."""
+    for name in settings:
+        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.8)
+        if near and near != [name]:
+            raise RunError(f"{path}: DeepSpeed knows no '{name}', and would say nothing; did you mean '{near[0]}'?")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name) or {}, dict):
+            raise RunError(f'{path}: {name} is {settings[name]!r}; a section {{"...": ...}} expected, as in ds_configs/')
+    clipping = settings.get("gradient_clipping", 0)
+    if not _is_number(clipping) or clipping < 0:
+        raise RunError(f"{path}: gradient_clipping is {clipping!r}; the largest gradient norm expected, or 0 for no limit")
+
+
+def _optimizer(path: Path, settings: Settings) -> dict[str, Any]:
+    optimizer = settings.get("optimizer")
+    if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
+        raise RunError(f"{path}: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate")
+    params = optimizer.get("params") or {}
+    rate = params.get("lr") if isinstance(params, dict) else None
+    if not _is_number(rate) or rate <= 0:
+        given = "missing" if rate is None else repr(rate)
+        raise RunError(
+            f"{path}: optimizer.params.lr is {given}; the highest learning rate expected, a number above 0.\n"
+            "  [training.schedule] of the run file says how it rises and falls."
+        )
+    return optimizer
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def zero_stage(settings: Settings) -> int:
@@ -60,10 +101,10 @@ def precision(settings: Settings) -> Literal["bf16", "fp16", "fp32"]:
 
 
 def _check_zero(path: Path, settings: Settings, pipeline_stages: int) -> None:
-    stage = zero_stage(settings)
+    stage = (settings.get("zero_optimization") or {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise RunError(
-            f"{path}: zero_optimization.stage is {stage}; use 1, 2 or 3.\n"
+            f"{path}: zero_optimization.stage is {stage!r}; use 1, 2 or 3.\n"
             "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first stage's norm alone."
         )
     if pipeline_stages and stage != 1:
@@ -72,6 +113,11 @@ def _check_zero(path: Path, settings: Settings, pipeline_stages: int) -> None:
             f"ZeRO-{stage} cannot run in a pipeline.\n"
             "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline."
         )
+
+
+def _check_precision(path: Path, settings: Settings, pipeline_stages: int) -> None:
+    if precision(settings) == "bf16" and (settings.get("fp16") or {}).get("enabled"):
+        raise RunError(f"{path}: bf16 and fp16 are both enabled: switch one of them off")
     accumulate = (settings.get("data_types") or {}).get("grad_accum_dtype")
     if pipeline_stages and precision(settings) == "bf16" and accumulate != "fp32":
         raise RunError(

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
+from megatron_vocagno.config import SharedError
 from megatron_vocagno.engine.agreement import Watch, from_first_rank
 from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
 from megatron_vocagno.engine.trainers import Engine
@@ -132,8 +133,11 @@ class EngineState:
 
         A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot read sends what has no meaning,
         as the others wait for it, and the engine is of no use then.
+
+        Raises SharedError: the states are those of another implementation of the optimizer.
         """
         counters = from_first_rank(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
+        check_implementation(folder, self.optimizer.optimizer, counters)
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
             tensors: dict[str, Tensor] = {}
@@ -239,6 +243,21 @@ class EngineState:
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule._last_lr = rates
+
+
+def check_implementation(folder: Path, optimizer: object, counters: Counters) -> None:
+    """torch counts an optimizer's steps in tensors, DeepSpeed in whole numbers, and neither takes the other's: SharedError."""
+    if not counters.optimizer_scalars:
+        return
+    of_torch = any(scalar.dtype is not None for scalar in counters.optimizer_scalars.values())
+    is_torch = type(optimizer).__module__.startswith("torch.")
+    if of_torch != is_torch:
+        then, now = ("torch", "DeepSpeed") if of_torch else ("DeepSpeed", "torch")
+        raise SharedError(
+            f"{folder} was written with an optimizer of {then}, this run has {now}'s {type(optimizer).__name__}: "
+            "its optimizer states are of no use here.\n"
+            f"  Resume with optimizer.params.torch_adam = {str(of_torch).lower()} in the DeepSpeed configuration."
+        )
 
 
 def _file(index: int) -> str:

@@ -2,6 +2,7 @@
 
     folder.py    a Hugging Face folder: found, its tensors read lazily, written
     attention.py what a token sees: its row, or its document's part of it; which code computes that
+    configuration.py  the student's: from a folder or from keys
     student.py   the model that learns: a flat list of pipeline layers with Hugging Face names, or one module
     teacher.py   the frozen model: token ids -> one loss per token, no logits kept
     quantised.py the teacher's matrices in 8 bits

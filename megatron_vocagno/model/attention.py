@@ -28,6 +28,8 @@ def resolve_attention(config: PretrainedConfig, attention: Attention, dtype: tor
     """The `_attn_implementation` that transformers should use: flash-attn where it can run, else torch's own sdpa.
 
     What sdpa cannot, as it has neither caps of logits (Gemma 2) nor sinks, is left to transformers' eager code.
+
+    Raises ModelError: tokens would see those after them, or sdpa was asked for where it cannot.
     """
     _check_causal(config)
     sdpa = _has_sdpa(config)
@@ -58,6 +60,9 @@ def document_positions(segment_BS: Tensor) -> Tensor:
 
     segment_BS  [B, S] int; neighbours with one number are of one document
     returns     [B, S] int32: 0, 1, 2, … from every document's first token
+
+    >>> document_positions(torch.tensor([[0, 0, 0, 1, 1]]))
+    tensor([[0, 1, 2, 0, 1]], dtype=torch.int32)
     """
     index_S = torch.arange(segment_BS.shape[1], dtype=torch.int32, device=segment_BS.device)
     begins_BS = torch.ones_like(segment_BS, dtype=torch.bool)

@@ -45,7 +45,7 @@ def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
             with (folder / file_name).open("rb") as file:
                 _add_blocks(digest, file, begin, end, BLOCKS_A_TENSOR)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as a model: {error}") from None
+        raise ModelError(f"{path} cannot be read as a model: {error}. Was the download complete?") from None
     return digest.hexdigest()
 
 

@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
+from megatron_vocagno.errors import UserError
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
-class ModelError(Exception):
+class ModelError(UserError):
     """A model that cannot be used as asked: what was tried, both values, the likely cause."""
 
 
@@ -113,12 +114,33 @@ def _file_of(index: Path) -> dict[str, str]:
     try:
         file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError) as error:
-        raise ModelError(f"{index} cannot be read: {error!r}") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise ModelError(f"{index} cannot be read: {what}. Was the download complete?") from error
     return file_of
 
 
 def _weight_files(folder: Path) -> list[Path]:
     return [file for name in WEIGHT_FILES if (file := folder / name).is_file()]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """Raises ModelError: no configuration that transformers knows."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # whatever it is, transformers cannot make a configuration of this file
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder / 'config.json'} is no configuration of a model that transformers knows: {reason}") from error
+    return config
+
+
+@contextmanager
+def readable(weights: Path) -> Iterator[None]:
+    """While safetensors are read. Raises ModelError: a file that was cut off, or is none."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise ModelError(f"the weights in {weights} are damaged: {error}. Was the download complete?") from error
 
 
 class PretrainedWeights:
@@ -138,7 +160,8 @@ class PretrainedWeights:
 
     def _shard(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
+            with readable(self.folder / file):
+                self._open[file] = safe_open(self.folder / file, framework="pt")
         return self._open[file]
 
     def __contains__(self, name: str) -> bool:
@@ -152,6 +175,7 @@ class PretrainedWeights:
         return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
 
     def tensor(self, name: str) -> Tensor:
+        """Reads it, as it is stored, onto the CPU."""
         tensor: Tensor = self._shard(self._file_of[name]).get_tensor(name)
         return tensor
 

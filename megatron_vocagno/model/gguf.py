@@ -29,7 +29,7 @@ DIGITS_APART = {"type": "Digits", "individual_digits": True}
 
 
 def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
-    """The converted folder of a GGUF file; converts it if no process has done so yet."""
+    """The converted folder of a GGUF file; converts it if no process has done so yet. Raises ModelError: see dequantise."""
     source = _gguf_file(gguf_path)
     root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
     with source.open("rb") as file:
@@ -62,7 +62,10 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder, all or nothing. float32 holds the weights exactly."""
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder, all or nothing. float32 holds the weights exactly.
+
+    Raises ModelError: not a GGUF file, one that transformers cannot read, or out_dir exists.
+    """
     source, out = _gguf_file(gguf_path), Path(out_dir).expanduser()
     if out.exists():
         raise ModelError(f"cannot write {out}: it exists")

@@ -14,97 +14,20 @@ Nothing else crosses layers: each Decoder makes its own RoPE, and its own mask w
 """
 
 import dataclasses
-import difflib
 import inspect
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
-from megatron_vocagno.model.attention import layer_arguments, resolve_attention
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, skeleton
+from megatron_vocagno.model.attention import layer_arguments
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, skeleton
 from megatron_vocagno.objective.distance import Reference, distance
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
-
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-# accepted by transformers though no configuration class lists them: older spellings of rope_parameters
-LEGACY_KEYS = {"rope_theta", "rope_scaling"}
-
-
-# ---- configuration -------------------------------------------------------------------------------------------------
-
-
-def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size: int | None = None) -> PretrainedConfig:
-    """The configuration of a student, from a pretrained folder or from its keys.
-
-    spec         a Hugging Face folder, or {"model_type": "llama", "hidden_size": 2048, ...}
-    vocab_size   of the student's tokenizer; the model may have more rows (padding), never fewer. Keys may leave it out.
-    """
-    config = _config_from_keys(spec, vocab_size) if isinstance(spec, Mapping) else _config_from_folder(spec)
-    if vocab_size is not None and config.vocab_size < vocab_size:
-        raise ModelError(
-            f"the tokenizer has {vocab_size:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
-            "Is it the tokenizer that the model was made for?"
-        )
-    if getattr(config, "attention_dropout", 0.0):
-        raise ModelError(
-            f"attention_dropout is {config.attention_dropout}; set it to 0. Random numbers would make a resumed run another one, "
-            "and a loss depend on the layout."
-        )
-    # until the caller, who knows dtype and device, asks for another
-    config._attn_implementation = resolve_attention(config, "auto", torch.float32, "cpu")
-    return config
-
-
-def _config_from_folder(path: str | os.PathLike[str]) -> PretrainedConfig:
-    folder = model_folder(path)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    _check_supported(config.model_type)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"the student in {folder} is quantised; training needs its unquantised weights")
-    return config
-
-
-def _config_from_keys(spec: Mapping[str, Any], vocab_size: int | None) -> PretrainedConfig:
-    keys = dict(spec)
-    model_type = keys.pop("model_type", None)
-    _check_supported(model_type)
-    config_class = CONFIG_MAPPING[model_type]
-    known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map) | LEGACY_KEYS
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ModelError(f"no field '{key}' in a {model_type} model" + (f"; did you mean '{near[0]}'?" if near else ""))
-    if "vocab_size" not in keys:
-        if vocab_size is None:
-            raise ModelError("the student model has no vocab_size, and no tokenizer gives one")
-        keys["vocab_size"] = vocab_size
-    try:
-        return config_class(**keys)
-    # transformers raises classes of its own for wrong types and values; all carry a readable message
-    except Exception as error:
-        raise ModelError(f"not a valid {model_type} model: {error}") from error
-
-
-def _check_supported(model_type: str | None) -> None:
-    if model_type not in SUPPORTED:
-        raise ModelError(f"student models of type {model_type!r} are not supported; these are: {', '.join(SUPPORTED)}")
-
-
-def check_row_length(config: PretrainedConfig, row_length: int) -> None:
-    """Refuse rows that are longer than the model reads."""
-    if row_length > config.max_position_embeddings:
-        raise ModelError(
-            f"rows have {row_length:,} tokens, the student reads {config.max_position_embeddings:,} (max_position_embeddings). "
-            "Use shorter rows, or a model made for longer ones."
-        )
-
 
 # ---- layers --------------------------------------------------------------------------------------------------------
 
@@ -136,6 +59,8 @@ def _parts(model_type: str) -> _Parts:
 
 
 class Embedding(nn.Module):
+    """Layer 0: token ids -> hidden states."""
+
     # no padding index: rows are packed, and it would freeze the row of a token that is often EOS as well
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
@@ -180,6 +105,8 @@ class Rotary(nn.Module):
 
 
 class Decoder(nn.Module):
+    """A decoder layer of transformers, with RoPE and mask of its own."""
+
     recompute = False
     """Keep the inputs alone, and compute the layer again in the backward pass."""
 
@@ -208,6 +135,8 @@ class Decoder(nn.Module):
 
 
 class FinalNorm(nn.Module):
+    """The norm before the head."""
+
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.norm = _parts(config.model_type).norm(config.hidden_size, eps=config.rms_norm_eps)
@@ -268,6 +197,7 @@ def logit_softcap(config: PretrainedConfig) -> float | None:
 
 
 def layer_count(config: PretrainedConfig) -> int:
+    """Of the whole student: its decoder layers, and Embedding, FinalNorm and Head."""
     return int(config.num_hidden_layers) + 3
 
 
@@ -330,7 +260,10 @@ def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
 
 @torch.no_grad()
 def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: PretrainedWeights) -> None:
-    """Copy layer i of a pretrained model into `layer`, in the layer's own dtype."""
+    """Copy layer i of a pretrained model into `layer`, in the layer's own dtype.
+
+    Raises ModelError: a tensor is missing, has another shape, or no place in this configuration.
+    """
     names = {hf_name(config, i, local_name): parameter for local_name, parameter in layer.named_parameters()}
     for name, parameter in names.items():
         _check_tensor(name, tuple(parameter.shape), weights)
@@ -379,6 +312,7 @@ class Student(nn.Module):
         self.layers = nn.ModuleList([*body, LossHead(source.weight, logit_softcap(config))])
 
     def load(self, weights: PretrainedWeights) -> None:
+        """Every layer's weights. Raises ModelError: see load_layer."""
         for i, layer in enumerate(self.layers):
             load_layer(self.config, i, layer, weights)
 

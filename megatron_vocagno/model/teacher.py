@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
-from megatron_vocagno.model.folder import ModelError, model_folder, quiet
+from megatron_vocagno.model.folder import ModelError, model_folder, quiet, read_config, readable
 from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.model.quantised import Weights, quantise
 from megatron_vocagno.model.student import LossHead, logit_softcap
@@ -78,8 +78,8 @@ class Teacher(nn.Module):
     def _check(self, input_BU: Tensor, segment_BU: Tensor | None) -> None:
         if self.max_positions is not None and input_BU.shape[1] > self.max_positions:
             raise ModelError(
-                f"a row has {input_BU.shape[1]:,} teacher tokens, the teacher reads {self.max_positions:,}. Use shorter rows: "
-                "one text can have more teacher tokens than student tokens."
+                f"a row has {input_BU.shape[1]:,} teacher tokens, the teacher reads {self.max_positions:,}. Use shorter rows "
+                "(data.row_length): one text can have more teacher tokens than student tokens."
             )
         if segment_BU is not None and not self._cuts_documents:
             check_documents(self.decoder, self.config, input_BU.device)
@@ -133,11 +133,11 @@ def open_teacher(
     weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError.
     """
     folder = teacher_folder(path, cache)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = read_config(folder)
     # before gigabytes are read
     _check_logits(config.get_text_config())
     implementation = resolve_attention(config.get_text_config(), attention, dtype, device)
-    with quiet():
+    with quiet(), readable(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,

@@ -36,6 +36,11 @@ def compared(first_BS: Tensor, last_BS: Tensor) -> Tensor:
     Both models must predict from the same text. Where a target's range begins with a teacher token that an earlier target needs
     too, the teacher's prediction comes before the target does: it is left out. (An earlier token that is no target of the row, or
     is unmapped, is not seen: at most the first mapped target of a row is taken for one that begins with its range.)
+
+    Student [sel][ection], teacher [select][ion]: `ection` begins inside of a teacher token.
+
+    >>> compared(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
+    tensor([[ True, False]])
     """
     reached_BS = last_BS.cummax(1).values.roll(1, 1)
     reached_BS[:, :1] = 0
@@ -60,7 +65,7 @@ class Reference:
 
 
 def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, reference: Reference, tile: int | None = None) -> Tensor:
-    """Of a student's predictions from a teacher's, of each token.
+    """Of a student's predictions from a teacher's, of each token (docs/method.md, Distances between distributions).
 
     hidden_NH, head_VH  [N, H], [V or more, H], one dtype: the student's, in the order of reference.rows_N
     softcap             c, where the student's logits are c * tanh(logits / c)
@@ -69,6 +74,10 @@ def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, referenc
     returns             [N] float32 (float64 of float64): nats for kld. N may be 0
 
     Raises ValueError: `kld` of two vocabularies, or fewer rows in the student's head than its tokenizer has ids.
+
+    >>> teacher = Reference("uld", torch.tensor([0]), torch.tensor([[1.0]]), torch.tensor([[9.0], [-9.0]]), None, vocabulary=2)
+    >>> distance(torch.tensor([[1.0]]), torch.tensor([[0.0], [0.0]]), None, teacher)
+    tensor([1.])
     """
     V, W = reference.vocabulary, len(reference.head_WH)
     if len(head_VH) < V:
@@ -83,7 +92,15 @@ def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, referenc
 
 
 def uld(student_NV: Tensor, teacher_NW: Tensor) -> Tensor:
-    """Logits -> [N]. Probabilities by their rank, whatever the tokens that have them (Boizard et al., arXiv 2402.12030)."""
+    """[N, V], [N, W] logits -> [N], 0 to 2: of probabilities by their rank, whatever the tokens that have them (Boizard et al.,
+    arXiv 2402.12030).
+
+    Two thirds and one third, whichever token has them, against certainty:
+
+    >>> student_NV = torch.tensor([[2 / 3, 1 / 3], [1 / 3, 2 / 3]]).log()
+    >>> uld(student_NV, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]).log())
+    tensor([0.6667, 0.6667])
+    """
     student_NV, teacher_NW = (logits.softmax(1).sort(1, descending=True).values for logits in (student_NV, teacher_NW))
     longer = max(student_NV.shape[1], teacher_NW.shape[1])
     student_NR, teacher_NR = (F.pad(sorted_, (0, longer - sorted_.shape[1])) for sorted_ in (student_NV, teacher_NW))
@@ -91,7 +108,11 @@ def uld(student_NV: Tensor, teacher_NW: Tensor) -> Tensor:
 
 
 def kld(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
-    """Logits -> [N], nats: KL(p_T || p_S)."""
+    """[N, V] logits twice -> [N], nats: KL(p_T || p_S).
+
+    >>> kld(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log())
+    tensor([0.1308])
+    """
     student_NV, teacher_NV = student_NV.log_softmax(1), teacher_NV.log_softmax(1)
     return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(1)
 

@@ -54,7 +54,10 @@ class LearnedRows:
         self.rows_R: Tensor | None = None
 
     def tell(self, rows_R: Tensor) -> None:
-        """rows_R [R] int64: each row at most once, and all whose loss will get a gradient. More may be named."""
+        """rows_R [R] int64: each row at most once, and all whose loss will get a gradient. More may be named.
+
+        Raises ValueError: no list of int64.
+        """
         if rows_R.dim() != 1 or rows_R.dtype != torch.int64:
             raise ValueError(f"rows to learn: positions [R] int64 expected, got {rows_R.dtype} {list(rows_R.shape)}")
         self.rows_R = rows_R
@@ -84,7 +87,7 @@ def token_loss(
     first_id: int = 0,
     forward: Literal["tiles", "fused"] = "tiles",
 ) -> Tensor:
-    """-log softmax(hidden @ head^T)[target] of each token.
+    """-log softmax(hidden @ head^T)[target] of each token (l_S and l_T in docs/method.md, 2).
 
     hidden_NH, head_VH  [N, H], [V, H], one dtype: float32, bfloat16, float16 or float64; a frozen one costs nothing in the
                         backward
@@ -103,6 +106,17 @@ def token_loss(
     Raises ValueError: shapes or dtypes that do not fit, or that 'fused' does not take; on the CPU also a target out of range
     (elsewhere the check would wait for the device, and the loss of such a token is NaN, as it is where no shard holds the
     target).
+
+    Two tokens, a vocabulary of three: the first is sure of token 0 and right, the second is padding.
+
+    >>> hidden_NH = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)
+    >>> head_VH = torch.tensor([[5.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    >>> loss_N = token_loss(hidden_NH, head_VH, torch.tensor([0, -100]))
+    >>> loss_N.detach()
+    tensor([0.0134, 0.0000])
+
+    A model of transformers has both tensors: `model.get_decoder()(ids).last_hidden_state.flatten(0, 1)` and
+    `model.get_output_embeddings().weight`.
     """
     _check(hidden_NH, head_VH, target_N, softcap)
     if forward not in ("tiles", "fused"):

@@ -30,7 +30,11 @@ def share(keep: float) -> Fraction:
 
 
 def kept_count(mapped: int, keep: float) -> int:
-    """k = ceil(keep * mapped), exactly. Raises ValueError: see share."""
+    """k = ceil(keep * mapped), exactly. Raises ValueError: see share.
+
+    >>> kept_count(5, 0.4), kept_count(6, 0.4), kept_count(0, 0.4)
+    (2, 3, 0)
+    """
     part = share(keep)
     return (mapped * part.numerator + part.denominator - 1) // part.denominator
 

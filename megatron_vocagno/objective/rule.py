@@ -17,6 +17,8 @@ Unmapped = Literal["include", "exclude"]
 
 @dataclass(frozen=True)
 class Selection:
+    """What a selection answers; see select_tokens. On the device of the student's losses."""
+
     weight_BS: Tensor
     """[B, S] float32 of 0 and 1."""
     guide_BS: Tensor
@@ -53,6 +55,7 @@ class Rule:
 
 
 def check_choices(scope: str, unmapped: str) -> None:
+    """Raises ValueError: none of those that there are."""
     if scope not in ("sequence", "microbatch", "global"):
         raise ValueError(f"unknown scope {scope!r}: expected sequence, microbatch or global")
     if unmapped not in ("include", "exclude"):

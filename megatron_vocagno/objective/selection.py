@@ -44,7 +44,7 @@ def select_tokens(
     group: dist.ProcessGroup | None = None,
     capacity: int | None = None,
 ) -> Selection:
-    """Weights, the list of the rows that carry them, and sums, from the losses of both models.
+    """Weights, the list of the rows that carry them, and sums, from the losses of both models (docs/method.md, 2 and 3).
 
     student_loss_BS    [B, S] float, nats
     teacher_loss_BU    [B, U] float, nats; NaN marks a teacher token without a usable loss. U may be 0
@@ -64,6 +64,19 @@ def select_tokens(
 
     Ties go to the lower index; where nothing is eligible, nothing is kept. Raises ValueError: unknown choices, keep, shapes
     that do not fit; on the CPU also ranges outside of the teacher's row.
+
+    Five student tokens, of which the last ends the document and has no teacher tokens; two of the other four are kept, those
+    where the student is furthest behind. It does worst on the second; but so does the teacher.
+
+    >>> student_BS = torch.tensor([[2.0, 9.0, 4.0, 3.0, 1.0]])
+    >>> teacher_BU = torch.tensor([[1.5, 8.5, 0.5, 1.0]])
+    >>> first_BS, last_BS = torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 4, 4]])
+    >>> rule = {"aggregate": "max", "keep": 0.5, "scope": "microbatch", "unmapped": "include"}
+    >>> chosen = select_tokens(student_BS, teacher_BU, first_BS, last_BS, torch.ones(1, 5, dtype=torch.bool), **rule)
+    >>> student_BS - chosen.guide_BS
+    tensor([[0.5000, 0.5000, 3.5000, 2.0000,    nan]])
+    >>> chosen.weight_BS, chosen.rows_C
+    (tensor([[0., 0., 1., 1., 1.]]), tensor([2, 3, 4]))
     """
     rule = Rule(keep, scope, unmapped, require_positive, group, capacity)
     _check_same_shape(student_loss_BS, first_BS, valid_BS)
@@ -79,7 +92,10 @@ def select_tokens(
 
 @torch.no_grad()
 def select_by_guide(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
-    """select_tokens where the guide [B, S] is known: float, nats, NaN where unmapped."""
+    """select_tokens where the guide [B, S] is known: float, nats, NaN where unmapped.
+
+    Raises ValueError: shapes that differ.
+    """
     _check_same_shape(student_loss_BS, guide_BS, valid_BS)
     if student_loss_BS.is_cuda:
         from megatron_vocagno.objective import selection_triton
@@ -135,7 +151,7 @@ _COMBINE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, torch.dtype
 
 @torch.no_grad()
 def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggregate) -> Tensor:
-    """g: teacher losses, moved from teacher positions onto student positions.
+    """g: teacher losses, moved from teacher positions onto student positions (docs/method.md, 2).
 
     loss_BU            [B, U] float, nats; NaN marks a teacher token without a usable loss (no context, broken score)
     first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last)
@@ -148,6 +164,15 @@ def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggreg
     A range is cut into the powers of two of its width, and level by level a table holds the aggregate of the next 1, 2, 4...
     losses: log2 of the widest range gathers serve every width, exactly for max and min, in pairwise order for sums, and
     without a [B, S, U] mask. Only on the CPU is the widest range asked for; elsewhere it is U.
+
+    Three teacher tokens; the student's first token needs two of them, its second shares one, its third has none.
+
+    >>> teacher_BU = torch.tensor([[0.5, 2.0, 1.0]])
+    >>> first_BS, last_BS = torch.tensor([[0, 1, 3]]), torch.tensor([[2, 3, 3]])
+    >>> gather_guide(teacher_BU, first_BS, last_BS, "max")
+    tensor([[2., 2., nan]])
+    >>> gather_guide(teacher_BU, first_BS, last_BS, "mean")
+    tensor([[1.2500, 1.5000,    nan]])
     """
     levels = _check_ranges(loss_BU, first_BS, last_BS, how).bit_length()
     combine, nothing, dtype = _COMBINE[how]
@@ -179,7 +204,7 @@ def select(
     group: dist.ProcessGroup | None = None,
     require_positive: bool = False,
 ) -> Tensor:
-    """w of the mapped tokens: the k = ceil(keep * eligible) tokens of highest excess, in each scope.
+    """w of the mapped tokens: the k = ceil(keep * eligible) tokens of highest excess, in each scope (docs/method.md, 3).
 
     excess_BS    [B, S] float, nats; NaN is never eligible
     eligible_BS  [B, S] bool
@@ -187,6 +212,14 @@ def select(
     returns      [B, S] float32 of 0 and 1; all 0 where nothing is eligible
 
     Raises ValueError: see kept_count; unknown scope; shapes.
+
+    >>> excess_BS, eligible_BS = torch.tensor([[3.0, 1.0, 2.0], [0.5, 0.2, 0.1]]), torch.ones(2, 3, dtype=torch.bool)
+    >>> select(excess_BS, eligible_BS, 0.5, "microbatch")
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    >>> select(excess_BS, eligible_BS, 0.5, "sequence")
+    tensor([[1., 0., 1.],
+            [1., 1., 0.]])
     """
     rule = Rule(keep, scope, "exclude", require_positive, group)
     if excess_BS.shape != eligible_BS.shape:
@@ -202,7 +235,15 @@ def planned_kept(
 
     mapped_rows, unmapped_rows  valid tokens of each row: the rows of the micro-batch, for 'global' those of all ranks
 
-    The weights may sum to less: with `require_positive`, and where a loss is NaN. No row at all gives 0.
+    The weights may sum to less: with `require_positive`, and where a loss is NaN. No row at all gives 0. It is the denominator of
+    docs/method.md, 4. Raises ValueError: unknown choices, keep.
+
+    Of 5 + 3 mapped tokens 40 % are 3.2, so 4; row by row 2 + 2. The two unmapped ones come on top.
+
+    >>> planned_kept([5, 3], [1, 1], keep=0.4, scope="microbatch", unmapped="include")
+    6
+    >>> planned_kept([5, 3], [1, 1], keep=0.4, scope="sequence", unmapped="exclude")
+    4
     """
     check_choices(scope, unmapped)
     kept = sum(kept_count(row, keep) for row in mapped_rows) if scope == "sequence" else kept_count(sum(mapped_rows), keep)

@@ -80,7 +80,14 @@ def summarize(stats: Tensor) -> dict[str, float]:
              student_loss, guide and excess of `_kept` and of `_dropped` mapped tokens; student_loss_unmapped, and
              student_loss_all. A mean over no tokens is absent
 
-    Copies the sums from the device, and waits for it.
+    Copies the sums from the device, and waits for it. Raises ValueError: not one vector of sums.
+
+    >>> stats = torch.zeros(len(STATS), dtype=torch.float64)
+    >>> summarize(stats)
+    {}
+    >>> stats[STATS.index("mapped")], stats[STATS.index("kept")], stats[STATS.index("student_kept_sum")] = 5, 2, 6.0
+    >>> summarize(stats)["share_kept"], summarize(stats)["student_loss_kept"]
+    (0.4, 3.0)
     """
     if stats.shape != (len(STATS),):
         raise ValueError(f"summarize: expected the {len(STATS)} sums of STATS, got shape {list(stats.shape)}")

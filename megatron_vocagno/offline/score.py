@@ -9,7 +9,6 @@ each other, each with a slice of its own, and what was interrupted goes on from 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from megatron_vocagno.corpus.shards import ChangedError
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.corpus.workers import Failure, run_local
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.folder import ModelError, read_config
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.offline.shard import Job, Result, difference, score_shard
@@ -64,18 +63,17 @@ class Asked:
     def scoring(self, data: AlignedDataset) -> Scoring:
         """Raises ScoringError, ModelError, TokenizerMismatch: the teacher does not suit the dataset, or the numbers do not."""
         folder = teacher_folder(self.teacher)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config = config.get("text_config") or config
-        tokens, rows = data.teacher_tokenizer.vocab_size, int(config["vocab_size"])
+        config = read_config(folder).get_text_config()
+        tokens, rows = data.teacher_tokenizer.vocab_size, int(config.vocab_size)
         if rows < tokens:
             raise ScoringError(
-                f"the dataset's teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
+                f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
                 "the dataset was aligned for another teacher"
             )
         if (folder / "tokenizer.json").is_file():
             mine = open_tokenizer(folder, eos_token=data.teacher_tokenizer.eos_token, backend="huggingface")
             data.require_tokenizers(teacher_fingerprint=mine.fingerprint)
-        longest = config.get("max_position_embeddings")
+        longest = getattr(config, "max_position_embeddings", None)
         context = self.context or min(CONTEXT, longest or CONTEXT)
         stride = self.stride or max(1, context // 2)
         if longest is not None and context > longest:

@@ -7,6 +7,7 @@ layouts.py    how a model and a batch are dealt to ranks
 memory.py     bytes on the fullest rank
 shapes.py     one micro-batch through a whole model on the meta device
 cost.py       seconds of a step, hours of a run
+question.py   what is asked: a run on a cluster, out of its files and the command line
 
 Bytes are counted, FLOPs are counted, seconds are an estimate: docs/scaling.md says what it rests on.
 """

@@ -61,4 +61,4 @@ class Assumptions:
     unmapped: float = 0.003
     """Share of the student's tokens that no teacher token maps to, where there is no dataset to ask: the quickstart's run."""
     reread: float = 1.29
-    """Tokens that `score_teacher` reads for each that it scores: documents of 2,000 tokens in the mean, docs/scoring.md."""
+    """Tokens that `score_teacher` reads for each that it scores: documents of 2,000 tokens in the mean, docs/teachers.md."""

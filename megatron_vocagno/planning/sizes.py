@@ -111,7 +111,9 @@ def _parsed(text: str, file: Path) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.for_model(**json.loads(text))
     # transformers raises classes of its own for wrong types and values; all carry a readable message
     except Exception as error:
-        raise RunError(f"{file} is no configuration that transformers knows: {error}") from error
+        # without the names of all models that it does know, hundreds of them
+        reason = str(error).partition(". Should contain one of")[0]
+        raise RunError(f"{file} is no configuration that transformers knows: {reason}") from error
     return config
 
 

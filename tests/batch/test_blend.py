@@ -11,8 +11,9 @@ import pytest
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.config import RunError, Source
-from megatron_vocagno.corpus.dataset import AlignedDataset, TokenizerMismatch
-from megatron_vocagno.train import open_data
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import TokenizerMismatch
+from megatron_vocagno.opening import open_data
 from tests import tokenizers_for_tests as real
 from tests.batch.test_loader import same
 from tests.datasets import build_dataset
@@ -144,7 +145,7 @@ def test_a_run_tells_its_shares_and_does_not_resume_on_another_blend(case: Case,
     refused = spawn(1, case.command("blend", [blended.replace("=3", "=4"), "training.steps=4"]))
     assert refused.returncode == 2, refused.stdout[-3000:]
     a, b = first.fingerprint, second.fingerprint
-    assert f"written with dataset = 3/4 of {a}, 1/4 of {b}, this run has 4/5 of {a}, 1/5 of {b}: " in refused.stdout
+    assert f"written with data.train = 3/4 of {a}, 1/4 of {b}, this run has 4/5 of {a}, 1/5 of {b}: " in refused.stdout
 
 
 def test_datasets_that_do_not_belong_together_are_refused(

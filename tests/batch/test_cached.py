@@ -11,7 +11,7 @@ import torch
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides, combined, guides
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Mapping, Rows, TeacherIds
-from megatron_vocagno.objective.guidance import gather_guide
+from megatron_vocagno.objective.selection import gather_guide
 from tests.batch.test_pack import Invented, positions
 
 AGGREGATES = ("max", "min", "sum", "mean")

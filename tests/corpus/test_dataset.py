@@ -15,16 +15,8 @@ import pytest
 from upath import UPath
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import (
-    PAIRS,
-    AlignedDataset,
-    DatasetError,
-    TokenizerMismatch,
-    create,
-    merge,
-    read_manifest,
-)
-from megatron_vocagno.corpus.manifest import UNSEALED
+from megatron_vocagno.corpus.dataset import AlignedDataset, merge
+from megatron_vocagno.corpus.manifest import PAIRS, UNSEALED, DatasetError, TokenizerMismatch, create, read_manifest
 from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -128,7 +120,10 @@ def test_positions_outside_are_refused(built):
     with pytest.raises(IndexError, match="no document"):
         built[len(built)]
     with pytest.raises(IndexError, match="no document -1"):
-        built[-1]
+        built.student(-1)
+    with pytest.raises(IndexError, match="no document"):
+        built[-len(built) - 1]
+    assert np.array_equal(built[-1].student_ids, built[len(built) - 1].student_ids)
 
 
 @pytest.mark.slow

@@ -151,14 +151,14 @@ BAD = {
     b"{": "invalid JSON",
     b"nothing of the kind": "invalid JSON",
     b'{"text": "a"} {"text": "b"}': "invalid JSON",
-    b"[1, 2]": "a JSON list, not an object",
-    b"null": "a JSON NoneType, not an object",
-    b'"text"': "a JSON str, not an object",
+    b"[1, 2]": "a list, not a JSON object",
+    b"null": "null, not a JSON object",
+    b'"text"': "a string, not a JSON object",
     b'{"body": "x"}': "no key 'text' (it has 'body'); --text-key names another",
     b"{}": "no key 'text' (it has none)",
     b'{"meta": {"text": "x"}}': "no key 'text' (it has 'meta')",
-    b'{"text": 5}': "'text' is a int, not a string",
-    b'{"text": null}': "'text' is a NoneType",
+    b'{"text": 5}': "'text' is a number, not a string",
+    b'{"text": null}': "'text' is null",
     b'{"text": ["x"]}': "'text' is a list",
     b'{"text": "\xff\xfe"}': "invalid UTF-8 at byte 10",
     b'{"text": "x", "id": "\xed\xa0\x80"}': "invalid UTF-8 at byte 21",
@@ -214,12 +214,12 @@ def test_no_text_has_a_lone_surrogate(tmp_path):
 def test_ids_are_strings_or_integers(tmp_path):
     good = {'"a"': "a", "5": "5", "-0": "0", str(2**63): str(2**63), '""': "", '"\\u00e9"': "é"}
     bad = {
-        "null": "NoneType",
-        "true": "bool",
-        "1.5": "float",
-        "[1]": "list",
-        "{}": "dict",
-        str(2**64): "float",
+        "null": "is null, not",
+        "true": "is true or false, not",
+        "1.5": "is a number, not",
+        "[1]": "is a list, not",
+        "{}": "is an object, not",
+        str(2**64): "is a number, not",
         '"\\ud800"': "surrogate",
     }
     rows = [f'{{"text": "x", "id": {value}}}' for value in (*good, *bad)] + ['{"text": "x"}']

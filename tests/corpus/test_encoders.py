@@ -25,8 +25,9 @@ from megatron_vocagno.corpus.encoders import (
     bounds_of,
     open_encoder,
 )
+from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.shards import Job, Result, make_shard
-from megatron_vocagno.corpus.tokens import Tokenizer, TokenizerError, open_tokenizer
+from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.corpus.workers import run_local
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl

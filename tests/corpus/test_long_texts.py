@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import long_texts, shard_writer
-from megatron_vocagno.corpus.dataset import PAIRS, AlignedDataset, Totals
+from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.documents import Document
 from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.inputs import Piece
 from megatron_vocagno.corpus.long_texts import AROUND, parts
+from megatron_vocagno.corpus.manifest import PAIRS, Totals
 from megatron_vocagno.corpus.shard_writer import ShardWriter
 from megatron_vocagno.corpus.spans import align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer

@@ -13,7 +13,8 @@ import pytest
 
 from megatron_vocagno.corpus import long_texts, shard_writer, shards
 from megatron_vocagno.corpus.build import ShardsFailed
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.plan import plan
 from megatron_vocagno.corpus.shards import ChangedError, make_shard
 from megatron_vocagno.corpus.spans import align
@@ -29,10 +30,10 @@ def line(text) -> bytes:
 
 BAD = {
     b'{"text": "cut off\n': "invalid JSON",
-    b"[1, 2]\n": "a JSON list, not an object",
+    b"[1, 2]\n": "a list, not a JSON object",
     b'{"body": "x"}\n': "no key 'text' (it has 'body')",
-    b'{"text": 5}\n': "'text' is a int, not a string",
-    b'{"text": null}\n': "'text' is a NoneType",
+    b'{"text": 5}\n': "'text' is a number, not a string",
+    b'{"text": null}\n': "'text' is null",
     b'{"text": "\xff\xfe"}\n': "invalid UTF-8 at byte 10",
     b'{"text": "a \\ud800 b"}\n': "a lone surrogate at character 2",
 }
@@ -144,7 +145,7 @@ def test_a_shard_without_documents_is_legal_a_dataset_is_not(settings, tmp_path)
         make([files[1]], tmp_path / "none", settings)
     assert not (tmp_path / "none" / "dataset.json").exists()
     (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(DatasetError, match="no document is left"):
+    with pytest.raises(DatasetError, match="no document was read: the input files are empty"):
         make([tmp_path / "empty.jsonl"], tmp_path / "none2", settings)
     assert not (tmp_path / "none2" / "dataset.json").exists()
 

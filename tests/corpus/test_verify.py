@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, hash_file, merge, read_manifest
+from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.indexed import PairReader, PairWriter
-from megatron_vocagno.corpus.manifest import Manifest
+from megatron_vocagno.corpus.manifest import DatasetError, Manifest, hash_file, read_manifest
 from megatron_vocagno.corpus.verify import shard_checks, verify, verify_shard
 from tests.datasets import invent_dataset
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno.batch.pack import Mapping
@@ -21,13 +23,14 @@ from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.export import export
 from megatron_vocagno.samples import (
     FOLDER,
+    WIDEST,
     SampleRows,
     SampleStep,
     read_rows,
     read_steps,
     summary,
 )
-from tests.runs import Case, metrics, spawn
+from tests.runs import REPOSITORY, Case, metrics, spawn
 
 # more than a step's rows, and no multiple of a micro-batch: the rows of the second forward are empty in part
 ROWS = 11
@@ -241,6 +244,58 @@ def test_every_objective_has_its_weights(case: Case, plain: Path, objective: str
         assert kept.sum() == math.ceil(KEEP * len(kept))
         losses = step.student_loss_RS[rows.mapped_RS]
         assert (objective == "student") == (losses[kept].min() >= losses[~kept].max())
+
+
+# ---- what is told of these runs
+
+
+OBJECTIVES = ["guided", "clm", "student", "random", "uld"]
+
+
+def told(case: Case, plain: Path, objective: str) -> tuple[set[str], EventAccumulator]:
+    """The names in a run's metrics.jsonl, and its board."""
+    output = plain if objective == "guided" else case.out(f"samples-{objective}")
+    if not (output / "metrics.jsonl").exists():
+        case.run(f"samples-{objective}", 1, [*WATCHED, "training.steps=1", f"guidance.objective={objective}"])
+    board = EventAccumulator(str(output / "tensorboard"))
+    board.Reload()
+    return {name for line in metrics(output) for name in line} - {"step"}, board
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_the_first_page_names_what_the_run_has(case: Case, plain: Path, objective: str) -> None:
+    _, board = told(case, plain, objective)
+    [content] = board.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
+    page = Layout.FromString(content)
+    charts = [chart for category in page.category for chart in category.chart]
+    patterns = [pattern for chart in charts for pattern in chart.multiline.tag]
+    scalars = board.Tags()["scalars"]
+    for pattern in patterns:
+        # TensorBoard takes a name for how others begin
+        assert [name for name in scalars if re.match(pattern, name)] == [pattern]
+    assert len(charts) >= 7 and len({chart.title for chart in charts}) == len(charts)
+    assert any(pattern.startswith("guidance/") for pattern in patterns) == (objective in ("guided", "student", "random"))
+    assert any(pattern.startswith("teacher/") for pattern in patterns) == (objective == "guided")
+    # what it was asked to do
+    [text] = board.Tensors("configuration/run/text_summary")[-1].tensor_proto.string_val
+    assert f'"objective": "{objective}"'.encode() in text and b'"seed": 0' in text
+    [text] = board.Tensors("configuration/deepspeed_config/text_summary")[-1].tensor_proto.string_val
+    assert b'"train_batch_size": 8' in text
+
+
+@pytest.mark.slow
+def test_every_number_is_explained_and_exists(case: Case, plain: Path) -> None:
+    page = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
+    explained = set(re.findall(r"^\| `([a-z]+/\w+(?:/PATH)?)`", page, flags=re.MULTILINE))
+    # of runs that were asked to leave (test_faults.py), and of text where so many teacher tokens cover one
+    written = {"run/stopped_by", f"samples/share_kept_width_{WIDEST}_or_more"}
+    for objective in OBJECTIVES:
+        names, board = told(case, plain, objective)
+        written |= names | set(board.Tags()["histograms"])
+    written = {re.sub("^data/epochs/.*", "data/epochs/PATH", name) for name in written}
+    assert len(written) > 40
+    assert written == explained
 
 
 # ---- where losses are cached

@@ -7,6 +7,7 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import gguf
 import numpy as np
@@ -149,15 +150,28 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, 
     with pytest.raises(ModelError, match=r"transformers cannot read the model in .*cut\.gguf"):
         dequantise(tmp_path / "cut.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 3
-    assert main([str(tmp_path / "text.gguf"), "--out", str(tmp_path / "out")]) == 1
+    assert main([str(tmp_path / "text.gguf"), "--out", str(tmp_path / "out")]) == 2
     assert "not a GGUF file" in capsys.readouterr().err
 
 
-def test_the_command_writes_half_precision_and_never_over_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [str(write_gguf(tmp_path / "tiny.gguf")), "--out", str(tmp_path / "out"), "--dtype", "bfloat16"]
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def test_the_command_writes_half_precision_and_never_over_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [str(write_gguf(tmp_path / "tiny.gguf")), "--out", str(tmp_path / "out"), "--dtype", "bfloat16", "--quiet"]
+    with monkeypatch.context() as patched:
+        patched.setattr("megatron_vocagno.model.gguf._write_tokenizer", interrupt)
+        assert main(command) == 130
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.endswith("interrupted; nothing was written\n")
+        assert [file.name for file in tmp_path.iterdir()] == ["tiny.gguf"]
     assert main(command) == 0
+    assert capsys.readouterr().out.count("\n") == 1
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
-    assert main(command) == 1
+    assert main(command) == 2
     assert "it exists" in capsys.readouterr().err
 
 

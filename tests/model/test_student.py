@@ -9,18 +9,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.model import student as student_module
+from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, to_hugging_face
 from megatron_vocagno.model.student import (
     Embedding,
     Student,
     build_layer,
-    check_row_length,
     hf_name,
     layer_count,
     layer_parameters,
     load_layer,
     logit_softcap,
-    student_config,
     tied_head,
 )
 from megatron_vocagno.objective.linear_ce import token_loss
@@ -269,7 +268,7 @@ def test_recomputation_keeps_less_and_learns_the_same(spec: dict[str, Any], tmp_
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, r"type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma"),
-        ({"model_type": None}, r"type None are not supported"),
+        ({"model_type": None}, r"names no 'model_type'; these are supported: llama, mistral"),
         ({"num_hiden_layers": 4}, r"no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'\?"),
         ({"xyzzy": 1}, r"no field 'xyzzy' in a llama model$"),
         ({"hidden_size": "many"}, r"not a valid llama model"),
@@ -294,7 +293,7 @@ def test_vocabulary_comes_from_the_tokenizer_and_must_fit_it() -> None:
 def test_rows_that_the_model_cannot_read_are_refused() -> None:
     config = student_config(LLAMA)
     check_row_length(config, POSITIONS)
-    with pytest.raises(ModelError, match=r"rows have 65 tokens, the student reads 64"):
+    with pytest.raises(ModelError, match=r"rows have 65 tokens \(data.row_length\), the student reads 64"):
         check_row_length(config, POSITIONS + 1)
 
 

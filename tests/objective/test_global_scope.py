@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_vocagno.objective.guidance import STATS, guided_loss
+from megatron_vocagno.objective.guidance import guided_loss
+from megatron_vocagno.objective.statistics import STATS
 
 RANKS = 2
 

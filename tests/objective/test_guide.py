@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from megatron_vocagno.objective.guidance import gather_guide
+from megatron_vocagno.objective.selection import gather_guide
 from tests.objective import slow
 
 HOWS = ["max", "mean", "sum", "min"]

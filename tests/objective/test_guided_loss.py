@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vocagno.objective.guidance import STATS, GuidedLoss, clm_loss, gather_guide, guided_loss, summarize, weighted_loss
+from megatron_vocagno.objective.guidance import GuidedLoss, guided_loss, weighted_loss
+from megatron_vocagno.objective.selection import gather_guide
+from megatron_vocagno.objective.statistics import STATS, summarize
 from tests.objective import slow
 
 NAN, INF = math.nan, math.inf
@@ -19,6 +21,12 @@ SCOPES, POLICIES = ["sequence", "microbatch", "global"], ["include", "exclude"]
 
 def stat(result: GuidedLoss, name: str) -> float:
     return result.stats[STATS.index(name)].item()
+
+
+def without_guide(student: Tensor, valid: Tensor, normalizer: float | Tensor | None = None) -> GuidedLoss:
+    """Plain language modeling: every token is unmapped, and included."""
+    nothing = torch.full_like(student, NAN, requires_grad=False)
+    return guided_loss(student, nothing, valid, keep=1, scope="microbatch", unmapped="include", normalizer=normalizer)
 
 
 def random_losses(rng: random.Random) -> tuple[list[list[float]], list[list[float]], list[list[bool]]]:
@@ -92,7 +100,7 @@ def test_keep_all_and_include_is_plain_language_modeling(scope: str) -> None:
     valid = torch.rand(3, 20) < 0.8
     student[0, :4], valid[0, :4] = torch.tensor([NAN, INF, NAN, 1.0]), torch.tensor([True, False, False, True])
     guided = guided_loss(student, guide, valid, keep=1, scope=scope, unmapped="include")  # type: ignore[arg-type]
-    plain = clm_loss(student, valid)
+    plain = without_guide(student, valid)
     assert torch.equal(guided.loss, plain.loss) and torch.equal(guided.weight_BS, plain.weight_BS)
     assert plain.loss.item() == pytest.approx(student[valid & student.isfinite()].mean().item())
     assert stat(plain, "mapped") == stat(plain, "thresholds") == 0 and stat(plain, "nonfinite") == 1
@@ -114,7 +122,7 @@ def test_no_weight_at_all_is_a_loss_of_zero_without_a_gradient(normalizer: float
             settings = {"keep": 0.4, "scope": "microbatch", "unmapped": "exclude", "require_positive": True}
             for got in (
                 guided_loss(leaf, guide, valid, normalizer=normalizer, **settings),  # type: ignore[arg-type]
-                clm_loss(leaf, torch.zeros_like(valid), normalizer),
+                without_guide(leaf, torch.zeros_like(valid), normalizer),
             ):
                 leaf.grad = None
                 got.loss.backward()
@@ -204,7 +212,7 @@ def test_unknown_policy_and_unfit_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match="guide"):
         guided_loss(x, x[:1], valid, keep=0.4, scope="microbatch", unmapped="include")
     with pytest.raises(ValueError, match="valid"):
-        clm_loss(x, valid[:, :2])
+        without_guide(x, valid[:, :2])
 
 
 def test_a_weighted_loss_weighs() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from megatron_vocagno.objective import ranking
-from megatron_vocagno.objective.guidance import kept_count, planned_kept, select
+from megatron_vocagno.objective.ranking import kept_count
+from megatron_vocagno.objective.selection import planned_kept, select
 from tests.objective import slow
 
 KEEPS = ["0.1", "0.3", "0.4", "0.6", "0.7", "0.999999", "1"]

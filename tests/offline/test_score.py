@@ -14,8 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.corpus.build import BuildError, build, locked
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, merge, read_manifest
+from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.losses import LARGEST, LOSS_FILES, gather, require_whole, rounded
+from megatron_vocagno.corpus.manifest import DatasetError, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.shards import ChangedError, Settings
 from megatron_vocagno.corpus.verify import verify

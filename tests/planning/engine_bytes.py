@@ -20,7 +20,7 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run
 from megatron_vocagno.engine.build import build_engine
 from megatron_vocagno.engine.processes import start, stop
-from megatron_vocagno.model.student import student_config
+from megatron_vocagno.model.configuration import student_config
 
 STUDENT = {
     "model_type": "llama",

@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vocagno.config import Guidance, RunError
-from megatron_vocagno.model.student import Student, student_config
-from megatron_vocagno.objective.guidance import planned_kept
+from megatron_vocagno.model.configuration import student_config
+from megatron_vocagno.model.student import Student
 from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.selection import planned_kept
 from megatron_vocagno.planning.cost import _passes, learned_share
 from megatron_vocagno.planning.layouts import Stage
 from megatron_vocagno.planning.sizes import read_config, sizes

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_vocagno.model.student import Decoder, Student, student_config
+from megatron_vocagno.model.configuration import student_config
+from megatron_vocagno.model.student import Decoder, Student
 from megatron_vocagno.objective.distance import Kind, Reference, distance
 from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, LearnedRows, token_loss
 from megatron_vocagno.planning import memory

@@ -102,7 +102,7 @@ def test_hostile_ids_and_bad_lines_are_text_and_their_reasons_are_counted(with_i
     assert "Reasons of the 4 quarantined lines" in read.text
     counts = {row[0]: row[-1] for row in read.rows if row}
     assert counts["bad lines"] == "4"
-    assert counts["'text' is a int, not a string"] == "2"
+    assert counts["'text' is a number, not a string"] == "2"
     assert any("<b>&" in reason and count == "1" for reason, count in counts.items())
 
 

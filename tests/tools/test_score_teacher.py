@@ -105,7 +105,7 @@ def test_slices_of_slices_are_disjoint_and_whole() -> None:
 def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "dataset")
     for words, message in (
-        (("/nowhere", "--teacher", str(teacher)), "error: /nowhere/dataset.json is missing"),
+        (("/nowhere", "--teacher", str(teacher)), "error: /nowhere is not a dataset: the path does not exist"),
         ((folder, "--teacher", "/nowhere"), "error: no model at /nowhere"),
         ((folder, "--teacher", str(teacher), "--context", "1000"), "error: --context 1,000: the teacher"),
         (("finalize", folder), "2 of 2 shards are not scored: shards/0000, shards/0001"),

@@ -197,4 +197,4 @@ def test_a_document_is_found_by_its_id(with_ids, capsys):
 
 def test_a_folder_without_a_dataset_is_said(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
-    assert "dataset.json is missing" in capsys.readouterr().err
+    assert "is not a dataset: the folder has no dataset.json" in capsys.readouterr().err

@@ -6,35 +6,59 @@ Training converts a GGUF teacher by itself and keeps the result in a cache; this
 and for machines that should find the folder ready.
 """
 
+from __future__ import annotations
+
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from megatron_vocagno.command import Parser, add_quiet, duration, run_command
 
-from megatron_vocagno.model.folder import ModelError
-from megatron_vocagno.model.gguf import dequantise
+MB_A_SECOND = 5.0
+"""Of a quantised file, by a core: 20 s for 100 MB."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.convert.gguf_to_safetensors", description=__doc__.split("\n")[0])
-    parser.add_argument("gguf", type=Path, metavar="FILE.gguf")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    options = parser().parse_args(arguments)
+    return run_command(lambda: convert(options))
+
+
+def convert(options: argparse.Namespace) -> None:
+    if options.gguf.is_file() and not options.quiet:
+        megabytes = options.gguf.stat().st_size / 1e6
+        print(f"{options.gguf}: {megabytes:,.0f} MB, about {duration(megabytes / MB_A_SECOND)}", flush=True)
+    if options.quiet or not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers' bar, which writes a line over and over
+    # after the options are known to be right: torch and transformers take seconds to import
+    import torch
+
+    from megatron_vocagno.model.gguf import dequantise
+
+    folder = dequantise(options.gguf, options.out, getattr(torch, options.dtype))
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size / 1e6:,.0f} MB, {options.dtype}")
+
+
+def parser() -> Parser:
+    parser = Parser(
+        "python -m tools.convert.gguf_to_safetensors",
+        "FILE.gguf --out DIR",
+        "A GGUF file as a Hugging Face folder, dequantised: config.json, model.safetensors, tokenizer.json.",
+        "python -m tools.convert.gguf_to_safetensors models/SmolLM2-135M.Q4_1.gguf --out models/smollm2",
+    )
+    parser.add_argument("gguf", type=Path, metavar="FILE.gguf", help="the model, with its tokenizer in it")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist (required)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the weights: float32 is exact, bfloat16 half as large (default: %(default)s)",
+        help="of the weights: float32 is exact, bfloat16 half as large (default: float32)",
     )
-    options = parser.parse_args(arguments)
-    try:
-        folder = dequantise(options.gguf, options.out, getattr(torch, options.dtype))
-    except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    size = sum(file.stat().st_size for file in folder.iterdir())
-    print(f"{folder}: {size / 1e6:,.0f} MB, {options.dtype}")
-    return 0
+    add_quiet(parser)
+    return parser
 
 
 if __name__ == "__main__":

@@ -14,60 +14,60 @@ Run it again after an interruption: it does what is missing. The same inputs and
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vocagno.command import Parser, add_quiet, add_verbosity, fraction, positive_float, positive_int, run_command
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import Engine, build, finish
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, local_folder, merge, read_manifest
+from megatron_vocagno.corpus.dataset import local_folder, merge
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import find
+from megatron_vocagno.corpus.manifest import DatasetError, Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Slice, plan
 from megatron_vocagno.corpus.shards import OnBadLine, Settings
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
 from megatron_vocagno.corpus.workers import Failure, run_local
-from tools.preprocess.progress import BuildProgress, summary
 
-COMMANDS = ("plan", "finalize", "verify", "merge")
+from .console import Terminal
+from .progress import BuildProgress, VerifyProgress, summary
+
+PROG = f"python -m {__package__}.build_dataset"
+STAYS = "what is finished stays; the same command goes on from there"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for an error that the message explains, 130 after Ctrl-C."""
+    """Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"plan": show_plan, "finalize": finalize, "verify": verify, "merge": merge_datasets}
-    try:
-        if argv and argv[0] in COMMANDS:
-            commands[argv[0]](argv[1:])
-        else:
-            build_dataset(argv)
-    except (CorpusError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is finished stays; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    parsers: dict[str, Callable[[], Parser]] = {
+        "plan": plan_parser,
+        "finalize": finalize_parser,
+        "verify": verify_parser,
+        "merge": merge_parser,
+    }
+    if argv and argv[0] in parsers:
+        parser, argv = parsers[argv[0]](), argv[1:]
+    else:
+        parser = build_parser()
+    args = parser.parse_args(argv)
+    return run_command(lambda: args.do(args), args.after_interrupt)
 
 
 # ---- commands
 
 
-def build_dataset(argv: Sequence[str]) -> None:
-    args = build_arguments().parse_args(argv)
+def build_dataset(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     out = absolute(place(args.out))
-    console = Console()
-    with BuildProgress(console) as progress:
+    with BuildProgress(Terminal(quiet=args.quiet), args.verbose) as progress:
         tell_of_encoders(settings, progress)
         build(
             [absolute(file) for file in find(args.inputs)],
@@ -86,14 +86,10 @@ def build_dataset(argv: Sequence[str]) -> None:
     if args.shards:
         print(f"part {args.shards.i} of {args.shards.n} is done; when all are: build_dataset finalize --out {out} …")
         return
-    tell_of_dataset(console, out, progress.reused, args.verify)
+    tell_of_dataset(out, progress.reused, args)
 
 
-def show_plan(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="build_dataset plan", description="Print the shards that a build would make.")
-    add_inputs(parser)
-    add_settings(parser)
-    args = parser.parse_args(argv)
+def show_plan(args: argparse.Namespace) -> None:
     made = plan(find(args.inputs), settings_of(args), int(args.shard_mb * 2**20), args.max_documents)
     table = Table(title=f"{len(made.shards):,} shards, about {made.text_bytes / 1e6:,.1f} MB of text", title_justify="left")
     for name in ("shard", "from", "to", "files", "about MB of text"):
@@ -103,41 +99,39 @@ def show_plan(argv: Sequence[str]) -> None:
             Text(f"{place(piece.url).name}:{at:,}") for piece, at in ((pieces[0], pieces[0].start), (pieces[-1], pieces[-1].stop))
         )
         table.add_row(f"{i:04}", *ends, str(len(pieces)), f"{sum(p.weight for p in pieces) / 1e6:,.1f}")
-    Console().print(table)
+    Terminal().print(table)
 
 
-def finalize(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="build_dataset finalize", description="dataset.json around the shards of a job array.")
-    add_settings(parser)
-    add_output(parser)
-    args = parser.parse_args(argv)
-    out = finish(absolute(place(args.out)), settings_of(args), args.max_bad_fraction, lambda note: print(f"note: {note}"))
-    tell_of_dataset(Console(), out, 0, args.verify)
+def finalize(args: argparse.Namespace) -> None:
+    def note(text: str) -> None:
+        if not args.quiet:
+            print(f"note: {text}")
+
+    out = finish(absolute(place(args.out)), settings_of(args), args.max_bad_fraction, note)
+    tell_of_dataset(out, 0, args)
 
 
-def verify(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="build_dataset verify", description="Read a dataset whole: hashes, ids, spans.")
-    parser.add_argument("dataset", type=place)
-    add_workers(parser)
-    args = parser.parse_args(argv)
-    root = local_folder(args.dataset)
-    manifest = read_manifest(root)
-    complaints = verify_frame(root, manifest)
-    for found in run_local(verify_shard, shard_checks(root, manifest), args.workers):
-        complaints += [found.reason] if isinstance(found, Failure) else found
-    if complaints:
-        advice = "delete the folder of each damaged shard, and run its build again: it makes what is missing"
-        raise DatasetError("\n".join([f"{args.dataset} is not as it was written:", *complaints, advice]))
+def verify(args: argparse.Namespace) -> None:
+    manifest = read_whole(args.dataset, args.workers, args.quiet)
     print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are as they were written")
 
 
-def merge_datasets(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="build_dataset merge", description="One dataset of the documents of several; their shards stay where they are."
-    )
-    parser.add_argument("datasets", nargs="+", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    args = parser.parse_args(argv)
+def read_whole(dataset: Place, workers: int, quiet: bool = False) -> Manifest:
+    """Raises DatasetError that names all that is not as it was written."""
+    root = local_folder(dataset)
+    manifest = read_manifest(root)
+    complaints = verify_frame(root, manifest)
+    with VerifyProgress(Terminal(quiet=quiet), manifest) as progress:
+        for found in run_local(verify_shard, shard_checks(root, manifest), workers):
+            complaints += [found.reason] if isinstance(found, Failure) else found
+            progress.shard()
+    if complaints:
+        advice = "delete the folder of each damaged shard, and run its build again: it makes what is missing"
+        raise DatasetError("\n".join([f"{dataset} is not as it was written:", *complaints, advice]))
+    return manifest
+
+
+def merge_datasets(args: argparse.Namespace) -> None:
     dataset = merge(args.datasets, args.out)
     print(f"{dataset.path}: {len(dataset):,} documents of {len(args.datasets)} datasets")
 
@@ -145,57 +139,133 @@ def merge_datasets(argv: Sequence[str]) -> None:
 # ---- arguments
 
 
-def build_arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_dataset", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def build_parser() -> Parser:
+    parser = Parser(
+        PROG,
+        "INPUT... --student S --teacher T --out DIR",
+        "Corpus files -> an aligned dataset, ready for training. Started again, it does what is missing.\n"
+        "Other first words, each with a --help: plan, finalize, verify, merge.",
+        f"{PROG} 'corpus/*.jsonl.zst' \\\n    --student models/student --teacher models/teacher --out data/mine --workers 8",
     )
+    parser.set_defaults(do=build_dataset, after_interrupt=STAYS)
     add_inputs(parser)
     add_settings(parser)
     add_output(parser)
     parser.add_argument("--force", action="store_true", help="replace shards that were made from other input or settings")
+    add_verbosity(parser, "a line for each shard with its seconds, and one every 5 seconds")
     where = parser.add_argument_group("where it runs")
-    where.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster (default: local)"
-    )
+    where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
     add_workers(where)
-    where.add_argument("--ray-address", default="auto", help="ray: auto or HOST:PORT (default: auto)")
+    where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="of the Ray cluster (default: auto)")
     where.add_argument("--shards", type=slice_of, metavar="I/N", help="make the I-th of N parts, I from 1; then `finalize`")
     return parser
 
 
+def plan_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} plan",
+        "INPUT... --student S --teacher T",
+        "Print the shards that a build would make, and make none.",
+        f"{PROG} plan 'corpus/*.jsonl.zst' \\\n    --student models/student --teacher models/teacher",
+    )
+    parser.set_defaults(do=show_plan, after_interrupt="nothing was written")
+    add_inputs(parser)
+    add_settings(parser)
+    return parser
+
+
+def finalize_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} finalize",
+        "--student S --teacher T --out DIR",
+        "Write dataset.json around the shards of a job array, with the options of its tasks.",
+        f"{PROG} finalize \\\n    --student models/student --teacher models/teacher --out data/mine",
+    )
+    parser.set_defaults(do=finalize, after_interrupt=STAYS)
+    add_settings(parser)
+    add_output(parser)
+    add_workers(parser)
+    add_quiet(parser)
+    return parser
+
+
+def verify_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} verify",
+        "DIR",
+        "Read a dataset whole: hashes, ids, spans, losses. What is not as it was written is named.",
+        f"{PROG} verify data/mine",
+        "0 all is as it was written; 2 it is not, or cannot be read; 130 Ctrl-C",
+    )
+    parser.set_defaults(do=verify, after_interrupt="nothing was written")
+    parser.add_argument("dataset", type=place, metavar="DIR", help="folder of the dataset")
+    add_workers(parser)
+    add_quiet(parser)
+    return parser
+
+
+def merge_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} merge",
+        "DIR... --out DIR",
+        "One dataset of the documents of several. Their shards stay where they are: nothing is copied.",
+        f"{PROG} merge data/web data/books --out data/both",
+    )
+    parser.set_defaults(do=merge_datasets, after_interrupt="remove --out before the next try if it is there")
+    parser.add_argument("datasets", nargs="+", type=Path, metavar="DIR", help="folders of datasets with the same tokenizers")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
+    return parser
+
+
 def add_workers(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--workers", type=positive_int, metavar="N", default=os.cpu_count() or 1, help="processes (default: all)")
+    cores = os.cpu_count() or 1
+    group.add_argument("--workers", type=positive_int, metavar="N", default=cores, help="processes (default: one a core)")
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs, @list.txt; local or URLs (s3://…)")
-    parser.add_argument("--max-documents", type=positive_int, metavar="N", help="the first N records of all inputs alone")
     parser.add_argument(
-        "--shard-mb", type=positive_float, metavar="MB", default=SHARD_BYTES / 2**20, help="text of a shard (default: 64)"
+        "--max-documents", type=positive_int, metavar="N", help="the first N documents of all inputs (default: all)"
+    )
+    parser.add_argument(
+        "--shard-mb", type=positive_float, metavar="MB", default=SHARD_BYTES / 2**20, help="MB of text in a shard (default: 64)"
     )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is made")
-    group.add_argument("--student", required=True, help="tokenizer: a folder, a tokenizer.json, or a SentencePiece model")
-    group.add_argument("--teacher", required=True, help="the same for the teacher")
-    group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, where the tokenizer names none")
+    tokenizer = "tokenizer (required): a folder, tokenizer.json, SentencePiece model"
+    group.add_argument("--student", required=True, metavar="S", help=tokenizer)
+    group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
+    group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
     group.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
     group.add_argument("--text-key", metavar="KEY", default="text", help="key or column of the text (default: text)")
-    group.add_argument("--id-key", metavar="KEY", help="key or column of an id to keep with each document")
+    group.add_argument("--id-key", metavar="KEY", help="key or column of an id to keep with each document (default: none)")
     group.add_argument(
-        "--on-bad-line", choices=get_args(OnBadLine), default="error", help="records without text (default: error)"
+        "--on-bad-line",
+        choices=get_args(OnBadLine),
+        metavar="DO",
+        default="error",
+        help=f"records without text: {either(OnBadLine)} (default: error)",
     )
     group.add_argument("--no-nfc", dest="nfc", action="store_false", help="leave the texts as they are, not NFC-normalised")
     group.add_argument(
-        "--backend", choices=get_args(Backend), default="auto", help="tokenizing library (default: gigatoken where it serves)"
+        "--backend",
+        choices=get_args(Backend),
+        metavar="NAME",
+        default="auto",
+        help=f"who tokenizes: {either(Backend)} (default: auto)",
     )
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="folder of the dataset, local or a URL (s3://…)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the dataset, local or a URL (required)")
     parser.add_argument(
-        "--max-bad-fraction", type=fraction, metavar="X", default=0.001, help="refuse when more are bad (default: 0.001 of all)"
+        "--max-bad-fraction",
+        type=fraction,
+        metavar="X",
+        default=0.001,
+        help="share of the records that may be bad (default: 0.001)",
     )
     parser.add_argument("--verify", action="store_true", help="read everything again at the end and check it")
 
@@ -233,28 +303,18 @@ def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> 
     return partial(run_local, workers=args.workers, on_progress=progress.within)
 
 
+def either(choices: object) -> str:
+    """The values of a Literal, for help."""
+    *most, last = get_args(choices)
+    return f"{', '.join(most)} or {last}"
+
+
 def slice_of(text: str) -> Slice:
     i, _, n = text.partition("/")
     try:
         return Slice(int(i), int(n))
     except (ValueError, CorpusError):
         raise argparse.ArgumentTypeError(f"{text}: two numbers are needed, I/N with I from 1 to N") from None
-
-
-def positive_int(text: str) -> int:
-    return int(positive_float(str(int(text))))
-
-
-def positive_float(text: str) -> float:
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0, or has no end")
-    return float(text)
-
-
-def fraction(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
 
 
 # ---- what came out
@@ -266,14 +326,9 @@ def tell_of_encoders(settings: Settings, progress: BuildProgress) -> None:
         progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")
 
 
-def tell_of_dataset(console: Console, out: Place, reused: int, check: bool) -> None:
-    if isinstance(out, Path):
-        dataset = AlignedDataset.open(out)
-        if check:
-            dataset.verify()
-        console.print(summary(out, dataset.manifest, reused))
-    else:
-        console.print(summary(out, read_manifest(out), reused))
+def tell_of_dataset(out: Place, reused: int, args: argparse.Namespace) -> None:
+    manifest = read_whole(out, args.workers, args.quiet) if args.verify and isinstance(out, Path) else read_manifest(out)
+    Terminal().print(summary(out, manifest, reused))
 
 
 if __name__ == "__main__":

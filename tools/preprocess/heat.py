@@ -25,7 +25,8 @@ from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps, summary
-from tools.preprocess.interlinear import Interlinear, Side, visible
+
+from .interlinear import Interlinear, Side, visible
 
 # ---- what bounds the page
 MOST_TOKENS = 8192  # student tokens

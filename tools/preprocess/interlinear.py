@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -25,8 +25,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError, TokenizerInfo
-from megatron_vocagno.corpus.sentencepiece_model import SPACE
+from megatron_vocagno.corpus.dataset import AlignedDataset, TokenizerInfo
+from megatron_vocagno.corpus.decoding import token_bytes
+from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.tokens import plain_text_encoder
 
 OPEN, CLOSE = "⟦", "⟧"
@@ -126,7 +127,7 @@ class Side:
         self.info = info
         raw = orjson.loads((info.path / "tokenizer.json").read_bytes())
         self.pieces: dict[str, int] = raw["model"]["vocab"]
-        self.bytes = token_bytes(info, self.pieces, byte_lengths)
+        self.bytes = token_bytes(info.path / "tokenizer.json", self.pieces, byte_lengths)
         prefix, _ = plain_text_encoder(raw, set())
         self.prefixes = {"never": (False,), "always": (True,), "unless_space": (True, False)}[prefix]
 
@@ -140,44 +141,6 @@ class Side:
             return [found]
         first = found[0]
         return [[first._replace(data=first.data.removeprefix(b" ") if p else first.data), *found[1:]] for p in self.prefixes]
-
-
-def token_bytes(info: TokenizerInfo, pieces: Mapping[str, int], byte_lengths: NDArray[np.int32]) -> list[bytes]:
-    """[vocabulary]: the text of each id; b"" for control tokens and ids that no piece has.
-
-    Raises DatasetError where a piece cannot have the bytes that byte_lengths.npy records.
-    """
-    texts = [b""] * len(byte_lengths)
-    lengths = byte_lengths.tolist()
-    for piece, i in pieces.items():
-        text = _text_of(piece, lengths[i])
-        if len(text) != lengths[i]:
-            file = info.path / "tokenizer.json"
-            raise DatasetError(f"{file}: token {i}, {piece!r}, cannot have the {lengths[i]} bytes that byte_lengths.npy records")
-        texts[i] = text
-    return texts
-
-
-def _text_of(piece: str, n_bytes: int) -> bytes:
-    """A piece is written in one of four ways; the number of its bytes says in which."""
-    as_it_stands = piece.encode()
-    if n_bytes in (0, len(as_it_stands)):
-        return as_it_stands[:n_bytes]
-    if len(piece) == n_bytes and BYTE_OF.keys() >= set(piece):
-        return bytes(BYTE_OF[character] for character in piece)
-    if n_bytes == 1 and piece.startswith("<0x"):
-        return bytes.fromhex(piece[3:5])
-    return piece.replace(SPACE, " ").encode()
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: a character for each byte, its own where it can be seen, else the next from U+0100 on."""
-    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}
-
-
-BYTE_OF = _byte_alphabet()
 
 
 def visible(text: str) -> str:

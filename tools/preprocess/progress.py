@@ -6,49 +6,40 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from megatron_vocagno.corpus.dataset import Manifest
+from megatron_vocagno.command import duration
+from megatron_vocagno.corpus.manifest import Manifest
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.corpus.plan import Plan
 from megatron_vocagno.corpus.shards import Job, Result
 from megatron_vocagno.corpus.shards import Progress as ShardProgress
 from megatron_vocagno.corpus.workers import Failure
 
-EVERY = 30.0  # seconds between plain lines, where no shard ends
+from .console import WorkProgress
 
 
-class BuildProgress:
+class BuildProgress(WorkProgress):
     """Hears of the plan, of finished shards, and of how far the others are."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        columns = TextColumn("{task.description}"), BarColumn(), Rates(), TimeRemainingColumn()
-        self.bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self.task = self.bar.add_task("planning", total=None, documents=0, text=0, bad=0)
+    def __init__(self, console: Console, verbose: bool = False) -> None:
+        super().__init__(console, "planning", verbose)
         self.shards = self.done = self.reused = self.failed = 0
         self.weight: dict[int, int] = {}  # bytes of text that each shard of this run holds, about
+        self.left_out = 0  # of those, what was there before
+        self.ended = 0  # and what is done, or was there
         self.at_work: dict[int, ShardProgress] = {}
+        self.began: dict[int, float] = {}
         self.documents = self.text = self.bad = 0  # of shards that this run has finished
-        self.started = self.told = time.monotonic()
-
-    def __enter__(self) -> BuildProgress:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
 
     def plan(self, plan: Plan, jobs: Sequence[Job]) -> None:
         self.shards, self.done, self.reused, self.failed = len(jobs), 0, 0, 0
-        self.documents = self.text = self.bad = 0
+        self.documents = self.text = self.bad = self.left_out = self.ended = 0
         self.at_work.clear()
         self.weight = {job.index: sum(p.weight for p in job.pieces) for job in jobs}
-        self.bar.update(self.task, total=sum(self.weight.values()))
-        self.bar.reset(self.task, description=f"shard 0/{self.shards}")
-        self.started = self.told = time.monotonic()
+        self.bar.reset(self.task, description=f"shard 0/{self.shards}", total=sum(self.weight.values()))
+        self.start()
 
     def note(self, note: str) -> None:
         self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
@@ -57,70 +48,65 @@ class BuildProgress:
         self.done += 1
         job = result.job
         self.at_work.pop(job.index, None)
+        self.ended += self.weight.get(job.index, 0)
         if isinstance(result, Failure):
             self.failed += 1
             how = f"FAILED: {result.reason}"
         else:
-            totals = result.record.totals
-            self.reused += result.reused
-            if not result.reused:
-                self.documents += totals.documents
-                self.text += totals.text_bytes
-                self.bad += totals.bad_lines + totals.broken_inputs
-            if totals.broken_inputs:
-                files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))
-                self.note(f"shard {job.name}: {totals.broken_inputs} of its input files ended early ({files})")
-            how = "reused" if result.reused else f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB"
+            how = self._made(result)
+        if not self.shown or self.verbose or isinstance(result, Failure):
+            self.line(f"shard {self.done}/{self.shards}: {job.name} {how}{self.left(*self._spent())}")
         self._show()
-        if not self.console.is_terminal or isinstance(result, Failure):
-            self._print(f"shard {self.done}/{self.shards}: {job.name} {how}")
+
+    def _made(self, result: Result) -> str:
+        job, totals = result.job, result.record.totals
+        if totals.broken_inputs:
+            files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))
+            self.note(f"shard {job.name}: {totals.broken_inputs} of its input files ended early ({files})")
+        if result.reused:
+            self.reused += 1
+            self.left_out += self.weight.get(job.index, 0)
+            return "reused"
+        self.documents += totals.documents
+        self.text += totals.text_bytes
+        self.bad += totals.bad_lines + totals.broken_inputs
+        began = self.began.pop(job.index, None)
+        took = f" in {duration(time.monotonic() - began)}" if began is not None and self.verbose else ""
+        return f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB{took}"
 
     def within(self, progress: ShardProgress) -> None:
         """A shard in the making has come so far."""
+        self.began.setdefault(progress.index, time.monotonic())
         self.at_work[progress.index] = progress
         self._show()
-        if not self.console.is_terminal and time.monotonic() - self.told > EVERY:
-            self._print(f"shard {self.done}/{self.shards}: {self.rates()}")
 
     def rates(self) -> str:
-        documents, text, bad = self._sums()
-        seconds = max(time.monotonic() - self.started, 1e-9)
-        return f"{documents / seconds:,.0f} documents/s, {text / seconds / 1e6:.1f} MB/s, {bad:,} bad"
-
-    def _sums(self) -> tuple[int, int, int]:
         more = self.at_work.values()
-        return (
-            self.documents + sum(p.documents for p in more),
-            self.text + sum(p.text_bytes for p in more),
-            self.bad + sum(p.bad for p in more),
-        )
+        documents = self.documents + sum(p.documents for p in more)
+        text = self.text + sum(p.text_bytes for p in more)
+        bad = self.bad + sum(p.bad for p in more)
+        return f"{documents / self.seconds:,.0f} documents/s, {text / self.seconds / 1e6:.1f} MB/s, {bad:,} bad"
+
+    def _spent(self) -> tuple[float, float]:
+        """Bytes of text that this run has come through, of those that it has to. A shard that is done counts whole, whatever its
+        weight was guessed to be."""
+        begun = sum(min(p.text_bytes, self.weight[i]) for i, p in self.at_work.items())
+        return self.ended - self.left_out + begun, sum(self.weight.values()) - self.left_out
 
     def _show(self) -> None:
-        # within a shard by its text; a shard that is done counts whole, whatever its weight was guessed to be
-        begun = sum(min(p.text_bytes, self.weight[i]) for i, p in self.at_work.items())
-        ended = sum(self.weight.values()) * self.done / max(self.shards, 1)
-        documents, text, bad = self._sums()
-        self.bar.update(
-            self.task,
-            completed=ended + begun,
-            description=f"shard {self.done}/{self.shards}",
-            documents=documents,
-            text=text,
-            bad=bad,
-        )
-
-    def _print(self, line: str) -> None:
-        self.told = time.monotonic()
-        self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.show(f"shard {self.done}/{self.shards}", *self._spent(), self.rates())
 
 
-class Rates(ProgressColumn):
-    """documents/s, MB/s, bad records."""
+class VerifyProgress(WorkProgress):
+    """Hears of the shards that have been read, in any order."""
 
-    def render(self, task: Task) -> Text:
-        seconds = max(task.elapsed or 0.0, 1e-9)
-        rates = f"{task.fields['documents'] / seconds:,.0f} documents/s {task.fields['text'] / seconds / 1e6:.1f} MB/s"
-        return Text(f"{rates} {task.fields['bad']:,} bad")
+    def __init__(self, console: Console, manifest: Manifest) -> None:
+        super().__init__(console, "reading")
+        self.shards, self.done = len(manifest.shards), 0
+
+    def shard(self) -> None:
+        self.done += 1
+        self.show(f"shard {self.done}/{self.shards}", self.done, self.shards, f"{self.done / self.seconds:.1f} shards/s")
 
 
 def summary(out: Place, manifest: Manifest, reused: int) -> Table:

@@ -23,11 +23,11 @@ import numpy as np
 import orjson
 
 from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows
-from megatron_vocagno.config import RunError
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from tools.preprocess import charts, heat
-from tools.preprocess.interlinear import Cell, Interlinear, visible
+
+from . import charts, heat
+from .interlinear import Cell, Interlinear, visible
 
 # ---- what bounds the page and the time
 MOST_TARGETS = 1 << 20
@@ -42,31 +42,42 @@ ID_CHARACTERS = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 for an error that the message explains."""
+    """Returns the exit code."""
     args = parse(argv)
-    try:
-        if args.run is not None:
-            html = heat.page(args.run, args.data)
-        else:
-            html = page(AlignedDataset.open(args.dataset), args.sample, args.seed, args.row_length)
-        args.out.write_text(html, encoding="utf-8")
-    except (CorpusError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: report(args))
+
+
+def report(args: argparse.Namespace) -> None:
+    if args.run is not None:
+        html = heat.page(args.run, args.data)
+    else:
+        html = page(AlignedDataset.open(args.dataset), args.sample, args.seed, args.row_length)
+    args.out.write_text(html, encoding="utf-8")
     print(f"{args.out}: {args.out.stat().st_size:,} bytes")
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="report", description="A dataset, or a run's sample rows -> one HTML page.")
+    prog = f"python -m {__package__}.report"
+    parser = Parser(
+        prog,
+        "(DATASET | --run RUN_DIR) --out PAGE.html",
+        "What a dataset is like, or what a run learned of its sample rows, as one HTML page that needs no network.",
+        f"{prog} data/mine --out report.html\n{prog} --run runs/mine --out heat.html",
+    )
     about = parser.add_mutually_exclusive_group(required=True)
-    about.add_argument("dataset", nargs="?", help="folder of the dataset")
-    about.add_argument("--run", type=Path, help="output folder of a run with logging.samples: a heat map of its sample rows")
-    parser.add_argument("--data", type=Path, help="with --run: where its data.valid lies now (default: where it lay)")
-    parser.add_argument("--out", required=True, type=Path, help="the page")
-    parser.add_argument("--sample", type=positive_int, default=1000, help="documents whose rows are measured (default: 1000)")
-    parser.add_argument("--seed", type=int, default=0, help="which documents (default: 0)")
-    parser.add_argument("--row-length", type=row_length, default=2048, help="student positions of a row (default: 2048)")
+    about.add_argument("dataset", nargs="?", metavar="DATASET", help="folder of the dataset")
+    about.add_argument("--run", type=Path, metavar="RUN_DIR", help="output folder of a run with logging.samples")
+    parser.add_argument(
+        "--data", type=Path, metavar="DATASET", help="with --run: where its data.valid lies now (default: where it lay)"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="PAGE.html", help="the page (required)")
+    parser.add_argument(
+        "--sample", type=positive_int, default=1000, metavar="N", help="documents whose rows are measured (default: 1000)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are sampled (default: 0)")
+    parser.add_argument(
+        "--row-length", type=row_length, default=2048, metavar="N", help="student positions of a row (default: 2048)"
+    )
     args = parser.parse_args(argv)
     if args.run is None and args.data is not None:
         parser.error("--data goes with --run; a dataset is named by itself")
@@ -76,14 +87,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return int(text)
-
-
 def row_length(text: str) -> int:
-    if int(text) <= 2 * SLACK:
+    if positive_int(text) <= 2 * SLACK:
         raise argparse.ArgumentTypeError(f"{text} is too short, {2 * SLACK + 1} at least")
     return int(text)
 

@@ -18,46 +18,46 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING
 
-import torch
-from rich.console import Console
-
+from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_command
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.hub import is_id
-from megatron_vocagno.model.folder import ModelError, pinned
-from megatron_vocagno.model.quantised import Weights
-from megatron_vocagno.offline.score import CONTEXT, Asked, DType, Engine, ScoringError, finish, score
-from tools.preprocess.build_dataset import positive_int, slice_of
-from tools.preprocess.score_progress import ScoreProgress, summary
 
+from .build_dataset import slice_of
+from .console import Terminal
+
+if TYPE_CHECKING:
+    from megatron_vocagno.offline.score import Engine
+
+    from .score_progress import ScoreProgress
+
+PROG = f"python -m {__package__}.score_teacher"
 PINS = ".build/pins.json"
 """Of a dataset: the commits of Hub ids that have scored it, so that all tasks of an array read the same weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 2 for an error that the message explains, 130 after Ctrl-C."""
+    """Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        if argv and argv[0] == "finalize":
-            finalize(argv[1:])
-        else:
-            score_teacher(argv)
-    except (CorpusError, ModelError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what is scored stays; the same command goes on from there", file=sys.stderr)
-        return 130
-    return 0
+    if argv and argv[0] == "finalize":
+        args = finalize_parser().parse_args(argv[1:])
+        return run_command(lambda: finalize(args))
+    args = parser().parse_args(argv)
+    return run_command(lambda: score_teacher(args), "what is scored stays; the same command goes on from there")
 
 
-def score_teacher(argv: Sequence[str]) -> None:
-    args = arguments().parse_args(argv)
+def score_teacher(args: argparse.Namespace) -> None:
+    # after the options are known to be right: torch and transformers take seconds to import
+    from megatron_vocagno.model.folder import pinned
+    from megatron_vocagno.offline.score import Asked, score
+
+    from .score_progress import ScoreProgress
+
     path = local_folder(args.dataset).absolute()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards, rank, world)
@@ -66,53 +66,80 @@ def score_teacher(argv: Sequence[str]) -> None:
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else teacher.absolute()
     asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
-    console = Console()
-    with ScoreProgress(console, f"rank {rank}: " if world > 1 else "") as progress:
+    with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
-    tell(console, path, manifest, progress)
+    tell(path, manifest, progress)
 
 
-def finalize(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="score_teacher finalize", description="Record the losses that a job array has computed."
-    )
-    parser.add_argument("dataset")
-    path = local_folder(parser.parse_args(argv).dataset)
-    console = Console()
-    tell(console, path, finish(path), ScoreProgress(console))
+def finalize(args: argparse.Namespace) -> None:
+    from megatron_vocagno.offline.score import finish
+
+    from .score_progress import ScoreProgress
+
+    path = local_folder(args.dataset)
+    tell(path, finish(path), ScoreProgress(Terminal()))
 
 
-def tell(console: Console, path: Path, manifest: Manifest, progress: ScoreProgress) -> None:
+def tell(path: Path, manifest: Manifest, progress: ScoreProgress) -> None:
+    from .score_progress import summary
+
     if manifest.teacher_losses is not None:
-        console.print(summary(path, manifest.teacher_losses, progress))
+        Terminal().print(summary(path, manifest.teacher_losses, progress))
     else:
-        console.print(f"{progress.done:,} shards are done; others are not yet: the last process to end records them all")
+        Terminal().print(f"{progress.done:,} shards are done; others are not yet: the last process to end records them all")
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="score_teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser() -> Parser:
+    parser = Parser(
+        PROG,
+        "DATASET --teacher T",
+        'The teacher\'s loss of every token of a dataset, for `placement = "cached"`. Started again, it does what is missing.\n'
+        "After a job array, `finalize DATASET` records the losses if the last task could not.",
+        f"{PROG} data/mine --teacher models/teacher\n"
+        f"torchrun --nproc_per_node 8 -m {PROG.split()[-1]} data/mine --teacher models/teacher",
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder that build_dataset has made")
-    parser.add_argument("--teacher", required=True, type=Path, help="a folder with safetensors, a GGUF file, or a Hub id")
-    parser.add_argument("--dtype", choices=get_args(DType), default="bfloat16", help="(default: bfloat16)")
-    parser.add_argument("--weights", choices=get_args(Weights), default="as-is", help="quantise the decoder (default: as-is)")
     parser.add_argument(
-        "--context", type=positive_int, metavar="N", help=f"tokens of a window (default: {CONTEXT}, or what the teacher reads)"
+        "--teacher", required=True, type=Path, metavar="T", help="(required) a folder with safetensors, a GGUF file, or a Hub id"
     )
-    parser.add_argument("--stride", type=positive_int, metavar="M", help="tokens from window to window (default: half of it)")
     parser.add_argument(
-        "--tokens-per-batch", type=positive_int, metavar="K", default=16_384, help="of one forward, with padding (default: 16384)"
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the forward (default: bfloat16)"
     )
-    parser.add_argument("--replace", action="store_true", help="score anew what was scored otherwise")
+    parser.add_argument("--weights", choices=["as-is", "int8", "fp8"], default="as-is", help="of the decoder (default: as-is)")
+    parser.add_argument(
+        "--context", type=positive_int, metavar="N", help="tokens of a window (default: 4096, or what the teacher reads)"
+    )
+    parser.add_argument(
+        "--stride", type=positive_int, metavar="N", help="tokens from window to window (default: half of --context)"
+    )
+    parser.add_argument(
+        "--tokens-per-batch",
+        type=positive_int,
+        metavar="N",
+        default=16_384,
+        help="tokens of one forward, with padding (default: 16384)",
+    )
+    parser.add_argument("--force", "--replace", dest="replace", action="store_true", help="score anew what was scored otherwise")
+    add_verbosity(parser, "a line for each shard on a terminal too, and one every 5 seconds")
     where = parser.add_argument_group("where it runs")
-    where.add_argument(
-        "--engine", choices=["local", "ray"], default="local", help="this machine, or a Ray cluster (default: local)"
-    )
+    where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
     where.add_argument("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
-    where.add_argument("--ray-address", default="auto", help="ray: auto or HOST:PORT (default: auto)")
-    where.add_argument("--shards", type=slice_of, metavar="I/N", default=Slice(), help="score the I-th of N parts, I from 1")
+    where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="of the Ray cluster (default: auto)")
+    where.add_argument(
+        "--shards", type=slice_of, metavar="I/N", default=Slice(), help="score the I-th of N parts, I from 1 (default: all)"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # of the deepspeed launcher; LOCAL_RANK says it too
+    return parser
+
+
+def finalize_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} finalize",
+        "DATASET",
+        "Record in dataset.json the losses that a job array has computed.",
+        f"{PROG} finalize data/mine",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="folder whose shards are all scored")
     return parser
 
 
@@ -124,12 +151,14 @@ def part_of(asked: Slice, rank: int, world: int) -> Slice | None:
 
 
 def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> Engine:
+    import torch
+
     if args.engine == "ray":
         from megatron_vocagno.corpus.ray_engine import run_ray
 
         return partial(run_ray, address=args.ray_address, on_gpus=True)
     if args.workers > 1 and torch.cuda.is_available():
-        raise ScoringError(
+        raise CorpusError(
             f"--workers {args.workers}: they would share one GPU. One process a GPU: "
             f"torchrun --nproc_per_node {torch.cuda.device_count()} -m tools.preprocess.score_teacher …"
         )

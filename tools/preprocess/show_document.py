@@ -18,9 +18,12 @@ from rich.cells import cell_len, chop_cells
 from rich.console import Console
 from rich.text import Text
 
-from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.dataset import AlignedDataset, DatasetError
-from tools.preprocess.interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
+from megatron_vocagno.command import Parser, run_command
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.manifest import DatasetError
+
+from .console import Terminal
+from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
 
 COLOURS = ["cyan", "magenta", "green"]  # of the 16 that a terminal's theme keeps legible
 UNMAPPED_COLOUR = "red"
@@ -29,30 +32,35 @@ LEGEND = f"{OPEN} {CLOSE} token   {OPEN_UNMAPPED} {CLOSE_UNMAPPED} unmapped   â
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 2 for an error that the message explains."""
-    args = parse(argv)
-    console = Console(highlight=False)
-    try:
-        dataset = AlignedDataset.open(args.dataset)
-        document = chosen(dataset, args.index, args.id, args.random)
-        for line in shown(Interlinear(dataset), document, args.start, args.stop, console.width):
-            console.print(line, soft_wrap=True)
-    except (CorpusError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Returns the exit code."""
+    args = parser().parse_args(argv)
+    return run_command(lambda: show_document(args))
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="show_document", description="One document, its tokens on both sides.")
-    parser.add_argument("dataset", help="folder of the dataset")
+def show_document(args: argparse.Namespace) -> None:
+    console = Terminal(highlight=False)
+    dataset = AlignedDataset.open(args.dataset)
+    document = chosen(dataset, args.index, args.id, args.random)
+    for line in shown(Interlinear(dataset), document, args.start, args.stop, console.width):
+        console.print(line, soft_wrap=True)
+
+
+def parser() -> Parser:
+    prog = f"python -m {__package__}.show_document"
+    parser = Parser(
+        prog,
+        "DATASET [INDEX]",
+        "One document in the terminal: the student's tokens above, the teacher's that cover them beneath.",
+        f"{prog} data/mine 17\n{prog} data/mine --random --start 100 --stop 300",
+    )
+    parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("index", nargs="?", type=int, default=0, help="number of the document (default: 0)")
+    which.add_argument("index", nargs="?", type=int, default=0, metavar="INDEX", help="number of the document (default: 0)")
     which.add_argument("--id", help="id of the document, in a dataset that was built with --id-key")
     which.add_argument("--random", action="store_true", help="any document; the first line names it")
-    parser.add_argument("--start", type=int, default=0, help="first student token (default: 0)")
-    parser.add_argument("--stop", type=int, help="student token after the last (default: the end)")
-    return parser.parse_args(argv)
+    parser.add_argument("--start", type=int, default=0, metavar="N", help="first student token (default: 0)")
+    parser.add_argument("--stop", type=int, metavar="N", help="student token after the last (default: the end)")
+    return parser
 
 
 def chosen(dataset: AlignedDataset, index: int, id_: str | None, any_document: bool) -> int:

@@ -1,0 +1,42 @@
+"""How a message is tested: what a block raises, in exactly these words."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+
+import pytest
+
+from megatron_vocagno.errors import UserError
+from megatron_vocagno.hub import HubError
+
+
+@contextmanager
+def told(message: str, **names: object) -> Iterator[None]:
+    """The block raises an error of the user's with this message, where each of `names` stands for a path or a number."""
+    with pytest.raises((UserError, HubError)) as refusal:
+        yield
+    assert readable(str(refusal.value), names) == message
+
+
+def readable(text: str, names: dict[str, object]) -> str:
+    # the longest first: one path may lie within another
+    for name, value in sorted(names.items(), key=lambda named: -len(str(named[1]))):
+        text = text.replace(str(value), name)
+    return text
+
+
+def refused(command: Callable[[Sequence[str]], int], *arguments: object) -> None:
+    """Raises what a command that was refused has told, on standard error, as an error of the user's."""
+    errors = io.StringIO()
+    with redirect_stderr(errors), redirect_stdout(io.StringIO()):
+        try:
+            code: object = command([str(argument) for argument in arguments])
+        except SystemExit as left:
+            code = left.code
+    assert code == 2
+    *notes, message = re.split("^error: ", errors.getvalue(), flags=re.MULTILINE)
+    assert len(notes) == 1, "one message, not several"
+    raise UserError(message.strip())

@@ -1,0 +1,175 @@
+"""What the other commands say: plan, report, show_document, build_dataset, score_teacher and the values of their options."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from megatron_vocagno import command, plan, pretrain
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.decoding import token_bytes
+from megatron_vocagno.engine.manifest import sha256
+from megatron_vocagno.engine.samples import Samples
+from megatron_vocagno.planning.sizes import given_config, read_config
+from megatron_vocagno.run_file import load_run
+from megatron_vocagno.samples import SampleStep, write_rows, write_step
+from tests.errors.telling import refused, told
+from tests.runs import REPOSITORY, Case
+from tools.preprocess import build_dataset, report, show_document
+
+SETTINGS = REPOSITORY / "ds_configs" / "gpu_zero1_bf16.json"
+
+
+def run_file(case: Case, *overrides: str) -> list[str]:
+    path, *_ = case.command("commands")
+    return [path, *(part for override in overrides for part in ("--set", override))]
+
+
+def test_a_plan_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
+    def asked(*arguments: object, settings: Path = SETTINGS) -> None:
+        refused(plan.main, *run_file(case), "--deepspeed_config", settings, *arguments)
+
+    with told("--gpus 0, --gpus-per-node 8: at least 1 of each"):
+        asked("--gpus", 0)
+    with told("no GPU type 'h1000'; these are known: a100-40gb, a100, h100, h200, b200, mi300x, l40s"):
+        asked("--gpus", 8, "--gpu", "h1000")
+    with told("512 rows of a global batch cannot be dealt to 7 GPUs in any layout: change train_batch_size"):
+        asked("--gpus", 7)
+    with told("--mfu 3: a number above 0 and up to 1 expected"):
+        asked("--gpus", 8, "--mfu", 3)
+    with told("DIR/commands/ds.json asks for float32: the rates that plan knows are those of 16-bit products", DIR=case.folder):
+        asked("--gpus", 8, settings=case.folder / "commands" / "ds.json")
+    with told("no file at DIR/x.json (--teacher-config)", DIR=tmp_path):
+        asked("--gpus", 8, "--teacher-config", tmp_path / "x.json")
+    (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
+    with told(
+        "plan cannot count a student of type 'bert'; these it can: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
+    ):
+        asked("--gpus", 8, "--student-config", tmp_path / "bert.json")
+    with told(
+        "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its "
+        "config.json with --teacher-config, once for each teacher"
+    ):
+        asked("--gpus", 8, "--set", 'teacher={placement="cached"}')
+    with told("parallel.partition names 2 stages with 2 decoder layers together; there are 2 stages, and 3 layers"):
+        asked("--gpus", 8, "--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[1,1]")
+
+
+def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
+    config = (case.teacher / "config.json").read_text().replace('"vocab_size": 49152', '"vocab_size": 500')
+    (tmp_path / "small.json").write_text(config)
+    with told(
+        "TRAIN: its teacher tokenizer has 49,152 tokens, the teacher has 500: the dataset was aligned for another one",
+        TRAIN=case.train,
+    ):
+        arguments = ["--deepspeed_config", case.folder / "commands" / "ds.json", "--teacher-config", tmp_path / "small.json"]
+        refused(pretrain.main, *run_file(case), *arguments, "--dry-run", "--gpus", 1)
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
+    with told(
+        "no configuration of the teacher at DIR/nowhere: it is not on this machine yet, or it is a GGUF "
+        "file. It is taken for a path: a Hub id is org/name or org/name@revision.\n"
+        "  Give its config.json with --teacher-config; examples/plan holds those of the recipes.",
+        DIR=tmp_path,
+    ):
+        read_config(tmp_path / "nowhere", "teacher")
+    with told(
+        "no configuration of the student at org/name: org/name is not, or not whole, in the Hub's cache "
+        "CACHE, and the Hub was not asked. Download it where there is a network: hf "
+        "download org/name --exclude '*.bin'.\n"
+        "  Give its config.json with --student-config; examples/plan holds those of the recipes.",
+        CACHE=HF_HUB_CACHE,
+    ):
+        read_config(Path("org/name"), "student")
+    (tmp_path / "lama.json").write_text('{"model_type": "lama"}')
+    with told("DIR/lama.json is no configuration that transformers knows: Unrecognized model identifier: lama", DIR=tmp_path):
+        given_config(tmp_path / "lama.json", "--student-config")
+    (tmp_path / "binary.json").write_bytes(b"\xff")
+    with told(
+        "DIR/binary.json (--student-config) cannot be read: 'utf-8' codec can't decode byte 0xff in position "
+        "0: invalid start byte",
+        DIR=tmp_path,
+    ):
+        given_config(tmp_path / "binary.json", "--student-config")
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (command.positive_int, "0", "a number of at least 1, not '0'"),
+        (command.positive_float, "-1", "-1 is not above 0, or has no end"),
+        (command.positive_float, "many", "'many' is no number"),
+        (command.fraction, "2", "2 is not between 0 and 1"),
+        (report.row_length, "8", "8 is too short, 17 at least"),
+        (build_dataset.slice_of, "3/2", "3/2: two numbers are needed, I/N with I from 1 to N"),
+    ],
+)
+def test_values_of_options(read: Any, text: str, message: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as refusal:
+        read(text)
+    assert str(refusal.value) == message
+
+
+def test_documents_that_are_not_there(case: Case) -> None:
+    with told("DATA: no document 10; there are 10, the first is 0", DATA=case.valid):
+        refused(show_document.main, case.valid, 10)
+    with told("DATA has no ids: it was built without --id-key; name a document by its number", DATA=case.valid):
+        refused(show_document.main, case.valid, "--id", "x")
+    with told("document 0 has 433 student tokens; [5, 2) is not within", DATA=case.valid):
+        refused(show_document.main, case.valid, 0, "--start", 5, "--stop", 2)
+    with told("data/tokenizer.json: token 0, 'ab', cannot have the 3 bytes that byte_lengths.npy records"):
+        token_bytes(Path("data/tokenizer.json"), {"ab": 0}, np.array([3], np.int32))
+
+
+def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
+    run = load_run(Path(run_file(case)[0]), ["logging.samples=1"])
+    data = AlignedDataset.open(case.valid)
+    rows = Samples(run, [data], data, None).rows
+    page = tmp_path / "page.html"
+    write_rows(tmp_path, replace(rows, dataset="/nowhere", fingerprint="OTHER"))
+    with told("DIR holds no evaluation of its sample rows yet: the first is written before the first step", DIR=tmp_path):
+        refused(report.main, "--run", tmp_path, "--out", page)
+    nothing = np.zeros(rows.target_RS.shape, np.float32)
+    write_step(tmp_path, SampleStep(1, nothing, nothing, nothing, run.guidance))
+    with told(
+        "/nowhere is not a dataset: the path does not exist\n"
+        "  DIR holds rows of it. Where it lies elsewhere now, name it: --data FOLDER.",
+        DIR=tmp_path,
+    ):
+        refused(report.main, "--run", tmp_path, "--out", page)
+    with told(
+        "DATA (HASH) is not the dataset whose rows DIR holds (OTHER).\n  Name that one: --data FOLDER.",
+        DIR=tmp_path,
+        DATA=case.valid,
+        HASH=data.fingerprint,
+    ):
+        refused(report.main, "--run", tmp_path, "--out", page, "--data", case.valid)
+
+
+def test_builds_that_cannot_be(case: Case, tmp_path: Path) -> None:
+    with told("DIR is not a dataset: the folder has no dataset.json", DIR=tmp_path):
+        refused(build_dataset.main, "verify", tmp_path)
+    args, progress = argparse.Namespace(engine="local", workers=2), SimpleNamespace(within=None)
+    with told("--out memory://out: the memory of one process; use --workers 1"):
+        build_dataset.engine_of(args, build_dataset.place("memory://out"), progress)  # type: ignore[arg-type]
+    copy = shutil.copytree(case.valid, tmp_path / "copy")
+    file = copy / "shards" / "0000" / "spans.bin"
+    names = {"DIR": tmp_path, "WAS": sha256(file)}
+    file.write_bytes(bytes(file.stat().st_size))
+    with told(
+        "DIR/copy is not as it was written:\n"
+        "DIR/copy/shards/0000/spans.bin: sha256 NOW, recorded WAS: changed since it was written\n"
+        "delete the folder of each damaged shard, and run its build again: it makes what is missing",
+        NOW=sha256(file),
+        **names,
+    ):
+        refused(build_dataset.main, "verify", copy, "--workers", 1)

@@ -1,0 +1,272 @@
+"""What a build of a dataset says: of its input, its options, and what lies in its way."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_vocagno.corpus import documents, ray_engine, workers
+from megatron_vocagno.corpus.build import build, finish, locked
+from megatron_vocagno.corpus.inputs import cut, find
+from megatron_vocagno.corpus.places import place, reaching
+from megatron_vocagno.corpus.plan import Slice, plan
+from megatron_vocagno.corpus.ray_engine import run_ray
+from megatron_vocagno.corpus.shards import Settings
+from tests.errors.telling import told
+
+
+def write(file: Path, data: bytes | str) -> Path:
+    file.write_bytes(data.encode() if isinstance(data, str) else data)
+    return file
+
+
+def test_inputs_that_are_not_there(tmp_path: Path) -> None:
+    with told("DIR/corpus.jsonl: no such file or folder", DIR=tmp_path):
+        find([str(tmp_path / "corpus.jsonl")])
+    with told(
+        "DIR: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder", DIR=tmp_path
+    ):
+        find([str(tmp_path)])
+    with told("DIR/list.txt: this list names no file", DIR=tmp_path):
+        find([f"@{write(tmp_path / 'list.txt', '# nothing yet')}"])
+    with told(
+        "cannot read DIR/nowhere.txt: FileNotFoundError: [Errno 2] No such file or directory: 'DIR/nowhere.txt'", DIR=tmp_path
+    ):
+        find([f"@{tmp_path / 'nowhere.txt'}"])
+    with told("DIR/gone.jsonl: no such file", DIR=tmp_path):
+        cut(tmp_path / "gone.jsonl", 100)
+    with told("cannot open s4://bucket/data: Unsupported filesystem: 's4'"):
+        place("s4://bucket/data")
+    with told("cannot use memory://data: RuntimeError: 403 Forbidden"), reaching(place("memory://data")):
+        raise RuntimeError("403 Forbidden")
+
+
+def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    with told("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text", DIR=tmp_path):
+        cut(write(tmp_path / "paper.pdf", b"%PDF-1.7"), 100)
+    with told(
+        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': is it damaged? If it is plain text, rename it",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "a.jsonl.gz", '{"text": "plain"}\n'), 100)
+    with told(
+        "DIR/a.json is one JSON document over several lines, not JSON with a document a line: convert it, "
+        "e.g. jq -c '.[]' FILE > FILE.jsonl",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "a.json", '[\n{"text": "one"}\n]'), 100)
+    with told(
+        "DIR/a.parquet: damaged parquet data (Parquet file size is 4 bytes, smaller than the minimum file "
+        "footer (8 bytes)): is it complete?",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "a.parquet", b"PAR1"), 100)
+    settings = Settings(str(teacher_tokenizer), str(teacher_tokenizer))
+    with told("'DIR/caf\\udce9.txt': a file name that is not UTF-8 cannot be recorded; rename it", DIR=tmp_path):
+        plan([write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "text")], settings)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('["text"]', "a list, not a JSON object"),
+        ('{"content": "x"}', "no key 'text' (it has 'content'); --text-key names another"),
+        ('{"text": 7}', "'text' is a number, not a string"),
+        ('{"text": null}', "'text' is null, not a string"),
+        ('{"text": "x"}', "no key 'id' (it has 'text'); --id-key names another"),
+        ('{"text": "x", "id": [1]}', "'id' is a list, not a string or an integer"),
+        ('{"text": "x"', "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12))"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 10 of the line"),
+        ('{"text": "\\ud800"}', "a lone surrogate at character 0 of 'text'"),
+    ],
+)
+def test_records_without_a_text(tmp_path: Path, line: str | bytes, message: str) -> None:
+    (piece,) = cut(write(tmp_path / "a.jsonl", line), 10**6)
+    (document,) = documents.read(piece, "text", "id", lambda _: None)
+    assert document.reason == message
+
+
+def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
+    def read(table: pa.Table, text_key: str) -> None:
+        pq.write_table(table, tmp_path / "a.parquet")
+        list(documents.read(cut(tmp_path / "a.parquet", 10**6)[0], text_key, None, lambda _: None))
+
+    table = pa.table({"body": ["one"], "n": [1]})
+    with told("DIR/a.parquet: no column 'text' (it has 'body', 'n'); --text-key names another", DIR=tmp_path):
+        read(table, "text")
+    with told("DIR/a.parquet: column 'n' is int64, not strings (these are: 'body'); --text-key names another", DIR=tmp_path):
+        read(table, "n")
+    with told("DIR/a.parquet: 2 columns are called 'text': rename all but one", DIR=tmp_path):
+        read(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), "text")
+
+
+def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"text": "two"}\n')
+    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    with told("--force with --shards: other tasks may use what it would remove. Name another --out"):
+        build([corpus], tmp_path / "out", settings, force=True, part=Slice(1, 2))
+    with told("--shards 3/2: the first number goes from 1 to the second"):
+        Slice(3, 2)
+    with told("DIR/corpus.jsonl is a file, and a dataset is a folder: name another --out", DIR=tmp_path):
+        build([corpus], corpus, settings)
+    with told("DIR is not empty and holds no dataset: name another --out", DIR=tmp_path):
+        build([corpus], tmp_path, settings)
+    with told(
+        "DIR/out has no plan (.build/plan.json): no build was started there, or run it once without --shards", DIR=tmp_path
+    ):
+        finish(tmp_path / "out", settings)
+    with (
+        told(
+            "a build or a scoring is at work in DIR/out (DIR/out/.build/lock is locked): wait for it, or name another folder",
+            DIR=tmp_path,
+        ),
+        locked(tmp_path / "out", None),
+        locked(tmp_path / "out", None),
+    ):
+        pass
+
+
+def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    text = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(4))
+    corpus, out = write(tmp_path / "corpus.jsonl", text), tmp_path / "out"
+    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    other = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), nfc=False)
+    names = {"DIR": tmp_path, "THIS": settings.sha256, "OTHER": other.sha256}
+    os.utime(corpus, ns=(0, 5))
+    build([corpus], out, settings, shard_bytes=40, part=Slice(1, 2))
+    with told(
+        "DIR/out was planned with other settings or tokenizers (THIS) than are asked for now (OTHER): 2 "
+        "shards then, 2 now. Name another --out, or use --force",
+        **names,
+    ):
+        build([corpus], out, other, shard_bytes=40, part=Slice(2, 2))
+    with told(
+        "DIR/out was planned with other settings or tokenizers (THIS) than these (OTHER): finalize takes the "
+        "options of its build",
+        **names,
+    ):
+        finish(out, other)
+    with told("1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards", **names):
+        finish(out, settings)
+    os.utime(corpus, ns=(0, 0))
+    with told(
+        "DIR/out: the input has changed since another task of this job array planned it: ('corpus.jsonl', "
+        "76, '5') then, ('corpus.jsonl', 76, '0') now (size, time). Run the build once without --shards, or "
+        "name another --out",
+        **names,
+    ):
+        build([corpus], out, settings, shard_bytes=40, part=Slice(2, 2))
+    build([corpus], out, settings, shard_bytes=40)
+    (out / "shards" / "0009").mkdir()
+    with told(
+        "DIR/out/shards/0009 is not part of this plan of 2 shards: other input or --shard-mb? Name another "
+        "--out, or use --force, which removes it",
+        **names,
+    ):
+        build([corpus], out, settings, shard_bytes=40)
+    (out / "shards" / "0009").rmdir()
+    (out / ".build" / "plan.json").unlink()
+    with told(
+        "DIR/out/shards/0000 was made from other settings or tokenizers (THIS) than are asked for now "
+        "(OTHER): name another --out, or rebuild it with --force",
+        **names,
+    ):
+        build([corpus], out, other, shard_bytes=40)
+
+
+def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"body": "two"}\n')
+    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    with told(
+        "1 of 1 shards could not be made; others are finished and stay\n"
+        "shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: "
+        'b\'{"body": "two"}\'\n'
+        "  --on-bad-line skip leaves such records out, quarantine keeps them aside",
+        DIR=tmp_path,
+    ):
+        build([corpus], tmp_path / "out", settings)
+    lenient = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), on_bad_line="skip")
+    with told(
+        "1 of 2 records are bad (50.00%); --max-bad-fraction allows 0.10%. Look at them (--on-bad-line "
+        "quarantine keeps them), or allow more"
+    ):
+        build([corpus], tmp_path / "lenient", lenient, max_bad_fraction=0.001)
+    with told("no document was read: the input files are empty"):
+        build([write(tmp_path / "empty.jsonl", "")], tmp_path / "none", settings)
+    with told(
+        "no document is left: 1 were empty, 0 lines were bad, the tokens of 0 did not cover their text. Is "
+        "--text-key the key of the text?"
+    ):
+        build([write(tmp_path / "blank.jsonl", '{"text": ""}\n')], tmp_path / "blank", settings)
+
+
+def test_a_ray_cluster_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(address: str) -> None:
+        list(run_ray(len, ["job"], address=address))
+
+    with told("--ray-address somewhere: neither 'auto' nor HOST:PORT"):
+        run("somewhere")
+    with told("no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused"):
+        run("127.0.0.1:1")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with told("Ray is not installed: pip install 'megatron-vocagno[ray]'"):
+        run("auto")
+
+
+def test_a_ray_cluster_that_refuses_or_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = {name: type(name, (Exception,), {}) for name in ("AuthenticationError", "LocalRayletDiedError", "RayTaskError")}
+    ray: Any = SimpleNamespace(exceptions=SimpleNamespace(**kinds))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def fail(error: Exception) -> Any:
+        def raise_it(*_: object, **__: object) -> None:
+            raise error
+
+        return raise_it
+
+    ray.init = fail(kinds["AuthenticationError"]())
+    with told(
+        "this process has no token for the Ray cluster: name its file in RAY_AUTH_TOKEN_PATH, or copy it to "
+        "~/.ray/auth_token. For a cluster that takes anybody, set RAY_AUTH_MODE=disabled"
+    ):
+        ray_engine._connect("auto")
+    ray.init = fail(ConnectionError("Could not find any running Ray instance."))
+    with told(
+        "cannot use the Ray cluster at auto: Could not find any running Ray instance.\n"
+        "  If it runs, its token (RAY_AUTH_TOKEN_PATH) or its version may be another one"
+    ):
+        ray_engine._connect("auto")
+    ray.get = fail(kinds["LocalRayletDiedError"]())
+    with told("Ray has ended on this machine; what is finished will be reused by the next run"):
+        ray_engine._answer(ray, None)
+    task_error = kinds["RayTaskError"]()
+    task_error.cause = ModuleNotFoundError("No module named 'megatron_vocagno'")  # type: ignore[attr-defined]
+    ray.get = fail(task_error)
+    with told(
+        "the task cannot run on the cluster: No module named 'megatron_vocagno' (the nodes need the same "
+        "version of this package, and the same Python)"
+    ):
+        ray_engine._answer(ray, None)
+
+
+class Pipe(int):
+    """A number may be a key."""
+
+    def close(self) -> None:
+        pass
+
+
+def test_workers_that_cannot_start() -> None:
+    process = SimpleNamespace(join=lambda timeout=None: None, kill=lambda: None, exitcode=1)
+    worker: Any = SimpleNamespace(pipe=Pipe(), process=process, entry=None, ready=False, death="with status 1")
+    crew: Any = SimpleNamespace(workers={0: worker}, false_starts=0)
+    with told("workers cannot start: the last one died with status 1; see what it wrote above"):
+        list(workers._Crew._bury(crew, worker))

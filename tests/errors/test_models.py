@@ -1,0 +1,362 @@
+"""What is said of models: folders, students, teachers, GGUF files, and what the Hub does not give."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig
+
+from megatron_vocagno import hub
+from megatron_vocagno.model import folder as folders
+from megatron_vocagno.model import gguf
+from megatron_vocagno.model.attention import check_documents, resolve_attention
+from megatron_vocagno.model.configuration import check_row_length, student_config
+from megatron_vocagno.model.fingerprint import teacher_fingerprint
+from megatron_vocagno.model.folder import PretrainedWeights, model_folder, to_hugging_face
+from megatron_vocagno.model.gguf import dequantise
+from megatron_vocagno.model.quantised import quantise
+from megatron_vocagno.model.student import Student
+from megatron_vocagno.model.teacher import Teacher, open_teacher
+from tests.errors.telling import told
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": 10,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A tiny Llama on disk."""
+    config = student_config(LLAMA)
+    state = {name: tensor for name, tensor in folders.skeleton(config).state_dict().items() if name != "lm_head.weight"}
+    return to_hugging_face(config, {name: torch.zeros(tensor.shape) for name, tensor in state.items()}, tmp_path / "model")
+
+
+def change(folder: Path, **changes: Any) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
+    with told(
+        "no model at DIR/nowhere: the path does not exist. It is taken for a path: a Hub id is org/name or org/name@revision.",
+        DIR=tmp_path,
+    ):
+        model_folder(tmp_path / "nowhere")
+    with told("no model at DIR: it has no config.json. Is it a folder in Hugging Face's layout?", DIR=tmp_path):
+        model_folder(tmp_path)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:100])
+    with told(
+        "the weights in DIR/model/model.safetensors are damaged: Error while deserializing header: invalid "
+        "header length. Was the download complete?",
+        DIR=tmp_path,
+    ):
+        PretrainedWeights(model)
+    weights.unlink()
+    with told(
+        "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. Was the download complete?",
+        DIR=tmp_path,
+    ):
+        model_folder(model)
+    (model / "pytorch_model.bin").touch()
+    with told(
+        "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. It has "
+        "pytorch_model.bin, which can run code when it is read. Convert it: "
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), on a machine where that "
+        "risk is acceptable.",
+        DIR=tmp_path,
+    ):
+        model_folder(model)
+    index = model / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}')
+    with told(
+        "DIR/model/model.safetensors.index.json lists 2 files that are not there, "
+        "model-00001-of-00002.safetensors first. Was the download complete?",
+        DIR=tmp_path,
+    ):
+        model_folder(model)
+    index.write_text("{}")
+    with told(
+        "DIR/model/model.safetensors.index.json cannot be read: it has no 'weight_map'. Was the download complete?", DIR=tmp_path
+    ):
+        model_folder(model)
+    weights.write_bytes(whole)
+    change(model, model_type="lama")
+    with told(
+        "DIR/model/config.json is no configuration of a model that transformers knows: The checkpoint you "
+        "are trying to load has model type `lama` but Transformers does not recognize this architecture. "
+        "This could be because of an issue with the checkpoint, or because your version of Transformers is "
+        "out of date.",
+        DIR=tmp_path,
+    ):
+        student_config(model)
+    weights.write_bytes(b"\x09")
+    with told(
+        "DIR/model cannot be read as a model: Expecting value: line 1 column 1 (char 0). Was the download complete?", DIR=tmp_path
+    ):
+        teacher_fingerprint(model)
+
+
+STUDENTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"model_type": "gpt2"},
+        "student models of type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text",
+    ),
+    (
+        {"model_type": None},
+        "the student's configuration names no 'model_type'; these are supported: llama, mistral, qwen2, "
+        "qwen3, gemma, gemma2, gemma3_text",
+    ),
+    ({"num_hiden_layers": 2}, "no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?"),
+    ({"num_hidden_layers": 0}, "a llama model with num_hidden_layers = 0: a whole number above 0 expected"),
+    (
+        {"num_key_value_heads": 3, "num_attention_heads": 4},
+        "not a valid llama model: num_attention_heads = 4 is no multiple of num_key_value_heads = 3",
+    ),
+    (
+        {"hidden_size": "many"},
+        "not a valid llama model: Validation error for field 'hidden_size':\n"
+        "    TypeError: Field 'hidden_size' expected int, got str (value: 'many')",
+    ),
+    (
+        {"vocab_size": 5},
+        "the tokenizer has 10 tokens, the student model has 5: ids would have no embedding. Is it the "
+        "tokenizer that the model was made for?",
+    ),
+    (
+        {"attention_dropout": 0.1},
+        "attention_dropout is 0.1; set it to 0. Random numbers would make a resumed run another one, and a "
+        "loss depend on the layout.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), STUDENTS, ids=[str(changes) for changes, _ in STUDENTS])
+def test_a_student_that_cannot_be_made(changes: dict[str, Any], message: str) -> None:
+    with told(message):
+        student_config(LLAMA | changes, vocab_size=10)
+
+
+def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
+    with told("the student model has no vocab_size, and no tokenizer gives one"):
+        student_config({name: value for name, value in LLAMA.items() if name != "vocab_size"})
+    with told(
+        "rows have 2,048 tokens (data.row_length), the student reads 64 (max_position_embeddings). Use shorter rows, or a "
+        "model made for longer ones."
+    ):
+        check_row_length(student_config(LLAMA), 2048)
+
+    def load(**changes: Any) -> None:
+        Student(student_config(LLAMA | changes), 0).load(PretrainedWeights(model))
+
+    with told(
+        "DIR/model has no tensor model.layers.1.self_attn.q_proj.weight: its model is another one than the configuration.",
+        DIR=tmp_path,
+    ):
+        load(num_hidden_layers=2)
+    with told(
+        "vocabulary mismatch at model.embed_tokens.weight: DIR/model has 10 tokens (10, 8), the student 12 "
+        "(12, 8). Pretrained weights need their own vocabulary size.",
+        DIR=tmp_path,
+    ):
+        load(vocab_size=12)
+    with told(
+        "shape mismatch at model.layers.0.mlp.gate_proj.weight: DIR/model has (16, 8), the student (32, 8). "
+        "Do the configurations differ?",
+        DIR=tmp_path,
+    ):
+        load(intermediate_size=32)
+    tensors = {name: PretrainedWeights(model).tensor(name) for name in PretrainedWeights(model)}
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}, model / "model.safetensors")
+    with told(
+        "DIR/model has model.layers.0.self_attn.q_proj.bias, which a llama student of this configuration "
+        "does not. Does the configuration lack a bias?",
+        DIR=tmp_path,
+    ):
+        load()
+    change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with told("the student in DIR/model is quantised; training needs its unquantised weights", DIR=tmp_path):
+        student_config(model)
+
+
+def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None:
+    config = student_config(LLAMA)
+    with told(
+        "cannot write the model: 11 tensors are missing ['model.embed_tokens.weight', "
+        "'model.layers.0.input_layernorm.weight', 'model.layers.0.mlp.down_proj.weight'], 1 unknown "
+        "['model.norm']. Is the configuration the one that the weights were trained with?"
+    ):
+        to_hugging_face(config, {"model.norm": torch.zeros(8)}, tmp_path)
+    state = {name: torch.zeros(tensor.shape) for name, tensor in folders.skeleton(config).state_dict().items()}
+    with told("cannot write the model: model.norm.weight is (9,), the configuration says (8,)"):
+        to_hugging_face(config, state | {"model.norm.weight": torch.zeros(9)}, tmp_path)
+
+
+def test_teachers_that_cannot_teach(model: Path, tmp_path: Path) -> None:
+    teacher = open_teacher(model, torch.float32, "cpu")
+    row = torch.zeros(1, 65, dtype=torch.long)
+    with told(
+        "a row has 65 teacher tokens, the teacher reads 64. Use shorter rows (data.row_length): one text can "
+        "have more teacher tokens than student tokens."
+    ):
+        teacher.loss(row, row)
+    gemma = AutoConfig.for_model("gemma2", use_bidirectional_attention=True)
+    with told(
+        "this gemma2 model lets tokens see the tokens after them (use_bidirectional_attention), so it predicts none of them"
+    ):
+        resolve_attention(gemma, "auto", torch.float32, "cpu")
+    with told("sdpa cannot compute the attention of a gemma2 model. Use attention = 'auto'."):
+        resolve_attention(AutoConfig.for_model("gemma2"), "sdpa", torch.float32, "cpu")
+    with told("a mamba teacher cannot cut its attention at document borders: use data.attention = 'row', for both models"):
+        check_documents(nn.Identity(), AutoConfig.for_model("mamba"), torch.device("cpu"))
+    change(model, model_type="cohere", logit_scale=0.5)
+    with told("this cohere teacher changes its logits (logit_scale = 0.5), which is not supported yet"):
+        open_teacher(model, torch.float32, "cpu")
+
+    class WithBias(nn.Module):
+        config, dtype = student_config(LLAMA), torch.float32
+        bias: bool = True
+
+        def get_output_embeddings(self) -> nn.Module | None:
+            return nn.Linear(8, 10) if self.bias else None
+
+        def get_decoder(self) -> None:
+            return None
+
+    with told("this llama teacher has a bias in its head, which is not supported yet"):
+        Teacher(WithBias())
+    WithBias.bias = False
+    with told("this llama teacher has no separate decoder and head"):
+        Teacher(WithBias())
+
+
+def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    with told("teacher.weights = 'int8': this teacher's decoder has no linear layers of torch. Use 'as-is'"):
+        quantise(nn.Embedding(2, 2), "int8", "cpu")
+    linear = nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with told(
+        "teacher.weights = 'int8' needs torchao (import of torchao.quantization halted; None in "
+        "sys.modules): pip install torchao, or use teacher.weights = 'as-is'"
+    ):
+        quantise(linear, "int8", "cpu")
+    linear.weight.ds_id = 0  # type: ignore[assignment]
+    with told(
+        "teacher.weights = 'fp8' with teacher.placement = 'zero3': a quantised matrix cannot be sharded. Use "
+        "'replicated', which takes half as much with it, or 'as-is'."
+    ):
+        quantise(linear, "fp8", "cpu")
+
+
+def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
+    with told("no GGUF file at DIR/no.gguf", DIR=tmp_path):
+        dequantise(tmp_path / "no.gguf", tmp_path / "out")
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"<htm")
+    with told("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?", DIR=tmp_path):
+        dequantise(file, tmp_path / "out")
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    with told("cannot write DIR: it exists", DIR=tmp_path):
+        dequantise(file, tmp_path)
+    with told(
+        "transformers cannot read the model in DIR/x.gguf: DIR/x.gguf has no `general.architecture` in its metadata.",
+        DIR=tmp_path,
+    ):
+        dequantise(file, tmp_path / "out")
+
+
+def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("Directory not empty")
+
+    file = tmp_path / "x.gguf"
+    file.write_bytes(b"GGUF")
+    monkeypatch.setattr(gguf, "_write_model", lambda *_: None)
+    monkeypatch.setattr(gguf.AutoTokenizer, "from_pretrained", refuse)
+    with told("transformers cannot read the tokenizer in DIR/x.gguf: Directory not empty", DIR=tmp_path):
+        dequantise(file, tmp_path / "out")
+    monkeypatch.setattr(gguf, "_write_tokenizer", lambda *_: None)
+    monkeypatch.setattr("pathlib.Path.rename", refuse)
+    with told("cannot write DIR/out: Directory not empty. Was it written by another process meanwhile?", DIR=tmp_path):
+        dequantise(file, tmp_path / "out")
+
+
+def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "CACHE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def answer(error: Exception) -> None:
+        def refuse(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+    def of(kind: type[Exception]) -> Exception:
+        error = kind.__new__(kind)
+        Exception.__init__(error, "a page of the library's own words")
+        return error
+
+    answer(of(hub_errors.GatedRepoError))
+    with told("org/name is gated: accept its terms on the Hub, and set HF_TOKEN to a token of that account"):
+        hub.snapshot("org/name")
+    answer(of(hub_errors.RepositoryNotFoundError))
+    with told("the Hub has no org/name, or hides it from those without its HF_TOKEN"):
+        hub.snapshot("org/name")
+    answer(of(hub_errors.RevisionNotFoundError))
+    with told("org/name has no revision 'v2' on the Hub"):
+        hub.snapshot("org/name@v2")
+    answer(of(hub_errors.LocalEntryNotFoundError))
+    with told(
+        "org/name@v2 is not, or not whole, in the Hub's cache CACHE, and the Hub does not answer. Download "
+        "it where there is a network: hf download org/name --revision v2 --exclude '*.bin'."
+    ):
+        hub.snapshot("org/name@v2")
+    answer(OSError(28, "No space left on device"))
+    with told("org/name cannot be downloaded: OSError: [Errno 28] No space left on device"):
+        hub.snapshot("org/name")
+    with told(
+        "no model at org/name: the path does not exist, and as a Hub id: org/name cannot be downloaded: "
+        "OSError: [Errno 28] No space left on device"
+    ):
+        model_folder("org/name")
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["config.json"])
+    with told(
+        "org/name is not, or not whole, in the Hub's cache CACHE, and the Hub did not answer when it was "
+        "asked for the rest, though it does now. Download it where there is a network: hf download org/name "
+        "--exclude '*.bin'."
+    ):
+        hub.require_unlisted("org/name", ["config.json"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["pytorch_model.bin"])
+    with told(
+        "no weights in org/name: the Hub has no model.safetensors, no model.safetensors.index.json or no "
+        "config.json there. Pickled weights are not downloaded, as they can run code when they are read. Has "
+        'the Hub\'s bot offered a conversion (Community, "Adding `safetensors` variant")? Name it: '
+        "org/name@refs/pr/1."
+    ):
+        model_folder("org/name")
+    (tmp_path / "pins.json").write_text('{"org/name": "org/name@main"}')
+    with told(
+        "DIR/pins.json, the commits of Hub ids, cannot be read: a name without its commit. Without it the Hub is asked anew.",
+        DIR=tmp_path,
+    ):
+        folders.pinned([Path("org/name")], tmp_path / "pins.json")

@@ -1,0 +1,228 @@
+"""What is said of checkpoints: those that do not fit the run, those that are not whole, and those that cannot be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+
+from megatron_vocagno.engine import checkpoint
+from megatron_vocagno.engine.agreement import Failure
+from megatron_vocagno.engine.checkpoint import Keeper
+from megatron_vocagno.engine.manifest import (
+    EngineLayout,
+    File,
+    Manifest,
+    Position,
+    check_resumable,
+    newest_checkpoint,
+    read_manifest,
+)
+from megatron_vocagno.engine.state import Counters, Scalar, check_implementation
+from megatron_vocagno.export import export
+from tests.errors.telling import told
+
+POSITION = Position(step=4, rows=32, dataset="1 of 5c7a", row_length=64, seed=0)
+LAYOUT = EngineLayout(world=1, pipeline_stages=0, zero_stage=1, precision="fp32", optimizer="AdamW", student="581c")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole checkpoint."""
+    folder = tmp_path / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"hidden_size": 32}')
+    file = File(bytes=19, sha256=checkpoint.sha256(folder / "config.json"))
+    manifest = Manifest(position=POSITION, layout=LAYOUT, files={"config.json": file})
+    (folder / "manifest.json").write_bytes(orjson.dumps(manifest.model_dump()))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("position", "layout", "message"),
+    [
+        (
+            {"dataset": "1 of 9e01"},
+            {},
+            "DIR/checkpoints/step-00000004 was written with data.train = 1 of 5c7a, this run has 1 of 9e01: its "
+            "rows would not follow on.\n"
+            "  Give the run another 'output', or the old value back.",
+        ),
+        (
+            {"row_length": 48},
+            {},
+            "DIR/checkpoints/step-00000004 was written with data.row_length = 64, this run has 48: its rows "
+            "would not follow on.\n"
+            "  Give the run another 'output', or the old value back.",
+        ),
+        (
+            {"seed": 1},
+            {},
+            "DIR/checkpoints/step-00000004 was written with training.seed = 0, this run has 1: its rows would "
+            "not follow on.\n"
+            "  Give the run another 'output', or the old value back.",
+        ),
+        (
+            {},
+            {"precision": "bf16"},
+            "DIR/checkpoints/step-00000004 was written with precision = fp32, the DeepSpeed configuration now "
+            "says bf16: its optimizer states are of no use here.\n"
+            "  Resume with the old value, or start another run from the exported weights (student.pretrained).",
+        ),
+        (
+            {},
+            {"optimizer": "Lion"},
+            "DIR/checkpoints/step-00000004 was written with optimizer.type = AdamW, the DeepSpeed configuration "
+            "now says Lion: its optimizer states are of no use here.\n"
+            "  Resume with the old value, or start another run from the exported weights (student.pretrained).",
+        ),
+        (
+            {},
+            {"student": "580d"},
+            "DIR/checkpoints/step-00000004 holds another student than this run's: hidden_size = 64 (was 32); "
+            "num_hidden_layers = 2 (was None).\n"
+            "  Give the run another 'output', or the student its old configuration back.",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run(
+    folder: Path, tmp_path: Path, position: dict[str, Any], layout: dict[str, Any], message: str
+) -> None:
+    fresh, mine = POSITION.model_copy(update=position), LAYOUT.model_copy(update=layout)
+    with told(message, DIR=tmp_path):
+        check_resumable(folder, read_manifest(folder), fresh, mine, {"hidden_size": 64, "num_hidden_layers": 2})
+
+
+def test_the_states_of_another_optimizer(tmp_path: Path) -> None:
+    def counters(dtype: str | None) -> Counters:
+        return Counters(
+            optimizer_states=("exp_avg",),
+            optimizer_scalars={"step": Scalar(value=4, dtype=dtype)},
+            schedule_step=4,
+            global_steps=4,
+            global_samples=32,
+            skipped_steps=0,
+            loss_scaler={},
+        )
+
+    class FusedAdam:
+        """DeepSpeed's needs a compiler."""
+
+    adamw = torch.optim.AdamW([torch.zeros(1)])
+    check_implementation(tmp_path, adamw, counters("float32"))
+    check_implementation(tmp_path, FusedAdam(), counters(None))
+    with told(
+        "DIR was written with an optimizer of torch, this run has DeepSpeed's FusedAdam: its optimizer "
+        "states are of no use here.\n"
+        "  Resume with optimizer.params.torch_adam = true in the DeepSpeed configuration.",
+        DIR=tmp_path,
+    ):
+        check_implementation(tmp_path, FusedAdam(), counters("float32"))
+    with told(
+        "DIR was written with an optimizer of DeepSpeed, this run has torch's AdamW: its optimizer states "
+        "are of no use here.\n"
+        "  Resume with optimizer.params.torch_adam = false in the DeepSpeed configuration.",
+        DIR=tmp_path,
+    ):
+        check_implementation(tmp_path, adamw, counters(None))
+
+
+def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    def passed_over() -> str:
+        lines.clear()
+        assert newest_checkpoint(tmp_path, lines.append) is None
+        return lines[0].replace(str(folder), "STEP")
+
+    (folder / "config.json").write_text('{"hidden_size": 33}')
+    assert passed_over() == "passing over STEP: config.json is not what was written: its sha256 differs"
+    (folder / "config.json").write_text("{}")
+    assert passed_over() == "passing over STEP: config.json holds 2 bytes, 19 were written"
+    (folder / "config.json").unlink()
+    assert passed_over() == "passing over STEP: config.json is missing"
+    file = folder / "manifest.json"
+    fields = orjson.loads(file.read_bytes())
+    file.write_bytes(orjson.dumps(fields | {"layout": {}}))
+    with told("DIR/checkpoints/step-00000004/manifest.json cannot be read: layout.precision: Field required", DIR=tmp_path):
+        read_manifest(folder)
+    file.write_bytes(orjson.dumps(fields | {"version": 1}))
+    with told(
+        "DIR/checkpoints/step-00000004/manifest.json has version 1, this release reads version 2: go on with "
+        "the release that wrote it, or from its exported weights",
+        DIR=tmp_path,
+    ):
+        read_manifest(folder)
+    file.write_bytes(b"{")
+    with told(
+        "DIR/checkpoints/step-00000004/manifest.json cannot be read: unexpected end of data: line 1 column 2 (char 1)",
+        DIR=tmp_path,
+    ):
+        read_manifest(folder)
+    file.unlink()
+    with told("DIR/checkpoints/step-00000004/manifest.json is missing: the checkpoint was never finished", DIR=tmp_path):
+        read_manifest(folder)
+
+
+def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = Keeper.__new__(Keeper)
+    keeper.root, keeper.fresh, keeper.layout = tmp_path / "checkpoints", POSITION, LAYOUT
+    monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(checkpoint, "from_first_rank", lambda action, *_: action())
+
+    class Disk:
+        """One that has refused."""
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def failure(self) -> Failure:
+            return Failure((3,), "student: [Errno 28] No space left on device")
+
+    new = tmp_path / "checkpoints" / "step-00000008"
+    with told(
+        "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
+        "space left on device\n"
+        "  DIR/checkpoints/step-00000004 is untouched: make room there, and the same command goes on from it.",
+        DIR=tmp_path,
+    ):
+        keeper._check(Disk(), new)  # type: ignore[arg-type]
+    with told(
+        "none of the 1 checkpoints in DIR/checkpoints is whole (see above); starting over would remove them.\n"
+        "  Put a whole one back, or move them away to start from the beginning.",
+        DIR=tmp_path,
+    ):
+        keeper._check_nothing_is_lost()
+    (folder / "manifest.json").rename(tmp_path / "aside")
+    with told(
+        "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
+        "space left on device\n"
+        "  There is no older one: make room there, and the same command goes on from the start.",
+        DIR=tmp_path,
+    ):
+        keeper._check(Disk(), new)  # type: ignore[arg-type]
+    (tmp_path / "aside").rename(folder / "manifest.json")
+    monkeypatch.setattr(checkpoint, "Watch", Disk)
+    monkeypatch.setattr(checkpoint, "_complaint", lambda _: None)
+    monkeypatch.setattr(checkpoint, "check_resumable", lambda *_: None)
+    keeper.state, keeper.config = (type("Fake", (), {"read": lambda *_: None, "to_json_string": lambda _: "{}"})(),) * 2
+    with told(
+        "DIR/checkpoints/step-00000004 could not be loaded (rank 3): student: [Errno 28] No space left on "
+        "device\n"
+        "  Its files were whole a moment ago: do all machines see the same files?",
+        DIR=tmp_path,
+    ):
+        keeper.resume(print)
+
+
+def test_an_export_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with told("no whole checkpoint below DIR/nowhere: is it the 'output' folder of a run that has saved one?", DIR=tmp_path):
+        export(tmp_path / "nowhere", tmp_path / "out")
+    with told(
+        "DIR/checkpoints/step-00000004 is not empty: exporting would mix two models. Remove it, or give another --out",
+        DIR=tmp_path,
+    ):
+        export(tmp_path, folder)

@@ -1,0 +1,323 @@
+"""What a run says once its files are read: data that does not suit its models, losses, samples, and what ends it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_vocagno import samples
+from megatron_vocagno.config import Run
+from megatron_vocagno.corpus.build import build
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.plan import Slice
+from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.corpus.workers import Failure
+from megatron_vocagno.engine import agreement, occupancy, placement
+from megatron_vocagno.engine.cached import held_out_source, open_scored, training_rows
+from megatron_vocagno.engine.distilling import check_vocabularies
+from megatron_vocagno.engine.occupancy import Occupancy, make_output
+from megatron_vocagno.engine.samples import Samples
+from megatron_vocagno.evaluation import HeldOut
+from megatron_vocagno.health import BrokenStep, NonFiniteGuard
+from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
+from megatron_vocagno.offline import score as scoring
+from megatron_vocagno.offline.score import Asked, finish, score
+from megatron_vocagno.opening import open_data
+from megatron_vocagno.run_file import load_run
+from megatron_vocagno.train import save_last, with_fields
+from tests.errors.telling import told
+from tests.runs import Case
+
+
+def run_of(case: Case, *overrides: str) -> Run:
+    arguments = case.command("told", overrides)
+    return load_run(Path(arguments[0]), arguments[4::2])
+
+
+@pytest.fixture(scope="module")
+def asked(case: Case) -> Asked:
+    return Asked(case.teacher, "float32", context=64, stride=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset of four lines in four shards."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "corpus.jsonl").write_text("".join(f'{{"text": "a line of text, {i}"}}\n' for i in range(4)))
+    tokenizers = case.valid / "tokenizers"
+    settings = Settings(student=str(tokenizers / "student"), teacher=str(tokenizers / "teacher"))
+    return Path(str(build([folder / "corpus.jsonl"], folder / "data", settings, shard_bytes=10)))
+
+
+@pytest.fixture(scope="module")
+def scored(tiny: Path, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = shutil.copytree(tiny, tmp_path_factory.mktemp("scored") / "data")
+    score(folder, asked)
+    return folder
+
+
+def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
+    data = AlignedDataset.open(case.valid)
+    student, teacher = data.student_tokenizer, data.teacher_tokenizer
+    names = {"DATA": data.path, "STUDENT": student.fingerprint, "TEACHER": teacher.fingerprint, "MODEL": case.teacher}
+    with told(
+        "DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which "
+        "could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its "
+        "49,152 tokens.\n"
+        "  Build the dataset again with that model's tokenizer, or name the model it was built for.",
+        **names,
+    ):
+        placement.check_tokenizer(data, "student", case.teacher)
+    with told(
+        "guidance.objective = 'kld' compares two distributions over one vocabulary, and DATA was aligned for "
+        "two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).\n"
+        "  Take a teacher of the student's own family and build the dataset with its tokenizer on both "
+        "sides, or compare by guidance.objective = 'uld', which needs no common vocabulary.",
+        **names,
+    ):
+        check_vocabularies(run_of(case, "guidance.objective=kld"), data)
+    copy = shutil.copytree(case.valid, tmp_path / "copy")
+    with told("DIR/copy and DATA in data.train are one dataset: name it once, with both weights", DIR=tmp_path, **names):
+        open_data(run_of(case, f'data.train=[{{path="{case.valid}"}}, {{path="{copy}"}}]').data.train)
+    assert with_fields(run_of(case, "data.train=/nowhere"), "/nowhere is not a dataset: why") == (
+        "data.train: /nowhere is not a dataset: why"
+    )
+
+
+def test_a_teacher_with_too_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "together", lambda action, *_: action())
+    monkeypatch.setattr(placement, "open_teacher", lambda *_, **__: SimpleNamespace(vocab_size=5))
+    data = AlignedDataset.open(case.valid)
+    processes: Any = SimpleNamespace(device=torch.device("cpu"))
+    with told(
+        "DATA: its teacher tokenizer has 49,152 tokens, the teacher MODEL has 5: the dataset was aligned for another teacher",
+        DATA=data.path,
+        MODEL=case.teacher,
+    ):
+        placement.load_teacher(run_of(case), data, processes)
+
+
+def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> None:
+    data, plain = AlignedDataset.open(scored), AlignedDataset.open(tiny)
+    assert data.scoring is not None
+    names = {"SCORED": scored, "DATA": plain.path, "MODEL": case.teacher, "HASH": data.scoring.teacher}
+    with told(
+        "DATA has no losses of its teacher, and teacher.placement is 'cached': 0 of 4 shards are scored.\n"
+        "  python -m tools.preprocess.score_teacher DATA --teacher MODEL",
+        **names,
+    ):
+        training_rows(run_of(case, "teacher.placement=cached"), [plain], None)
+    with told(
+        "SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this "
+        "machine).\n"
+        "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the "
+        "dataset, or\n"
+        "  score it anew (tools.preprocess.score_teacher --replace).",
+        **names,
+    ):
+        training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None)
+    other = AlignedDataset.open(scored)
+    assert other.manifest.teacher_losses is not None
+    losses = other.manifest.teacher_losses.model_copy(update={"scoring": data.scoring.model_copy(update={"dtype": "float16"})})
+    other.manifest = other.manifest.model_copy(update={"teacher_losses": losses})
+    with told(
+        "SCORED and SCORED were not scored in one way:\n"
+        "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=2\n"
+        "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=2\n"
+        "  One teacher's losses guide a run. Score one of them anew (tools.preprocess.score_teacher "
+        "--replace).",
+        **names,
+    ):
+        open_scored(run_of(case, "teacher.placement=cached"), 0, [data, other])
+    two = f'teacher=[{{placement="cached"}}, {{placement="cached", data=["{scored}"]}}]'
+    with told(
+        "logging.samples = 2 with 2 teachers: [[teacher]] 2 names no losses of data.valid (VALID).\n"
+        "  Leave logging.samples out, or name one teacher.",
+        **names,
+        VALID=case.valid,
+    ):
+        held_out_source(run_of(case, two, "logging.samples=2"), [data], data, None)
+    train = AlignedDataset.open(case.train)
+    with told(
+        "SCORED and TRAIN are not of the same documents: 4 documents in 4 shards, 80 in 3; shard 0 is the "
+        "first that differs.\n"
+        "  Build both from the same input with the same --shard-mb, and look for documents that one build "
+        "has quarantined.",
+        **names,
+        TRAIN=case.train,
+    ):
+        open_scored(run_of(case, two), 1, [train])
+    train.manifest = train.manifest.model_copy(update={"student": train.manifest.teacher})
+    tokenizers = {"STUDENT": data.student_tokenizer.fingerprint, "TEACHER": data.teacher_tokenizer.fingerprint}
+    with told("SCORED was built with the student tokenizer STUDENT, TRAIN with TEACHER", **names, **tokenizers, TRAIN=case.train):
+        open_scored(run_of(case, two), 1, [train])
+
+
+def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: Asked, tmp_path: Path) -> None:
+    with told("--context 1,000: the teacher MODEL reads 256 tokens", MODEL=case.teacher):
+        score(tiny, replace(asked, context=1000))
+    with told("--stride 65 is more than --context 64: tokens between windows would be left out"):
+        score(tiny, replace(asked, stride=65))
+    with told(
+        "SCORED was scored otherwise:\n  context: 64 then, 32 now\n  Ask for the same again, or use --replace to score it anew.",
+        SCORED=scored,
+    ):
+        score(scored, replace(asked, context=32))
+    data = shutil.copytree(tiny, tmp_path / "data")
+    score(data, asked, part=Slice(1, 2))
+    with told("DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again", DIR=tmp_path):
+        finish(data)
+    with told(
+        "DIR/data/shards/0000 was scored otherwise:\n"
+        "  context: 64 then, 32 now\n"
+        "  Ask for the same again, or use --replace to score it anew.",
+        DIR=tmp_path,
+    ):
+        score(data, replace(asked, context=32), part=Slice(1, 2))
+    small = write_teacher_of(tmp_path / "small", case.teacher)
+    with told(
+        "DATA: its teacher tokenizer has 49,152 tokens, the teacher DIR/small has 500: the dataset was "
+        "aligned for another teacher",
+        DIR=tmp_path,
+        DATA=tiny,
+    ):
+        score(tiny, replace(asked, teacher=small))
+
+
+def test_scoring_that_does_not_end(case: Case, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure: Any = Failure(SimpleNamespace(folder="data/shards/0000"), "the worker died of signal 9")  # type: ignore[arg-type]
+    with told("1 of 1 shards could not be scored; the others are, and stay\ndata/shards/0000: the worker died of signal 9"):
+        scoring._run([failure.job], lambda *_, **__: iter([failure]), lambda _: None)
+    monkeypatch.setattr(scoring, "_seal", lambda _, manifest: manifest)
+    monkeypatch.setattr(scoring, "unscored", lambda *_: [])
+    with told("DATA: its shards were scored in different ways; score it with --replace", DATA=case.valid):
+        finish(case.valid)
+
+
+def write_teacher_of(folder: Path, teacher: Path) -> Path:
+    shutil.copytree(teacher, folder)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"vocab_size": 49152', '"vocab_size": 500'))
+    return folder
+
+
+def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(case, "logging.samples=2", f"output={tmp_path}")
+    data = AlignedDataset.open(case.valid)
+    mine = Samples(run, [data], data, None)
+    samples.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
+    (tmp_path / "samples" / "step-00000001.safetensors").touch()
+    with told(
+        "DIR/samples holds 2 rows of VALID (OTHER), this run asks for 2 of VALID (HASH).\n"
+        "  They differ in the dataset (data.valid), and files of both cannot be compared: move the folder "
+        "away, or set that back.",
+        DIR=tmp_path,
+        VALID=case.valid,
+        HASH=data.fingerprint,
+    ):
+        mine._begin(5, print)
+    with told(
+        "DIR/samples/step-00000001.safetensors is no file that a run wrote: Error while deserializing header: header too small",
+        DIR=tmp_path,
+    ):
+        samples.read_steps(tmp_path)
+    nothing = {name: np.zeros(1, np.float32) for name in ("student_loss", "guide", "weight")}
+    samples._write(tmp_path / "samples" / "step-00000001.safetensors", nothing, {"guidance": '{"keep": 7}'})
+    with told(
+        "DIR/samples/step-00000001.safetensors holds a rule that this release does not know: guidance.keep: "
+        "Input should be less than or equal to 1",
+        DIR=tmp_path,
+    ):
+        samples.read_steps(tmp_path)
+    monkeypatch.setattr("megatron_vocagno.engine.samples.Rows", lambda *_: [])
+    with told("VALID holds fewer than two tokens: there is no row for logging.samples", VALID=case.valid):
+        Samples(run, [data], data, None)
+    samples._write(tmp_path / "samples" / "rows.safetensors", {}, {})
+    with told(
+        "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
+        "first, last, mapping, target, teacher, token",
+        DIR=tmp_path,
+    ):
+        samples.read_rows(tmp_path)
+    monkeypatch.setattr(samples, "VERSION", "2")
+    with told(
+        "DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it", DIR=tmp_path
+    ):
+        samples.read_rows(tmp_path)
+    with told(
+        "DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows", DIR=tmp_path
+    ):
+        samples.read_rows(tmp_path / "none")
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with told("'output', DIR/file, is a file; a run writes into a folder: name another one", DIR=tmp_path):
+        make_output(tmp_path / "file")
+    with told("cannot make the folder of 'output', DIR/file/within: Not a directory", DIR=tmp_path):
+        make_output(tmp_path / "file" / "within")
+    (tmp_path / ".lock").mkdir()
+    with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
+        Occupancy(tmp_path)._take(print)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
+        make_output(tmp_path)
+    monkeypatch.setattr(occupancy, "from_first_rank", lambda *_: False)
+    with told(
+        "another run is at work in DIR, and has not left within 300 s (.lock is locked).\n"
+        "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
+        DIR=tmp_path,
+    ):
+        Occupancy(tmp_path).take(print)
+    (tmp_path / BROKEN_STEPS_FILE).mkdir()
+    with told("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'", DIR=tmp_path):
+        Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
+
+
+def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
+    guard = NonFiniteGuard(2, 0)
+    guard.in_a_row = 2
+    last = BrokenStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
+    with told(
+        "2 steps in a row were not finite (training.max_nonfinite_steps), last step 7 (loss nan, gradient "
+        "norm inf, 3 tokens without a finite loss).\n"
+        "  The last checkpoint is from before them. Look at:\n"
+        "  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is "
+        "too high;\n"
+        "  - their documents, in OUT/broken_steps.jsonl (tools.preprocess.show_document): the same ones "
+        "again say that the text is broken;\n"
+        "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
+    ):
+        guard.stop_at_limit(last, Path("OUT/broken_steps.jsonl"))
+    engine: Any = SimpleNamespace(has_finite_weights=lambda: False)
+    position: Any = SimpleNamespace(step=7)
+    with told(
+        "after step 7 the student's weights are not finite, and no checkpoint was written of them; the "
+        "newest is of step 4. Likely causes: a learning rate too high, or broken weights at the start."
+    ):
+        save_last(engine, None, position, 4, None)  # type: ignore[arg-type]
+
+
+def test_held_out_rows_without_text(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_vocagno.evaluation.evaluation_batches", lambda *_: [])
+    monkeypatch.setattr("megatron_vocagno.evaluation.sum_over_ranks", lambda *_: (0, 0))
+    anything: Any = SimpleNamespace(layout=None, data_rank=0, data_group=None, device=None)
+    data = AlignedDataset.open(case.valid)
+    held_out = HeldOut(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything)
+    with told("VALID: the rows to evaluate hold no text (eval.rows = 1)", VALID=case.valid):
+        held_out._bits_per_byte(data)
+
+
+def test_what_one_machine_alone_meets(monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = agreement.Failure((1, 3), "no model at models/x: the path does not exist.")
+    monkeypatch.setattr(agreement.Watch, "failure", lambda _: failure)
+    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 4)
+    with told("no model at models/x: the path does not exist.\n  Met by rank 1, 3 alone: do all machines see the same files?"):
+        agreement.together(lambda: None)

@@ -1,0 +1,127 @@
+"""What a tokenizer is told that cannot be opened, or whose tokens would lose bytes of a text."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vocagno.corpus.encoders import open_encoder
+from megatron_vocagno.corpus.tokens import open_tokenizer
+from tests.errors.telling import told
+from tests.tokenizers_for_tests import mistral_tokenizer_path
+
+BYTES = [*"!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"]
+RAW: dict[str, Any] = {
+    "version": "1.0",
+    "added_tokens": [],
+    "normalizer": None,
+    "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    "post_processor": None,
+    "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+    "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate([*BYTES, "<eos>"])}, "merges": []},
+}
+
+CHANGES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"normalizer": {"type": "NFKC"}},
+        "DIR/tokenizer.json: its normalizer changes the text (NFKC): byte positions would not be the text's",
+    ),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "DIR/tokenizer.json: its pre-tokenizer Whitespace removes parts of the text"),
+    (
+        {"pre_tokenizer": None},
+        "DIR/tokenizer.json: neither byte-level nor with byte fallback: characters outside its vocabulary would be lost",
+    ),
+    (
+        {"model": {"type": "WordPiece", "vocab": {"a": 0}}},
+        "DIR/tokenizer.json: its model is WordPiece, which may lose bytes of the text; only BPE is supported",
+    ),
+    (
+        {"model": {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}, "merges": [], "end_of_word_suffix": "</w>"}},
+        "DIR/tokenizer.json: its pieces carry a subword prefix or suffix that is not in the text",
+    ),
+    (
+        {"model": {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}, "merges": ["a b"]}},
+        "DIR/tokenizer.json: the tokenizers library refuses it: Token `b` out of vocabulary at line 1 column 292",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), CHANGES, ids=range(len(CHANGES)))
+def test_a_tokenizer_that_would_lose_bytes(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(copy.deepcopy(RAW) | changes))
+    with told(message, DIR=tmp_path):
+        open_tokenizer(tmp_path, eos_token="<eos>", backend="huggingface")
+
+
+def test_a_tokenizer_without_its_end_of_text(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(RAW))
+    with told(
+        "DIR/tokenizer.json: no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos",
+        DIR=tmp_path,
+    ):
+        open_tokenizer(tmp_path)
+    with told("DIR/tokenizer.json: the end-of-text token '</s>' is not among its 95 tokens", DIR=tmp_path):
+        open_tokenizer(tmp_path, eos_token="</s>")
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with told(
+        "DIR/tokenizer.json: DIR/tokenizer_config.json: not valid JSON: unexpected end of data: line 1 column 2 (char 1)",
+        DIR=tmp_path,
+    ):
+        open_tokenizer(tmp_path)
+
+
+def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with told("cannot open the tokenizer DIR/nowhere: no such file or folder", DIR=tmp_path):
+        open_tokenizer(tmp_path / "nowhere")
+    with told("cannot open the tokenizer DIR: a folder without tokenizer.json or tokenizer.model", DIR=tmp_path):
+        open_tokenizer(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with told(
+        "cannot open the tokenizer models/tiny/tokenizer: no such file or folder. It is taken for a path: a "
+        "Hub id is org/name or org/name@revision."
+    ):
+        open_tokenizer("models/tiny/tokenizer")
+    (tmp_path / "tekken.json").write_text('{"config": {}}')
+    with told("DIR/tekken.json: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'", DIR=tmp_path):
+        open_tokenizer(tmp_path / "tekken.json")
+    (tmp_path / "noise.model").write_bytes(b"\xff\xfe\x00 noise")
+    with told("DIR/noise.model: neither JSON nor a SentencePiece model (9 bytes)", DIR=tmp_path):
+        open_tokenizer(tmp_path / "noise.model")
+    with told("no tokenizer backend 'rust'; there are 'auto', 'gigatoken', 'huggingface'"):
+        open_tokenizer(mistral_tokenizer_path(), backend="rust")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "message"),
+    [
+        ("trainer_spec", "model_type", 1, "DIR/x.model: its model is not BPE (Unigram, word or char); only BPE is supported"),
+        (
+            "trainer_spec",
+            "byte_fallback",
+            False,
+            "DIR/x.model: it has no byte fallback: characters outside its vocabulary would be lost",
+        ),
+        ("normalizer_spec", "remove_extra_whitespaces", True, "DIR/x.model: its normalizer 'identity' changes the text"),
+    ],
+)
+def test_a_sentencepiece_model_that_would_lose_bytes(tmp_path: Path, part: str, name: str, value: Any, message: str) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(mistral_tokenizer_path().read_bytes())
+    setattr(getattr(proto, part), name, value)
+    (tmp_path / "x.model").write_bytes(proto.SerializeToString())
+    with told(message, DIR=tmp_path):
+        open_tokenizer(tmp_path / "x.model")
+
+
+def test_gigatoken_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = json.dumps(RAW).encode()
+    with told("gigatoken cannot read it: Byte remapping failed: no single-byte vocab entry for byte 0x00"):
+        open_encoder(plain, "gigatoken")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with told("gigatoken is not installed: pip install 'megatron-vocagno[fast]'"):
+        open_encoder(plain, "gigatoken")

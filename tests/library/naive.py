@@ -1,0 +1,45 @@
+"""What a batch of texts should cost, as one would compute it from the paper: one text, and one token, after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_vocagno.corpus import Tokenizer
+from tests.objective import slow
+
+KEEP = "0.4"
+
+
+class Naive:
+    """Both models, and their losses of single texts."""
+
+    def __init__(self, student: Path, teacher: Path, tokenizers: tuple[Tokenizer, Tokenizer]) -> None:
+        self.tokenizers = tokenizers
+        self.student, self.teacher = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (student, teacher))
+
+    def kept(self, texts: Sequence[str]) -> list[Tensor]:
+        """The losses that have weight, of texts that are selected among together; each with its gradient."""
+        losses, guides = [], []
+        for text in texts:
+            (student,), (teacher,) = (tokenizer.encode_batch([text]) for tokenizer in self.tokenizers)
+            losses += token_losses(self.student, self.tokenizers[0], [*student.ids.tolist(), self.tokenizers[0].eos_id])
+            beside = [loss.item() for loss in token_losses(self.teacher, self.tokenizers[1], teacher.ids.tolist())]
+            held = list(zip(teacher.starts.tolist(), teacher.ends.tolist(), beside, strict=True))
+            for start, end in zip(student.starts.tolist(), student.ends.tolist(), strict=True):
+                guides.append(max((loss for a, b, loss in held if a < end and b > start), default=slow.NAN))
+            guides.append(slow.NAN)  # nothing covers EOS
+        numbers, everywhere = [loss.item() for loss in losses], [True] * len(losses)
+        weights, _ = slow.weights([numbers], [guides], [everywhere], KEEP, "microbatch", "include", False)
+        return [loss for loss, weight in zip(losses, weights[0], strict=True) if weight]
+
+
+def token_losses(model: Any, tokenizer: Tokenizer, ids: list[int]) -> list[Tensor]:
+    """-log p of each id after those before it, the first after EOS."""
+    logits_NV = model(torch.tensor([[tokenizer.eos_id, *ids[:-1]]])).logits[0]
+    return [-logits_V.log_softmax(0)[i] for logits_V, i in zip(logits_NV, ids, strict=True)]

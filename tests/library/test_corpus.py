@@ -1,0 +1,99 @@
+"""Alignment and datasets as a program of one's own uses them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from unicodedata import normalize
+
+import numpy as np
+import pytest
+
+from megatron_vocagno.corpus import AlignedDataset, CorpusError, Tokenizer, align
+from megatron_vocagno.corpus.decoding import Decoder
+from tests.datasets import build_dataset
+from tests.runs import REPOSITORY, environment
+
+Both = tuple[Tokenizer, Tokenizer]
+
+
+def corpus_of(dataset: AlignedDataset) -> list[str]:
+    lines = (dataset.path.parent / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+    return [normalize("NFC", text) for line in lines if (text := json.loads(line)["text"])]
+
+
+def test_a_dataset_gives_back_the_texts_that_it_was_made_of(dataset: AlignedDataset) -> None:
+    texts = corpus_of(dataset)
+    assert [dataset.text(i) for i in range(len(dataset))] == texts
+    assert any(text.startswith(" ") for text in texts) and any("▁" in text for text in texts), "the awkward cases are there"
+
+
+def test_two_tokenizers_of_sentencepiece_lose_its_sign_for_a_space_and_nothing_else(scratch: Path) -> None:
+    texts = ["les êtres", "👍🏽 \n", "  indented", "x", " a▁b"]
+    dataset = build_dataset(scratch / "twice", texts, scratch / "mistral", scratch / "mistral")
+    assert [dataset.text(i) for i in range(len(dataset))] == [*texts[:-1], " a b"]
+
+
+def test_a_space_that_a_tokenizer_may_have_put_before_a_text_is_taken_for_its_own() -> None:
+    ids = np.array([0, 1], np.int32)
+    texts = [Decoder([b" x", b" "], prefix).text(ids) for prefix in ("never", "always", "unless_space")]
+    assert texts == [" x ", "x ", "x "]
+
+
+def test_aligning_a_text_gives_the_spans_that_a_build_writes(dataset: AlignedDataset, tokenizers: Both) -> None:
+    shared = 0
+    for i, document in enumerate(dataset):
+        pair = align(dataset.text(i), *tokenizers)
+        assert np.array_equal(pair.student.ids, document.student_ids[:-1])
+        assert np.array_equal(pair.teacher.ids, document.teacher_ids[:-1])
+        for side in ("first", "last"):
+            assert np.array_equal(getattr(pair.spans.ended(), side), getattr(document.spans, side))
+        shared += int((~pair.spans.common_boundary).sum())
+    assert shared > 100
+
+
+def test_an_alignment_pairs_each_token_with_what_covers_it(scratch: Path) -> None:
+    text = "∫ x² dx, 각각 और 👍🏽"
+    pair = align(text, str(scratch / "mistral"), scratch / "smollm2")
+    tokens = list(pair)
+    assert b"".join(token for token, _ in tokens).decode() == text
+    assert all(token in b"".join(cover) and (cover or not token) for token, cover in tokens)
+    assert any(len(cover) > 1 for _, cover in tokens) and any(not cover for _, cover in tokens)
+    lines = str(pair).splitlines()
+    assert len(lines) == len(tokens) and lines[0].endswith("unmapped")
+    assert repr(pair) == f"<Alignment of {len(tokens)} student and {len(pair.teacher.ids)} teacher tokens: {text!r}>"
+
+
+def test_an_empty_text_has_an_empty_alignment(tokenizers: Both) -> None:
+    pair = align("", *tokenizers)
+    assert list(pair) == [] and str(pair) == "" and len(pair.spans) == 0
+
+
+def test_what_is_no_tokenizer_is_said(tokenizers: Both, scratch: Path) -> None:
+    with pytest.raises(CorpusError, match="cannot open the tokenizer"):
+        align("x", tokenizers[0], scratch / "nothing")
+
+
+@pytest.mark.slow
+def test_the_doors_import_no_more_than_they_say() -> None:
+    """The corpus no torch, the objective no library but torch; and CorpusError, which every command names, nothing at all."""
+    program = """
+import sys
+from megatron_vocagno.corpus import CorpusError
+print([name for name in ("numpy", "orjson", "pydantic", "tokenizers") if name in sys.modules])
+from megatron_vocagno.corpus import AlignedDataset, Alignment, Spans, Tokenizer, Tokens, align, open_tokenizer
+print([name for name in ("torch", "transformers", "deepspeed", "tokenizers", "gigatoken", "pyarrow") if name in sys.modules])
+from megatron_vocagno.objective import guided_loss
+print([name for name in ("triton", "transformers", "deepspeed") if name in sys.modules])
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment(), capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "[]\n[]\n[]\n"
+
+
+def test_a_name_that_the_door_does_not_have_is_refused() -> None:
+    with pytest.raises(ImportError, match="cannot import name 'alined'"):
+        from megatron_vocagno.corpus import alined  # type: ignore[attr-defined]  # noqa: F401

@@ -1,0 +1,79 @@
+"""examples/with_hf_trainer.py: its loss is the method's, and it runs from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from examples.with_hf_trainer import GuidedTrainer, main
+from megatron_vocagno.batch.texts import TextCollator
+from megatron_vocagno.corpus import Tokenizer, open_tokenizer
+from megatron_vocagno.model.teacher import open_teacher
+from tests import tokenizers_for_tests as real
+from tests.library.naive import Naive
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def trainer(demo: Path, tmp_path: Path, tokenizers: tuple[Tokenizer, Tokenizer]) -> GuidedTrainer:
+    return GuidedTrainer(
+        AutoModelForCausalLM.from_pretrained(demo / ".demo" / "student-hf"),
+        TrainingArguments(str(tmp_path), report_to=[], remove_unused_columns=False),
+        data_collator=TextCollator(*tokenizers, length=512),
+        teacher=open_teacher(demo / ".demo" / "teacher", torch.float32, "cpu"),
+    )
+
+
+def test_a_step_of_two_micro_batches_has_the_loss_and_the_gradient_of_the_method(trainer: GuidedTrainer, naive: Naive) -> None:
+    texts = real.multilingual_texts()
+    # of different lengths, so that a mean of the two means would be another number
+    parts = [texts[:2], ["Zoë", texts[4], "x"]]
+    batches, planned = trainer.get_batch_samples(
+        iter([trainer.data_collator([{"text": text} for text in part]) for part in parts]), 2, torch.device("cpu")
+    )
+    trainer.model.train()
+    losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=planned) for batch in batches]
+    sum(losses).backward()
+
+    kept = [naive.kept(part) for part in parts]
+    true = sum(map(sum, kept)) / sum(map(len, kept))
+    true.backward()
+    assert float(planned) == sum(map(len, kept))
+    assert sum(losses).item() == pytest.approx(true.item(), rel=1e-5)
+    means = [sum(part).item() / len(part) for part in kept]
+    assert abs(sum(means) / 2 - true.item()) > 1e-3, "the case must tell one division from two"
+    for mine, theirs in zip(trainer.model.parameters(), naive.student.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_evaluation_has_a_loss_of_its_own_and_counts_nothing(trainer: GuidedTrainer, naive: Naive) -> None:
+    texts = real.multilingual_texts()[:3]
+    found = trainer.evaluate([{"text": text} for text in texts])
+    kept = naive.kept(texts)
+    assert found["eval_loss"] == pytest.approx(sum(kept).item() / len(kept), rel=1e-4)
+    assert not trainer.seen.any()
+
+
+def test_the_command_trains_and_saves_a_model(
+    demo: Path,
+    tokenizers: tuple[Tokenizer, Tokenizer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(demo)
+    assert main(["--steps", "2", "--length", "32", "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("share_kept") == 2 and "'loss'" in printed
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (".demo/student-hf", tmp_path / "out"))
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
+    assert open_tokenizer(tmp_path / "out", "huggingface").fingerprint == tokenizers[0].fingerprint
+
+
+def test_the_command_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--student", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: cannot open the tokenizer {tmp_path}")

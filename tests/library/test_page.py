@@ -1,0 +1,48 @@
+"""docs/library.md, executed: its Python in the order of the page, and what it says that is printed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_vocagno import corpus, objective
+from tests.library.naive import Naive
+from tests.runs import REPOSITORY
+
+PAGE = REPOSITORY / "docs" / "library.md"
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.slow
+def test_the_page_runs_as_it_stands(
+    demo: Path, naive: Naive, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo)
+    monkeypatch.syspath_prepend(REPOSITORY)  # as `python` from the repository's root would have it
+    names: dict[str, Any] = {}
+    printed, compared = "", 0
+    for kind, content in BLOCK.findall(PAGE.read_text(encoding="utf-8")):
+        if kind == "text":
+            assert printed == content
+            compared += 1
+        else:
+            capsys.readouterr()
+            exec(compile(content, PAGE.name, "exec"), names)
+            printed = capsys.readouterr().out
+    assert compared == 4
+
+    # the loop in plain torch: its first batch, before anything was learned
+    kept = naive.kept([example["text"] for example in names["texts"][:4]])
+    assert names["losses"][0] == pytest.approx(sum(kept).item() / len(kept), rel=1e-5)
+    # and the second, after: the tokens that it learned have taught it something
+    assert len(names["losses"]) == 2 and names["losses"][1] < names["losses"][0]
+
+
+def test_the_page_and_the_doors_name_the_same() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    imported = re.findall(r"^from megatron_vocagno\.(objective|corpus) import (.+)$", page, re.MULTILINE)
+    named = {name for _, names in imported for name in names.split(", ")}
+    assert named <= {*objective.__all__, *corpus.__all__} and len(named) > 8

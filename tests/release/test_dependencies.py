@@ -1,0 +1,125 @@
+"""Ranges, pins, licences and imports name the same packages."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import licences
+import pytest
+from dependencies import lowest, requirements
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name as canonical
+
+from tests.runs import REPOSITORY
+
+PINNED = ("pinned.txt", "quantised.txt", "evaluation.txt")
+NOT_PINNED = {"flash-attn"}
+"""Needs a GPU's compiler, which `make install` does not ask for."""
+MODULES = {"google": "protobuf", "upath": "universal-pathlib", "backports": "backports-zstd"}
+"""Where the name that is imported is another than the package's."""
+GIVEN = {"triton", "torchao"}
+"""torch brings the one on GPUs; the other is an extra of its own, without its dependencies."""
+
+
+def pins() -> dict[str, Requirement]:
+    lines = [line for file in PINNED for line in (REPOSITORY / "requirements" / file).read_text(encoding="utf-8").splitlines()]
+    found = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonical(requirement.name): requirement for requirement in found}
+
+
+def asked() -> list[Requirement]:
+    return [requirement for of_extra in requirements().values() for requirement in of_extra]
+
+
+def version(pin: Requirement) -> str:
+    (exact,) = pin.specifier
+    assert exact.operator == "=="
+    return exact.version
+
+
+def test_every_dependency_is_pinned_within_its_range() -> None:
+    pinned = pins()
+    for requirement in asked():
+        if requirement.name not in NOT_PINNED:
+            pin = pinned[canonical(requirement.name)]
+            assert requirement.specifier.contains(version(pin)), f"{pin} is not in {requirement}"
+    assert len(asked()) > 35
+
+
+def test_what_is_installed_for_everybody_is_asked_for_by_setup_py() -> None:
+    names = {canonical(requirement.name) for requirement in asked()}
+    lines = (REPOSITORY / "requirements/pinned.txt").read_text(encoding="utf-8").splitlines()
+    assert {canonical(Requirement(line).name) for line in lines if line and not line.startswith("#")} <= names
+
+
+def test_every_range_has_a_lower_end_that_can_be_tried() -> None:
+    for requirement in asked():
+        assert requirement.specifier.contains(version(lowest(requirement))), requirement
+    assert str(lowest(Requirement("a[b]>=1.2,<2; python_version < '3'"))) == 'a[b]==1.2; python_version < "3"'
+
+
+def imported(folder: Path) -> Iterator[str]:
+    """Packages from outside; relative imports are from inside."""
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.split(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.split(".")[0]
+
+
+def test_what_the_wheel_imports_it_asks_for() -> None:
+    plain, extras = requirements()[""], requirements()
+    names = {canonical(each.name) for each in (*plain, *extras["fast"], *extras["ray"])}
+    found = {*imported(REPOSITORY / "megatron_vocagno"), *imported(REPOSITORY / "tools")}
+    # compression and _typeshed: Python's own, later or for type checkers
+    foreign = found - {*sys.stdlib_module_names, "compression", "_typeshed", "megatron_vocagno"}
+    assert {canonical(MODULES.get(name, name)) for name in foreign} - GIVEN <= names
+    assert len(foreign) > 15
+
+
+def test_the_tools_import_each_other_wherever_they_are_installed() -> None:
+    """`tools` at the repository's root is megatron_vocagno.tools in a wheel."""
+    assert "tools" not in {*imported(REPOSITORY / "tools"), *imported(REPOSITORY / "megatron_vocagno")}
+
+
+# ---- licences
+
+
+def rows() -> dict[tuple[str, str], str]:
+    """(package, extra) -> licence, as the page has it."""
+    found = licences.TABLE.search(licences.PAGE.read_text(encoding="utf-8"))
+    assert found
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()[2:]]
+    return {(name, extra.replace("every installation", "")): licence for name, extra, licence in cells}
+
+
+def test_the_page_names_every_dependency_and_no_other() -> None:
+    assert list(rows()) == [(each.name, extra) for extra, of_extra in requirements().items() for each in of_extra]
+
+
+def test_the_page_has_the_licence_that_each_package_names() -> None:
+    pinned, met = pins(), 0
+    for (name, _), licence in rows().items():
+        pin = pinned.get(canonical(name))
+        try:
+            same = pin is not None and metadata.version(name).partition("+")[0] == version(pin)
+        except metadata.PackageNotFoundError:
+            continue
+        if same:
+            assert licences.licence(name) == licence
+            met += 1
+    if met < 30:
+        pytest.skip(f"{met} packages have the pinned version here: this is another environment than `make install` makes")
+
+
+def test_what_tests_and_demo_read_is_on_the_page_too() -> None:
+    page = licences.PAGE.read_text(encoding="utf-8")
+    lines = (REPOSITORY / "requirements/containers.txt").read_text(encoding="utf-8").splitlines()
+    names = [Requirement(line).name for line in lines if line and not line.startswith("#")]
+    assert len(names) == 3
+    assert all(f"\n| {name} |" in page for name in names)
