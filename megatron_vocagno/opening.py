@@ -20,7 +20,7 @@ from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
-from megatron_vocagno.engine.occupancy import Occupancy, make_output
+from megatron_vocagno.engine.occupancy import Occupancy, check_output
 from megatron_vocagno.engine.pins import from_the_hub
 from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes
@@ -101,7 +101,7 @@ def _open(
     datasets = open_data(run.data.train)
     valid = _open_valid(run, datasets[0])
     config, weights = _open_student(run, datasets[0], settings, processes)
-    make_output(run.output)
+    check_output(run.output)
     return datasets, valid, config, weights
 
 

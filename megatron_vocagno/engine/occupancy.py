@@ -23,16 +23,24 @@ PATIENCE = 300.0
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
+def check_output(output: Path) -> None:
+    """Raises RunError where a run could not write there: better before a teacher is read than after. Makes nothing."""
+    nearest = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if nearest == output and not nearest.is_dir():
+        raise RunError(f"'output', {output}, is a file; a run writes into a folder: name another one")
+    if not nearest.is_dir():
+        raise RunError(f"cannot make the folder of 'output', {output}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"cannot write to 'output', {output}: this user may not. Name another folder, or change its permissions")
+
+
 def make_output(output: Path) -> None:
-    """Raises RunError where a run cannot write there: better before a teacher is read than after."""
+    """The folder. Raises RunError: it cannot be made, or be written to."""
+    check_output(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise RunError(f"'output', {output}, is a file; a run writes into a folder: name another one") from None
     except OSError as error:
         raise RunError(f"cannot make the folder of 'output', {output}: {error.strerror}") from None
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise RunError(f"cannot write to 'output', {output}: this user may not. Name another folder, or change its permissions")
 
 
 class Occupancy:

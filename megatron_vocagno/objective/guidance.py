@@ -67,6 +67,7 @@ def guided_loss(
     >>> guided.loss.backward()
     >>> student_BS.grad
     tensor([[0.0000, 0.5000, 0.0000, 0.5000]])
+    >>> from megatron_vocagno.objective import summarize
     >>> summarize(guided.stats)["excess_kept"], summarize(guided.stats)["excess_dropped"]
     (1.75, -0.25)
     """

@@ -261,7 +261,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "file").touch()
     with told("'output', DIR/file, is a file; a run writes into a folder: name another one", DIR=tmp_path):
         make_output(tmp_path / "file")
-    with told("cannot make the folder of 'output', DIR/file/within: Not a directory", DIR=tmp_path):
+    with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
     with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
