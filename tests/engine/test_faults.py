@@ -238,4 +238,4 @@ def test_what_one_rank_alone_cannot_read_ends_all_of_them(case: Case) -> None:
         for rank in ranks:
             rank.kill()
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "/nowhere/dataset.json is missing" in said[0] and "Met by rank 1 alone" in said[0] and "error: " not in said[1], said
+    assert "/nowhere is not a dataset" in said[0] and "Met by rank 1 alone" in said[0] and "error: " not in said[1], said
