@@ -70,9 +70,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=min(COLUMNS, shutil.get_terminal_size().columns))
 
 
-def add_quiet(parser: argparse.ArgumentParser, what: str = "only errors and the result") -> None:
+def add_quiet(parser: argparse.ArgumentParser) -> None:
     """--quiet alone, for a command that has nothing more to tell."""
-    parser.add_argument("--quiet", action="store_true", help=what)
+    parser.add_argument("--quiet", action="store_true", help="only errors and the result")
 
 
 def add_verbosity(parser: argparse.ArgumentParser, verbose: str) -> None:

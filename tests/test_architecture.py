@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "megatron_vocagno"
+CODE = ("megatron_vocagno", "tools", "examples", "benchmarks", "tests")
 
 # what each part of the package may import of it
 DIRECTION = {
@@ -106,3 +108,26 @@ def test_every_module_says_what_it_is() -> None:
     for path in (*PACKAGE.rglob("*.py"), *(ROOT / "tools").rglob("*.py"), *(ROOT / "examples").rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert not text or ast.get_docstring(ast.parse(text)), f"{path.relative_to(ROOT)} has no docstring"
+
+
+def test_every_module_is_on_the_map_of_its_folder() -> None:
+    met = 0
+    for path in PACKAGE.rglob("*.py"):
+        inner = path.with_name("__init__.py")
+        if path != inner:
+            assert re.search(rf"\b{path.stem}\b", ast.get_docstring(ast.parse(inner.read_text(encoding="utf-8"))) or ""), path
+            met += 1
+    assert met > 80
+
+
+def test_files_and_functions_fit_on_a_few_screens_and_on_one() -> None:
+    met = 0
+    for path in (file for folder in CODE for file in (ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= 400, f"{path.relative_to(ROOT)} has {text.count(chr(10))} lines"
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno is not None:
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= 60, f"{path.relative_to(ROOT)}: {node.name} has {lines} lines"
+                met += 1
+    assert met > 1000

@@ -56,7 +56,11 @@ BAD = {
         {},
         "the tokenizer has 32,000 tokens, the student model has 31,000",
     ),
-    "rows longer than the student": (["data.row_length=256"], {}, "rows have 256 tokens (data.row_length), the student reads 128"),
+    "rows longer than the student": (
+        ["data.row_length=256"],
+        {},
+        "rows have 256 tokens (data.row_length), the student reads 128",
+    ),
     "ZeRO-2 in a pipeline": (
         ["parallel.pipeline_stages=1"],
         {"zero_optimization": {"stage": 2}},

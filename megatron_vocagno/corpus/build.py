@@ -24,23 +24,18 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.encoders import EncoderMismatch
 from megatron_vocagno.corpus.losses import gather
-from megatron_vocagno.corpus.manifest import ShardRecord, Totals, create, hash_file, to_json, write_durably
+from megatron_vocagno.corpus.manifest import BUILD, DATASET, ShardRecord, Totals, create, hash_file, to_json, write_durably
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
-from megatron_vocagno.corpus.workers import Failure, run_local
+from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
 
 BYTES_A_TEXT_BYTE = 2.2  # on the disk: 0.32 tokens a byte of student ids and codes (3 bytes), 0.27 of teacher ids (4)
 
-PLAN = ".build/plan.json"
-DOUBT = ".build/gigatoken-differs"
+PLAN = f"{BUILD}/plan.json"
+DOUBT = f"{BUILD}/gigatoken-differs"
 
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
-
-
-def in_this_process(task: Callable[[Job], Result], jobs: Sequence[Job], **rest: Any) -> Iterator[Result | Failure[Job]]:
-    """The engine that starts no process."""
-    return run_local(task, jobs, workers=1, **rest)
 
 
 class BuildError(CorpusError):
@@ -58,6 +53,7 @@ def build(
     inputs: Sequence[Place],
     out: str | Place,
     settings: Settings,
+    *,
     engine: Engine = in_this_process,
     shard_bytes: int = SHARD_BYTES,
     max_documents: int | None = None,
@@ -86,19 +82,26 @@ def build(
             made = plan(inputs, settings, shard_bytes, max_documents)
             settings = _without_doubt(out, settings, on_note)
             trusted = _settle(out, made, force, part)
-            jobs = made.jobs(str(out), settings, trusted, force)
+
+            def jobs_of(settings: Settings) -> list[Job]:
+                return made.jobs(str(out), settings, trusted, force)
+
+            def make(jobs: Sequence[Job]) -> None:
+                mine = part.of(jobs) if part else jobs
+                on_plan(made, mine)
+                _make(mine, engine, on_shard)
+
+            jobs = jobs_of(settings)
             _refuse_strangers(out, jobs, force)
-            on_plan(made, part.of(jobs) if part else jobs)
             _tell_of_room(out, made, on_note)
             try:
-                _make(part.of(jobs) if part else jobs, engine, on_shard)
+                make(jobs)
             except EncoderMismatch as error:
                 # whatever gigatoken has made is in doubt: `finished` takes none of it for done now
                 write_durably(out / DOUBT, str(error).encode())
                 settings = _without_doubt(out, settings, on_note)
-                jobs = made.jobs(str(out), settings, trusted, force)
-                on_plan(made, part.of(jobs) if part else jobs)
-                _make(part.of(jobs) if part else jobs, engine, on_shard)
+                jobs = jobs_of(settings)
+                make(jobs)
             if part is None:
                 _write_plan(out, made)
                 _finish(out, made, settings, jobs, max_bad_fraction)
@@ -117,12 +120,7 @@ def _without_doubt(out: Place, settings: Settings, on_note: Callable[[str], obje
 
 
 def _make(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Failure[Job]], object]) -> None:
-    failures = []
-    for result in engine(make_shard, jobs, stop=(ChangedError, EncoderMismatch, OSError)):
-        on_shard(result)
-        if isinstance(result, Failure):
-            failures.append(result)
-    if failures:
+    if failures := failures_of(engine(make_shard, jobs, stop=(ChangedError, EncoderMismatch, OSError)), on_shard):
         shown = "\n".join(f"shard {f.job.name}: {f.reason}" for f in failures[:10])
         more = f"\nand {len(failures) - 10:,} more" if len(failures) > 10 else ""
         raise ShardsFailed(
@@ -195,7 +193,7 @@ def _tell_of_room(out: Place, made: Plan, on_note: Callable[[str], object]) -> N
 def _refuse_foreign(out: Place) -> None:
     if out.is_file():
         raise ChangedError(f"{out} is a file, and a dataset is a folder: name another --out")
-    known = ("shards", "dataset.json", ".build")
+    known = ("shards", DATASET, BUILD)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in known):
         raise ChangedError(f"{out} is not empty and holds no dataset: name another --out")
 
@@ -227,7 +225,7 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
         )
     if force:
         # they would describe, and vouch for, shards that are about to change
-        for name in ("dataset.json", PLAN):
+        for name in (DATASET, PLAN):
             (out / name).unlink(missing_ok=True)
         old = None
     if not (out / "shards").is_dir():
@@ -237,7 +235,7 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
 
 
 def _write_plan(out: Place, made: Plan) -> None:
-    (out / ".build").mkdir(parents=True, exist_ok=True)
+    (out / BUILD).mkdir(parents=True, exist_ok=True)
     write_durably(out / PLAN, to_json(made))
 
 
@@ -272,7 +270,7 @@ def locked(out: Place, part: Slice | None) -> Iterator[None]:
     if not isinstance(out, Path):
         yield
         return
-    folder = out / ".build"
+    folder = out / BUILD
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         if part is None:
@@ -303,11 +301,11 @@ def _tidy(out: Place) -> None:
         return
     for leftover in (out / "shards").glob(".*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for lock in (out / ".build").glob("lock-*"):
+    for lock in (out / BUILD).glob("lock-*"):
         lock.unlink()
     with suppress(OSError):
         (out / "shards").rmdir()
     if not (out / "shards").exists():
-        shutil.rmtree(out / ".build", ignore_errors=True)
+        shutil.rmtree(out / BUILD, ignore_errors=True)
         with suppress(OSError):
             out.rmdir()

@@ -128,14 +128,10 @@ def gather(root: Path, shards: Sequence[ShardRecord]) -> TeacherLosses | None:
     return None if scoring is None else TeacherLosses(scoring=scoring, totals=totals, shards=tuple(files))
 
 
-def unscored(root: Path, manifest: Manifest, scoring: Scoring | None = None) -> list[str]:
-    """Paths of the shards that are not scored; with `scoring`, not in this way."""
-    missing = []
-    for shard in manifest.shards:
-        found = read_losses(root / shard.path, shard) if shard.totals.documents else None
-        if shard.totals.documents and (found is None or found.scoring != (scoring or found.scoring)):
-            missing.append(shard.path)
-    return missing
+def unscored(root: Path, manifest: Manifest) -> list[str]:
+    """Paths of the shards that are not scored."""
+    with_text = (shard for shard in manifest.shards if shard.totals.documents)
+    return [shard.path for shard in with_text if read_losses(root / shard.path, shard) is None]
 
 
 def record_losses(root: Path, manifest: Manifest, losses: TeacherLosses | None) -> Manifest:

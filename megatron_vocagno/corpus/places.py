@@ -33,11 +33,6 @@ def place(url: str | Place) -> Place:
     return Path(found.path) if found.protocol in ("", "file", "local") else found
 
 
-def is_local(where: Place) -> bool:
-    """Whether it is on this machine's file systems."""
-    return isinstance(where, Path)
-
-
 @contextmanager
 def reaching(where: Place) -> Iterator[None]:
     """Each object store raises errors of its own. Raises PlaceError instead."""
@@ -46,6 +41,6 @@ def reaching(where: Place) -> Iterator[None]:
     except (CorpusError, OSError):
         raise
     except Exception as error:
-        if is_local(where):
+        if isinstance(where, Path):
             raise
         raise PlaceError(f"cannot use {where}: {type(error).__name__}: {error}") from error

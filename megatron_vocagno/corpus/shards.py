@@ -118,11 +118,6 @@ class Job:
         """Of the shard."""
         return place(self.out) / "shards" / self.name
 
-    @property
-    def input_bytes(self) -> int:
-        """Bytes of files that are read, compressed or not."""
-        return sum(p.size for p in self.pieces)
-
 
 @dataclass(frozen=True)
 class Result:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TypeAlias, cast
 
 from isal import igzip_lib
 
-from megatron_vocagno.corpus.places import Place, is_local
+from megatron_vocagno.corpus.places import Place
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -86,7 +86,7 @@ def compression_of(head: bytes) -> Compression:
 
 def open_bytes(where: Place, compression: Compression, start: int, stop: int) -> BinaryIO:
     """The bytes [start, stop) of a file, decompressed. Reading raises BrokenInput, or OSError where the file cannot be read."""
-    size = LOCAL_BUFFER if is_local(where) else REMOTE_BUFFER
+    size = LOCAL_BUFFER if isinstance(where, Path) else REMOTE_BUFFER
     section: BinaryIO = io.BufferedReader(_Section(where, start, stop), size)
     return io.BufferedReader(_Decompressed(section, compression), LOCAL_BUFFER) if compression else section
 

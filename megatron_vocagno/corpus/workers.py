@@ -1,7 +1,9 @@
 """Runs jobs in processes of this machine, and replaces those that die. Knows nothing of what the jobs are.
 
-    run_local   jobs -> their results as they come, a Failure for a job that cannot be done
-    report      called by a task: how far it is
+    run_local         jobs -> their results as they come, a Failure for a job that cannot be done
+    in_this_process   the same without processes
+    failures_of       the failures among results
+    report            called by a task: how far it is
 
 A task is a function that can be imported by its name, and may be killed at any moment and run again. What a task raises is
 the Failure of its job, and the rest goes on; exceptions that the caller names in `stop` end everything by being raised.
@@ -17,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -52,6 +54,21 @@ class Failure(Generic[J]):
 
     job: J
     reason: str  # for people: the message of a CorpusError, the traceback of another exception, or how the workers died
+
+
+def in_this_process(task: Callable[[J], R], jobs: Sequence[J], stop: Stop = ()) -> Iterator[R | Failure[J]]:
+    """The engine that starts no process."""
+    return run_local(task, jobs, workers=1, stop=stop)
+
+
+def failures_of(results: Iterable[R | Failure[J]], on_result: Callable[[R | Failure[J]], object]) -> list[Failure[J]]:
+    """Waits for all results, and tells each as it comes."""
+    failures = []
+    for result in results:
+        on_result(result)
+        if isinstance(result, Failure):
+            failures.append(result)
+    return failures
 
 
 def run_local(

@@ -1,5 +1,6 @@
 """THE STEP: the only home of deepspeed.
 
+pins.py         models by their Hub ids: the commit that the first start meant
 processes.py    start the process group; device and threads of this rank
 settings.py     the DeepSpeed configuration: read, checked against the run
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss

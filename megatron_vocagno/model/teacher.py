@@ -125,14 +125,13 @@ def open_teacher(
     dtype: torch.dtype,
     device: torch.device | str,
     attention: Attention = "auto",
-    cache: str | os.PathLike[str] | None = None,
     weights: Weights = "as-is",
 ) -> Teacher:
-    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once into `cache`.
+    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once (teacher_folder).
 
     weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError.
     """
-    folder = teacher_folder(path, cache)
+    folder = teacher_folder(path)
     config = read_config(folder)
     # before gigabytes are read
     _check_logits(config.get_text_config())

@@ -1,8 +1,9 @@
 """Losses -> weights -> loss: the method itself, in torch. Nothing here knows a model, an engine, a file or the configuration.
 
     linear_ce.py    where the losses come from: one float32 loss a token out of hidden states and a head, no logits kept
-      linear_ce_tiles.py  tile by tile of the vocabulary, in torch
+      linear_ce_tiles.py         tile by tile of the vocabulary, in torch; linear_ce_triton.py  on a GPU
     selection.py    both models' losses -> which tokens the student learns from, in one call
+      selection_triton.py        on a GPU; selection_kernels_triton.py  its kernels
       rule.py         what a selection is asked for, and what it answers
       ranking.py      the highest k of each group, exactly, over ranks as well
       statistics.py   what a selection did, as sums that add up

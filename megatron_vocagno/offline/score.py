@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_vocagno import hub
 from megatron_vocagno.corpus import CorpusError
@@ -23,7 +23,7 @@ from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.shards import ChangedError
 from megatron_vocagno.corpus.tokens import open_tokenizer
-from megatron_vocagno.corpus.workers import Failure, run_local
+from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import ModelError, read_config
 from megatron_vocagno.model.quantised import Weights
@@ -35,10 +35,6 @@ CONTEXT = 4096
 
 DType = Literal["bfloat16", "float16", "float32"]
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
-
-
-def in_this_process(task: Callable[[Job], Result], jobs: Sequence[Job], **rest: Any) -> Iterator[Result | Failure[Job]]:
-    return run_local(task, jobs, workers=1, **rest)
 
 
 class ScoringError(CorpusError):
@@ -147,12 +143,7 @@ def finish(path: Path) -> Manifest:
 
 
 def _run(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Failure[Job]], object]) -> None:
-    failures = []
-    for result in engine(score_shard, jobs, stop=(ChangedError, ModelError, OSError)):
-        on_shard(result)
-        if isinstance(result, Failure):
-            failures.append(result)
-    if failures:
+    if failures := failures_of(engine(score_shard, jobs, stop=(ChangedError, ModelError, OSError)), on_shard):
         shown = "\n".join(f"{failure.job.folder}: {failure.reason}" for failure in failures[:10])
         raise ScoringError(f"{len(failures):,} of {len(jobs):,} shards could not be scored; the others are, and stay\n{shown}")
 

@@ -7,6 +7,8 @@ layouts.py    how a model and a batch are dealt to ranks
 memory.py     bytes on the fullest rank
 shapes.py     one micro-batch through a whole model on the meta device
 cost.py       seconds of a step, hours of a run
+comparison.py all layouts beside each other
+report.py     what a plan says, as text and as JSON
 question.py   what is asked: a run on a cluster, out of its files and the command line
 
 Bytes are counted, FLOPs are counted, seconds are an estimate: docs/scaling.md says what it rests on.

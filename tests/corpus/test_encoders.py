@@ -217,7 +217,7 @@ def test_a_difference_in_the_middle_of_a_build_makes_all_of_it_again(settings, t
         return run_local(wrong_for_one_word, jobs, 2, **rest)
 
     out = tmp_path / "out"
-    build(files, out, settings, engine, 30_000, on_shard=made.append, on_note=notes.append)
+    build(files, out, settings, engine=engine, shard_bytes=30_000, on_shard=made.append, on_note=notes.append)
     expected = make(files, tmp_path / "expected", replace(settings, backend="huggingface"), shard_bytes=30_000)
     assert contents(out) == contents(expected.path) and len(expected.manifest.shards) == 3
     shards = [orjson.loads((out / f"shards/{i:04}/shard.json").read_bytes()) for i in range(3)]

@@ -23,7 +23,7 @@ from megatron_vocagno.run_file import load_run
 from megatron_vocagno.samples import SampleStep, write_rows, write_step
 from tests.errors.telling import refused, told
 from tests.runs import REPOSITORY, Case
-from tools.preprocess import build_dataset, report, show_document
+from tools.preprocess import build_dataset, console, report, show_document
 
 SETTINGS = REPOSITORY / "ds_configs" / "gpu_zero1_bf16.json"
 
@@ -110,7 +110,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         (command.positive_float, "many", "'many' is no number"),
         (command.fraction, "2", "2 is not between 0 and 1"),
         (report.row_length, "8", "8 is too short, 17 at least"),
-        (build_dataset.slice_of, "3/2", "3/2: two numbers are needed, I/N with I from 1 to N"),
+        (console.slice_of, "3/2", "3/2: two numbers are needed, I/N with I from 1 to N"),
     ],
 )
 def test_values_of_options(read: Any, text: str, message: str) -> None:

@@ -32,12 +32,12 @@ from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import find
 from megatron_vocagno.corpus.manifest import DatasetError, Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.corpus.plan import SHARD_BYTES, Slice, plan
+from megatron_vocagno.corpus.plan import SHARD_BYTES, plan
 from megatron_vocagno.corpus.shards import OnBadLine, Settings
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
 from megatron_vocagno.corpus.workers import Failure, run_local
 
-from .console import Terminal
+from .console import Terminal, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
 
 PROG = f"python -m {__package__}.build_dataset"
@@ -73,15 +73,15 @@ def build_dataset(args: argparse.Namespace) -> None:
             [absolute(file) for file in find(args.inputs)],
             out,
             settings,
-            engine_of(args, out, progress),
-            int(args.shard_mb * 2**20),
-            args.max_documents,
-            args.max_bad_fraction,
-            args.force,
-            args.shards,
-            progress.plan,
-            progress.shard,
-            progress.note,
+            engine=engine_of(args, out, progress),
+            shard_bytes=int(args.shard_mb * 2**20),
+            max_documents=args.max_documents,
+            max_bad_fraction=args.max_bad_fraction,
+            force=args.force,
+            part=args.shards,
+            on_plan=progress.plan,
+            on_shard=progress.shard,
+            on_note=progress.note,
         )
     if args.shards:
         print(f"part {args.shards.i} of {args.shards.n} is done; when all are: build_dataset finalize --out {out} …")
@@ -307,14 +307,6 @@ def either(choices: object) -> str:
     """The values of a Literal, for help."""
     *most, last = get_args(choices)
     return f"{', '.join(most)} or {last}"
-
-
-def slice_of(text: str) -> Slice:
-    i, _, n = text.partition("/")
-    try:
-        return Slice(int(i), int(n))
-    except (ValueError, CorpusError):
-        raise argparse.ArgumentTypeError(f"{text}: two numbers are needed, I/N with I from 1 to N") from None
 
 
 # ---- what came out

@@ -1,7 +1,11 @@
-"""What is told while work goes on: a bar on a terminal, plain lines elsewhere, both with the time that is left."""
+"""What the tools share: the part of a job array that is asked for, and what is told while work goes on.
+
+A bar on a terminal, plain lines elsewhere, both with the time that is left.
+"""
 
 from __future__ import annotations
 
+import argparse
 import time
 from typing import Self
 
@@ -9,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_vocagno.command import duration
+from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.plan import Slice
 
 EVERY, EVERY_VERBOSE = 30.0, 5.0
 """Seconds between plain lines, at least, where nothing ends meanwhile."""
@@ -64,3 +70,12 @@ class WorkProgress:
     def line(self, text: str) -> None:
         self.told = time.monotonic()
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def slice_of(text: str) -> Slice:
+    """For argparse: "2/8" is the second of eight parts."""
+    i, _, n = text.partition("/")
+    try:
+        return Slice(int(i), int(n))
+    except (ValueError, CorpusError):
+        raise argparse.ArgumentTypeError(f"{text}: two numbers are needed, I/N with I from 1 to N") from None

@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING
 from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_command
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
-from megatron_vocagno.corpus.manifest import Manifest, read_manifest
+from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.hub import is_id
 
-from .build_dataset import slice_of
-from .console import Terminal
+from .console import Terminal, slice_of
 
 if TYPE_CHECKING:
     from megatron_vocagno.offline.score import Engine
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from .score_progress import ScoreProgress
 
 PROG = f"python -m {__package__}.score_teacher"
-PINS = ".build/pins.json"
+PINS = f"{BUILD}/pins.json"
 """Of a dataset: the commits of Hub ids that have scored it, so that all tasks of an array read the same weights."""
 
 
