@@ -13,7 +13,7 @@ from megatron_vocagno.engine import learning
 from megatron_vocagno.model import student
 from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.statistics import STATS
-from tests.objective import slow
+from tests.objective import plain
 
 
 def token_loss(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, **_: object) -> Tensor:
@@ -25,11 +25,11 @@ def select_tokens(
 ) -> Selection:
     spans = [zip(*rows, strict=True) for rows in zip(first_BS.tolist(), last_BS.tolist(), strict=True)]
     guides = [
-        [slow.guide(losses, first, last, str(choices["aggregate"])) for first, last in row]
+        [plain.guide(losses, first, last, str(choices["aggregate"])) for first, last in row]
         for losses, row in zip(teacher_BU.tolist(), spans, strict=True)
     ]
     assert choices["scope"] == "microbatch"
-    weights, _ = slow.weights(
+    weights, _ = plain.weights(
         student_BS.tolist(), guides, valid_BS.tolist(), str(choices["keep"]), "microbatch", str(choices["unmapped"]), False
     )
     weight_BS = torch.tensor(weights, dtype=torch.float32)

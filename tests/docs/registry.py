@@ -165,7 +165,10 @@ TRAINING = (
     ),
     Rule(
         rf"{TRAIN}examples/recipes/.* --dry-run",
-        There("tests/test_recipes.py::test_every_command_that_is_shown_dry_runs", ("examples/pretrain_vocagno.py", "--dry-run")),
+        There(
+            "tests/examples/test_recipes.py::test_every_command_that_is_shown_dry_runs",
+            ("examples/pretrain_vocagno.py", "--dry-run"),
+        ),
     ),
     Rule(rf"{TRAIN}examples/recipes/", Checked(checks.resolves, "models of billions of parameters, on GPUs")),
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run --gpus N", Here((*PLANNED, ("--gpus N", "--gpus 8")))),
@@ -185,22 +188,26 @@ CLUSTERS = (
     Rule(
         r"array=\$\(sbatch|sbatch --dependency",
         There(
-            "tests/launch/test_slurm.py::test_an_array_makes_the_dataset_of_one_process",
+            "tests/examples/launch/test_slurm.py::test_an_array_makes_the_dataset_of_one_process",
             ("preprocess",),
             "examples/launch/slurm/preprocess.sbatch",
         ),
     ),
     Rule(
         r"sbatch --array=1-16 .*score\.sbatch",
-        There("tests/launch/test_slurm.py::test_an_array_scores_a_dataset", ("--array=1-16",)),
+        There("tests/examples/launch/test_slurm.py::test_an_array_scores_a_dataset", ("--array=1-16",)),
     ),
     Rule(
         r"sbatch --nodes=4 .*train\.sbatch",
-        There("tests/launch/test_slurm.py::test_a_run_that_was_stopped_goes_on_to_its_end", ("--nodes=4", "train.sbatch")),
+        There(
+            "tests/examples/launch/test_slurm.py::test_a_run_that_was_stopped_goes_on_to_its_end", ("--nodes=4", "train.sbatch")
+        ),
     ),
     Rule(
         r"scancel ",
-        There("tests/launch/test_slurm.py::test_a_cancelled_run_stays_away_and_a_signalled_one_comes_back", ("scancel ",)),
+        There(
+            "tests/examples/launch/test_slurm.py::test_a_cancelled_run_stays_away_and_a_signalled_one_comes_back", ("scancel ",)
+        ),
     ),
     Rule(r"export HF_HOME=", Checked(checks.shell_reads, "a folder of yours")),
     Rule(r"docker run --shm-size", Checked(checks.shell_reads, "an option of Docker's, and no image here")),
@@ -208,16 +215,16 @@ CLUSTERS = (
     Rule(r"hf download ", Checked(checks.hf_understands, "it needs a network")),
     Rule(
         r"cp examples/launch/",
-        There("tests/launch/test_hostfile.py::test_two_machines_by_pdsh_train_as_one", ("cp examples/launch/hostfile",)),
+        There("tests/examples/launch/test_hostfile.py::test_two_machines_by_pdsh_train_as_one", ("cp examples/launch/hostfile",)),
     ),
     Rule(
         r"mv deepspeed_env|deepspeed --hostfile",
-        There("tests/launch/test_hostfile.py::test_two_machines_by_pdsh_train_as_one", ("deepspeed",)),
+        There("tests/examples/launch/test_hostfile.py::test_two_machines_by_pdsh_train_as_one", ("deepspeed",)),
     ),
     Rule(
         r"(ssh|pdsh) .*pkill",
         There(
-            "tests/launch/test_run_forever.py::test_where_all_ranks_run_elsewhere_it_says_how_to_reach_one_and_waits",
+            "tests/examples/launch/test_run_forever.py::test_where_all_ranks_run_elsewhere_it_says_how_to_reach_one_and_waits",
             ("pkill", "--local_rank="),
             "examples/launch/run_forever.sh",
         ),
@@ -225,7 +232,7 @@ CLUSTERS = (
     Rule(
         r"(examples/launch/)?run_forever\.sh OUTPUT node\.sh …$",
         There(
-            "tests/launch/test_run_forever.py::test_a_script_on_each_machine_bears_a_lost_rank_and_a_signal",
+            "tests/examples/launch/test_run_forever.py::test_a_script_on_each_machine_bears_a_lost_rank_and_a_signal",
             ("run_forever.sh", "node.sh"),
         ),
     ),
@@ -240,30 +247,32 @@ CLUSTERS = (
     Rule(
         r"NODES=2 NODE_RANK=0 RANKS=8 .*node\.sh",
         There(
-            "tests/launch/test_node.py::test_ranks_know_their_places", ("NODES", "NODE_RANK", "RANKS", "MASTER_ADDR", "node.sh")
+            "tests/examples/launch/test_node.py::test_ranks_know_their_places",
+            ("NODES", "NODE_RANK", "RANKS", "MASTER_ADDR", "node.sh"),
         ),
     ),
     Rule(
         r"kubectl apply",
-        There("tests/launch/test_kubernetes.py::test_manifests_follow_the_published_schemas", ("kubernetes",)),
+        There("tests/examples/launch/test_kubernetes.py::test_manifests_follow_the_published_schemas", ("kubernetes",)),
     ),
     Rule(
         r"kubectl create configmap run-file",
         There(
-            "tests/launch/test_kubernetes.py::test_a_mistake_fails_the_job_at_once", ("run.toml", "deepspeed.json", "run-file")
+            "tests/examples/launch/test_kubernetes.py::test_a_mistake_fails_the_job_at_once",
+            ("run.toml", "deepspeed.json", "run-file"),
         ),
     ),
     Rule(
         r"kubectl logs ",
         There(
-            "tests/launch/test_kubernetes.py::test_the_parts_of_the_job_fit_together",
+            "tests/examples/launch/test_kubernetes.py::test_the_parts_of_the_job_fit_together",
             ("batch.kubernetes.io/job-completion-index",),
         ),
     ),
     Rule(
         r"kubectl delete job ",
         There(
-            "tests/launch/test_kubernetes.py::test_a_drained_pod_ends_all_pods_so_that_all_come_again",
+            "tests/examples/launch/test_kubernetes.py::test_a_drained_pod_ends_all_pods_so_that_all_come_again",
             ("pretrain",),
             "examples/launch/kubernetes/train.yaml",
         ),
@@ -271,7 +280,7 @@ CLUSTERS = (
     Rule(
         r"ray exec ",
         There(
-            "tests/launch/test_ray.py::test_the_documented_command_makes_the_dataset_of_one_process",
+            "tests/examples/launch/test_ray.py::test_the_documented_command_makes_the_dataset_of_one_process",
             ("ray exec", "CORPUS", "STUDENT", "TEACHER", "DATA"),
         ),
     ),
@@ -286,7 +295,7 @@ LOOKING = (
     Rule(
         r"examples/evaluate\.sh \.demo",  # with the tasks that are in the repository
         There(
-            "tests/test_evaluate.py::test_results_of_a_run_are_those_of_plain_transformers_on_its_export",
+            "tests/examples/test_evaluate.py::test_results_of_a_run_are_those_of_plain_transformers_on_its_export",
             ("evaluate.sh", "word_problems_cot,word_problems_choice,word_problems_answer", "--device"),
         ),
     ),
@@ -295,7 +304,7 @@ LOOKING = (
         r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "a harness of others, which needs a GPU and a network")
     ),
     Rule(r"accelerate launch$", There("examples/evaluate.sh", ("accelerate",))),
-    Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/evidence runs its parts")),
+    Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/examples/evidence runs its parts")),
     Rule(
         r"python examples/with_hf_trainer\.py",
         There("tests/library/test_hf_trainer.py::test_the_command_trains_and_saves_a_model", ("with_hf_trainer",)),

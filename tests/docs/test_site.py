@@ -39,7 +39,7 @@ PLACES = {
     "megatron_vocagno/objective/selection.py": ["_COMBINE", "gather_guide"],
     "megatron_vocagno/batch/cached.py": ["guides"],
     "megatron_vocagno/objective/selection_kernels_triton.py": ["_aggregate"],
-    "tests/objective/slow.py": ["guide"],
+    "tests/objective/plain.py": ["guide"],
     "tests/objective/test_guide.py": ["HOWS"],
     "tests/objective/selection_cases.py": ["SETTINGS"],
     "tests/batch/test_cached.py": ["AGGREGATES", "expected_guide"],

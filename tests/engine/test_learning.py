@@ -12,7 +12,7 @@ from megatron_vocagno.engine.learning import Chosen, Labels, Objective, named
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.rule import Unmapped
 from megatron_vocagno.objective.statistics import STATS
-from tests.objective import slow
+from tests.objective import plain
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def test_the_tokens_of_a_step_are_chosen_as_if_it_were_one_batch(dataset: Aligne
             [row for of_batch in labels for row in getattr(of_batch, name).tolist()]
             for name in ("teacher_loss_BU", "first_BS", "last_BS", "target_BS")
         ]
-        expected = slow.select_tokens(
+        expected = plain.select_tokens(
             torch.cat(losses).tolist(),
             *rows[:3],
             [[target != IGNORE for target in row] for row in rows[3]],

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.corpus import Tokenizer
-from tests.objective import slow
+from tests.objective import plain
 
 KEEP = "0.4"
 
@@ -32,10 +32,10 @@ class Naive:
             beside = [loss.item() for loss in token_losses(self.teacher, self.tokenizers[1], teacher.ids.tolist())]
             held = list(zip(teacher.starts.tolist(), teacher.ends.tolist(), beside, strict=True))
             for start, end in zip(student.starts.tolist(), student.ends.tolist(), strict=True):
-                guides.append(max((loss for a, b, loss in held if a < end and b > start), default=slow.NAN))
-            guides.append(slow.NAN)  # nothing covers EOS
+                guides.append(max((loss for a, b, loss in held if a < end and b > start), default=plain.NAN))
+            guides.append(plain.NAN)  # nothing covers EOS
         numbers, everywhere = [loss.item() for loss in losses], [True] * len(losses)
-        weights, _ = slow.weights([numbers], [guides], [everywhere], KEEP, "microbatch", "include", False)
+        weights, _ = plain.weights([numbers], [guides], [everywhere], KEEP, "microbatch", "include", False)
         return [loss for loss, weight in zip(losses, weights[0], strict=True) if weight]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.statistics import STATS
-from tests.objective import slow
+from tests.objective import plain
 
 INF, NAN = math.inf, math.nan
 KINDS = ["smooth", "ties", "special", "equal", "zeros", "denormal", "unmapped", "padding", "one mapped", "broken teacher", "wide"]
@@ -45,8 +45,8 @@ class Case:
     def arguments(self) -> dict[str, Any]:
         return self.settings | {"keep": float(self.settings["keep"])}
 
-    def expected(self) -> slow.Selected:
-        return slow.select_tokens(self.student, self.teacher, self.first, self.last, self.valid, **self.settings)
+    def expected(self) -> plain.Selected:
+        return plain.select_tokens(self.student, self.teacher, self.first, self.last, self.valid, **self.settings)
 
 
 def random_case(rng: random.Random, kind: str, rows: int, width: int) -> Case:
@@ -80,11 +80,11 @@ def _losses(rng: random.Random, kind: str):  # type: ignore[no-untyped-def]
     special = [NAN, INF, -INF, 0.0, -0.0, 3.4e38]  # sums cancel nothing, so that their order is not heard
     return {
         "ties": lambda: rng.randint(0, level) / 8,
-        "special": lambda: slow.single(rng.choice(special) if rng.random() < 0.4 else rng.randint(0, level) / 8),
+        "special": lambda: plain.single(rng.choice(special) if rng.random() < 0.4 else rng.randint(0, level) / 8),
         "equal": lambda: 3.0,
         "zeros": lambda: rng.choice([0.0, -0.0]),
-        "denormal": lambda: slow.single(rng.randint(-6, 6) * 1e-45),
-    }.get(kind, lambda: slow.single(rng.random() * 12))
+        "denormal": lambda: plain.single(rng.randint(-6, 6) * 1e-45),
+    }.get(kind, lambda: plain.single(rng.random() * 12))
 
 
 def assert_selected(got: Selection, case: Case, room: bool) -> None:
@@ -126,7 +126,7 @@ def traits(case: Case) -> dict[str, bool]:
     """What a case has that could go wrong; tests count them."""
     want = case.expected()
     tokens = [t for rows in zip(case.student, want.guide, case.valid, want.weight, strict=True) for t in zip(*rows, strict=True)]
-    mapped = [(slow.single(s - g), w) for s, g, v, w in tokens if v and not math.isnan(s - g)]
+    mapped = [(plain.single(s - g), w) for s, g, v, w in tokens if v and not math.isnan(s - g)]
     kept, dropped = {d for d, w in mapped if w}, {d for d, w in mapped if not w}
     return {
         case.kind: True,

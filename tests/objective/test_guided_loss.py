@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_vocagno.objective.guidance import GuidedLoss, guided_loss, weighted_loss
 from megatron_vocagno.objective.selection import gather_guide
 from megatron_vocagno.objective.statistics import STATS, summarize
-from tests.objective import slow
+from tests.objective import plain
 
 NAN, INF = math.nan, math.inf
 SCOPES, POLICIES = ["sequence", "microbatch", "global"], ["include", "exclude"]
@@ -46,7 +46,7 @@ def test_loss_gradient_and_stats_are_those_of_the_slow_method(scope: str, unmapp
     met = dict.fromkeys(["plain", "zero weight", "all unmapped", "NaN student", "padding"], 0)
     for keep, _ in itertools.product(["0.1", "0.4", "0.6", "1"], range(40)):
         student, guide, valid = random_losses(rng)
-        weight, thresholds = slow.weights(student, guide, valid, keep, scope, unmapped, positive)
+        weight, thresholds = plain.weights(student, guide, valid, keep, scope, unmapped, positive)
         leaf = torch.tensor(student, requires_grad=True)
         got = guided_loss(
             leaf,
@@ -64,7 +64,7 @@ def test_loss_gradient_and_stats_are_those_of_the_slow_method(scope: str, unmapp
         assert got.loss.dtype == torch.float32 and got.loss.item() == pytest.approx(total / count if count else 0.0, rel=1e-6)
         assert leaf.grad is not None and torch.allclose(leaf.grad, torch.tensor(weight) / max(count, 1), rtol=1e-6, atol=0)
         assert got.stats.dtype == torch.float64
-        assert dict(zip(STATS, got.stats.tolist(), strict=True)) == slow.stats(student, guide, valid, weight, thresholds, 0)
+        assert dict(zip(STATS, got.stats.tolist(), strict=True)) == plain.stats(student, guide, valid, weight, thresholds, 0)
         met["zero weight"] += count == 0
         met["plain"] += count > 3
         met["all unmapped"] += all(math.isnan(g) for row in guide for g in row)
@@ -100,11 +100,11 @@ def test_keep_all_and_include_is_plain_language_modeling(scope: str) -> None:
     valid = torch.rand(3, 20) < 0.8
     student[0, :4], valid[0, :4] = torch.tensor([NAN, INF, NAN, 1.0]), torch.tensor([True, False, False, True])
     guided = guided_loss(student, guide, valid, keep=1, scope=scope, unmapped="include")  # type: ignore[arg-type]
-    plain = without_guide(student, valid)
-    assert torch.equal(guided.loss, plain.loss) and torch.equal(guided.weight_BS, plain.weight_BS)
-    assert plain.loss.item() == pytest.approx(student[valid & student.isfinite()].mean().item())
-    assert stat(plain, "mapped") == stat(plain, "thresholds") == 0 and stat(plain, "nonfinite") == 1
-    assert stat(plain, "weight_sum") == stat(plain, "unmapped_kept") == stat(guided, "weight_sum") > 20
+    whole = without_guide(student, valid)
+    assert torch.equal(guided.loss, whole.loss) and torch.equal(guided.weight_BS, whole.weight_BS)
+    assert whole.loss.item() == pytest.approx(student[valid & student.isfinite()].mean().item())
+    assert stat(whole, "mapped") == stat(whole, "thresholds") == 0 and stat(whole, "nonfinite") == 1
+    assert stat(whole, "weight_sum") == stat(whole, "unmapped_kept") == stat(guided, "weight_sum") > 20
 
 
 def zero_weight_cases() -> list[tuple[Tensor, Tensor, Tensor]]:

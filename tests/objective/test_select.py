@@ -12,7 +12,7 @@ import torch
 from megatron_vocagno.objective import ranking
 from megatron_vocagno.objective.ranking import kept_count
 from megatron_vocagno.objective.selection import planned_kept, select
-from tests.objective import slow
+from tests.objective import plain
 
 KEEPS = ["0.1", "0.3", "0.4", "0.6", "0.7", "0.999999", "1"]
 SPECIAL = [math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, -1e-45, 3.4e38, -3.4e38]
@@ -36,7 +36,7 @@ def test_selection_is_the_sorted_ranking(scope: str) -> None:
     for keep, positive, _ in itertools.product(KEEPS, [False, True], range(30)):
         excess, eligible = random_excess(rng)
         got = select(torch.tensor(excess), torch.tensor(eligible), float(keep), scope, require_positive=positive)  # type: ignore[arg-type]
-        want = slow.select(excess, eligible, keep, scope, positive)
+        want = plain.select(excess, eligible, keep, scope, positive)
         assert got.tolist() == want
         flat = [
             (d, w) for ds, es, ws in zip(excess, eligible, want, strict=True) for d, e, w in zip(ds, es, ws, strict=True) if e
@@ -47,7 +47,7 @@ def test_selection_is_the_sorted_ranking(scope: str) -> None:
         met["infinite"] += any(math.isinf(d) for d, _ in flat)
         met["nothing eligible"] += not flat
         met["one token"] += len(flat) == 1
-        met["not positive"] += positive and want != slow.select(excess, eligible, keep, scope, False)
+        met["not positive"] += positive and want != plain.select(excess, eligible, keep, scope, False)
     if scope == "sequence":
         del met["cut among ties"]
     assert min(met.values()) > 10, met
@@ -104,7 +104,7 @@ def test_the_count_is_the_exact_ceiling_of_the_written_share() -> None:
     traps = 0
     for keep in [f"0.{digits:02d}" for digits in range(1, 100)] + ["1", "0.000001", "0.333333"]:
         for tokens in [*range(120), 10**6, 10**9]:
-            want = slow.kept_count(tokens, keep)
+            want = plain.kept_count(tokens, keep)
             assert kept_count(tokens, float(keep)) == want
             traps += math.ceil(float(keep) * tokens) != want
     assert traps > 10, "the float product is right everywhere: nothing was tested"

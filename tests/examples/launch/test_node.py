@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import player
-from tests.launch.conftest import group, wait_for
+from tests.examples.launch import player
+from tests.examples.launch.conftest import group, wait_for
 from tests.runs import REPOSITORY
 
 NODE = REPOSITORY / "examples" / "launch" / "node.sh"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.conftest import RUN, group, has_done, losses, wait_for
+from tests.examples.launch.conftest import RUN, group, has_done, losses, wait_for
 from tests.runs import REPOSITORY, Case, environment, free_port
 
 SUPERVISOR, NODE = (REPOSITORY / "examples" / "launch" / name for name in ("run_forever.sh", "node.sh"))

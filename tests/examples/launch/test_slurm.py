@@ -14,8 +14,8 @@ import pytest
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents
-from tests.launch import fake_slurm, player
-from tests.launch.conftest import RUN, documented, group, has_done, losses, wait_for
+from tests.examples.launch import fake_slurm, player
+from tests.examples.launch.conftest import RUN, documented, group, has_done, losses, wait_for
 from tests.runs import REPOSITORY, Case, environment
 
 SCRIPTS = REPOSITORY / "examples" / "launch" / "slurm"

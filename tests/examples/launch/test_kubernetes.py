@@ -11,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.launch.conftest import RUN, group, has_done, losses, wait_for
+from tests.examples.launch.conftest import RUN, group, has_done, losses, wait_for
 from tests.runs import REPOSITORY, Case, environment, free_port
 
 FOLDER = REPOSITORY / "examples" / "launch" / "kubernetes"

@@ -64,13 +64,13 @@ def test_a_killed_command_leaves_no_job_behind(tmp_path: Path) -> None:
     sleeper = tmp_path / "pid"
     program = (
         "from functools import partial; from pathlib import Path; from examples.evidence.jobs import Job, work\n"
-        "from tests.evidence.test_jobs import sleep_after_writing_pid as sleep\n"
+        "from tests.examples.evidence.test_jobs import sleep_after_writing_pid as sleep\n"
         f"job = Job('sleeps', Path({str(tmp_path / 'log')!r}), partial(sleep, Path({str(sleeper)!r})))\n"
         "if __name__ == '__main__': work([job], 1)"
     )
     path = tmp_path / "program.py"
     path.write_text(program)
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = subprocess.Popen([sys.executable, str(path)], env=os.environ | {"PYTHONPATH": str(root)}, cwd=root)
     try:
         assert eventually(sleeper.exists), "the job has not begun"

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from tests.launch.conftest import RUN, STEPS, losses
+from tests.examples.launch.conftest import RUN, STEPS, losses
 from tests.runs import REPOSITORY, STUDENT, Case, environment
 
 # A namespace for both hosts, and everything in it ends with its first process. Each host has an address, and no other way out.

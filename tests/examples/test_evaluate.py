@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vocagno.export import export
-from tests.launch.test_shell import shellcheck
+from tests.examples.launch.test_shell import shellcheck
 from tests.runs import REPOSITORY, Case, environment
 
 SCRIPT = REPOSITORY / "examples" / "evaluate.sh"

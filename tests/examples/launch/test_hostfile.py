@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.conftest import RUN, documented, group, losses
+from tests.examples.launch.conftest import RUN, documented, group, losses
 from tests.runs import REPOSITORY, Case, environment, free_port
 
 LAUNCH = REPOSITORY / "examples" / "launch"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-CORPUS = Path(__file__).parent.parent / "examples" / "demo" / "corpus.py"
+CORPUS = Path(__file__).parents[2] / "examples" / "demo" / "corpus.py"
 
 
 @pytest.mark.long
