@@ -9,19 +9,7 @@ import pytest
 from megatron_vocagno.pretrain import main
 from megatron_vocagno.run_file import load_run
 from tests.errors.telling import readable, told
-
-GOOD = """\
-output = "runs/x"
-[data]
-train = "data/train"
-row_length = 64
-[student.config]
-model_type = "llama"
-[teacher]
-path = "teacher"
-[training]
-steps = 3
-"""
+from tests.test_config import GOOD
 
 ONE_FIELD = [
     ("guidance.kep=0.5", "no field 'guidance.kep'; did you mean 'guidance.keep'?"),
