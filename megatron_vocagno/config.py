@@ -61,6 +61,11 @@ class Data(Part):
     attention: Literal["row", "document"] = "row"
     """What a token sees, in both models: all of its row before it, or its own document's part of that."""
 
+    @property
+    def by_document(self) -> bool:
+        """Whether attention ends at the borders of documents."""
+        return self.attention == "document"
+
     @field_validator("train", mode="before")
     @classmethod
     def _one_path(cls, train: Any) -> Any:

@@ -22,7 +22,7 @@ from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy, check_output
 from megatron_vocagno.engine.pins import from_the_hub
-from megatron_vocagno.engine.placement import check_tokenizer, load_teacher, place_teacher
+from megatron_vocagno.engine.placement import load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.samples import open_samples
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision
@@ -133,7 +133,7 @@ def _open_student(
     assert source is not None
     config = student_config(source, vocabulary)
     if weights is not None:
-        check_tokenizer(data, "student", weights.folder)
+        data.require_tokenizer("student", weights.folder)
     check_row_length(config, run.data.row_length)
     check_stages(run.parallel, config.num_hidden_layers)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]

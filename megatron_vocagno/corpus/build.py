@@ -9,7 +9,6 @@ done; and the lock. It may be deleted.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.encoders import EncoderMismatch
 from megatron_vocagno.corpus.losses import gather
 from megatron_vocagno.corpus.manifest import BUILD, DATASET, ShardRecord, Totals, create, hash_file, to_json, write_durably
-from megatron_vocagno.corpus.places import Place, place, reaching
+from megatron_vocagno.corpus.places import NO_LOCKS, Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
 from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
@@ -290,7 +289,7 @@ def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> None:
             f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder"
         ) from None
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in NO_LOCKS:
             raise
         # a file system without locks: shards are whole whoever makes them, one of two builds works in vain
 

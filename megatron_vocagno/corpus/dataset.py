@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,15 +207,31 @@ class AlignedDataset:
         n = -(-int(self.student_lengths[i]) // ANCHOR_EVERY)
         return EncodedSpans(self._codes.read(i), side[:n], side[n:].reshape(-1, 2))
 
-    def require_tokenizers(self, student_fingerprint: str | None = None, teacher_fingerprint: str | None = None) -> None:
-        """Raises TokenizerMismatch with both fingerprints, unless the dataset was made with these."""
-        for side, wanted in (("student", student_fingerprint), ("teacher", teacher_fingerprint)):
-            made_with = self.manifest.tokenizer(side).fingerprint
-            if wanted is not None and wanted != made_with:
-                raise TokenizerMismatch(
-                    f"{self.path}: its {side} ids were made with tokenizer {made_with}, the {side} model's is {wanted}: "
-                    "build the dataset again with that model's tokenizer, or name the model it was built for"
-                )
+    def require_tokenizer(self, side: Literal["student", "teacher"], folder: Path) -> None:
+        """Refuse a model, of that side, whose own tokenizer did not make the ids. A folder may come without a tokenizer.
+
+        Raises TokenizerMismatch with both fingerprints.
+        """
+        # here: to read a dataset takes neither
+        from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
+        from megatron_vocagno.corpus.tokens import open_tokenizer
+
+        if not (folder / "tokenizer.json").is_file():
+            return
+        made_with = self.manifest.tokenizer(side)
+        advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
+        try:
+            mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
+        except TokenizerError as error:
+            raise TokenizerMismatch(
+                f"{self.path}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
+                f"which could not have made them: {error}.\n  {advice.capitalize()}."
+            ) from None
+        if mine != made_with.fingerprint:
+            raise TokenizerMismatch(
+                f"{self.path}: its {side} ids were made with tokenizer {made_with.fingerprint}, "
+                f"the {side} model's is {mine}: {advice}"
+            )
 
     def require_tokenizers_of(self, other: AlignedDataset) -> None:
         """Raises TokenizerMismatch with both paths and fingerprints, unless both datasets were made with the same."""

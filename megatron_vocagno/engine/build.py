@@ -78,7 +78,7 @@ def build_engine(
     # by which DeepSpeed and the optimizers say that a name or a value of theirs is wrong
     except (AssertionError, TypeError, ValueError) as error:
         raise RunError(f"DeepSpeed does not take this configuration: {type(error).__name__}: {error}") from error
-    documents = run.data.attention == "document"
+    documents = run.data.by_document
     if distiller is not None:
         return DistillingTrainer(engine, objective, layout, documents, distiller)
     return (PipelineTrainer if stages else PlainTrainer)(engine, objective, layout, documents)

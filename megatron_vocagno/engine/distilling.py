@@ -50,7 +50,7 @@ def open_distiller(teacher: object, run: Run, data: AlignedDataset, device: torc
         return None
     assert isinstance(teacher, Teacher), "the configuration lets no other through"
     ids = data.student_tokenizer.vocab_size, data.teacher_tokenizer.vocab_size
-    documents = run.data.attention == "document"
+    documents = run.data.by_document
     return Distiller(teacher, kind, ids, run.teacher[0].tokens_per_batch, device, documents)
 
 

@@ -6,7 +6,6 @@ them from each other. The first rank holds a lock for as long as it lives, and t
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megatron_vocagno.config import OccupiedError, RunError
+from megatron_vocagno.corpus.places import NO_LOCKS
 from megatron_vocagno.engine.agreement import from_first_rank
 
 LOCK = ".lock"
 PATIENCE = 300.0
 """Seconds to wait for another run to end. Less than the ten minutes after which the other ranks give the first one up."""
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def check_output(output: Path) -> None:

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
-from typing import Literal
 
 import torch
 
 from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.manifest import TokenizerMismatch
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
-from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
@@ -36,7 +31,7 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     path = asked.path
     assert path is not None
     together(lambda: check_vocabularies(run, data), RunError)
-    together(lambda: check_tokenizer(data, "teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
+    together(lambda: data.require_tokenizer("teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
     dtype = getattr(torch, asked.dtype)
     opened = partial(open_teacher, path, dtype, processes.device, asked.attention, weights=asked.weights)
     # a sharded teacher is loaded by all ranks together anyway
@@ -56,21 +51,4 @@ def place_teacher(teacher: Teacher | ShardedTeacher | None, run: Run, engine: En
     if teacher is None:
         return CachedScorer(processes.device)
     scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
-    documents = run.data.attention == "document"
-    return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, documents)
-
-
-def check_tokenizer(data: AlignedDataset, side: Literal["student", "teacher"], folder: Path) -> None:
-    """Refuse a model whose own tokenizer is not the one that made the dataset's ids. A folder may come without one."""
-    if not (folder / "tokenizer.json").is_file():
-        return
-    made_with = data.student_tokenizer if side == "student" else data.teacher_tokenizer
-    try:
-        mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
-    except TokenizerError as error:
-        raise TokenizerMismatch(
-            f"{data.path}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
-            f"which could not have made them: {error}.\n"
-            "  Build the dataset again with that model's tokenizer, or name the model it was built for."
-        ) from None
-    data.require_tokenizers(**{f"{side}_fingerprint": mine})
+    return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, run.data.by_document)

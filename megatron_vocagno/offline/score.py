@@ -22,7 +22,6 @@ from megatron_vocagno.corpus.losses import gather, record_losses, tidy, unscored
 from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.shards import ChangedError
-from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import ModelError, read_config
@@ -66,9 +65,7 @@ class Asked:
                 f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
                 "the dataset was aligned for another teacher"
             )
-        if (folder / "tokenizer.json").is_file():
-            mine = open_tokenizer(folder, eos_token=data.teacher_tokenizer.eos_token, backend="huggingface")
-            data.require_tokenizers(teacher_fingerprint=mine.fingerprint)
+        data.require_tokenizer("teacher", folder)
         longest = getattr(config, "max_position_embeddings", None)
         context = self.context or min(CONTEXT, longest or CONTEXT)
         stride = self.stride or max(1, context // 2)

@@ -20,7 +20,7 @@ from megatron_vocagno.corpus.indexed import HEADER, PairReader, PairWriter, chec
 from megatron_vocagno.corpus.losses import require_whole
 from megatron_vocagno.corpus.manifest import UNSEALED, FileRecord, LossTotals, Scoring, TeacherLosses, read_manifest
 from megatron_vocagno.corpus.spans import Spans, align, encode
-from megatron_vocagno.corpus.tokens import Tokens
+from megatron_vocagno.corpus.tokens import Tokens, open_tokenizer
 from megatron_vocagno.corpus.verify import verify
 from tests.errors.telling import told
 from tests.runs import Case
@@ -126,13 +126,19 @@ def test_a_dataset_that_was_not_copied_whole(copy: Path) -> None:
 
 def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     data = AlignedDataset.open(case.valid)
+    model = shutil.copytree(data.student_tokenizer.path, tmp_path / "model")
+    raw = json.loads((model / "tokenizer.json").read_text())
+    raw["model"]["merges"].pop()
+    (model / "tokenizer.json").write_text(json.dumps(raw))
+    cut = open_tokenizer(model, eos_token=data.student_tokenizer.eos_token).fingerprint
     names = {"DATA": data.path, "MINE": data.student_tokenizer.fingerprint, "OTHER": data.teacher_tokenizer.fingerprint}
     with told(
-        "DATA: its student ids were made with tokenizer MINE, the student model's is OTHER: build the "
+        "DATA: its student ids were made with tokenizer MINE, the student model's is CUT: build the "
         "dataset again with that model's tokenizer, or name the model it was built for",
+        CUT=cut,
         **names,
     ):
-        data.require_tokenizers(student_fingerprint=data.teacher_tokenizer.fingerprint)
+        data.require_tokenizer("student", model)
     other = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "other"))
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(

@@ -74,7 +74,7 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
         "  Build the dataset again with that model's tokenizer, or name the model it was built for.",
         **names,
     ):
-        placement.check_tokenizer(data, "student", case.teacher)
+        data.require_tokenizer("student", case.teacher)
     with told(
         "guidance.objective = 'kld' compares two distributions over one vocabulary, and DATA was aligned for "
         "two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).\n"
