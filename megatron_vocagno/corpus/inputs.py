@@ -26,7 +26,7 @@ from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.corpus.streams import BrokenInput, Compression, compression_of, open_bytes, open_raw
+from megatron_vocagno.corpus.streams import BrokenInput, Compression, InputError, compression_of, open_bytes, open_raw
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
 
@@ -64,10 +64,6 @@ _FOREIGN = tuple(
     )
 )
 _OVER_SEVERAL_LINES = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
-
-
-class InputError(CorpusError):
-    """An input that is missing, in another format, or holds a bad record."""
 
 
 class Line(NamedTuple):

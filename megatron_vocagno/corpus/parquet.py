@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_vocagno.corpus.inputs import InputError
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.streams import REMOTE_BUFFER, BrokenInput, open_raw
+from megatron_vocagno.corpus.streams import REMOTE_BUFFER, BrokenInput, InputError, open_raw
 
 BATCH_BYTES = 1 << 20  # of text decoded at once, by the mean of the row group
 BATCH_ROWS = 64  # at most, since lengths differ

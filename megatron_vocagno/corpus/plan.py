@@ -12,10 +12,11 @@ from typing import TypeVar
 import orjson
 
 from megatron_vocagno.corpus import CorpusError
-from megatron_vocagno.corpus.inputs import InputError, Piece, cut, take
+from megatron_vocagno.corpus.inputs import Piece, cut, take
 from megatron_vocagno.corpus.manifest import Record
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.shards import Job, Settings
+from megatron_vocagno.corpus.streams import InputError
 
 SHARD_BYTES = 64 << 20  # of text, about
 

@@ -28,7 +28,7 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.documents import Document, read
 from megatron_vocagno.corpus.encoders import Backend
-from megatron_vocagno.corpus.inputs import InputError, Piece
+from megatron_vocagno.corpus.inputs import Piece
 from megatron_vocagno.corpus.manifest import (
     CODEC,
     FORMAT,
@@ -43,6 +43,7 @@ from megatron_vocagno.corpus.manifest import (
 )
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.shard_writer import ShardWriter
+from megatron_vocagno.corpus.streams import InputError
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.corpus.workers import report
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TypeAlias, cast
 
 from isal import igzip_lib
 
+from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
 
 if sys.version_info >= (3, 14):
@@ -45,6 +46,10 @@ _MAGIC: dict[Compression, re.Pattern[bytes]] = {
     "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
     "xz": re.compile(rb"\xfd7zXZ\x00"),
 }
+
+
+class InputError(CorpusError):
+    """An input that is missing, in another format, or holds a bad record."""
 
 
 class BrokenInput(Exception):

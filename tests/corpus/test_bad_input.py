@@ -23,8 +23,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vocagno.corpus.documents import BROKEN
-from megatron_vocagno.corpus.inputs import InputError, cut
-from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK
+from megatron_vocagno.corpus.inputs import cut
+from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK, InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, DECODERS, decodable, lines, parquet, read_all
 

@@ -20,10 +20,10 @@ import pytest
 from megatron_vocagno.corpus import shards
 from megatron_vocagno.corpus.build import BuildError, build, finish
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.inputs import InputError
 from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.shards import ChangedError, Settings
+from megatron_vocagno.corpus.streams import InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write

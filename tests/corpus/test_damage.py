@@ -18,8 +18,8 @@ from backports import zstd
 from megatron_vocagno.corpus import documents as documents_module
 from megatron_vocagno.corpus import inputs
 from megatron_vocagno.corpus.documents import BROKEN
-from megatron_vocagno.corpus.inputs import InputError, cut
-from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK
+from megatron_vocagno.corpus.inputs import cut
+from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK, InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, DECODERS, decodable, lines, of, parquet, read_all, write
 

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vocagno.corpus.documents import read
-from megatron_vocagno.corpus.inputs import InputError, Piece, cut
+from megatron_vocagno.corpus.inputs import Piece, cut
+from megatron_vocagno.corpus.streams import InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
 

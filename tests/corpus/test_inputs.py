@@ -16,7 +16,8 @@ import pyarrow as pa
 import pytest
 
 from megatron_vocagno.corpus import CorpusError, inputs
-from megatron_vocagno.corpus.inputs import CUT_BYTES, InputError, Piece, cut, find, take
+from megatron_vocagno.corpus.inputs import CUT_BYTES, Piece, cut, find, take
+from megatron_vocagno.corpus.streams import InputError
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
 
 

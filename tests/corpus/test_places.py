@@ -10,8 +10,9 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from megatron_vocagno.corpus.documents import read
-from megatron_vocagno.corpus.inputs import CUT_BYTES, InputError, cut, find
+from megatron_vocagno.corpus.inputs import CUT_BYTES, cut, find
 from megatron_vocagno.corpus.places import Place, place
+from megatron_vocagno.corpus.streams import InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
 
