@@ -15,7 +15,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_MANY := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint evidence docs docs-links prove-same-loss soak gpu-test gpu-bench install clean
+.PHONY: demo test test-long lint evidence docs docs-links prove-same-loss no-revision soak gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -42,8 +42,11 @@ docs: $(VENV)-docs/installed
 docs-links:
 	$(PYTHON) docs/external_links.py --ask
 
-prove-same-loss: demo
+prove-same-loss: $(if $(REV),demo,no-revision)
 	$(BIN)/python -m benchmarks.prove_same_loss $(REV)
+
+no-revision:
+	@echo "error: which revision? make prove-same-loss REV=main~3" >&2; exit 2
 
 soak: install
 	$(BIN)/python -m benchmarks.soak --kills 20 --steps 500

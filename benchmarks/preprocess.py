@@ -296,7 +296,7 @@ def timed_build(file: Path, settings: Settings, workers: int, shard_bytes: int) 
 
     with TemporaryDirectory(dir=file.parent) as out:
         engine = partial(run_local, workers=workers, on_progress=within)
-        build([file], f"{out}/dataset", settings, engine, shard_bytes, on_shard=shard)
+        build([file], f"{out}/dataset", settings, engine=engine, shard_bytes=shard_bytes, on_shard=shard)
     return Build(told, max(peaks))
 
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from megatron_vocagno.batch.texts import TextCollator
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus import open_tokenizer
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.objective import STATS, gather_guide, guided_loss, planned_kept, summarize
 
@@ -95,7 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, length: int) -> None:
     """Prints loss and share kept of every step. Raises UserError, OSError."""
     tokenizer = open_tokenizer(student)
-    lines = corpus.read_text(encoding="utf-8").splitlines()
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -111,12 +111,23 @@ def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, lengt
         AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
         arguments,
         data_collator=TextCollator(tokenizer, open_tokenizer(teacher), length),
-        train_dataset=[{"text": text} for line in lines if (text := json.loads(line)["text"])],
+        train_dataset=read_texts(corpus),
         teacher=open_teacher(teacher, torch.float32, arguments.device),
     )
     trainer.train()
     trainer.save_model(str(out))
     tokenizer.save(out)
+
+
+def read_texts(corpus: Path) -> list[dict[str, str]]:
+    """Raises UserError: a line is not JSON with a text."""
+    texts = []
+    for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            texts.append({"text": str(json.loads(line)["text"])})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f'{corpus}, line {number}: not JSON with a "text": {error!r}') from None
+    return [row for row in texts if row["text"]]
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_command(lambda: _dry_run(options))
     options = parser().parse_args(arguments)
     # an OSError may pass by itself, so it is no matter of the user's: supervisors start such a run again
-    return run_command(lambda: _pretrain(options), "the same command goes on from the newest whole checkpoint", (UserError,))
+    after_interrupt = "the same command goes on from the newest whole checkpoint, if there is one"
+    return run_command(lambda: _pretrain(options), after_interrupt, (UserError,))
 
 
 def leave(code: int) -> NoReturn:

@@ -311,7 +311,7 @@ def test_ctrl_c_ends_a_training_in_a_line(case: Case) -> None:
     assert process.stdout is not None
     assert any(line.startswith("step ") for line in process.stdout)
     code, errors = interrupted(process)
-    assert (code, errors) == (130, "interrupted; the same command goes on from the newest whole checkpoint\n")
+    assert (code, errors) == (130, "interrupted; the same command goes on from the newest whole checkpoint, if there is one\n")
 
 
 # ---- how much is told

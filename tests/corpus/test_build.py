@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -27,7 +28,8 @@ from megatron_vocagno.corpus.streams import InputError
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
-from tests.corpus.test_build_dataset import arguments, finished, start, wait_until
+from tests.corpus.test_build_dataset import arguments, finished, start
+from tests.corpus.test_workers import wait_until
 
 SHORT = real.multilingual_texts() + [text for text in real.awkward_texts() if len(text) < 300]
 SHARD = 100_000
@@ -387,3 +389,11 @@ def test_a_second_build_into_a_folder_is_refused(built, corpus, settings, tmp_pa
         run(part=Slice(2, 2))
     finish(out, settings)
     assert contents(out) == contents(built.path)
+
+
+def test_ctrl_c_while_a_folder_is_being_locked_leaves_nothing(settings, tmp_path, corpus, monkeypatch):
+    flock = Mock(side_effect=KeyboardInterrupt)
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(KeyboardInterrupt):
+        build([corpus], tmp_path / "out", settings, shard_bytes=SHARD)
+    assert flock.call_count == 1 and not (tmp_path / "out").exists()

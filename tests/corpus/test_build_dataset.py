@@ -11,9 +11,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,13 +52,6 @@ def finished(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int,
     finally:
         process.kill()
     return process.returncode, out, err
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it takes too long"
-        time.sleep(0.005)
 
 
 @pytest.fixture

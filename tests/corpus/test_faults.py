@@ -22,8 +22,8 @@ import pytest
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.shards import Settings, ShardFile
 from tests.corpus.conftest import contents, write_jsonl
-from tests.corpus.test_build_dataset import arguments, start, wait_until
-from tests.corpus.test_workers import children, runs
+from tests.corpus.test_build_dataset import arguments, start
+from tests.corpus.test_workers import children, runs, wait_until
 
 pytestmark = pytest.mark.slow
 KILLS = 20

@@ -234,7 +234,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is made")
-    tokenizer = "tokenizer (required): a folder, tokenizer.json, SentencePiece model"
+    tokenizer = "tokenizer (required): folder, tokenizer.json, .model or Hub id"
     group.add_argument("--student", required=True, metavar="S", help=tokenizer)
     group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
     group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
