@@ -29,8 +29,9 @@ def overrides(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path)
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize(("stages", "processes"), [(2, 2), pytest.param(0, 1, marks=pytest.mark.long)], ids=["pipeline", "plain"])
+@pytest.mark.parametrize(("stages", "processes"), [(2, 2), (0, 1)], ids=["pipeline", "plain"])
 def test_losses_and_weights_are_those_of_whole_logits(overrides: list[str], stages: int, processes: int, tmp_path: Path) -> None:
     for name, program in (("ours", [SCRIPT]), ("naive", ["-m", "tests.naive_objective"])):
         mine = ["--set", f"output={tmp_path / name}", "--set", f"parallel.pipeline_stages={stages}"]

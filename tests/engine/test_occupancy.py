@@ -32,6 +32,7 @@ def test_a_file_system_without_locks_keeps_no_run_from_starting(tmp_path: Path, 
     assert Occupancy(tmp_path)._take(pytest.fail)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_starts_once_the_other_has_left_its_folder(case: Case) -> None:
     arguments, output = case.command("occupied", ["training.steps=1", "eval.rows=4"]), case.out("occupied")

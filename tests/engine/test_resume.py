@@ -100,6 +100,7 @@ processes.stop()
 """
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_one_rank_cannot_read_ends_all_ranks_and_is_not_passed_over(case: Case) -> None:
     """Neither while it is hashed nor while it is loaded: a machine that loses its disk must not cost the run its checkpoints."""
     overrides = ["training.steps=2", "checkpoint.every=1"]

@@ -167,6 +167,7 @@ def test_help_is_the_head_of_the_script() -> None:
     assert len(head) > 5 and all(line.startswith("#") for line in head)
 
 
+@pytest.mark.long
 def test_a_task_that_does_not_exist_is_told_before_anything_is_exported(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()  # no checkpoint in it: an export would say so
     told = evaluate(tmp_path, "--tasks", "word_problems_cot,word_problems_cto,mmlu_stem_c*")

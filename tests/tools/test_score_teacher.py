@@ -117,6 +117,7 @@ def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Pa
     assert code == 2 and "stride: 128 then, 100 now" in err and "dtype: float32 then, bfloat16 now" in err and "--replace" in err
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_and_a_kill_leave_what_one_process_makes(
     run: Callable[..., Output], built: AlignedDataset, teacher: Path, tmp_path: Path

@@ -95,6 +95,7 @@ def variables(index: int, port: str) -> dict[str, str]:
     return values | {"RANKS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_drained_pod_ends_all_pods_so_that_all_come_again(case: Case, one_host: dict[int, float]) -> None:
     """SIGTERM to one: both save, and end with the code for which the Job starts them again."""

@@ -49,6 +49,7 @@ def test_ray_understands_the_commands_that_start_it() -> None:
     assert met == [(True, None), (False, f"{cluster_file()['provider']['head_ip']}:6379")]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_documented_command_makes_the_dataset_of_one_process(case: Case, teacher_tokenizer: Path, tmp_path: Path) -> None:
     words = {

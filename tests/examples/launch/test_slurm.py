@@ -114,6 +114,7 @@ def test_an_array_that_does_not_start_at_one_is_refused(script: str, slurm: Path
     assert "the array must be 1-N" in log(slurm)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_its_end(case: Case, one_host: dict[int, float], slurm: Path, submit: Submit) -> None:
     """USR1 before the time limit: saved, put back into the queue, started again; as if nothing had been."""

@@ -56,6 +56,7 @@ def namespaces() -> list[str]:
     return UNSHARE
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_pipeline_over_two_hosts_has_the_losses_of_one(namespaces: list[str], case: Case, one_host: dict[int, float]) -> None:
     node = str(REPOSITORY / "examples" / "launch" / "node.sh")
