@@ -159,14 +159,16 @@ def tell(revision: str, theirs: Lines, ours: Lines, tolerance: float) -> int:
     return 0 if same else 1
 
 
-def paired(name: str, theirs: Lines, ours: Lines) -> list[tuple[float, float, float]]:
-    """Step, their number, our number; infinity where only one side has it."""
+def paired(name: str, theirs: Lines, ours: Lines) -> list[tuple[float, float | None, float | None]]:
+    """Step, their number, our number; None where a side lacks it."""
     a, b = ({line["step"]: line[name] for line in lines if name in line} for lines in (theirs, ours))
-    return [(step, a.get(step, math.inf), b.get(step, math.inf)) for step in sorted(a.keys() | b.keys())]
+    return [(step, a.get(step), b.get(step)) for step in sorted(a.keys() | b.keys())]
 
 
-def relative(a: float, b: float) -> float:
-    """0 for the same bits; infinity where one of them is no finite number and the other is another one."""
+def relative(a: float | None, b: float | None) -> float:
+    """0 for the same bits; infinity where one is missing, or is no finite number and the other is another one."""
+    if a is None or b is None:
+        return math.inf
     if a == b or (math.isnan(a) and math.isnan(b)):
         return 0.0
     if not (math.isfinite(a) and math.isfinite(b)):

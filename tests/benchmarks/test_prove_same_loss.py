@@ -41,6 +41,12 @@ def test_a_tolerance_is_relative_and_allows_no_nan() -> None:
 
 def test_a_number_that_a_side_lacks_is_a_difference() -> None:
     assert tell("HEAD", LINES, LINES[:2], 0) == 1
+    infinite = changed(2, loss__train=math.inf)
+    assert tell("HEAD", infinite, infinite, 0) == 0
+    assert (
+        tell("HEAD", infinite, [{k: v for k, v in line.items() if (k, v) != ("loss/train", math.inf)} for line in infinite], 0)
+        == 1
+    )
     without = [{name: value for name, value in line.items() if name != "loss/train"} for line in LINES]
     assert tell("HEAD", LINES, without, 0) == 1
     assert tell("HEAD", without, without, 0) == 1

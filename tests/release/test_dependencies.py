@@ -113,8 +113,9 @@ def test_the_page_has_the_licence_that_each_package_names() -> None:
         if same:
             assert licences.licence(name) == licence
             met += 1
-    if met < 30:
-        pytest.skip(f"{met} packages have the pinned version here: this is another environment than `make install` makes")
+    if any(metadata.version(name) != version(pinned[name]) for name in ("transformers", "deepspeed")):
+        pytest.skip("transformers or deepspeed are not the pinned ones: this is another environment than `make install` makes")
+    assert met >= 30
 
 
 def test_what_tests_and_demo_read_is_on_the_page_too() -> None:
