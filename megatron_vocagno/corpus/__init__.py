@@ -10,6 +10,7 @@ What is made of a text:
 
 - `tokens`       a text -> `Tokens`: ids and the UTF-8 byte at which each token ends
 - `encoders`     the libraries that give the ids; `sentencepiece_model`  a SentencePiece model -> tokenizer.json
+- `front`        the ids that a model's tokenizer puts in front of a text: BOS
 - `spans`        two `Tokens` of one text -> `Spans`: the teacher tokens that cover each student token; the one-byte codec
 - `alignment`    `align`: one text and two tokenizers -> both sides' tokens and the spans, printable
 - `aligner`      the same for a batch of texts at once, by arrays; `aligner_numba`  compiled

@@ -10,12 +10,13 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus import CorpusError
@@ -139,6 +140,19 @@ class GigatokenEncoder:
         self.remembers = isinstance(tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)
         trim_memory()
         return tokenizer
+
+
+def around_a_text(post_processor: Mapping[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids that the post-processor of a tokenizer.json puts before and behind a text. Raises EncoderError."""
+    if post_processor is None:
+        return (), ()
+    text = 2**32 - 1  # the id of a text's only token, which is no other's
+    model = {"type": "WordLevel", "vocab": {"a": text}, "unk_token": "a"}
+    nothing: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
+    raw = {**nothing, "post_processor": post_processor, "model": model}
+    ids = HuggingFaceEncoder(orjson.dumps(raw)).tokenizer.encode("a").ids
+    at = ids.index(text)
+    return tuple(ids[:at]), tuple(ids[at + 1 :])
 
 
 def open_encoder(plain: bytes, backend: Backend) -> tuple[Encoder, HuggingFaceEncoder, str]:

@@ -19,21 +19,13 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
 
     Raises TokenizerError where it is no such model, or one that changes the text.
     """
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined, unused-ignore]
-    try:
-        proto.ParseFromString(data)
-    except DecodeError:
-        raise TokenizerError(f"{file}: neither JSON nor a SentencePiece model ({len(data):,} bytes)") from None
+    proto = _parse(data, file)
     _check(proto, file)
     trainer, spec, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
     normal, unknown, control, user_defined = 1, 2, 3, 4
     steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    named = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id, "pad_token": trainer.pad_id}
     raw = {
         "version": "1.0",
         "truncation": None,
@@ -64,7 +56,31 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
             "merges": _merges({p.piece: p.score for p in pieces if p.type == normal}),
         },
     }
-    return raw, {name: pieces[i].piece for name, i in named.items() if 0 <= i < len(pieces)}
+    return raw, _names(proto)
+
+
+def sentencepiece_names(data: bytes, file: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """(the names of a model's control tokens, the id of each piece). Raises TokenizerError: no such model."""
+    proto = _parse(data, file)
+    return _names(proto), {piece.piece: i for i, piece in enumerate(proto.pieces)}
+
+
+def _parse(data: bytes, file: Path) -> Any:
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined, unused-ignore]
+    try:
+        proto.ParseFromString(data)
+    except DecodeError:
+        raise TokenizerError(f"{file}: neither JSON nor a SentencePiece model ({len(data):,} bytes)") from None
+    return proto
+
+
+def _names(proto: Any) -> dict[str, str]:
+    trainer, pieces = proto.trainer_spec, proto.pieces
+    ids = {"bos_token": trainer.bos_id, "eos_token": trainer.eos_id, "unk_token": trainer.unk_id, "pad_token": trainer.pad_id}
+    return {name: pieces[i].piece for name, i in ids.items() if 0 <= i < len(pieces)}
 
 
 def _check(proto: Any, file: Path) -> None:

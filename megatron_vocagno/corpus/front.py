@@ -1,0 +1,98 @@
+"""The ids that a model's own tokenizer puts in front of a text: BOS, two tokens (GLM's), or nothing.
+
+They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begins with, in transformers 5:
+
+    tokenizer.json    what its post-processor puts there; `add_bos_token` beside it is not asked
+                      a few classes make a post-processor of their own (GPT-NeoX's, CodeLlama's): then transformers is asked
+    tokenizer.model   BOS where tokenizer_config.json has `add_bos_token`, else nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from megatron_vocagno.corpus.encoders import around_a_text
+from megatron_vocagno.corpus.sentencepiece_model import TokenizerError, sentencepiece_names
+
+FILES = ("tokenizer.json", "tokenizer.model")  # in this order
+# classes of transformers that make a post-processor of their own, whatever tokenizer.json has
+OF_THEIR_OWN = ("GPTNeoXTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer")
+
+
+def front_ids(folder: Path) -> tuple[int, ...] | None:
+    """Ids that come before the first token of a text; () where there are none, None where `folder` has no tokenizer.
+
+    folder  of a model; or a file, as `open_tokenizer` takes it. Without the Hub: see hub.snapshot.
+
+    Raises TokenizerError: a file that cannot be read.
+
+    >>> front_ids(Path("models/gemma"))
+    (2,)
+    """
+    file = tokenizer_file(Path(folder))
+    if file is None:
+        return None
+    data = file.read_bytes()
+    try:
+        raw = orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return front_of_sentencepiece(*sentencepiece_names(data, file), file.parent)
+    if not isinstance(raw, dict):
+        raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it is no object")
+    return front_of_json(raw, file)
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The file itself, or that of a folder; None where there is none."""
+    if path.is_file():
+        return path
+    return next((path / name for name in FILES if (path / name).is_file()), None)
+
+
+def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:
+    """raw: the content of `file`, a tokenizer.json."""
+    front, _ = around_a_text(raw.get("post_processor"))
+    settings, config = (read_json(file.with_name(name)) for name in ("tokenizer_config.json", "config.json"))
+    declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    name = str(declared or "").removesuffix("Fast")
+    if name != "CodeLlamaTokenizer" and not front:
+        return front  # no class puts one there by itself but that
+    of_its_own = name in OF_THEIR_OWN or (not name and "model_type" in config)
+    if file.name != "tokenizer.json" or "auto_map" in settings or not of_its_own:
+        return front  # one that needs code from its folder is not run
+    return _ask_transformers(file.parent)
+
+
+def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], folder: Path) -> tuple[int, ...]:
+    """names, ids: of the model's control tokens, see sentencepiece_names."""
+    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+    bos = settings.get("bos_token", names.get("bos_token"))
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()
+
+
+def _ask_transformers(folder: Path) -> tuple[int, ...]:
+    # takes torch and some seconds
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        with_front: list[int] = tokenizer("a").input_ids
+        text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    except (ValueError, OSError, ImportError, TypeError) as error:
+        raise TokenizerError(f"{folder}: transformers cannot open this tokenizer: {error}") from error
+    at = next(i for i in range(len(with_front)) if with_front[i : i + len(text)] == text)
+    return tuple(with_front[:at])
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file, or no object in it. Raises TokenizerError: not JSON."""
+    try:
+        content = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    except orjson.JSONDecodeError as error:
+        raise TokenizerError(f"{file}: not valid JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
