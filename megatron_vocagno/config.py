@@ -18,6 +18,7 @@ Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
 Unmapped = Literal["include", "exclude"]
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
+Bos = Literal["auto", "none"] | Annotated[int, Field(ge=0)]
 Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
@@ -79,6 +80,10 @@ class Student(Part):
     """A Hugging Face folder with safetensors."""
     config: dict[str, Any] | None = None
     """Fields of a Hugging Face configuration, `model_type` first; `vocab_size` comes from the data when it is not given."""
+    bos: Bos = "auto"
+    """What it reads at the head of each row: `auto` is what its own tokenizer puts in front of a text, `none` nothing, a number
+    that id.
+    """
     attention: Attention = "auto"
 
     @model_validator(mode="after")
@@ -105,6 +110,8 @@ class Teacher(Part):
     `zero3`: its weights are sharded over all ranks, and gathered layer by layer.
     `cached`: `tools.preprocess.score_teacher` has written them beside the data; no teacher is loaded.
     """
+    bos: Bos = "auto"
+    """What it reads at the head of each row or window, as `student.bos`."""
     tokens_per_batch: PositiveInt = 16384
     """Padded teacher tokens of one forward. A memory bound, it changes no result beyond rounding."""
     attention: Attention = "auto"

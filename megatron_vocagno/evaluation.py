@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import evaluation_batches
 from megatron_vocagno.config import Run, SharedError
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -30,9 +31,11 @@ class HeldOut:
         scorer: Scorer | None,
         processes: Processes,
         stopper: Stopper,
+        front: Front,
     ) -> None:
+        """front: of the student."""
         self.engine, self.run, self.valid, self.samples, self.scorer = engine, run, valid, samples, scorer
-        self.processes, self.stopper = processes, stopper
+        self.processes, self.stopper, self.front = processes, stopper, front
 
     def tell(self, step: int, monitor: Monitor) -> None:
         """An evaluation after a step; nothing where there is no held-out text. Collective over the world."""
@@ -57,9 +60,8 @@ class HeldOut:
         """
         engine, run = self.engine, self.run
         nats, text_bytes, tokens = 0.0, 0, 0
-        steps = evaluation_batches(
-            valid, valid.student_byte_lengths, run.data.row_length, engine.layout, engine.data_rank, run.eval.rows
-        )
+        rows = valid, valid.student_byte_lengths, run.data.row_length
+        steps = evaluation_batches(*rows, engine.layout, engine.data_rank, run.eval.rows, self.front)
         for step in steps:
             if self._asked():
                 return {}

@@ -19,6 +19,7 @@ from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.distilling import open_distiller
+from megatron_vocagno.engine.fronts import open_fronts, reading
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy, check_output
 from megatron_vocagno.engine.pins import from_the_hub
@@ -65,9 +66,10 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     data = datasets[0]  # for what they have in common
     teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
+    fronts = together(lambda: open_fronts(run, data, config, teacher.vocab_size if teacher else None), UserError)
     mixture = Mixture([source.weight for source in run.data.train])
-    rows = BlendedRows(together(lambda: training_rows(run, datasets, longest), UserError), mixture)
-    samples = together(lambda: open_samples(run, datasets, valid, longest), UserError)
+    rows = BlendedRows(together(lambda: training_rows(run, datasets, longest, fronts), UserError), mixture)
+    samples = together(lambda: open_samples(run, datasets, valid, longest, fronts), UserError)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps, quiet)
@@ -75,15 +77,16 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
     scorer = place_teacher(teacher, run, engine, processes)
     stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, engine, run.guidance, processes)
-    held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
+    held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper, fronts[0])
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
-    keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)
+    keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path, fronts[0])
     occupancy = Occupancy(run.output)
     occupancy.take(monitor.say)
     position = keeper.resume(monitor.say)
     if samples is not None:
         samples.begin(position.step, monitor.say)
     lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
+    lines += reading(run, data, fronts)
     for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     paths = [source.path for source in run.data.train]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -25,6 +26,7 @@ from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.run_file import load_run
+from tests import tokenizers_for_tests as real
 
 
 def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, half: bool) -> list[tuple[float, float]]:
@@ -34,7 +36,8 @@ def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, hal
     assert run.teacher[0].path is not None and run.student.config is not None and run.training.steps is not None
     cpu = torch.device("cpu")
     teacher = open_teacher(run.teacher[0].path, torch.float32, cpu)
-    rows = TrainRows(data, run.data.row_length, run.training.seed, TeacherIds(data, teacher.max_positions))
+    source = TeacherIds(data, teacher.max_positions)
+    rows = TrainRows(data, run.data.row_length, run.training.seed, source, Front((real.MISTRAL_BOS,)))
     layout = Layout(settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"] // 2, 1)
     batches, scorer = Batches(rows, layout, 0), ReplicatedScorer(teacher, None, run.teacher[0].tokens_per_batch, cpu)
     g = run.guidance

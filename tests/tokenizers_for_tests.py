@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from pydoc_data.topics import topics
 
+MISTRAL_BOS = 1
+"""`<s>`, which Mistral's tokenizer puts in front of a text; SmolLM2's puts nothing there."""
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

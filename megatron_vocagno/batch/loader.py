@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Int32, Mapping, Piece, Row, Rows, TeacherSource
 
 IGNORE = -100
@@ -25,7 +26,11 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows. The student's side is padded to [B, S]; the teacher's is ragged, one array a row."""
+    """B rows. The student's side is padded to [B, S]; the teacher's is ragged, one array a row.
+
+    The first `lead` student positions of each row, and the first `teacher_leads[b]` of the teacher's, are read in front of text
+    and have no target.
+    """
 
     input_BS: Tensor
     """[B, S] int64, 0 where there is no token."""
@@ -38,11 +43,14 @@ class Batch:
     """[B, S] int32, which of the row's documents a position belongs to: that of its target, so that the token that ends one
     document is the first input of the next. Ascending from 0; padding belongs to the last document.
     """
+    lead: int
     teacher_inputs: tuple[Int32, ...]
+    """B arrays of lead + u token ids each; without any where the losses are cached."""
     teacher_targets: tuple[Int32, ...]
-    """B arrays of u token ids each; without any where the losses are cached."""
+    """B arrays of u token ids: what the spans count."""
     teacher_segments: tuple[Int32, ...]
-    """B arrays [u], as segment_BS."""
+    """B arrays [lead + u], as segment_BS."""
+    teacher_leads: tuple[int, ...]
     teacher_losses: tuple[Float32, ...] | None
     """B arrays [u], nats, where they are cached."""
     mapping_counts: tuple[int, ...]
@@ -74,9 +82,16 @@ class Layout:
 class TrainRows:
     """Rows without end: epoch after epoch, each with its own order of documents and of rows."""
 
-    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, teacher: TeacherSource | None = None) -> None:
-        """row_length and teacher: see Rows. Raises ValueError: no row in the dataset, or rows too short."""
-        self.dataset, self.row_length, self.seed, self.teacher = dataset, row_length, seed, teacher
+    def __init__(
+        self,
+        dataset: AlignedDocuments,
+        row_length: int,
+        seed: int,
+        teacher: TeacherSource | None = None,
+        front: Front = NO_FRONT,
+    ) -> None:
+        """row_length, teacher and front: see Rows. Raises ValueError: no row in the dataset, or rows too short."""
+        self.dataset, self.row_length, self.seed, self.teacher, self.front = dataset, row_length, seed, teacher, front
         # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 100 MB
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
         if not len(self._epoch(0)[0]):
@@ -109,7 +124,7 @@ class TrainRows:
     def _open_epoch(self, epoch: int) -> tuple[Rows, Int32]:
         random = np.random.default_rng([self.seed, epoch])
         documents = random.permutation(np.arange(len(self.dataset.student_lengths), dtype=np.int32))
-        rows = Rows(self.dataset, documents, self.row_length, self._source(epoch))
+        rows = Rows(self.dataset, documents, self.row_length, self._source(epoch), self.front)
         return rows, random.permutation(np.arange(len(rows), dtype=np.int32))
 
     def _source(self, epoch: int) -> TeacherSource | None:
@@ -153,14 +168,20 @@ class TextBatches:
 
 
 def evaluation_batches(
-    dataset: AlignedDocuments, byte_lengths: Int32, row_length: int, layout: Layout, rank: int, limit: int | None
+    dataset: AlignedDocuments,
+    byte_lengths: Int32,
+    row_length: int,
+    layout: Layout,
+    rank: int,
+    limit: int | None,
+    front: Front = NO_FRONT,
 ) -> Iterator[TextBatches]:
     """The rows in file order, `limit` at most, as steps of one data-parallel rank; missing rows of the last step are empty.
 
     byte_lengths [V]: UTF-8 bytes of each student token. Ends of documents are not scored, they are no text; nor are the first
     tokens of documents: nothing before them speaks of them, and a dummy prefix makes their number of bytes depend on the text.
     """
-    rows = Rows(dataset, np.arange(len(dataset.student_lengths), dtype=np.int32), row_length)
+    rows = Rows(dataset, np.arange(len(dataset.student_lengths), dtype=np.int32), row_length, front=front)
     count = len(rows) if limit is None else min(limit, len(rows))
     for start in range(0, count, layout.rows):
         batches, tokens, text_bytes = [], 0, 0
@@ -179,10 +200,12 @@ def collate(rows: list[Row], row_length: int) -> Batch:
     shape = (len(rows), row_length)
     inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
     first, last, begins = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    lead = max(len(row.lead_ids) for row in rows)
     for b, row in enumerate(rows):
-        n = len(row.input_ids)
-        inputs[b, :n], targets[b, :n] = row.input_ids, row.target_ids
-        first[b, :n], last[b, :n], begins[b, :n] = row.first, row.last, row.starts_document
+        inputs[b, : len(row.lead_ids)] = row.lead_ids
+        own = slice(lead, lead + len(row.input_ids))
+        inputs[b, own], targets[b, own] = row.input_ids, row.target_ids
+        first[b, own], last[b, own], begins[b, own] = row.first, row.last, row.starts_document
     counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
     mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
     return Batch(
@@ -191,14 +214,23 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         first_BS=torch.from_numpy(first),
         last_BS=torch.from_numpy(last),
         segment_BS=torch.from_numpy(begins.cumsum(1, dtype=np.int32)),
-        teacher_inputs=tuple(row.teacher_input_ids for row in rows),
+        lead=lead,
+        teacher_inputs=tuple(np.concatenate([np.array(row.teacher_lead_ids, np.int32), row.teacher_input_ids]) for row in rows),
         teacher_targets=tuple(row.teacher_target_ids for row in rows),
-        teacher_segments=tuple(row.teacher_starts_document.cumsum(dtype=np.int32) for row in rows),
+        teacher_segments=tuple(_teacher_segments(row) for row in rows),
+        teacher_leads=tuple(len(row.teacher_lead_ids) for row in rows),
         teacher_losses=_all_or_none([row.teacher_losses for row in rows]),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),
     )
+
+
+def _teacher_segments(row: Row) -> Int32:
+    """[lead + u]"""
+    begins = np.concatenate([np.zeros(len(row.teacher_lead_ids), np.bool_), row.teacher_starts_document])
+    segments: Int32 = begins.cumsum(dtype=np.int32)
+    return segments
 
 
 def _all_or_none(losses: list[Float32 | None]) -> tuple[Float32, ...] | None:

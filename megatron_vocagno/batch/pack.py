@@ -7,7 +7,8 @@ A row holds n input tokens and n targets, shifted by one: target i is the studen
 is the first token of the next row, and no target is learned twice in an epoch. The teacher's part is the contiguous slice
 of its own stream from the token that holds the row's first byte to the last token that a target needs, shifted by one in
 the same way; where the row starts with a document, it reads what it reads before every other document, EOS. `first` and `last`
-say which of the teacher's *targets* cover the text of each student *target*.
+say which of the teacher's *targets* cover the text of each student *target*. What a model's tokenizer puts in front of a text
+(`front.py`) is read before all that; it takes positions of the row, and no target.
 
 Everything here is a pure function of (dataset, order, k): nothing is read ahead, nothing is remembered.
 """
@@ -21,6 +22,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_vocagno.batch.front import NO_FRONT, Front
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -132,6 +135,9 @@ class Row:
     """[u] whether the teacher's target is the first token of a document."""
     teacher_losses: Float32 | None = None
     """[u] nats, where they are cached; then there are no teacher ids in the row."""
+    lead_ids: tuple[int, ...] = ()
+    teacher_lead_ids: tuple[int, ...] = ()
+    """What is read before the inputs, in front of text; most often a BOS, or nothing."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
@@ -154,16 +160,25 @@ class Rows:
     ['END_OF_DOCUMENT', 'END_OF_DOCUMENT']
     """
 
-    def __init__(self, dataset: AlignedDocuments, order: Int32, row_length: int, teacher: TeacherSource | None = None) -> None:
-        """order [D]: documents of the dataset, each once; teacher: by default ids to be scored, no limit.
+    def __init__(
+        self,
+        dataset: AlignedDocuments,
+        order: Int32,
+        row_length: int,
+        teacher: TeacherSource | None = None,
+        front: Front = NO_FRONT,
+    ) -> None:
+        """order [D]: documents of the dataset, each once; teacher: by default ids to be scored, no limit, nothing in front.
+        front: of the student.
 
-        Raises ValueError: a row_length S of 2 * SLACK or less, as each row must end after it starts.
+        Raises ValueError: a row_length S of 2 * SLACK or less beside what is in front, as each row must end after it starts.
         """
-        if row_length <= 2 * SLACK:
-            raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + 1} at least")
+        self.stride = row_length - SLACK - len(front)
+        if self.stride <= SLACK:
+            raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + len(front) + 1} at least")
         self.dataset = dataset
         self.row_length = row_length
-        self.stride = row_length - SLACK
+        self.front = front
         self.teacher = teacher or TeacherIds(dataset)
         self.student_lengths = dataset.student_lengths
         self.student = Stream.of(order, self.student_lengths)
@@ -207,8 +222,9 @@ class Rows:
         mapping[ends[1:]] = Mapping.END_OF_DOCUMENT
         unmapped = mapping != Mapping.MAPPED
         first[unmapped] = last[unmapped] = 0
+        lead, inputs = self.front.before(ids[:-1], begins[1:])
         return Row(
-            input_ids=ids[:-1],
+            input_ids=inputs,
             target_ids=ids[1:],
             starts_document=begins[1:],
             first=first,
@@ -218,6 +234,8 @@ class Rows:
             teacher_target_ids=teacher.target_ids,
             teacher_starts_document=teacher.starts_document,
             teacher_losses=teacher.losses,
+            lead_ids=lead,
+            teacher_lead_ids=teacher.lead_ids,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
@@ -251,6 +269,8 @@ class TeacherSide:
     """[u], or [0] where the losses are known."""
     losses: Float32 | None = None
     """[u]"""
+    lead_ids: tuple[int, ...] = ()
+    """What is read before the inputs."""
 
 
 class TeacherSource(Protocol):
@@ -264,9 +284,10 @@ class TeacherSource(Protocol):
 class TeacherIds:
     """Ids that a teacher has still to score."""
 
-    def __init__(self, dataset: AlignedDocuments, limit: int | None = None) -> None:
-        """limit: most teacher positions of a row."""
-        self.dataset, self.limit = dataset, limit
+    def __init__(self, dataset: AlignedDocuments, limit: int | None = None, front: Front = NO_FRONT) -> None:
+        """limit: most positions that the teacher reads, those in front among them."""
+        self.dataset, self.front = dataset, front
+        self.limit = None if limit is None else limit - len(front)
 
     def read(self, pieces: list[Piece]) -> TeacherSide:
         document, start, _ = pieces[0]
@@ -277,7 +298,8 @@ class TeacherIds:
         ids = np.concatenate(
             [self.dataset.teacher(document, before, before + 1), *(self.dataset.teacher(*piece) for piece in targets.pieces)]
         )
-        return TeacherSide(targets.first, targets.last, targets.starts_document, ids[:-1], ids[1:])
+        lead, inputs = self.front.before(ids[:-1], targets.starts_document, opens=not start)
+        return TeacherSide(targets.first, targets.last, targets.starts_document, inputs, ids[1:], lead_ids=lead)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from megatron_vocagno.corpus.tokens import Tokenizer
 class TextCollator:
     """A row a text: what both models read and predict, and which teacher tokens cover each of the student's.
 
-    The first token of a text is predicted from EOS, and the last prediction is EOS, which no teacher token covers. Rows are
+    The first token of a text is predicted from what the model's tokenizer puts in front of a text (a BOS in most families), or
+    else from EOS; the last prediction is EOS, which no teacher token covers. Rows are
     padded on the right, where a causal model never looks: no mask is needed. Texts are NFC-normalised, as build_dataset does.
     """
 
@@ -62,12 +63,16 @@ class TextCollator:
         labels = np.append(pair.student.ids, self.student.eos_id)[: self.length]
         first, last = spans.first[: self.length], spans.last[: self.length]
         teacher_labels = pair.teacher.ids[: last[-1]]
+        # all of what is in front but its last id predicts nothing
+        before, teacher_before = self.student.front or (self.student.eos_id,), self.teacher.front or (self.teacher.eos_id,)
+        silent, teacher_silent = [IGNORE] * (len(before) - 1), [IGNORE] * (len(teacher_before) - 1)
+        unmapped = [0] * len(silent)
         columns = {
-            "input_ids": np.append(self.student.eos_id, labels[:-1]),
-            "labels": labels,
-            "teacher_input_ids": np.append(self.teacher.eos_id, teacher_labels)[:-1],
-            "teacher_labels": teacher_labels,
-            "first": first,
-            "last": last,
+            "input_ids": np.concatenate([before, labels[:-1]]),
+            "labels": np.concatenate([silent, labels]),
+            "teacher_input_ids": np.concatenate([teacher_before, teacher_labels])[: len(teacher_silent) + len(teacher_labels)],
+            "teacher_labels": np.concatenate([teacher_silent, teacher_labels]),
+            "first": np.concatenate([unmapped, first + len(teacher_silent)]),
+            "last": np.concatenate([unmapped, last + len(teacher_silent)]),
         }
         return {name: torch.from_numpy(column).long() for name, column in columns.items()}

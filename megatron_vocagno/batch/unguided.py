@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import TrainRows
 from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, Float32, Piece, TeacherSide
 
@@ -47,9 +48,9 @@ class RandomGuide(NoGuide):
 class RandomRows(TrainRows):
     """Rows whose guides are drawn anew in every epoch."""
 
-    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, part: int) -> None:
+    def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, part: int, front: Front = NO_FRONT) -> None:
         self.part = part
-        super().__init__(dataset, row_length, seed)
+        super().__init__(dataset, row_length, seed, front=front)
 
     def _source(self, epoch: int) -> RandomGuide:
         return RandomGuide(self.dataset, self.seed, self.part, epoch)

@@ -109,7 +109,15 @@ class Scoring(Record):
     weights: Literal["as-is", "int8", "fp8"]
     context: int  # tokens of the longest window
     stride: int  # tokens from window to window
-    before: int  # the id that a document's first token is predicted from: the teacher's EOS
+    before: int  # the id that a document's first token is predicted from: the last one of `front`, or the teacher's EOS
+    front: tuple[int, ...] = ()  # ids at the head of each window: what the teacher's tokenizer puts in front of a text
+
+    @model_serializer(mode="wrap")
+    def _without_front_as_ever(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+        fields: dict[str, object] = dump(self)
+        if not self.front:
+            del fields["front"]
+        return fields
 
 
 class LossTotals(Record):

@@ -15,6 +15,7 @@ from torch import Tensor
 from megatron_vocagno import hub
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
 from megatron_vocagno.batch.chunked import Chunked
+from megatron_vocagno.batch.front import Front, described, front_of
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
@@ -31,20 +32,23 @@ def is_cached(run: Run) -> bool:
     return run.guidance.needs_teacher and run.teacher[0].placement == "cached"
 
 
-def training_rows(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None) -> list[TrainRows]:
+def training_rows(
+    run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None, fronts: tuple[Front, Front]
+) -> list[TrainRows]:
     """The rows of each dataset of `data.train`, with what the run's teachers read or have said.
 
-    teacher_limit: most positions that a loaded teacher reads. Raises RunError: losses that are missing, or not those asked for.
+    teacher_limit: most positions that a loaded teacher reads. fronts: of the student, and of a loaded teacher.
+    Raises RunError: losses that are missing, or not those asked for.
     """
-    length, seed = run.data.row_length, run.training.seed
+    length, seed, (student, teacher) = run.data.row_length, run.training.seed, fronts
     if run.guidance.objective == "random":
-        return [RandomRows(data, length, seed, part) for part, data in enumerate(datasets)]
-    sources = _sources(run, datasets, teacher_limit)
-    return [TrainRows(data, length, seed, source) for data, source in zip(datasets, sources, strict=True)]
+        return [RandomRows(data, length, seed, part, student) for part, data in enumerate(datasets)]
+    sources = _sources(run, datasets, teacher_limit, teacher)
+    return [TrainRows(data, length, seed, source, student) for data, source in zip(datasets, sources, strict=True)]
 
 
 def held_out_source(
-    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset, teacher_limit: int | None
+    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset, teacher_limit: int | None, teacher: Front
 ) -> TeacherSource:
     """The teacher's side of rows of `data.valid`, as that of training rows. Raises RunError, see training_rows."""
     if is_cached(run) and len(run.teacher) > 1:
@@ -52,17 +56,17 @@ def held_out_source(
             f"logging.samples = {run.logging.samples} with {len(run.teacher)} teachers: [[teacher]] 2 names no losses of "
             f"data.valid ({run.data.valid}).\n  Leave logging.samples out, or name one teacher."
         )
-    return _sources(run, [*datasets, valid], teacher_limit)[-1]
+    return _sources(run, [*datasets, valid], teacher_limit, teacher)[-1]
 
 
-def _sources(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None) -> list[TeacherSource]:
+def _sources(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None, front: Front) -> list[TeacherSource]:
     guidance = run.guidance
     if guidance.objective == "random":
         return [RandomGuide(data, run.training.seed, part) for part, data in enumerate(datasets)]
     if guidance.objective == "student":
         return [NoGuide(data) for data in datasets]
     if not is_cached(run):
-        return [_aligned(TeacherIds(data, teacher_limit), guidance) for data in datasets]
+        return [_aligned(TeacherIds(data, teacher_limit, front), guidance) for data in datasets]
     scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]
     return [_cached_source([sets[i] for sets in scored], guidance) for i in range(len(datasets))]
 
@@ -112,14 +116,21 @@ def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
             f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'}"
         )
     require_whole(data.path, data.manifest)
+    folder = None if asked.path is None else _here(asked.path)
     if asked.path is not None:
-        _require_teacher(data, data.scoring, asked.path)
+        _require_teacher(data, data.scoring, asked.path, folder)
+    _require_front(data, data.scoring, asked, folder)
 
 
-def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path) -> None:
+def _here(path: Path) -> Path | None:
+    """A teacher's folder or file, where its weights are on this machine."""
+    found = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
+    return found if found is not None and found.exists() else None
+
+
+def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path, folder: Path | None) -> None:
     """Raises RunError: `path` is not the teacher that was scored, by its weights where they are here, or else by its name."""
-    folder = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
-    if folder is not None and folder.exists():
+    if folder is not None:
         fingerprint = teacher_fingerprint(folder)
         same, which = fingerprint == scoring.teacher, fingerprint
     else:
@@ -129,6 +140,20 @@ def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path) -> None
             f"{data.path} holds the losses of {scoring.name} ({scoring.teacher}), teacher.path is {path} ({which}).\n"
             "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the dataset, or\n"
             "  score it anew (tools.preprocess.score_teacher --replace)."
+        )
+
+
+def _require_front(data: AlignedDataset, scoring: Scoring, asked: Teacher, folder: Path | None) -> None:
+    """Raises RunError: the teacher was scored with something else in front of its windows than the run asks for."""
+    own = [folder] if folder is not None and folder.is_dir() else []
+    tokenizer = data.teacher_tokenizer.path
+    front = front_of(asked.bos, [*own, tokenizer], "teacher.bos", data.teacher_tokenizer.vocab_size)
+    if front != scoring.front:
+        raise RunError(
+            f"{data.path} was scored with {described(scoring.front, tokenizer)} in front of each window, "
+            f"teacher.bos = {asked.bos!r} asks for {described(front, tokenizer)}.\n"
+            "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
+            f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'} --replace"
         )
 
 

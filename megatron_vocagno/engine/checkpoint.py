@@ -19,6 +19,7 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
+from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.config import Run, RunError, SharedError
 from megatron_vocagno.corpus.manifest import sync, write_durably
 from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
@@ -57,13 +58,21 @@ class Keeper:
     """Saves and resumes one run."""
 
     def __init__(
-        self, engine: Engine, run: Run, config: PretrainedConfig, settings: Settings, dataset: str, tokenizer: Path
+        self,
+        engine: Engine,
+        run: Run,
+        config: PretrainedConfig,
+        settings: Settings,
+        dataset: str,
+        tokenizer: Path,
+        front: Front = NO_FRONT,
     ) -> None:
-        """dataset: fingerprint of the training data; tokenizer: folder of the student's tokenizer."""
+        """dataset: fingerprint of the training data; tokenizer: folder of the student's tokenizer; front: of the student."""
         self.run, self.config, self.tokenizer = run, config, tokenizer
         self.root, self.settings = run.output / FOLDER, run.checkpoint
         self.state = EngineState(engine, config)
-        self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed)
+        bos = " ".join(map(str, front.ids)) or "none"
+        self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed, bos=bos)
         self.layout = EngineLayout(
             world=dist.get_world_size(),
             pipeline_stages=run.parallel.pipeline_stages,

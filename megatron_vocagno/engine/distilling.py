@@ -81,14 +81,17 @@ class Distiller:
         first_N = batch.first_BS[compared_BS].long()
         hidden_NH = self.head_WH.new_empty(len(row_N), self.head_WH.shape[1])
         # one rank, all rows: the plan is only how to cut them
-        plan = plan_scoring([len(ids) for ids in batch.teacher_targets], 1, self.tokens_per_batch)
+        lengths = [
+            len(ids) if len(targets) else 0 for ids, targets in zip(batch.teacher_inputs, batch.teacher_targets, strict=True)
+        ]
+        plan = plan_scoring(lengths, 1, self.tokens_per_batch)
         for rows in plan.forwards[0]:
             hidden_BUH = self.teacher.hidden_states(
                 self._padded(batch.teacher_inputs, rows), self._padded(batch.teacher_segments, rows) if self.documents else None
             )
             for b, row in enumerate(rows):
                 here_M = (row_N == row).nonzero().squeeze(1)
-                hidden_NH[here_M.to(self.device)] = hidden_BUH[b, first_N[here_M].to(self.device)]
+                hidden_NH[here_M.to(self.device)] = hidden_BUH[b, (batch.teacher_leads[row] + first_N[here_M]).to(self.device)]
         rows_N = (row_N * compared_BS.shape[1] + position_N).to(self.device)
         return Reference(self.kind, rows_N, hidden_NH, self.head_WH, self.teacher.head.softcap, self.vocabulary)
 

@@ -50,6 +50,8 @@ class Position(Frozen):
     """Fingerprints and shares of the training datasets."""
     row_length: int
     seed: int
+    bos: str = "none"
+    """The ids that the student reads in front of each row; earlier releases put none there."""
 
     def after(self, rows: int) -> Position:
         """One step and so many rows later."""
@@ -164,7 +166,13 @@ def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: E
 
     The number of processes, of stages and the ZeRO stage may differ. student: the configuration, as its config.json has it.
     """
-    for name, field in (("dataset", "data.train"), ("row_length", "data.row_length"), ("seed", "training.seed")):
+    fields = (
+        ("dataset", "data.train"),
+        ("row_length", "data.row_length"),
+        ("seed", "training.seed"),
+        ("bos", "student.bos"),
+    )
+    for name, field in fields:
         mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
         if mine != theirs:
             raise RunError(

@@ -14,6 +14,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import EMPTY_ROW, IGNORE, collate
 from megatron_vocagno.batch.pack import Int32, Row, Rows, TeacherTargets
 from megatron_vocagno.config import Run, RunError
@@ -26,31 +27,45 @@ from megatron_vocagno.samples import FOLDER, SampleRows, SampleStep, difference,
 
 
 def open_samples(
-    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset | None, teacher_limit: int | None
+    run: Run,
+    datasets: Sequence[AlignedDataset],
+    valid: AlignedDataset | None,
+    teacher_limit: int | None,
+    fronts: tuple[Front, Front],
 ) -> Samples | None:
     """None where the run asks for none. Raises RunError, see Samples."""
     if run.logging.samples is None or valid is None:
         return None
-    return Samples(run, datasets, valid, teacher_limit)
+    return Samples(run, datasets, valid, teacher_limit, fronts)
 
 
 class Samples:
     """The first rows of `data.valid`, and what the teacher says of them."""
 
-    def __init__(self, run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset, teacher_limit: int | None) -> None:
-        """teacher_limit: most positions that a loaded teacher reads. Raises RunError: cached losses that are missing."""
+    def __init__(
+        self,
+        run: Run,
+        datasets: Sequence[AlignedDataset],
+        valid: AlignedDataset,
+        teacher_limit: int | None,
+        fronts: tuple[Front, Front],
+    ) -> None:
+        """teacher_limit: most positions that a loaded teacher reads. fronts: of the student, and of a loaded teacher.
+
+        Raises RunError: cached losses that are missing.
+        """
         assert run.logging.samples is not None
-        self.run = run
+        self.run, (front, teacher), self._lead = run, fronts, len(fronts[0])
         order = np.arange(len(valid.student_lengths), dtype=np.int32)
-        source = held_out_source(run, datasets, valid, teacher_limit)
-        rows = Rows(valid, order, run.data.row_length, source)
+        source = held_out_source(run, datasets, valid, teacher_limit, teacher)
+        rows = Rows(valid, order, run.data.row_length, source, front)
         if not len(rows):
             raise RunError(f"{run.data.valid} holds fewer than two tokens: there is no row for logging.samples")
         count = min(run.logging.samples, len(rows))
         self._read = [rows[k] for k in range(count)]
         # what selects without a teacher covers targets by themselves: the alignment is read for those who look
         without = run.guidance.selects and not run.guidance.needs_teacher
-        aligned = Rows(valid, order, run.data.row_length) if without else rows
+        aligned = Rows(valid, order, run.data.row_length, front=front) if without else rows
         self.rows = _described(valid, aligned, self._read, [aligned[k] for k in range(count)] if without else self._read)
         self._teacher_loss_RU: Tensor | None = None
 
@@ -101,7 +116,7 @@ class Samples:
             batches = [collate([self._row(k) for k in micro], self.run.data.row_length) for micro in mine]
             if teacher_RU is not None and scorer is not None:
                 _put(teacher_RU, mine, scorer.score(batches))
-            _put(loss_RS, mine, engine.look(batches))
+            _put(loss_RS, mine, [loss_BS[:, self._lead :] for loss_BS in engine.look(batches)])
         dist.all_reduce(loss_RS)
         if teacher_RU is not None:
             # the ranks of one pipeline have scored its rows together, and hold the same
@@ -114,10 +129,12 @@ class Samples:
         valid_RS = torch.from_numpy(self.rows.valid_RS)
         guide_RS, weight_RS = torch.full_like(loss_RS, torch.nan), valid_RS.float()
         if self.run.guidance.selects:
-            chosen = engine.judge(collate(self._read, self.run.data.row_length), loss_RS, teacher_loss_RU)
-            weight_RS = chosen.weight_BS
+            batch = collate(self._read, self.run.data.row_length)
+            # a batch begins with what is read in front of text; here that would be places without a token, as at the rows' ends
+            chosen = engine.judge(batch, loss_RS.roll(self._lead, 1), teacher_loss_RU)
+            weight_RS = chosen.weight_BS.roll(-self._lead, 1)
             if self.run.guidance.needs_teacher:
-                guide_RS = chosen.guide_BS
+                guide_RS = chosen.guide_BS.roll(-self._lead, 1)
         loss_RS = loss_RS.masked_fill(~valid_RS, torch.nan)
         return SampleStep(step, loss_RS.numpy(), guide_RS.numpy(), weight_RS.numpy(), self.run.guidance)
 

@@ -94,11 +94,14 @@ class ReplicatedScorer:
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
         inputs = [row for batch in batches for row in batch.teacher_inputs]
         targets = [row for batch in batches for row in batch.teacher_targets]
+        leads = [lead for batch in batches for lead in batch.teacher_leads]
         segments = [row for batch in batches for row in batch.teacher_segments]
         lengths = [len(row) for row in targets]
         starts = np.concatenate([[0], np.cumsum(lengths)])
-        plan = plan_scoring(lengths, self.ranks, self.tokens_per_batch)
-        self.padding = plan.padding(lengths)
+        # a row without a target is not read, whatever stands in front of it
+        positions = [lead + length if length else 0 for lead, length in zip(leads, lengths, strict=True)]
+        plan = plan_scoring(positions, self.ranks, self.tokens_per_batch)
+        self.padding = plan.padding(positions)
 
         flat = torch.zeros(int(starts[-1]), dtype=torch.float32, device=self.device)
         forwards = plan.forwards[self.rank]
@@ -106,11 +109,11 @@ class ReplicatedScorer:
         for rows in forwards:
             loss_BU = self.teacher.loss(
                 _pad([inputs[row] for row in rows], 0).to(self.device),
-                _pad([targets[row] for row in rows], IGNORE).to(self.device),
+                _pad([np.pad(targets[row], (leads[row], 0), constant_values=IGNORE) for row in rows], IGNORE).to(self.device),
                 _pad([segments[row] for row in rows], 0).to(self.device) if self.documents else None,
             )
             for b, row in enumerate(rows):
-                flat[starts[row] : starts[row + 1]] = loss_BU[b, : lengths[row]]
+                flat[starts[row] : starts[row + 1]] = loss_BU[b, leads[row] : positions[row]]
         for _ in range(besides):
             nothing_11 = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             self.teacher.loss(nothing_11, torch.full_like(nothing_11, IGNORE), nothing_11 if self.documents else None)

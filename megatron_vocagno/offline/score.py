@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_vocagno import hub
+from megatron_vocagno.batch.front import front_of
+from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import locked
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
@@ -46,6 +48,7 @@ class Asked:
 
     teacher          a folder, a GGUF file, or a pinned Hub id
     context, stride  None for the longest window that suits, and half of it
+    bos              as teacher.bos of a run file
     """
 
     teacher: Path
@@ -54,6 +57,7 @@ class Asked:
     context: int | None = None
     stride: int | None = None
     tokens_per_batch: int = 16_384
+    bos: Bos = "auto"
 
     def scoring(self, data: AlignedDataset) -> Scoring:
         """Raises ScoringError, ModelError, TokenizerMismatch: the teacher does not suit the dataset, or the numbers do not."""
@@ -66,11 +70,13 @@ class Asked:
                 "the dataset was aligned for another teacher"
             )
         data.require_tokenizer("teacher", folder)
+        front = front_of(self.bos, [folder, data.teacher_tokenizer.path], "--bos", rows)
         longest = getattr(config, "max_position_embeddings", None)
-        context = self.context or min(CONTEXT, longest or CONTEXT)
+        context = self.context or min(CONTEXT, (longest or CONTEXT) - len(front))
         stride = self.stride or max(1, context // 2)
-        if longest is not None and context > longest:
-            raise ScoringError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens")
+        if longest is not None and context + len(front) > longest:
+            before = f", {len(front)} of them in front of the text" if front else ""
+            raise ScoringError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{before}")
         if stride > context:
             raise ScoringError(
                 f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be left out"
@@ -82,7 +88,8 @@ class Asked:
             weights=self.weights,
             context=context,
             stride=stride,
-            before=data.teacher_tokenizer.eos_id,
+            before=front[-1] if front else data.teacher_tokenizer.eos_id,
+            front=front,
         )
 
 

@@ -95,13 +95,16 @@ def score_documents(
     lengths  [D], tokens of each
     """
     windows = plan_windows(lengths.astype(np.int64), job.scoring.context, job.scoring.stride)
-    forwards = plan_forwards(windows.widths, job.tokens_per_batch)
+    front = np.array(job.scoring.front, np.int64)
+    lead_W = leads(windows, len(front))
+    widths_W = lead_W + windows.widths
+    forwards = plan_forwards(widths_W, job.tokens_per_batch)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     device = teacher.head.weight.device
     computed, done = list[Tensor](), 0
     for rows in forwards:
-        batch = _batch(windows, rows, starts)
-        inputs, targets = batch.read(ids, job.scoring.before)
+        batch = _batch(windows, lead_W, rows, starts)
+        inputs, targets = batch.read(ids, front, job.scoring.before)
         loss_BU = teacher.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
         computed.append(loss_BU)  # stays on the device: asking for it would wait
         done += int(batch.scored.sum())
@@ -109,10 +112,18 @@ def score_documents(
     losses = np.full(len(ids), np.nan, np.float32)
     positions = 0
     for rows, loss_BU in zip(forwards, computed, strict=True):
-        batch = _batch(windows, rows, starts)
+        batch = _batch(windows, lead_W, rows, starts)
         losses[batch.place[batch.scored]] = loss_BU.cpu().numpy()[batch.scored]
         positions += loss_BU.numel()
-    return losses, LossTotals(positions=positions, padding=positions - int(windows.widths.sum()))
+    return losses, LossTotals(positions=positions, padding=positions - int(widths_W.sum()))
+
+
+def leads(windows: Windows, front: int) -> Int64:
+    """[W]: how many positions of a window come before the input of its first target, where `front` ids stand at its head.
+
+    A document's first target is predicted from the last of them.
+    """
+    return np.where(windows.start == 0, max(front - 1, 0), front)
 
 
 @dataclass(frozen=True)
@@ -120,27 +131,33 @@ class _Batch:
     """Windows of one forward, [B, U] each."""
 
     position: Int64
-    """Of the target in its document."""
+    """Of the target in its document; that of the window's first one, less 1, 2, …, in front of it."""
+    first: Int64
+    """[B, 1] of the window's first target."""
     place: Int64
     """Of the target among all tokens."""
     there: NDArray[np.bool_]
-    """False where the window has ended."""
+    """False in front of the window, and where it has ended."""
     scored: NDArray[np.bool_]
     """False also where another window has scored the target: here it is context."""
 
-    def read(self, ids: NDArray[np.integer], before: int) -> tuple[Int64, Int64]:
-        """Inputs and targets [B, U] int64."""
+    def read(self, ids: NDArray[np.integer], front: Int64, before: int) -> tuple[Int64, Int64]:
+        """Inputs and targets [B, U] int64. front [F], before: of the scoring."""
         place = np.where(self.there, self.place, 0)
         # int64 first: ids may be unsigned, and IGNORE is not
         inputs = np.where(self.position == 0, before, ids[np.maximum(place - 1, 0)].astype(np.int64))
+        column = np.broadcast_to(np.arange(self.position.shape[1]), self.position.shape)
+        in_front = self.position < self.first
+        inputs[in_front] = front[column[in_front]]
         return inputs, np.where(self.scored, ids[place].astype(np.int64), IGNORE)
 
 
-def _batch(windows: Windows, rows: Int64, starts: Int64) -> _Batch:
-    position = windows.start[rows, None] + np.arange(int(windows.widths[rows].max()))
-    there = position < windows.stop[rows, None]
+def _batch(windows: Windows, lead_W: Int64, rows: Int64, starts: Int64) -> _Batch:
+    first = windows.start[rows, None]
+    position = first - lead_W[rows, None] + np.arange(int((lead_W + windows.widths)[rows].max()))
+    there = (position >= first) & (position < windows.stop[rows, None])
     scored = there & (position >= windows.first[rows, None])
-    return _Batch(position, starts[windows.document[rows], None] + position, there, scored)
+    return _Batch(position, first, starts[windows.document[rows], None] + position, there, scored)
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,11 @@
 """What a teacher reads at a time: documents, each alone, as windows of a bounded context.
 
-    document     E t0 t1 t2 ................................ t[n-1]       E: the teacher's EOS, n tokens with the one at the end
+    document     E t0 t1 t2 ................................ t[n-1]       E: the teacher's BOS or EOS, n tokens with EOS
     window 0     [ E ............... )  N inputs, scores all its targets
     window 1             [ ................. )                           M inputs later, scores the targets from N on
     window 2                     [ .............. )
+
+What the teacher's tokenizer puts in front of a text is read before each window and has no target; in window 0 its last id is E.
 
 Input p is the token before target p. A target is scored once, in the first window that holds it, and so with at least N - M
 tokens before it; in the first window with all that there are.

@@ -8,13 +8,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.config import Bos, Run, RunError, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings, zero_stage
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
@@ -117,11 +119,13 @@ def _task(
     rows: int,
 ) -> Task:
     config = _student(run, options.student_config, datasets)
-    tokens_per_row = run.data.row_length - SLACK
+    tokens_per_row = run.data.row_length - SLACK - _front(run.student.bos, run.student.pretrained, datasets, "student")
     tokens = options.tokens or run.training.tokens or (run.training.steps or 0) * rows * tokens_per_row
     asked = run.teacher if run.guidance.needs_teacher else ()
     configs = [*options.teacher_config, *[None] * (len(asked) - len(options.teacher_config))]
-    teachers = tuple(_teacher(t, c, run, assumed) for t, c in zip(asked, configs, strict=False))
+    teachers = tuple(
+        _teacher(t, c, run, assumed, _front(t.bos, t.path, datasets, "teacher")) for t, c in zip(asked, configs, strict=False)
+    )
     scored = sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens
     return Task(
         run,
@@ -145,7 +149,18 @@ def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -
     return _supported(read_config(run.student.pretrained, "student"), "student")
 
 
-def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions) -> TeacherUse:
+def _front(asked: Bos, model: Path | None, datasets: Sequence[AlignedDataset], side: Literal["student", "teacher"]) -> int:
+    """Positions of a row that are in front of text; 1 where no tokenizer is here that would say."""
+    if asked == "none":
+        return 0
+    if asked != "auto":
+        return 1
+    folders = [model.expanduser()] if model is not None and model.expanduser().is_dir() else []
+    folders += [data.path / "tokenizers" / side for data in datasets[:1]]
+    return next((len(found) for folder in folders if (found := front_ids(folder)) is not None), 1)
+
+
+def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions, front: int) -> TeacherUse:
     if given is not None:
         found = given_config(given, "--teacher-config")
     elif teacher.path is not None:
@@ -156,7 +171,7 @@ def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumption
             "--teacher-config, once for each teacher"
         )
     config = _supported(found, "teacher").get_text_config()
-    row = min(math.ceil(run.data.row_length * assumed.teacher_tokens), config.max_position_embeddings)
+    row = min(math.ceil(run.data.row_length * assumed.teacher_tokens) + front, config.max_position_embeddings)
     dtype: torch.dtype = getattr(torch, teacher.dtype)
     return TeacherUse(config, sizes(config), dtype, teacher.weights != "as-is", teacher.tokens_per_batch, row)
 

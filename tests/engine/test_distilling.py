@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Batch, Batches, Layout, TrainRows
+from megatron_vocagno.batch.pack import TeacherIds
 from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.distilling import Distiller
@@ -42,13 +44,14 @@ RUNS: dict[str, tuple[Kind, int, list[str], int]] = {
 
 
 def write_tokenizer(folder: Path, size: int) -> Path:
-    """A byte-level BPE of its own, learned from the texts."""
+    """A byte-level BPE of its own, learned from the texts, that puts <s> (1) in front of a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=["</s>", "<s>"], initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(real.texts()[:40], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
@@ -88,7 +91,9 @@ def probabilities(logits_V: Tensor, ids: int) -> Tensor:
 def expected_step(case: Case, kind: Kind, rows: int, documents: bool) -> dict[str, float]:
     """Of the first step, from whole distributions of transformers' own models, one token after the other."""
     data = AlignedDataset.open(case.train)
-    batch = Batches(TrainRows(data, 64, 0), Layout(rows, 1, 1), 0).step(0)[0]
+    front = Front((1,), documents)
+    batch = Batches(TrainRows(data, 64, 0, TeacherIds(data, front=front), front), Layout(rows, 1, 1), 0).step(0)[0]
+    assert {len(read) - len(targets) for read, targets in zip(batch.teacher_inputs, batch.teacher_targets, strict=True)} == {0, 1}
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         for folder in (student_of(case), case.teacher)
@@ -99,7 +104,7 @@ def expected_step(case: Case, kind: Kind, rows: int, documents: bool) -> dict[st
         student_SV = whole_row(student, batch.input_BS[b], batch.segment_BS[b], documents)
         inputs, segments = (torch.from_numpy(part[b]) for part in (batch.teacher_inputs, batch.teacher_segments))
         teacher_UW = whole_row(teacher, inputs.long(), segments, documents)
-        reached = 0
+        reached, lead = 0, batch.teacher_leads[b]
         for s, target in enumerate(batch.target_BS[b].tolist()):
             if target == IGNORE:
                 continue
@@ -107,7 +112,10 @@ def expected_step(case: Case, kind: Kind, rows: int, documents: bool) -> dict[st
             first, last = int(batch.first_BS[b, s]), int(batch.last_BS[b, s])
             mapped += first < last
             if first < last and first >= reached:
-                one, other = probabilities(student_SV[s], FEW), probabilities(teacher_UW[first], MANY if kind == "uld" else FEW)
+                one, other = (
+                    probabilities(student_SV[s], FEW),
+                    probabilities(teacher_UW[lead + first], MANY if kind == "uld" else FEW),
+                )
                 if kind == "uld":
                     ranked = torch.zeros(max(len(one), len(other)), dtype=torch.float64)
                     ranked[: len(one)] += torch.tensor(sorted(one.tolist(), reverse=True), dtype=torch.float64)

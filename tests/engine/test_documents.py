@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows, evaluation_batches
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.scoring import ReplicatedScorer
 from megatron_vocagno.export import export
+from tests import tokenizers_for_tests as real
 from tests.runs import STUDENT, Case, metrics
 
 # Gemma 2, as nothing of it is plain: windows in every other layer, logits capped twice, norms of 1 + weight, scaled embeddings
@@ -67,10 +69,10 @@ def test_the_exported_model_says_of_each_document_alone_what_the_engine_said_of_
     def losses(ids_S: Tensor, target_S: Tensor) -> Tensor:
         return F.cross_entropy(model(input_ids=ids_S[None]).logits[0], target_S, ignore_index=IGNORE, reduction="sum")
 
-    valid = AlignedDataset.open(case.valid)
+    valid, front = AlignedDataset.open(case.valid), Front((real.MISTRAL_BOS,), each_document=True)
     alone, whole, tokens, documents, rows = 0.0, 0.0, 0, 0, 0
     with torch.no_grad():
-        for step in evaluation_batches(valid, valid.student_byte_lengths, 64, Layout(2, 1, 1), 0, limit=12):
+        for step in evaluation_batches(valid, valid.student_byte_lengths, 64, Layout(2, 1, 1), 0, 12, front):
             (batch,) = step.batches
             tokens += step.tokens
             for ids_S, target_S, segment_S in zip(batch.input_BS, batch.target_BS, batch.segment_BS, strict=True):

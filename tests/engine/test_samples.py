@@ -30,6 +30,7 @@ from megatron_vocagno.samples import (
     read_steps,
     summary,
 )
+from tests import tokenizers_for_tests as real
 from tests.runs import REPOSITORY, Case, metrics, spawn
 
 # more than a step's rows, and no multiple of a micro-batch: the rows of the second forward are empty in part
@@ -54,11 +55,11 @@ def losses_of(model: torch.nn.Module, ids: list[int]) -> np.ndarray:
 
 
 def student_row(valid: AlignedDataset, rows: SampleRows, r: int) -> list[int]:
-    """The ids of a row, its first input before its targets; documents follow each other in the order of the file."""
+    """The ids of a row, BOS and its first input before its targets; documents follow each other in the order of the file."""
     places = list(zip(rows.document_RS[r][rows.valid_RS[r]].tolist(), rows.token_RS[r][rows.valid_RS[r]].tolist(), strict=True))
     document, token = places[0]
     before = int(valid.student(document, token - 1, token)[0]) if token else valid.student_tokenizer.eos_id
-    return [before, *(int(valid.student(document, token, token + 1)[0]) for document, token in places)]
+    return [real.MISTRAL_BOS, before, *(int(valid.student(document, token, token + 1)[0]) for document, token in places)]
 
 
 def teacher_row(valid: AlignedDataset, rows: SampleRows, r: int) -> list[int]:
@@ -92,7 +93,7 @@ def test_the_losses_are_those_of_the_exported_student(case: Case, plain: Path, t
     for step, checkpoint in ((1, "step-00000001"), (2, None)):
         student = exported(plain, checkpoint, tmp_path / str(step))
         for r in range(ROWS):
-            known = losses_of(student, student_row(valid, rows, r))
+            known = losses_of(student, student_row(valid, rows, r))[1:]
             written = steps[step].student_loss_RS[r]
             assert written[: len(known)] == pytest.approx(known, abs=2e-5) and np.isnan(written[len(known) :]).all()
             met += len(known)

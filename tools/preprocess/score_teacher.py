@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_command
+from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
@@ -64,7 +65,7 @@ def score_teacher(args: argparse.Namespace) -> None:
     read_manifest(path)  # before anything is written there
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else teacher.absolute()
-    asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
+    asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
     tell(path, manifest, progress)
@@ -112,6 +113,13 @@ def parser() -> Parser:
         "--stride", type=positive_int, metavar="N", help="tokens from window to window (default: half of --context)"
     )
     parser.add_argument(
+        "--bos",
+        type=bos_of,
+        metavar="auto|none|ID",
+        default="auto",
+        help="read in front of each window (default: auto, what the teacher's own tokenizer puts in front of a text)",
+    )
+    parser.add_argument(
         "--tokens-per-batch",
         type=positive_int,
         metavar="N",
@@ -140,6 +148,17 @@ def finalize_parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder whose shards are all scored")
     return parser
+
+
+def bos_of(text: str) -> Bos:
+    """For argparse."""
+    if text == "auto":
+        return "auto"
+    if text == "none":
+        return "none"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}: auto, none or the id of a token expected")
+    return int(text)
 
 
 def part_of(asked: Slice, rank: int, world: int) -> Slice | None:
