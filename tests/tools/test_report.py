@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.pack import SLACK, Mapping, Rows, TeacherIds
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
@@ -147,7 +148,8 @@ def test_rows_are_those_of_training(small):
     order = sampled(len(dataset), 1000, 0)
     assert sorted(order) == list(range(len(dataset)))
     measured = measure_rows(dataset, order, ROW, 0)
-    rows = Rows(dataset, order, ROW)
+    front = Front((real.MISTRAL_BOS,))
+    rows = Rows(dataset, order, ROW, front=front)
     whole = [rows[k] for k in range(len(rows) - 1)]
     lengths = [len(row.teacher_input_ids) for row in whole]
     assert measured.rows == len(whole) > 50
@@ -165,7 +167,7 @@ def test_rows_are_those_of_training(small):
     assert [capacity.positions for capacity in measured.capacities][:2] == [ROW // 2, ROW * 3 // 4]
     assert measured.capacities[-1].rows == measured.capacities[-1].targets == 0
     for capacity in measured.capacities:
-        limited = Rows(dataset, order, ROW, TeacherIds(dataset, capacity.positions))
+        limited = Rows(dataset, order, ROW, TeacherIds(dataset, capacity.positions), front)
         beyond = sum(int((limited[k].mapping == Mapping.BEYOND_TEACHER).sum()) for k in range(len(whole)))
         assert capacity.targets == beyond
         assert capacity.rows == sum(length > capacity.positions for length in lengths)

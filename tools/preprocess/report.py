@@ -22,9 +22,11 @@ import jinja2
 import numpy as np
 import orjson
 
-from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows
+from megatron_vocagno.batch.front import Front
+from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows, TeacherIds
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.front import front_ids
 
 from . import charts, heat
 from .interlinear import Cell, Interlinear, visible
@@ -162,14 +164,15 @@ class RowSample:
 
 def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, seed: int) -> RowSample:
     """Reads about MOST_TARGETS student tokens at most."""
-    rows = Rows(dataset, documents, row_length)
+    student, teacher = (Front(front_ids(each.path) or ()) for each in (dataset.student_tokenizer, dataset.teacher_tokenizer))
+    rows = Rows(dataset, documents, row_length, TeacherIds(dataset, front=teacher), student)
     # the last row is short and would count as a whole one
     chosen = sampled(max(len(rows) - 1, 1), max(MOST_TARGETS // row_length, 1), seed).tolist()
     measured = [rows[k] for k in chosen]
-    student = np.array([len(row.input_ids) for row in measured])
-    teacher = np.array([len(row.teacher_input_ids) for row in measured])
+    student_read = np.array([len(row.lead_ids) + len(row.input_ids) for row in measured])
+    teacher_read = np.array([len(row.teacher_lead_ids) + len(row.teacher_input_ids) for row in measured])
     kinds = np.bincount(np.concatenate([row.mapping for row in measured]), minlength=len(Mapping))
-    lasts = np.concatenate([row.last for row in measured])
+    lasts = np.concatenate([row.last + len(row.teacher_lead_ids) for row in measured])
     later = [k for k in chosen if k]
     backs = np.array([k * rows.stride - rows.start(k) for k in later], np.int64)
     firsts = [rows.pieces(k)[0] for k in later]
@@ -179,11 +182,11 @@ def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, see
         rows=len(measured),
         targets=len(lasts),
         by_mapping={kind.name: int(kinds[kind]) for kind in Mapping},
-        teacher_mean=float(teacher.mean()),
-        teacher_p99=float(np.quantile(teacher, 0.99)),
-        teacher_max=int(teacher.max()),
-        ratios=charts.histogram("Teacher positions a student position", teacher / student, "rows", "{:.3f}".format),
-        capacities=list(capacities(teacher, lasts, row_length)),
+        teacher_mean=float(teacher_read.mean()),
+        teacher_p99=float(np.quantile(teacher_read, 0.99)),
+        teacher_max=int(teacher_read.max()),
+        ratios=charts.histogram("Teacher positions a student position", teacher_read / student_read, "rows", "{:.3f}".format),
+        capacities=list(capacities(teacher_read, lasts, row_length)),
         starts=len(later),
         inside=sum(not dataset.common_boundary(p.document, p.start, p.start + 1)[0] for p in firsts),
         backs=np.bincount(backs).tolist(),
