@@ -84,7 +84,7 @@ def test_a_checkpoint_without_a_front_is_not_resumed_with_one(fronted: Case) -> 
 
 @pytest.mark.slow
 def test_cached_losses_with_another_front_than_the_run_asks_for_are_refused(fronted: Case, tmp_path: Path) -> None:
-    data = shutil.copytree(fronted.train, tmp_path / "data")
+    data = shutil.copytree(fronted.valid, tmp_path / "data")
     score(data, Asked(fronted.teacher, "float32", context=64, stride=32, bos="none"))
     asked = [f"data.train={data}", "teacher.placement=cached", "training.steps=1", "training.schedule.warmup_steps=0"]
     refused = spawn(1, fronted.command("cached", asked))
