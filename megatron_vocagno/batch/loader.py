@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Int32, Mapping, Piece, Row, Rows, TeacherSource
+from megatron_vocagno.batch.text_losses import TextLoss, summed
 
 IGNORE = -100
 """Target of a position that is not learned: padding, and in evaluation the ends of documents."""
@@ -31,6 +32,8 @@ class Batch:
     """[B, S] int64, 0 where there is no token."""
     target_BS: Tensor
     """[B, S] int64, IGNORE where there is no token."""
+    text_BS: Tensor
+    """[B, S] bool, whether the target is text: neither the first token nor the end of a document."""
     first_BS: Tensor
     last_BS: Tensor
     """[B, S] int32, positions among the row's teacher targets, half-open; first == last where unmapped."""
@@ -45,6 +48,8 @@ class Batch:
     """B arrays [u], as segment_BS."""
     teacher_losses: tuple[Float32, ...] | None
     """B arrays [u], nats, where they are cached."""
+    said: tuple[TextLoss, ...]
+    """What each teacher whose losses are cached said of the rows' text."""
     mapping_counts: tuple[int, ...]
     """How many targets have each `Mapping`."""
     row_mapped: tuple[int, ...]
@@ -177,17 +182,18 @@ def evaluation_batches(
 def collate(rows: list[Row], row_length: int) -> Batch:
     """Pad rows to [B, S]."""
     shape = (len(rows), row_length)
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+    inputs, targets, text = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.bool_)
     first, last, begins = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     for b, row in enumerate(rows):
         n = len(row.input_ids)
-        inputs[b, :n], targets[b, :n] = row.input_ids, row.target_ids
+        inputs[b, :n], targets[b, :n], text[b, :n] = row.input_ids, row.target_ids, row.is_text
         first[b, :n], last[b, :n], begins[b, :n] = row.first, row.last, row.starts_document
     counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
     mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
     return Batch(
         input_BS=torch.from_numpy(inputs),
         target_BS=torch.from_numpy(targets),
+        text_BS=torch.from_numpy(text),
         first_BS=torch.from_numpy(first),
         last_BS=torch.from_numpy(last),
         segment_BS=torch.from_numpy(begins.cumsum(1, dtype=np.int32)),
@@ -195,6 +201,7 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         teacher_targets=tuple(row.teacher_target_ids for row in rows),
         teacher_segments=tuple(row.teacher_starts_document.cumsum(dtype=np.int32) for row in rows),
         teacher_losses=_all_or_none([row.teacher_losses for row in rows]),
+        said=summed(row.said for row in rows),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),

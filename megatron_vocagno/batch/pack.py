@@ -22,6 +22,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_vocagno.batch.text_losses import TextLoss
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -132,6 +134,8 @@ class Row:
     """[u] whether the teacher's target is the first token of a document."""
     teacher_losses: Float32 | None = None
     """[u] nats, where they are cached; then there are no teacher ids in the row."""
+    said: tuple[TextLoss, ...] = ()
+    """What each teacher whose losses are cached said of the row's text."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
@@ -218,6 +222,7 @@ class Rows:
             teacher_target_ids=teacher.target_ids,
             teacher_starts_document=teacher.starts_document,
             teacher_losses=teacher.losses,
+            said=teacher.said,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
@@ -251,6 +256,8 @@ class TeacherSide:
     """[u], or [0] where the losses are known."""
     losses: Float32 | None = None
     """[u]"""
+    said: tuple[TextLoss, ...] = ()
+    """What each teacher whose losses are known said of the text."""
 
 
 class TeacherSource(Protocol):
