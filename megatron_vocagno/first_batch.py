@@ -20,41 +20,43 @@ NEAR_CHANCE = 0.9
 NEAR_STUDENT = 0.99
 """Of the student's bits per byte: a teacher above it is no better. Rounding alone makes less difference."""
 ADVICE = (
-    "  Likely causes: the teacher does not read what it was trained to read before a text (teacher.bos) or between documents;\n"
+    "  Likely causes: it does not read what it was trained to read before a text (BOS: teacher.bos) or between documents;\n"
     "  its ids are of another tokenizer; its weights are damaged; it does not know this text. What to look at:\n"
     "  docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
 )
 
 
 @dataclass(frozen=True)
-class TeacherFacts:
-    """What a run knows of a teacher besides its losses."""
+class Facts:
+    """What a run knows of a model besides its losses."""
 
     vocabulary: int
     """Ids of its tokenizer."""
     parameters: int | None
-    """None where its losses are cached."""
+    """None of a teacher whose losses are cached."""
+    trained: bool = True
+    """False of a student that starts from nothing."""
 
 
-def known_teachers(run: Run, data: AlignedDataset, parameters: int | None) -> list[TeacherFacts]:
-    """The teachers that a run asks, in their order. parameters: of the one that is loaded."""
+def teacher_facts(run: Run, data: AlignedDataset, parameters: int | None) -> list[Facts]:
+    """Of the teachers that a run asks, in their order. parameters: of the one that is loaded."""
     if not run.guidance.needs_teacher:
         return []
     further = [read_manifest(asked.data[0]).teacher.vocab_size for asked in run.teacher[1:]]
-    return [TeacherFacts(vocabulary, parameters) for vocabulary in (data.teacher_tokenizer.vocab_size, *further)]
+    return [Facts(vocabulary, parameters) for vocabulary in (data.teacher_tokenizer.vocab_size, *further)]
 
 
 class FirstBatch:
     """Judges the first batch of a start."""
 
-    def __init__(self, teachers: Sequence[TeacherFacts], student_parameters: int) -> None:
+    def __init__(self, student: Facts, teachers: Sequence[Facts]) -> None:
         """teachers: none, or as many as will be heard."""
-        self.teachers, self.student_parameters = teachers, student_parameters
+        self.student, self.teachers = student, teachers
 
     def tell(self, step: int, heard: Heard, monitor: Monitor) -> None:
         """step: the one that read the batch."""
         if line := described(heard):
-            monitor.first_batch(step, line, list(warnings(heard, self.teachers, self.student_parameters)))
+            monitor.first_batch(step, line, list(warnings(heard, self.student, self.teachers)))
 
 
 def described(heard: Heard) -> str | None:
@@ -68,41 +70,44 @@ def described(heard: Heard) -> str | None:
     return f"first batch: {nats} nats a token, {', '.join(bits)}{' and ' if bits else ''}{last} bits a byte"
 
 
-def warnings(heard: Heard, teachers: Sequence[TeacherFacts], student_parameters: int) -> Iterator[str]:
-    """For each teacher that seems to read wrongly, what shows it, and what to look at.
+def warnings(heard: Heard, student: Facts, teachers: Sequence[Facts]) -> Iterator[str]:
+    """For each model that seems to read wrongly, what shows it, and what to look at.
 
     teachers  none, or as many as were heard
     """
-    for name, said, facts in zip(_names(heard), heard.teachers, teachers, strict=True):
-        if said.tokens and said.text_bytes and heard.student.text_bytes:
-            findings = list(_findings(name, said, heard.student, facts, student_parameters))
-            if findings:
-                yield "\n".join([*(f"warning: {finding}" for finding in findings), ADVICE])
+    models = [
+        (f"the {name}" if len(teachers) == 1 else name, said, list(_against_student(said, facts, heard.student, student)), facts)
+        for name, said, facts in zip(_names(heard), heard.teachers, teachers, strict=True)
+    ]
+    models.append(("the student", heard.student, [], student))
+    for name, said, besides, facts in models:
+        if findings := [f"warning: {name}{finding}" for finding in (*_alone(said, facts), *besides)]:
+            yield "\n".join([*findings, ADVICE])
 
 
-def _findings(name: str, said: TextLoss, student: TextLoss, facts: TeacherFacts, student_parameters: int) -> Iterator[str]:
-    if not math.isfinite(said.nats):
-        yield f"some losses of the {name} are not finite on the first batch: does teacher.dtype overflow?"
-        return
+def _alone(said: TextLoss, facts: Facts) -> Iterator[str]:
     chance = math.log(facts.vocabulary)
-    if said.per_token > NEAR_CHANCE * chance:
+    if said.tokens and not math.isfinite(said.nats):
+        yield " has losses that are not finite on the first batch: does its dtype overflow?"
+    elif facts.trained and said.per_token > NEAR_CHANCE * chance:
         yield (
-            f"the {name} is hardly better than chance on the first batch: {said.per_token:.2f} nats a token, where a guess among "
-            f"its {facts.vocabulary:,} tokens costs {chance:.2f}."
+            f" is hardly better than chance on the first batch: {said.per_token:.2f} nats a token, where a guess among its "
+            f"{facts.vocabulary:,} tokens costs {chance:.2f}."
         )
-    if said.bits_per_byte <= NEAR_STUDENT * student.bits_per_byte:
+
+
+def _against_student(said: TextLoss, facts: Facts, student: TextLoss, student_facts: Facts) -> Iterator[str]:
+    """Nothing where a loss is NaN."""
+    if not math.isfinite(said.nats) or not said.bits_per_byte > NEAR_STUDENT * student.bits_per_byte:
         return
-    both = f"{said.bits_per_byte:.2f} and {student.bits_per_byte:.2f} bits a byte"
+    both = (
+        f"is no better than its student on the first batch: {said.bits_per_byte:.2f} and {student.bits_per_byte:.2f} bits a byte"
+    )
     if facts.parameters is None:
-        yield (
-            f"the {name} is no better than its student on the first batch: {both}. How large it is, its cached losses do not "
-            "say: a teacher smaller than its student may be right."
-        )
-    elif facts.parameters >= student_parameters:
-        yield (
-            f"the {name} ({facts.parameters:,} parameters) is no better than its student ({student_parameters:,}) on the first "
-            f"batch: {both}. A student that was trained on such text may be right."
-        )
+        yield f" {both}. Its losses are cached, so its size is not known here: a small teacher may be behind its student."
+    elif facts.parameters >= (student_facts.parameters or 0):
+        sizes = f" ({facts.parameters:,} parameters, its student {student_facts.parameters:,})"
+        yield f"{sizes} {both}. This can be right where the student was trained on such text."
 
 
 def _names(heard: Heard) -> list[str]:

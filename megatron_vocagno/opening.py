@@ -31,7 +31,7 @@ from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.evaluation import HeldOut
-from megatron_vocagno.first_batch import FirstBatch, known_teachers
+from megatron_vocagno.first_batch import Facts, FirstBatch, teacher_facts
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
@@ -80,7 +80,8 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     once = first_scorer(teacher, run, engine, processes)
     hearing = Hearing(data.student_byte_lengths, data.teacher_byte_lengths, engine.speaks, processes.device)
     stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, hearing, engine, run.guidance, processes, once)
-    first_batch = FirstBatch(known_teachers(run, data, teacher.parameters_count if teacher else None), parameters(config))
+    student = Facts(data.student_tokenizer.vocab_size, parameters(config), trained=weights is not None)
+    first_batch = FirstBatch(student, teacher_facts(run, data, teacher.parameters_count if teacher else None))
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper)
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path)

@@ -41,7 +41,8 @@ class Hearing:
         """[3] nats, tokens and bytes of a batch whose losses the teacher has just taken."""
         lengths_BU = np.zeros(loss_BU.shape, np.int32)
         for b, (ids, segments) in enumerate(zip(batch.teacher_targets, batch.teacher_segments, strict=True)):
-            starts = np.diff(segments, prepend=np.int32(0)) > 0
+            # of the targets: what is read in front of them has none
+            starts = np.diff(segments[len(segments) - len(ids) :], prepend=np.int32(0)) > 0
             lengths_BU[b, : len(ids)] = text_bytes(ids, starts, self.teacher_bytes)
         text_BU = lengths_BU > 0
         nats = loss_BU.where(torch.from_numpy(text_BU).to(loss_BU.device), 0.0).sum(dtype=torch.float64)
