@@ -52,7 +52,7 @@ class CachedLosses:
         losses = [self.dataset.teacher_losses(*piece) for piece in targets.pieces]
         flat = np.concatenate(losses) if losses else np.zeros(0, np.float32)
         said = self._said(targets, flat)
-        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat, (said,))
+        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat, said=(said,))
 
     def _said(self, targets: TeacherTargets, losses: Float32) -> TextLoss:
         ids = np.concatenate([NO_IDS, *(self.dataset.teacher(*piece) for piece in targets.pieces)])
@@ -78,7 +78,7 @@ class CombinedGuides:
         first = np.arange(len(mapped), dtype=np.int32)
         starts = np.zeros(len(mapped), np.bool_)
         said = tuple(of_teacher for side in sides for of_teacher in side.said)
-        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine), said)
+        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine), said=said)
 
 
 def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:
