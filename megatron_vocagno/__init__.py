@@ -14,6 +14,7 @@ config.py    the run, run_file.py: read from its file
 pretrain.py  the command       train.py    the loop, step.py: a step of it
 opening.py   what it opens before        evaluation.py  held-out text
 stopping.py  what asks a run to leave    health.py   what ends one that goes wrong
+first_batch.py  what both models know of the first batch
 monitor.py   what a run tells, board.py: in TensorBoard, samples.py: token by token
 export.py    a checkpoint as a Hugging Face folder
 hub.py       models by their Hub ids

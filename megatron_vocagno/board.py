@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vocagno.batch.pack import Mapping as Reason
+from megatron_vocagno.batch.text_losses import teacher_names
 from megatron_vocagno.config import Run
 
 Charts = dict[str, list[str]]
@@ -39,6 +40,9 @@ class Board:
         for title, content in (("run", run.model_dump(mode="json")), ("deepspeed_config", settings)):
             text = orjson.dumps(content, option=orjson.OPT_INDENT_2).decode()
             self._writer.add_text(f"configuration/{title}", f"```json\n{text}\n```", self._first_step)
+
+    def text(self, title: str, content: str, step: int) -> None:
+        self._writer.add_text(title, content, step)
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
@@ -66,7 +70,15 @@ def layout(run: Run) -> dict[str, Charts]:
 
 
 def _learning(run: Run) -> Charts:
-    charts = {"training loss (nats): learned, all tokens": ["loss/train", "loss/all_tokens"]}
+    names = teacher_names(len(run.teacher)) if run.guidance.objective == "guided" else []
+    teachers, beside = [f"loss/{name}_all_tokens" for name in names], ", teacher" if names else ""
+    charts = {
+        f"training loss (nats): learned, all tokens{beside}": ["loss/train", "loss/all_tokens", *teachers],
+        f"training text (bits per byte): student{beside}": [
+            "loss/bits_per_byte",
+            *(f"loss/{name}_bits_per_byte" for name in names),
+        ],
+    }
     if run.data.valid is not None:
         charts["held-out text (bits per byte)"] = ["eval/bits_per_byte"]
     if run.guidance.distance:

@@ -90,6 +90,16 @@ class Monitor:
         if step % self.every == 0 or step in (1, self.last_step):
             self.say(_line(step, self.last_step, numbers, self._remaining(self.last_step - step)))
 
+    def first_batch(self, step: int, line: str, warnings: Sequence[str]) -> None:
+        """What both models know of the first batch of this start, and what seems wrong."""
+        self.say(line)
+        for warning in warnings:
+            self.say(warning, always=True)
+        if self.output is None or self._board is None:
+            return
+        with _disk(self.output):
+            self._board.text("first_batch", "\n\n".join([line, *warnings]), step)
+
     def evaluation(self, step: int, numbers: Mapping[str, float]) -> None:
         """The numbers of an evaluation after a step (0: before the first); none where the run was asked to leave meanwhile."""
         if not numbers:

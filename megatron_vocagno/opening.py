@@ -20,10 +20,11 @@ from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.fronts import open_fronts, reading
+from megatron_vocagno.engine.hearing import Hearing
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy, check_output
 from megatron_vocagno.engine.pins import from_the_hub
-from megatron_vocagno.engine.placement import load_teacher, place_teacher
+from megatron_vocagno.engine.placement import first_scorer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.samples import open_samples
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision
@@ -31,9 +32,10 @@ from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.evaluation import HeldOut
+from megatron_vocagno.first_batch import Facts, FirstBatch, teacher_facts
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
-from megatron_vocagno.model.folder import PretrainedWeights
+from megatron_vocagno.model.folder import PretrainedWeights, parameters
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.step import Stepper
 from megatron_vocagno.stopping import Stopper
@@ -53,6 +55,7 @@ class Opened:
     """After the newest whole checkpoint, or at the start."""
     engine: Engine
     stepper: Stepper
+    first_batch: FirstBatch
     held_out: HeldOut
     keeper: Keeper
     occupancy: Occupancy
@@ -76,7 +79,11 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     distiller = open_distiller(teacher, run, data, processes.device)
     engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
     scorer = place_teacher(teacher, run, engine, processes)
-    stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, engine, run.guidance, processes)
+    once = first_scorer(teacher, run, engine, processes)
+    hearing = Hearing(data.student_byte_lengths, data.teacher_byte_lengths, engine.speaks, processes.device)
+    stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, hearing, engine, run.guidance, processes, once)
+    student = Facts(data.student_tokenizer.vocab_size, parameters(config), trained=weights is not None)
+    first_batch = FirstBatch(student, teacher_facts(run, data, teacher.parameters_count if teacher else None))
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper, fronts[0])
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path, fronts[0])
@@ -90,7 +97,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     paths = [source.path for source in run.data.train]
-    return Opened(paths, rows, layout, steps, position, engine, stepper, held_out, keeper, occupancy, monitor)
+    return Opened(paths, rows, layout, steps, position, engine, stepper, first_batch, held_out, keeper, occupancy, monitor)
 
 
 def _open(

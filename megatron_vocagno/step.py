@@ -10,8 +10,10 @@ from torch import Tensor
 
 from megatron_vocagno.batch import pack
 from megatron_vocagno.batch.loader import Batch, Batches
+from megatron_vocagno.batch.text_losses import Heard, TextLoss, teacher_names
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.engine.counts import StepCounts, count_step
+from megatron_vocagno.engine.hearing import Hearing, heard
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.trainers import Engine
@@ -21,9 +23,21 @@ from megatron_vocagno.objective.statistics import STATS, summarize
 class Stepper:
     """Takes the steps of a run. Every call is collective over the world."""
 
-    def __init__(self, batches: Batches, scorer: Scorer | None, engine: Engine, guidance: Guidance, processes: Processes) -> None:
-        """scorer: None where no teacher is asked."""
-        self.batches, self.scorer, self.engine, self.guidance, self.processes = batches, scorer, engine, guidance, processes
+    def __init__(
+        self,
+        batches: Batches,
+        scorer: Scorer | None,
+        hearing: Hearing,
+        engine: Engine,
+        guidance: Guidance,
+        processes: Processes,
+        first_scorer: Scorer | None = None,
+    ) -> None:
+        """scorer: None where no teacher is asked. first_scorer: for the first step, where only its distributions are."""
+        self.batches, self.scorer, self.hearing, self.first_scorer = batches, scorer, hearing, first_scorer
+        self.engine, self.guidance, self.processes = engine, guidance, processes
+        self.heard = Heard(TextLoss(0.0, 0, 0), ())
+        """What both models said of the last step's text."""
 
     def step(self, first_row: int) -> dict[str, float]:
         """One optimizer step on the rows from `first_row` on; its numbers, by the names of docs/monitoring.md."""
@@ -32,10 +46,14 @@ class Stepper:
         counts = count_step(micro_batches, self.guidance, self.engine.data_group, self.processes.device)
         clock.start_teacher()
         teacher_losses = self._score(micro_batches)
+        sums_N = self.hearing.sums(micro_batches, self._said(micro_batches, teacher_losses))
         clock.start_student()
         learning_rate = self.engine.learning_rate  # of this step: training moves it on
         loss = self.engine.train(micro_batches, teacher_losses, counts)
-        return self._numbers(loss, learning_rate, counts, clock.stop())
+        seconds = clock.stop()
+        stats, student_nats, sums_N = self.engine.objective.take_stats(sums_N)
+        self.heard = heard(student_nats, sums_N)
+        return self._numbers(loss, learning_rate, counts, stats, seconds)
 
     def _score(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The teacher's losses, one [B, U] a batch; [B, 0] where there is no teacher."""
@@ -43,11 +61,17 @@ class Stepper:
             return [torch.empty(len(batch.target_BS), 0, device=self.processes.device) for batch in batches]
         return self.scorer.score(batches)
 
+    def _said(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor]) -> Sequence[Tensor] | None:
+        """The teacher's losses, once more or for the first step alone; None where there are none."""
+        if self.first_scorer is not None:
+            scorer, self.first_scorer = self.first_scorer, None
+            return scorer.score(batches)
+        return teacher_losses if self.scorer is not None and self.guidance.needs_teacher else None
+
     def _numbers(
-        self, loss: float, learning_rate: float, counts: StepCounts, seconds: tuple[float, float, float]
+        self, loss: float, learning_rate: float, counts: StepCounts, stats: Tensor, seconds: tuple[float, float, float]
     ) -> dict[str, float]:
         """What a step is remembered by."""
-        stats = self.engine.objective.take_stats()
         means = summarize(stats)
         whole, teacher, student = seconds
         numbers = {
@@ -66,6 +90,7 @@ class Stepper:
         if self.engine.grad_norm is not None:
             numbers["optimizer/grad_norm"] = self.engine.grad_norm
         means.pop("loss", None)
+        numbers |= self._of_text()
         numbers |= self.engine.take_numbers(counts)
         if self.guidance.selects:
             without_teacher = () if self.guidance.needs_teacher else ("guide_", "excess_", "threshold")
@@ -83,6 +108,16 @@ class Stepper:
                 "teacher/tokens_per_second": counts.teacher_tokens / teacher,
                 "teacher/padding": self.scorer.padding,
             }
+        return numbers
+
+    def _of_text(self) -> dict[str, float]:
+        """The losses of text, of both models."""
+        student, teachers = self.heard
+        numbers = {"loss/bits_per_byte": student.bits_per_byte} if student.text_bytes else {}
+        # of distributions the first step alone has losses, which make no curve
+        for name, said in zip(teacher_names(len(teachers)), teachers, strict=True) if self.scorer is not None else ():
+            if said.text_bytes:
+                numbers |= {f"loss/{name}_all_tokens": said.per_token, f"loss/{name}_bits_per_byte": said.bits_per_byte}
         return numbers
 
 

@@ -62,6 +62,8 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper, 
             numbers = opened.stepper.step(before.rows)
             numbers |= {f"data/epochs/{path}": n for path, n in zip(opened.paths, rows.epochs(position.rows), strict=True)}
             monitor.step(position.step, numbers)
+            if before == opened.position:
+                opened.first_batch.tell(position.step, opened.stepper.heard, monitor)
             if broken := guard.check(position.step, numbers):
                 documents = documents_of(rows, range(before.rows, position.rows))
                 monitor.broken_step(broken, dict(zip(map(str, opened.paths), documents, strict=True)))

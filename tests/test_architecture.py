@@ -36,7 +36,20 @@ DIRECTION = {
     "pretrain": {"train", "dryrun", "plan", "engine", "stopping", "config", "run_file", "command", "errors"},
     "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping"},
     "step": {"engine", "batch", "objective", "config"},
-    "opening": {"step", "evaluation", "engine", "model", "batch", "corpus", "config", "monitor", "stopping", "errors"},
+    "first_batch": {"batch", "config", "corpus", "monitor"},
+    "opening": {
+        "step",
+        "first_batch",
+        "evaluation",
+        "engine",
+        "model",
+        "batch",
+        "corpus",
+        "config",
+        "monitor",
+        "stopping",
+        "errors",
+    },
     "train": {"opening", "engine", "config", "monitor", "health", "stopping"},
 }
 # foreign package: the only files or folders that may import it

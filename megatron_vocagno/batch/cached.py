@@ -12,7 +12,17 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, Float32, Piece, TeacherSide, TeacherSource, TeacherTargets
+from megatron_vocagno.batch.pack import (
+    NO_IDS,
+    AlignedDocuments,
+    Float32,
+    Int32,
+    Piece,
+    TeacherSide,
+    TeacherSource,
+    TeacherTargets,
+)
+from megatron_vocagno.batch.text_losses import TextLoss, text_bytes
 from megatron_vocagno.config import Aggregate
 
 Combine = Literal["min", "mean"]
@@ -20,6 +30,11 @@ Combine = Literal["min", "mean"]
 
 class ScoredDocuments(AlignedDocuments, Protocol):
     """Aligned documents with a loss for each teacher token."""
+
+    @property
+    def teacher_byte_lengths(self) -> Int32:
+        """[W] UTF-8 bytes of each teacher token."""
+        ...
 
     def teacher_losses(self, document: int, start: int, stop: int) -> Float32: ...
 
@@ -36,7 +51,14 @@ class CachedLosses:
         targets = TeacherTargets.of(self.dataset, pieces, skipped)
         losses = [self.dataset.teacher_losses(*piece) for piece in targets.pieces]
         flat = np.concatenate(losses) if losses else np.zeros(0, np.float32)
-        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat)
+        said = self._said(targets, flat)
+        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat, said=(said,))
+
+    def _said(self, targets: TeacherTargets, losses: Float32) -> TextLoss:
+        ids = np.concatenate([NO_IDS, *(self.dataset.teacher(*piece) for piece in targets.pieces)])
+        lengths = text_bytes(ids, targets.starts_document, self.dataset.teacher_byte_lengths)
+        text = lengths > 0
+        return TextLoss(float(losses[text].sum(dtype=np.float64)), int(text.sum()), int(lengths.sum()))
 
 
 class CombinedGuides:
@@ -55,7 +77,8 @@ class CombinedGuides:
         mapped = sides[0].first < sides[0].last  # for all alike: where the student's token has text
         first = np.arange(len(mapped), dtype=np.int32)
         starts = np.zeros(len(mapped), np.bool_)
-        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine))
+        said = tuple(of_teacher for side in sides for of_teacher in side.said)
+        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine), said=said)
 
 
 def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Int32, Mapping, Piece, Row, Rows, TeacherSource
+from megatron_vocagno.batch.text_losses import TextLoss, summed
 
 IGNORE = -100
 """Target of a position that is not learned: padding, and in evaluation the ends of documents."""
@@ -36,6 +37,8 @@ class Batch:
     """[B, S] int64, 0 where there is no token."""
     target_BS: Tensor
     """[B, S] int64, IGNORE where there is no token."""
+    text_BS: Tensor
+    """[B, S] bool, whether the target is text: neither the first token nor the end of a document."""
     first_BS: Tensor
     last_BS: Tensor
     """[B, S] int32, positions among the row's teacher targets, half-open; first == last where unmapped."""
@@ -53,6 +56,8 @@ class Batch:
     teacher_leads: tuple[int, ...]
     teacher_losses: tuple[Float32, ...] | None
     """B arrays [u], nats, where they are cached."""
+    said: tuple[TextLoss, ...]
+    """What each teacher whose losses are cached said of the rows' text."""
     mapping_counts: tuple[int, ...]
     """How many targets have each `Mapping`."""
     row_mapped: tuple[int, ...]
@@ -198,19 +203,20 @@ def evaluation_batches(
 def collate(rows: list[Row], row_length: int) -> Batch:
     """Pad rows to [B, S]."""
     shape = (len(rows), row_length)
-    inputs, targets = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64)
+    inputs, targets, text = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.bool_)
     first, last, begins = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
     lead = max(len(row.lead_ids) for row in rows)
     for b, row in enumerate(rows):
         inputs[b, : len(row.lead_ids)] = row.lead_ids
         own = slice(lead, lead + len(row.input_ids))
-        inputs[b, own], targets[b, own] = row.input_ids, row.target_ids
+        inputs[b, own], targets[b, own], text[b, own] = row.input_ids, row.target_ids, row.is_text
         first[b, own], last[b, own], begins[b, own] = row.first, row.last, row.starts_document
     counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
     mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
     return Batch(
         input_BS=torch.from_numpy(inputs),
         target_BS=torch.from_numpy(targets),
+        text_BS=torch.from_numpy(text),
         first_BS=torch.from_numpy(first),
         last_BS=torch.from_numpy(last),
         segment_BS=torch.from_numpy(begins.cumsum(1, dtype=np.int32)),
@@ -220,6 +226,7 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         teacher_segments=tuple(_teacher_segments(row) for row in rows),
         teacher_leads=tuple(len(row.teacher_lead_ids) for row in rows),
         teacher_losses=_all_or_none([row.teacher_losses for row in rows]),
+        said=summed(row.said for row in rows),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),

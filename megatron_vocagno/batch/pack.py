@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
+from megatron_vocagno.batch.text_losses import TextLoss
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -138,6 +139,8 @@ class Row:
     lead_ids: tuple[int, ...] = ()
     teacher_lead_ids: tuple[int, ...] = ()
     """What is read before the inputs, in front of text; most often a BOS, or nothing."""
+    said: tuple[TextLoss, ...] = ()
+    """What each teacher whose losses are cached said of the row's text."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
@@ -236,6 +239,7 @@ class Rows:
             teacher_losses=teacher.losses,
             lead_ids=lead,
             teacher_lead_ids=teacher.lead_ids,
+            said=teacher.said,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
@@ -271,6 +275,8 @@ class TeacherSide:
     """[u]"""
     lead_ids: tuple[int, ...] = ()
     """What is read before the inputs."""
+    said: tuple[TextLoss, ...] = ()
+    """What each teacher whose losses are known said of the text."""
 
 
 class TeacherSource(Protocol):

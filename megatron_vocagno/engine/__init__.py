@@ -5,6 +5,7 @@ processes.py    start the process group; device and threads of this rank
 settings.py     the DeepSpeed configuration: read, checked against the run
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss
 scoring.py      where the teacher runs: score, then train
+hearing.py      what both models' losses say of a step's text
 sharded.py      a teacher that is spread over all ranks
 cached.py       a teacher that has spoken already: rows bring its losses along
 placement.py    the teacher of a run: opened, and put where it scores

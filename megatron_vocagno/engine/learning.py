@@ -35,6 +35,8 @@ class Labels(NamedTuple):
     """float32"""
     capacity_C0: Tensor
     """[C, 0]. Its length says how many tokens can have weight at most: a number that a device need not be asked for."""
+    text_BS: Tensor
+    """bool, as in Batch."""
 
 
 class Chosen(NamedTuple):
@@ -65,6 +67,8 @@ class Objective:
         """The data-parallel ranks, over which `global` scope selects; known once the engine is built."""
         self._looked: list[Tensor] | None = None
         self._seen = torch.zeros(len(STATS), dtype=torch.float64, device=device)
+        self._text_nats = torch.zeros((), dtype=torch.float64, device=device)
+        """Sum of the student's losses of text."""
 
     def __call__(self, loss_BS: Tensor, labels: Labels | Chosen, rows: LearnedRows) -> Tensor:
         """Tells `rows` which tokens are learned."""
@@ -112,6 +116,7 @@ class Objective:
             torch.cat([of_batch.last_BS for of_batch in labels]).to(self.device),
             labels[0].divisor_1,
             labels[0].capacity_C0,
+            torch.cat([of_batch.text_BS for of_batch in labels]).to(self.device),
         )
         weights = self._select(torch.cat(tuple(losses)), step, None).weight_BS.cpu().split(len(losses[0]))
         return [
@@ -126,6 +131,7 @@ class Objective:
     def _select(self, loss_BS: Tensor, labels: Labels, capacity: int | None) -> Selection:
         selection = self._selection(loss_BS, labels, capacity, self.group)
         self._seen += selection.stats_PK.sum(0)
+        self._text_nats += loss_BS.where(labels.text_BS, 0.0).sum(dtype=torch.float64)
         return selection
 
     def _selection(self, loss_BS: Tensor, labels: Labels, capacity: int | None, group: dist.ProcessGroup | None) -> Selection:
@@ -149,11 +155,17 @@ class Objective:
         )
         return _with_sums_of(loss_BS, selection, valid_BS) if chance else selection
 
-    def take_stats(self) -> Tensor:
-        """Sums since the last call, over all ranks, in the order of STATS; on the host. Collective over the world."""
-        seen, self._seen = self._seen, torch.zeros_like(self._seen)
-        dist.all_reduce(seen)
-        return seen.cpu()
+    def take_stats(self, besides_N: Tensor) -> tuple[Tensor, float, Tensor]:
+        """Sums since the last call, over all ranks, on the host. Collective over the world.
+
+        besides_N  [N] float64, what a caller adds up in the same round
+        returns    those of STATS, in their order; the student's losses of text, nats; and [N]
+        """
+        mine = torch.cat([self._seen, self._text_nats[None], besides_N.to(self._seen.device)])
+        self._seen, self._text_nats = torch.zeros_like(self._seen), torch.zeros_like(self._text_nats)
+        dist.all_reduce(mine)
+        sums = mine.cpu()
+        return sums[: len(STATS)], float(sums[len(STATS)]), sums[len(STATS) + 1 :]
 
 
 def _with_sums_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor) -> Selection:

@@ -48,7 +48,14 @@ def place_teacher(teacher: Teacher | ShardedTeacher | None, run: Run, engine: En
     """What scores the steps of a run that selects; None where nothing is selected."""
     if not run.guidance.selects:
         return None
-    if teacher is None:
-        return CachedScorer(processes.device)
+    return CachedScorer(processes.device) if teacher is None else _scorer(teacher, run, engine, processes)
+
+
+def first_scorer(teacher: Teacher | ShardedTeacher | None, run: Run, engine: Engine, processes: Processes) -> Scorer | None:
+    """What scores the first step alone, of a teacher that is asked for distributions."""
+    return None if teacher is None or run.guidance.selects else _scorer(teacher, run, engine, processes)
+
+
+def _scorer(teacher: Teacher | ShardedTeacher, run: Run, engine: Engine, processes: Processes) -> Scorer:
     scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
     return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, run.data.by_document)

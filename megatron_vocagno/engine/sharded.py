@@ -26,6 +26,7 @@ class ShardedTeacher:
         # an engine that nobody holds takes its hooks with it, and with them the gathering
         self.engine = engine
         self.loss, self.vocab_size, self.max_positions = teacher.loss, teacher.vocab_size, teacher.max_positions
+        self.parameters_count = teacher.parameters_count
 
 
 def open_sharded(dtype: torch.dtype, open_teacher: Callable[[], Teacher]) -> ShardedTeacher:

@@ -32,6 +32,8 @@ class Engine(ABC):
     """The ranks that read different rows."""
     pipe_group: dist.ProcessGroup | None
     """The ranks that read the same rows; None where each reads its own."""
+    speaks: bool
+    """Whether this rank counts what the ranks that read the same rows all know."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
         """documents: attention ends at the borders of documents."""
@@ -107,7 +109,8 @@ class Engine(ABC):
         first_BS, last_BS = batch.first_BS, batch.last_BS
         if not teacher_loss_BU.shape[1]:
             first_BS = last_BS = torch.zeros_like(first_BS)
-        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, self._divisor(divisor), torch.empty(capacity, 0))
+        room = torch.empty(capacity, 0)
+        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, self._divisor(divisor), room, batch.text_BS)
 
     def _inputs(self, batch: Batch) -> Stream:
         """What the student's first layer takes."""
@@ -131,6 +134,7 @@ class PipelineTrainer(Engine):
         self.data_rank = engine.grid.get_data_parallel_rank()
         self.data_group = engine.grid.get_data_parallel_group()
         self.pipe_group = engine.grid.get_pipe_parallel_group()
+        self.speaks = engine.grid.get_stage_id() == 0
         objective.group = self.data_group
 
     def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
@@ -163,7 +167,7 @@ class PlainTrainer(Engine):
         super().__init__(engine, objective, layout, documents)
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
-        self.pipe_group = None
+        self.pipe_group, self.speaks = None, True
         objective.group = self.data_group
 
     @torch.no_grad()

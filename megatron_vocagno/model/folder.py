@@ -236,6 +236,11 @@ def skeleton(config: PretrainedConfig) -> Any:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
+def parameters(config: PretrainedConfig) -> int:
+    """Of the model of a configuration. A tied head counts once."""
+    return sum(parameter.numel() for parameter in skeleton(config).parameters())
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars of transformers: one per rank tells nobody anything."""

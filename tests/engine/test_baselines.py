@@ -43,7 +43,7 @@ def labels_of(batches: list[Batch], guidance: Guidance) -> list[Labels]:
     planned = count_step(batches, guidance, None, CPU)  # type: ignore[arg-type]
     losses = CachedScorer(CPU).score(batches)
     return [
-        Labels(b.target_BS, loss_BU, b.first_BS, b.last_BS, torch.tensor([float(planned.kept)]), torch.empty(room, 0))
+        Labels(b.target_BS, loss_BU, b.first_BS, b.last_BS, torch.tensor([float(planned.kept)]), torch.empty(room, 0), b.text_BS)
         for b, loss_BU, room in zip(batches, losses, planned.capacities, strict=True)
     ]
 

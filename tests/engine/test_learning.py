@@ -28,7 +28,15 @@ def step_of(dataset: AlignedDataset, seed: int) -> tuple[list[torch.Tensor], lis
         losses.append((torch.rand(batch.target_BS.shape) * 9).round(decimals=1))
         losses[-1][1, 9] = torch.nan
         labels.append(
-            Labels(batch.target_BS, teacher_BU, batch.first_BS, batch.last_BS, torch.tensor([50.0]), torch.empty(128, 0))
+            Labels(
+                batch.target_BS,
+                teacher_BU,
+                batch.first_BS,
+                batch.last_BS,
+                torch.tensor([50.0]),
+                torch.empty(128, 0),
+                batch.text_BS,
+            )
         )
     return losses, labels
 
