@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from megatron_vocagno.config import Run, SharedError
-from megatron_vocagno.engine.agreement import largest
+from megatron_vocagno.config import Run, RunError, SharedError
+from megatron_vocagno.engine.agreement import largest, together
+from megatron_vocagno.engine.alike import facts_of_command, require_alike
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.pins import pin_models
@@ -22,7 +23,8 @@ from megatron_vocagno.stopping import Stopper
 def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool = False) -> None:
     """Join the other processes, train, and leave together. quiet: see Monitor. Raises UserError."""
     processes = start()
-    settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
+    settings = together(lambda: read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type), RunError)
+    require_alike(facts_of_command(run, settings, processes.world))
     try:
         run = pin_models(run)
         train(run, settings, processes, stopper, quiet)
@@ -49,6 +51,8 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper, 
     Where any rank's `stopper` asks it to, the run saves after the step that it is in, and returns.
     """
     opened = open_run(run, settings, processes, stopper, quiet)
+    if opened is None:
+        return
     rows, steps, keeper, monitor = opened.rows, opened.steps, opened.keeper, opened.monitor
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, opened.engine.skipped_steps)
     position = opened.position
