@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_vocagno.config import Run, RunError, SharedError
-from megatron_vocagno.engine.agreement import largest, together
+from megatron_vocagno.engine.agreement import Watch, largest, together
 from megatron_vocagno.engine.alike import facts_of_command, require_alike
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.manifest import Position
@@ -23,6 +23,7 @@ from megatron_vocagno.stopping import Stopper
 def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool = False) -> None:
     """Join the other processes, train, and leave together. quiet: see Monitor. Raises UserError."""
     processes = start()
+    # the first collective, here and in tell_others
     settings = together(lambda: read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type), RunError)
     require_alike(facts_of_command(run, settings, processes.world))
     try:
@@ -32,6 +33,15 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool 
         # here alone: what looks for a model knows its path, and not which field has it
         raise type(error)(with_fields(run, str(error))) from error
     stop()
+
+
+def tell_others(error: RunError) -> None:
+    """Join the other processes, so that all of them leave for an error of this one."""
+    start()
+    watch = Watch(RunError)
+    with watch.on():
+        raise error
+    watch.failure()
 
 
 def with_fields(run: Run, message: str) -> str:
