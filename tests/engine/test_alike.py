@@ -1,4 +1,4 @@
-"""Ranks that were given different things are refused before anything is learned, by name, on all ranks: and never wait for ever."""
+"""Ranks that were given different things are refused by name, on all ranks, before anything is learned; none waits for ever."""
 
 from __future__ import annotations
 
@@ -143,7 +143,8 @@ def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatc
     answers = iter([list("ddddddeed"), [(one, host) for one, host in zip(facts, hosts, strict=True)]])
     monkeypatch.setattr(alike, "gathered", lambda _: next(answers))
     with told(
-        f"the ranks of this run are not alike:\n  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\n{LAST}"
+        "the ranks of this run are not alike:\n"
+        f"  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\n{LAST}"
     ):
         alike.require_alike(facts[0])
     many = [{str(n): "1" for n in range(40)}, {str(n): "2" for n in range(40)}]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,18 +265,31 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
+    monkeypatch.setattr(occupancy, "from_first_rank", lambda action, *_: action())
     with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
-        Occupancy(tmp_path)._take(print)
+        Occupancy(tmp_path).take(print, lambda: 0)
+    (tmp_path / ".lock").rmdir()
+    monkeypatch.setattr(occupancy, "gathered", lambda item: [item, (False, "node2", "/disk/out")])
+    monkeypatch.setattr(occupancy, "my_rank", lambda: 0)
+    with told(
+        "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
+        "  rank 1 on node2: /disk/out\n"
+        "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
+        "All ranks write checkpoints: name an 'output' on a file system that all machines share, by its whole path.",
+        DIR=tmp_path,
+        HOST=socket.gethostname(),
+    ):
+        Occupancy(tmp_path).take(print, lambda: 0)
     monkeypatch.setattr("os.access", lambda *_: False)
     with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
         make_output(tmp_path)
-    monkeypatch.setattr(occupancy, "from_first_rank", lambda *_: False)
+    monkeypatch.setattr(Occupancy, "_try", lambda _: "held")
     with told(
-        "another run is at work in DIR, and has not left within 300 s (.lock is locked).\n"
+        "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
         "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
         DIR=tmp_path,
     ):
-        Occupancy(tmp_path).take(print)
+        Occupancy(tmp_path, patience=0).take(print, lambda: 0)
     (tmp_path / BROKEN_STEPS_FILE).mkdir()
     with told("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'", DIR=tmp_path):
         Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
