@@ -27,6 +27,15 @@ def try_lock(stream: IO[Any], how: int = fcntl.LOCK_EX) -> Literal["taken", "hel
     return "taken"
 
 
+def wait_for_lock(stream: IO[Any]) -> None:
+    """Holds it until the stream is closed; at once on a file system without locks. Raises OSError."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
 def local_option(path: Path, mounts: Path = MOUNTS) -> str | None:
     """The option of the mount that holds a path by which its locks are local to a machine; None without one."""
     try:

@@ -17,7 +17,7 @@ DIRECTION = {
     "command": {"errors", "__version__"},
     "config": {"errors"},
     "run_file": {"config"},
-    "hub": set(),
+    "hub": {"locks"},
     "files": set(),
     "locks": set(),
     "stopping": set(),

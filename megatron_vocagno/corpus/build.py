@@ -181,7 +181,7 @@ def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max
     if missing:
         raise BuildError(
             f"{len(missing):,} of {len(jobs):,} shards are missing: {', '.join(missing[:10])}{' …' if missing[10:] else ''}; "
-            "run their tasks again, or the build without --shards"
+            "run their tasks again, or the build without --shards. Do all machines see this folder?"
         )
     totals = sum((shard.totals for shard in done), Totals())
     bad = totals.bad_lines + totals.broken_inputs + totals.mismatched_documents

@@ -173,7 +173,10 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
         score(scored, replace(asked, context=32))
     data = shutil.copytree(tiny, tmp_path / "data")
     score(data, asked, part=Slice(1, 2))
-    with told("DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again", DIR=tmp_path):
+    with told(
+        "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. Do all machines see this folder?",
+        DIR=tmp_path,
+    ):
         finish(data)
     with told(
         "DIR/data/shards/0000 was scored otherwise:\n"
@@ -280,9 +283,6 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         HOST=socket.gethostname(),
     ):
         Occupancy(tmp_path).take(print, lambda: 0)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
-        make_output(tmp_path)
     monkeypatch.setattr(Occupancy, "_try", lambda _: "held")
     with told(
         "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
@@ -290,6 +290,9 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         DIR=tmp_path,
     ):
         Occupancy(tmp_path, patience=0).take(print, lambda: 0)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
+        make_output(tmp_path)
     (tmp_path / BROKEN_STEPS_FILE).mkdir()
     with told("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'", DIR=tmp_path):
         Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
