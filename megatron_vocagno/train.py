@@ -13,6 +13,7 @@ from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.pins import pin_models
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.settings import Settings, read_settings
+from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.health import NonFiniteGuard, documents_of
 from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
@@ -24,7 +25,7 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool 
     """Join the other processes, train, and leave together. quiet: see Monitor. Raises UserError."""
     processes = start()
     # the first collective, here and in tell_others
-    settings = together(lambda: read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type), RunError)
+    settings = together(lambda: _read(settings_path, run, processes), RunError)
     require_alike(facts_of_command(run, settings, processes.world))
     try:
         run = pin_models(run)
@@ -33,6 +34,12 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool 
         # here alone: what looks for a model knows its path, and not which field has it
         raise type(error)(with_fields(run, str(error))) from error
     stop()
+
+
+def _read(path: Path, run: Run, processes: Processes) -> Settings:
+    settings = read_settings(path, run.parallel.pipeline_stages, processes.device.type)
+    check_sections(path, settings)
+    return settings
 
 
 def tell_others(error: RunError) -> None:

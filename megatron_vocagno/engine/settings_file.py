@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from megatron_vocagno.config import RunError
 
@@ -46,19 +46,35 @@ GONE = (
     *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
 )
 """What DeepSpeed once had, and refuses with a traceback."""
-OF_OPTIMIZERS = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "torch_adam",
-    "adam_w_mode",
-    "fused",
-    "amsgrad",
-    "bias_correction",
-)
-OF_TYPES = ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules")
+FIELDS = {
+    "zero_optimization": (
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
+        *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload"),
+        *("cpu_offload_param", "cpu_offload_use_pin_memory", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold", "leaf_module"),
+        *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save"),
+        *("ignore_unused_parameters", "legacy_stage1", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
+        *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
+        *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+        *("save_muon_momentum_buffer_in_memory",),
+    ),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": (
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        *("consecutive_hysteresis", "fp16_master_weights_and_grads"),
+    ),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "optimizer.params": (
+        *("lr", "betas", "eps", "weight_decay", "momentum", "torch_adam", "adam_w_mode", "fused", "amsgrad", "bias_correction"),
+        *("beta", "nesterov", "dampening", "foreach", "maximize", "capturable", "differentiable", "momentum_decay", "max_coeff"),
+        *("min_coeff", "freeze_step", "cuda_aware", "comm_backend_name", "max_grad_norm", "ns_method", "adam_lr", "muon_lr"),
+    ),
+}
+"""What stands in a section."""
+OPEN = ("optimizer.params",)
+"""Sections that may hold more: each optimizer has its own, and refuses what it does not know."""
 ADVICE = {
     "train_batch_size": "the rows of a step over all GPUs",
     "train_micro_batch_size_per_gpu": "the rows of a micro-batch on one GPU",
@@ -95,7 +111,6 @@ def read_file(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: a JSON object expected")
     _check_values(path, settings)
     _check_names(path, settings)
-    _check_sections(path, settings)
     return settings
 
 
@@ -188,60 +203,44 @@ def _check_names(path: Path, settings: dict[str, Any]) -> None:
     for name in SECTIONS:
         if not isinstance(settings.get(name) or {}, dict):
             raise RunError(f'{path}: {name} is {settings[name]!r}; a section {{"...": ...}} expected, as in ds_configs/')
-    for name in settings.get("data_types") or {}:
-        if name not in OF_TYPES:
-            raise RunError(f"{path}: data_types has '{name}'; {', '.join(OF_TYPES)} expected")
-    optimizer = settings.get("optimizer")
-    params = optimizer.get("params") if isinstance(optimizer, dict) else None
-    for name in params if isinstance(params, dict) else ():
-        near = difflib.get_close_matches(name, OF_OPTIMIZERS, n=1, cutoff=0.8)
-        if near and near != [name]:
-            raise RunError(f"{path}: optimizer.params has '{name}'; did you mean '{near[0]}'?")
+    for section, names in FIELDS.items():
+        given: Any = settings
+        for part in section.split("."):
+            given = given.get(part) if isinstance(given, dict) else None
+        for name in given if isinstance(given, dict) else ():
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            if name not in names and (near or section not in OPEN):
+                hint = f"; did you mean '{section}.{near[0]}'?" if near else ": leave it out"
+                raise RunError(f"{path}: DeepSpeed knows no '{section}.{name}'{hint}")
 
 
 def _nearest(name: str) -> str:
-    models = _models()
-    for section, model in models.items():
-        if name in _fields(model):
+    for section, names in FIELDS.items():
+        if name in names:
             return f": it belongs into '{section}'"
-    if name in OF_OPTIMIZERS:
-        return ": it belongs into 'optimizer.params'"
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ": leave it out"
 
 
-def _check_sections(path: Path, settings: dict[str, Any]) -> None:
-    """DeepSpeed's own models of its sections know names and types."""
-    for section, model in _models().items():
-        # what a stage may be is less here than there: settings.py
-        given = {name: value for name, value in (settings.get(section) or {}).items() if name != "stage"}
+# ---- DeepSpeed's own word
+
+
+def check_sections(path: Path, settings: dict[str, Any]) -> None:
+    """DeepSpeed's own models of its sections, which know every name and type. Raises RunError."""
+    # here: DeepSpeed takes seconds to import, and a plan needs none
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"bf16": DeepSpeedBF16Config, "bfloat16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, model in (models | {"zero_optimization": DeepSpeedZeroConfig}).items():
         try:
-            model(**given)
+            model(**settings.get(section) or {})
         except AssertionError as error:
             raise RunError(f"{path}: {section}: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join((section, *map(str, first["loc"])))
             if first["type"] == "extra_forbidden":
-                near = difflib.get_close_matches(str(first["loc"][-1]), _fields(model), n=1, cutoff=0.6)
-                hint = f"; did you mean '{section}.{near[0]}'?" if near and len(first["loc"]) == 1 else ": leave it out"
-                raise RunError(f"{path}: DeepSpeed knows no '{place}'{hint}") from None
+                raise RunError(f"{path}: DeepSpeed knows no '{place}': leave it out") from None
             reason = str(first["msg"]).removeprefix("Value error, ")
             raise RunError(f"{path}: {place} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from None
-
-
-def _fields(model: type[BaseModel]) -> list[str]:
-    return [name for field, info in model.model_fields.items() for name in (field, info.alias) if name]
-
-
-def _models() -> dict[str, type[BaseModel]]:
-    # here: DeepSpeed takes seconds to import
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return {
-        "zero_optimization": DeepSpeedZeroConfig,
-        "bf16": DeepSpeedBF16Config,
-        "bfloat16": DeepSpeedBF16Config,
-        "fp16": DeepSpeedFP16Config,
-    }

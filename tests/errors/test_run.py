@@ -174,7 +174,8 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
     data = shutil.copytree(tiny, tmp_path / "data")
     score(data, asked, part=Slice(1, 2))
     with told(
-        "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. Do all machines see this folder?",
+        "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. "
+        "Do all machines see this folder?",
         DIR=tmp_path,
     ):
         finish(data)

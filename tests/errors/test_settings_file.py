@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import precision, read_settings
-from megatron_vocagno.engine.settings_file import GONE, NAMES
+from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections
 from tests.errors.telling import told
 from tests.runs import write_settings
 
@@ -105,11 +107,11 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"zero3_init_flag": False}, "DeepSpeed knows no 'zero3_init_flag', and would say nothing: leave it out"),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decy": 0.1}}},
-        "optimizer.params has 'weight_decy'; did you mean 'weight_decay'?",
+        "DeepSpeed knows no 'optimizer.params.weight_decy'; did you mean 'optimizer.params.weight_decay'?",
     ),
     (
         {"data_types": {"grad_acum_dtype": "fp32"}},
-        "data_types has 'grad_acum_dtype'; grad_accum_dtype, param_dtype, buffer_dtype, keep_in_fp32_modules expected",
+        "DeepSpeed knows no 'data_types.grad_acum_dtype'; did you mean 'data_types.grad_accum_dtype'?",
     ),
     ({"amp": {"enabled": True}}, "this DeepSpeed has no 'amp' any more: leave it out"),
 ]
@@ -118,7 +120,8 @@ VALUES: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("changes", "message"), VALUES, ids=[message.split(" is ")[0] for _, message in VALUES])
 def test_a_value_or_a_name_that_deepspeed_would_misread(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with told(f"DIR/ds.json: {message}", DIR=tmp_path):
-        read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
+        settings = read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
+        check_sections(tmp_path / "ds.json", settings)
 
 
 OPTIMIZER = '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}'
@@ -207,3 +210,6 @@ def test_all_names_that_deepspeed_reads_are_known_and_no_others(tmp_path: Path) 
     refused_by_name = {"scheduler", "tensor_parallel", *GONE}
     assert names - refused_by_name - {"sequence_parallel_size"} == set(NAMES)
     assert set(GONE) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, model in models.items():
+        assert set(FIELDS[section]) == {info.alias or name for name, info in model.model_fields.items()}, section
