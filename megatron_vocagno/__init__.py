@@ -19,6 +19,7 @@ monitor.py   what a run tells, board.py: in TensorBoard, samples.py: token by to
 export.py    a checkpoint as a Hugging Face folder
 hub.py       models by their Hub ids
 command.py   what all commands share      errors.py    what a user can mend
+files.py     how they come onto the disk  locks.py     what locks on files are worth
 """
 
 __version__ = "0.1.0"

@@ -19,6 +19,7 @@ from megatron_vocagno.config import Run, RunError, Teacher
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
+from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot
 from megatron_vocagno.planning.comparison import Task, as_asked
@@ -35,6 +36,7 @@ def dry_run(options: argparse.Namespace) -> str:
     """
     question = ask(options)
     task = question.task
+    check_sections(options.deepspeed_config, task.settings)
     layout = batch_layout(task.settings, options.gpus, task.run.parallel.pipeline_stages)
     _check_models(question)
     parts = ["\n".join([*_resolved(question, layout), *_stages(task)]), _passages(task)]

@@ -8,12 +8,13 @@ processes one downloads and the others wait. Pickled weights and code are never 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_vocagno.locks import wait_for_lock
 
 CONFIG = ("config.json",)
 WEIGHTS = ("*.safetensors", "*.json", "tokenizer.model")
@@ -87,7 +88,7 @@ def _recorded(pins: dict[str, str], record: Path) -> dict[str, str]:
     """All pins of the record, with these. Of processes that pin one id at once the first has its way."""
     record.parent.mkdir(parents=True, exist_ok=True)
     with record.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        wait_for_lock(file)
         file.seek(0)
         before = _read_record(file.read(), record)
         known = pins | before

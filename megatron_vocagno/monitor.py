@@ -25,6 +25,7 @@ from megatron_vocagno import samples
 from megatron_vocagno.board import Board
 from megatron_vocagno.command import duration
 from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 from megatron_vocagno.health import BrokenStep, described
 from megatron_vocagno.samples import SampleRows, SampleStep
 from megatron_vocagno.stopping import reason
@@ -59,7 +60,7 @@ class Monitor:
             yield
             return
         with _disk(self.output):
-            self.output.mkdir(parents=True, exist_ok=True)
+            make_folder(self.output)
             for name in (FINISHED_FILE, STOPPED_FILE):
                 (self.output / name).unlink(missing_ok=True)
             for name in (METRICS_FILE, BROKEN_STEPS_FILE):
@@ -175,9 +176,8 @@ def _forget_after(path: Path, step: int) -> None:
             continue
         kept.append(line)
     # nothing of step 0 is kept when a run starts over: its first evaluation comes again
-    temporary = path.with_suffix(".tmp")
-    temporary.write_bytes(b"".join(kept) if step else b"")
-    temporary.replace(path)
+    remove_leftovers(path)
+    write_durably(path, b"".join(kept) if step else b"")
 
 
 def _line(step: int, last_step: int, numbers: Mapping[str, float], remaining: float | None) -> str:

@@ -15,6 +15,7 @@ from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import together
+from megatron_vocagno.engine.alike import facts_of_files, require_alike
 from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
@@ -38,7 +39,7 @@ from megatron_vocagno.model.configuration import check_row_length, student_confi
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.step import Stepper
-from megatron_vocagno.stopping import Stopper
+from megatron_vocagno.stopping import Stopper, reason
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,23 @@ class Opened:
     monitor: Monitor
 
 
-def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stopper, quiet: bool) -> Opened:
-    """Everything that a run needs, and its first words. Collective over the world. Raises UserError."""
+def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stopper, quiet: bool) -> Opened | None:
+    """Everything that a run needs, and its first words. Collective over the world. Raises UserError.
+
+    None where the run was asked to leave while it waited for its output folder.
+    """
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     datasets, valid, config, weights = together(lambda: _open(run, settings, processes), UserError)
+    require_alike(together(lambda: facts_of_files(run, datasets, valid, config), UserError, OSError))
+    occupancy = Occupancy(run.output)
+    if not _take(occupancy, processes, stopper):
+        return None
     data = datasets[0]  # for what they have in common
     teacher = load_teacher(run, data, processes)
     longest = teacher.max_positions if teacher else None
     fronts = together(lambda: open_fronts(run, data, config, teacher.vocab_size if teacher else None), UserError)
+    read = list(reading(run, data, fronts))
+    require_alike({"tokenizers": "; ".join(read)})
     mixture = Mixture([source.weight for source in run.data.train])
     rows = BlendedRows(together(lambda: training_rows(run, datasets, longest, fronts), UserError), mixture)
     samples = together(lambda: open_samples(run, datasets, valid, longest, fronts), UserError)
@@ -87,17 +97,26 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     held_out = HeldOut(engine, run, valid, samples, scorer, processes, stopper, fronts[0])
     fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
     keeper = Keeper(engine, run, config, settings, fingerprint, data.student_tokenizer.path, fronts[0])
-    occupancy = Occupancy(run.output)
-    occupancy.take(monitor.say)
     position = keeper.resume(monitor.say)
     if samples is not None:
         samples.begin(position.step, monitor.say)
     lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
-    lines += reading(run, data, fronts)
-    for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
+    for line in (*lines, *read, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     paths = [source.path for source in run.data.train]
     return Opened(paths, rows, layout, steps, position, engine, stepper, first_batch, held_out, keeper, occupancy, monitor)
+
+
+def _take(occupancy: Occupancy, processes: Processes, stopper: Stopper) -> bool:
+    """Whether the output folder is this run's now: before the minutes in which a teacher is read."""
+
+    def say(text: str) -> None:
+        if processes.is_first:
+            print(text, flush=True)
+
+    if asked := occupancy.take(say, lambda: stopper.asked):
+        say(f"stopped while it waited for {occupancy.output}: {reason(asked)}; nothing was begun")
+    return not asked
 
 
 def _open(

@@ -60,16 +60,33 @@ def leave(code: int) -> NoReturn:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
-    run = load_run(options.run, options.set)
-    if options.print_config:
-        print(run.model_dump_json(indent=2))
-        return 0
-    if options.deepspeed_config is None:
-        raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
+    try:
+        run = load_run(options.run, options.set)
+        if options.print_config:
+            print(run.model_dump_json(indent=2))
+            return 0
+        if options.deepspeed_config is None:
+            raise RunError("--deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)")
+    except RunError as error:
+        if options.print_config or os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        return _refuse_together(error)
     # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
     with Stopper(run.training.max_minutes) as stopper:
         problem = _train(run, options, stopper)
     return 0 if problem is None else refuse(problem, all_ranks_say_the_same=isinstance(problem, SharedError))
+
+
+def _refuse_together(error: RunError) -> int:
+    """Other ranks may have read files without this mistake, and would wait for this one."""
+    from megatron_vocagno.train import tell_others
+
+    if is_first_rank():
+        code = refuse(error)  # at once: the others may not be there yet
+        tell_others(error)
+        return code
+    tell_others(error)
+    return refuse(error, all_ranks_say_the_same=True)
 
 
 def _train(run: Run, options: argparse.Namespace, stopper: Stopper) -> UserError | None:

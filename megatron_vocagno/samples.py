@@ -23,6 +23,7 @@ from safetensors.numpy import save
 
 from megatron_vocagno.batch.pack import Float32, Int32, Mapping, UInt8
 from megatron_vocagno.config import Guidance, RunError
+from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
 VERSION = "1"
@@ -144,9 +145,9 @@ def read_steps(output: Path) -> list[SampleStep]:
 
 def step_files(output: Path) -> Iterator[tuple[int, Path]]:
     """Steps with their files, in order."""
-    for path in sorted((output / FOLDER).glob("step-*.safetensors")):
-        if re.fullmatch(r"step-\d{8}", path.stem):
-            yield int(path.stem.removeprefix("step-")), path
+    names = {path: re.fullmatch(r"step-([0-9]+)", path.stem) for path in (output / FOLDER).glob("step-*.safetensors")}
+    steps = {int(found[1]): path for path, found in names.items() if found and path.name == _name(int(found[1]))}
+    yield from sorted(steps.items())
 
 
 def difference(one: SampleRows, other: SampleRows) -> str | None:
@@ -210,11 +211,10 @@ def _name(step: int) -> str:
 
 def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
     """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
+    make_folder(path.parent)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    temporary.write_bytes(save(contiguous, metadata | {"version": VERSION}))
-    temporary.replace(path)
+    remove_leftovers(path)
+    write_durably(path, save(contiguous, metadata | {"version": VERSION}))
 
 
 def _read(path: Path, names: Collection[str], keys: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from megatron_vocagno.config import Run, SharedError
-from megatron_vocagno.engine.agreement import largest
+from megatron_vocagno.config import Run, RunError, SharedError
+from megatron_vocagno.engine.agreement import Watch, largest, together
+from megatron_vocagno.engine.alike import facts_of_command, require_alike
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.pins import pin_models
 from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.settings import Settings, read_settings
+from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.health import NonFiniteGuard, documents_of
 from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
@@ -22,7 +24,9 @@ from megatron_vocagno.stopping import Stopper
 def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool = False) -> None:
     """Join the other processes, train, and leave together. quiet: see Monitor. Raises UserError."""
     processes = start()
-    settings = read_settings(settings_path, run.parallel.pipeline_stages, processes.device.type)
+    # the first collective, here and in tell_others
+    settings = together(lambda: _read(settings_path, run, processes), RunError)
+    require_alike(facts_of_command(run, settings, processes.world))
     try:
         run = pin_models(run)
         train(run, settings, processes, stopper, quiet)
@@ -30,6 +34,20 @@ def start_training(run: Run, settings_path: Path, stopper: Stopper, quiet: bool 
         # here alone: what looks for a model knows its path, and not which field has it
         raise type(error)(with_fields(run, str(error))) from error
     stop()
+
+
+def _read(path: Path, run: Run, processes: Processes) -> Settings:
+    settings = read_settings(path, run.parallel.pipeline_stages, processes.device.type)
+    check_sections(path, settings)
+    return settings
+
+
+def tell_others(error: RunError) -> None:
+    """Join the other processes, so that all of them leave for an error of this one."""
+    start()
+    watch = Watch(RunError)
+    watch.error = str(error)
+    watch.failure()
 
 
 def with_fields(run: Run, message: str) -> str:
@@ -49,6 +67,8 @@ def train(run: Run, settings: Settings, processes: Processes, stopper: Stopper, 
     Where any rank's `stopper` asks it to, the run saves after the step that it is in, and returns.
     """
     opened = open_run(run, settings, processes, stopper, quiet)
+    if opened is None:
+        return
     rows, steps, keeper, monitor = opened.rows, opened.steps, opened.keeper, opened.monitor
     guard = NonFiniteGuard(run.training.max_nonfinite_steps, opened.engine.skipped_steps)
     position = opened.position

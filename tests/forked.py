@@ -63,7 +63,31 @@ def run(processes: int, arguments: list[str], variables: dict[str, str], output:
     return failed
 
 
+def run_each(ranks: list[dict[str, Any]], output: str, patience: float) -> list[int]:
+    """The exit codes of ranks that each have arguments, variables and a folder of their own; none is ended because another has.
+
+    After so many seconds those that still run are killed: their code is -9.
+    """
+    children: list[int] = []
+    for number, rank in enumerate(ranks):
+        if not (child := os.fork()):
+            own = {"RANK": str(number), "LOCAL_RANK": str(number)}
+            become_rank(rank["arguments"], rank["variables"] | own, output, rank["folder"])
+        children.append(child)
+    codes: dict[int, int] = {}
+    end = time.monotonic() + patience
+    while len(codes) < len(children):
+        for child in set(children) - set(codes):
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+            found, status = os.waitpid(child, 0 if time.monotonic() > end else os.WNOHANG)
+            if found:
+                codes[child] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    return [codes[child] for child in children]
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
         request: dict[str, Any] = json.loads(line)
-        print(run(**request), flush=True)
+        print(json.dumps(run_each(**request) if "ranks" in request else run(**request)), flush=True)

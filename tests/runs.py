@@ -196,12 +196,33 @@ def _forks() -> subprocess.Popen[str]:
     return server
 
 
-def _ask_forks(request: str) -> int:
+def spawn_each(
+    ranks: Sequence[Sequence[str]],
+    folders: Sequence[Path] = (),
+    variables: Sequence[dict[str, str]] = (),
+    patience: float = 90,
+) -> tuple[list[int], str]:
+    """Ranks that each have arguments of their own: all exit codes, and what they said. -9: one that hung for `patience` seconds.
+
+    folders, variables: of each rank, where they differ.
+    """
+    shared = environment(WORLD_SIZE=str(len(ranks)), LOCAL_SIZE=str(len(ranks)), MASTER_ADDR="127.0.0.1")
+    with tempfile.NamedTemporaryFile("w+") as output:
+        requests = [
+            {"arguments": list(arguments), "variables": shared | (variables[i] if variables else {}), "folder": str(folder)}
+            for i, (arguments, folder) in enumerate(zip(ranks, folders or [REPOSITORY] * len(ranks), strict=True))
+        ]
+        codes = _ask_forks(json.dumps({"ranks": requests, "output": output.name, "patience": patience}))
+        output.seek(0)
+        return codes, output.read()
+
+
+def _ask_forks(request: str) -> Any:
     server = _forks()
     assert server.stdin is not None and server.stdout is not None
     server.stdin.write(request + "\n")
     server.stdin.flush()
-    return int(server.stdout.readline())
+    return json.loads(server.stdout.readline())
 
 
 def _run_ranks(processes: int, command: Sequence[str], variables: dict[str, str], output: IO[str]) -> int:

@@ -155,8 +155,6 @@ def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -
         ({"optimizer": {}}, 0, "no 'optimizer' with a 'type'"),
         ({"scheduler": {}}, 0, r"belongs into the run file"),
         ({"tensor_parallel": {"autotp_size": 2}}, 0, r"'tensor_parallel' is not supported"),
-        ({"bf16": {"enabled": True}}, 2, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
-        ({"bfloat16": {"enabled": True}}, 1, r"needs data_types\.grad_accum_dtype = 'fp32', not None"),
         ({"zero_optimization": {"stage": 0}}, 0, "Stage 0 takes steps with gradients that are not finite"),
         ({"zero_optimization": None}, 2, r"zero_optimization\.stage is 0"),
     ):
@@ -172,6 +170,11 @@ def test_the_global_batch_is_dealt_as_the_settings_say() -> None:
     assert batch_layout({rows: 2, total: 16}, 4, 2) == Layout(2, 4, 2)
     assert batch_layout({rows: 2, accumulate: 3}, 4, 0) == Layout(2, 3, 4)
     assert batch_layout({rows: 1, total: 8, accumulate: 8}, 1, 0) == Layout(1, 8, 1)
+    # in 16 bits one micro-batch is not summed with any other
+    assert batch_layout({rows: 2, total: 8, "bf16": {"enabled": True}}, 4, 0) == Layout(2, 1, 4)
+    fp32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+    for stages in (0, 2):
+        assert batch_layout({rows: 2, total: 16, "bf16": {"enabled": True}} | fp32, 4, stages).micro_batches > 1
     for settings, complaint in (
         ({rows: 2}, "must give train_micro_batch_size_per_gpu, and train_batch_size or gradient_accumulation_steps"),
         ({total: 8}, "must give"),
@@ -200,7 +203,7 @@ def test_a_batch_that_does_not_divide_is_told_with_the_nearest_numbers_that_divi
         numbers = [int(word) for word in near.split() if word.isdigit()]
         assert [batch_layout(settings, number, stages).rows for number in numbers] == [settings[total]] * len(numbers)
     with pytest.raises(
-        RunError, match=r"4 rows .* \* 1 micro-batch \* 1024 data-parallel ranks \(1024 processes / 1 stage\) is 4096"
+        RunError, match=r"4 rows .* \* 1 micro-batch .* \* 1024 data-parallel ranks \(1024 processes / 1 stage\) is 4096"
     ):
         batch_layout({rows: 4, total: 512}, 1024, 0)
     with pytest.raises(RunError, match="multiple of 12, train_micro_batch_size_per_gpu \\* gradient_accumulation_steps"):

@@ -21,6 +21,7 @@ import orjson
 
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.errors import UserError
+from megatron_vocagno.files import beside
 
 DOCUMENTED = ("sympy", "networkx", "mpmath")
 """Packages with long docstrings about mathematics; all three under BSD licences."""
@@ -67,7 +68,8 @@ def write_corpus(out: Path) -> dict[str, tuple[int, int]]:
     out.mkdir(parents=True, exist_ok=True)
     seen: set[str] = set()
     counts = {"train": [0, 0], "heldout": [0, 0]}
-    files = {part: (out / f"{part}.jsonl.tmp").open("wb") for part in counts}
+    temporary = {part: beside(out / f"{part}.jsonl") for part in counts}
+    files = {part: path.open("wb") for part, path in temporary.items()}
     for stream in (champ_problems(), *(docstrings(package) for package in DOCUMENTED)):
         for text in stream:
             if text.text in seen:
@@ -80,7 +82,7 @@ def write_corpus(out: Path) -> dict[str, tuple[int, int]]:
             counts[part][1] += len(text.text.encode())
     for part, file in files.items():
         file.close()
-        (out / f"{part}.jsonl.tmp").replace(out / f"{part}.jsonl")
+        temporary[part].replace(out / f"{part}.jsonl")
     return {part: (documents, size) for part, (documents, size) in counts.items()}
 
 

@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import orjson
 
 from examples.demo.corpus import DOCUMENTED, SHORTEST, Text, champ_problems, docstrings
+from megatron_vocagno.files import write_durably
 
 Domain = Literal["mathematics", "software", "code"]
 Part = Literal["test", "tune", "train"]
@@ -76,8 +77,7 @@ def write_corpus(folder: Path, domains: Iterable[Domain] = tuple(SOURCES)) -> No
         place.mkdir(parents=True, exist_ok=True)
         for part, texts in split(SOURCES[domain]()).items():  # train comes last: a domain that has it has all
             lines = b"".join(orjson.dumps(text._asdict(), option=orjson.OPT_APPEND_NEWLINE) for text in texts)
-            (place / f"{part}.tmp").write_bytes(lines)
-            (place / f"{part}.tmp").replace(place / f"{part}.jsonl")
+            write_durably(place / f"{part}.jsonl", lines)
 
 
 def read_part(folder: Path, domain: Domain, part: Part) -> list[Text]:

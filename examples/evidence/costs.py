@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.manifest import read_manifest
+from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.monitor import read_metrics
 
 
@@ -32,7 +33,7 @@ class Costs:
     """Of one run."""
 
     def __init__(self, output: Path) -> None:
-        checkpoint = max((output / "checkpoints").glob("step-*"))
+        checkpoint = checkpoint_folders(output / "checkpoints")[0]
         run = Run.model_validate(json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))
         self.parameters = parameters(checkpoint / "student")
         self.student_tokens = {

@@ -24,6 +24,8 @@ from typing import Any, Protocol
 from benchmarks.page import circumstances
 from examples.evidence.costs import Costs
 from examples.evidence.jobs import Job, work
+from megatron_vocagno.engine.manifest import checkpoint_folders, step_of
+from megatron_vocagno.files import write_durably
 from megatron_vocagno.monitor import FINISHED_FILE, read_metrics
 from megatron_vocagno.pretrain import main
 
@@ -91,9 +93,8 @@ class Run:
         An interruption leaves one more, of a step without an evaluation: it is not among them.
         """
         looked_at = {line["step"] for line in read_metrics(self.output) if "eval/loss" in line}
-        folders = sorted((self.output / "checkpoints").glob("step-*"))
-        checkpoints = [(int(folder.name.removeprefix("step-")), folder) for folder in folders]
-        return [(step, folder) for step, folder in checkpoints if step in looked_at]
+        folders = reversed(checkpoint_folders(self.output / "checkpoints"))
+        return [(step, folder) for folder in folders if (step := step_of(folder)) in looked_at and step is not None]
 
 
 class Experiment(Protocol):
@@ -208,9 +209,7 @@ def _text(spec: Spec) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_durably(path, text.encode())
 
 
 def _free_port() -> int:

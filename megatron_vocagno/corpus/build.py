@@ -10,7 +10,9 @@ done; and the lock. It may be deleted.
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -23,16 +25,31 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.encoders import EncoderMismatch
 from megatron_vocagno.corpus.losses import gather
-from megatron_vocagno.corpus.manifest import BUILD, DATASET, ShardRecord, Totals, create, hash_file, to_json, write_durably
-from megatron_vocagno.corpus.places import NO_LOCKS, Place, place, reaching
+from megatron_vocagno.corpus.manifest import (
+    BUILD,
+    DATASET,
+    ShardRecord,
+    Totals,
+    create,
+    hash_file,
+    make_folder,
+    to_json,
+    write_durably,
+)
+from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
 from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
+from megatron_vocagno.files import remove_leftovers
+from megatron_vocagno.locks import local_option, try_lock
 
 BYTES_A_TEXT_BYTE = 2.2  # on the disk: 0.32 tokens a byte of student ids and codes (3 bytes), 0.27 of teacher ids (4)
 
 PLAN = f"{BUILD}/plan.json"
 DOUBT = f"{BUILD}/gigatoken-differs"
+LEFTOVER = re.compile(r"\.\d+\.[0-9a-f]{32}(\.old)?")  # a shard on its way, see `make_shard`
+LONG = 3600.0
+"""Seconds without a change after which a shard on its way is a dead worker's, where no lock says so."""
 
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
 
@@ -76,7 +93,7 @@ def build(
         raise BuildError("--force with --shards: other tasks may use what it would remove. Name another --out")
     with reaching(out):
         _refuse_foreign(out)
-    with reaching(out), locked(out, part):
+    with reaching(out), locked(out, part) as alone:
         try:
             made = plan(inputs, settings, shard_bytes, max_documents)
             settings = _without_doubt(out, settings, on_note)
@@ -106,7 +123,7 @@ def build(
                 _finish(out, made, settings, jobs, max_bad_fraction)
         finally:
             if part is None:
-                _tidy(out)
+                _tidy(out, alone)
     return out
 
 
@@ -139,7 +156,7 @@ def finish(
         made = _read_plan(out)
     if made is None:
         raise BuildError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
-    with reaching(out), locked(out, None):
+    with reaching(out), locked(out, None) as alone:
         if made.settings != settings.sha256:
             raise ChangedError(
                 f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256}): "
@@ -147,7 +164,7 @@ def finish(
             )
         settings = _without_doubt(out, settings, on_note)
         _finish(out, made, settings, made.jobs(str(out), settings, trusted=True), max_bad_fraction)
-        _tidy(out)
+        _tidy(out, alone)
     return out
 
 
@@ -164,7 +181,7 @@ def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max
     if missing:
         raise BuildError(
             f"{len(missing):,} of {len(jobs):,} shards are missing: {', '.join(missing[:10])}{' …' if missing[10:] else ''}; "
-            "run their tasks again, or the build without --shards"
+            "run their tasks again, or the build without --shards. Do all machines see this folder?"
         )
     totals = sum((shard.totals for shard in done), Totals())
     bad = totals.bad_lines + totals.broken_inputs + totals.mismatched_documents
@@ -234,7 +251,7 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
 
 
 def _write_plan(out: Place, made: Plan) -> None:
-    (out / BUILD).mkdir(parents=True, exist_ok=True)
+    make_folder(out / BUILD)
     write_durably(out / PLAN, to_json(made))
 
 
@@ -261,53 +278,59 @@ def _remove(folder: Place) -> None:
 
 
 @contextmanager
-def locked(out: Place, part: Slice | None) -> Iterator[None]:
+def locked(out: Place, part: Slice | None) -> Iterator[bool]:
     """One build or scoring a folder at a time; the tasks of a job array share it, each with a slice of its own.
 
-    An object store has no locks: there, two builds would make the same shards twice.
+    An object store has no locks: there, two builds would make the same shards twice. Gives whether nobody else can be at work.
     """
     if not isinstance(out, Path):
-        yield
+        yield False
         return
     folder = out / BUILD
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with ExitStack() as stack:
             if part is None:
-                _lock(stack, folder / "lock", fcntl.LOCK_EX, out)
+                sure = _lock(stack, folder / "lock", fcntl.LOCK_EX, out)
+                yield sure and local_option(folder) is None
             else:
                 _lock(stack, folder / "lock", fcntl.LOCK_SH, out)
                 _lock(stack, folder / f"lock-{part.i}-of-{part.n}", fcntl.LOCK_EX, out)
-            yield
+                yield False
     except KeyboardInterrupt:
         if part is None:  # Ctrl-C may come before anything else could tidy up
             _remove_if_nothing_was_made(out)
         raise
 
 
-def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> None:
+def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> bool:
+    """False on a file system without locks: shards are whole whoever makes them, one of two builds works in vain there."""
     stream: Any = stack.enter_context(file.open("ab"))
-    try:
-        fcntl.flock(stream, how | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BuildError(
-            f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder"
-        ) from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        # a file system without locks: shards are whole whoever makes them, one of two builds works in vain
+    state = try_lock(stream, how)
+    if state == "held":
+        raise BuildError(f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder")
+    return state == "taken"
 
 
-def _tidy(out: Place) -> None:
-    """Removes what killed workers left, and the folders when nothing was made."""
+def _tidy(out: Place, alone: bool) -> None:
+    """Removes what killed workers left, and the folders when nothing was made. alone: nobody else can be at work."""
     if not isinstance(out, Path):
         return
     for leftover in (out / "shards").glob(".*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if LEFTOVER.fullmatch(leftover.name) and (alone or _is_old(leftover)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    if alone:
+        for file in (out / DATASET, out / PLAN, out / DOUBT, *(out / "tokenizers").glob("*/*")):
+            remove_leftovers(file)
     for lock in (out / BUILD).glob("lock-*"):
         lock.unlink()
     _remove_if_nothing_was_made(out)
+
+
+def _is_old(folder: Path) -> bool:
+    with suppress(FileNotFoundError):  # it is being moved into its place
+        return time.time() - max(path.stat().st_mtime for path in (folder, *folder.iterdir())) > LONG
+    return False
 
 
 def _remove_if_nothing_was_made(out: Path) -> None:

@@ -48,6 +48,7 @@ from megatron_vocagno.corpus.manifest import (
     TokenizerMismatch,
     Totals,
     check_size,
+    make_folder,
     read_manifest,
     recorded_files,
     write_durably,
@@ -308,7 +309,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
         for shard in ds.manifest.shards:
             where = os.path.relpath((ds.path / shard.path).resolve(), target.resolve())
             shards.append(shard.model_copy(update={"path": where}))
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     shutil.copytree(first.path / "tokenizers", target / "tokenizers", dirs_exist_ok=True)
     totals = sum((ds.totals for ds in opened), Totals())
     changes = {"totals": totals, "shards": tuple(shards), "teacher_losses": _merge_losses(opened)}

@@ -12,8 +12,9 @@ stay what they are.
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +34,16 @@ from megatron_vocagno.corpus.manifest import (
     TeacherLosses,
     check_size,
     hash_file,
-    sync,
     to_json,
     write_durably,
 )
+from megatron_vocagno.files import beside, sync
+from megatron_vocagno.locks import try_lock
 
 LOSS = "teacher_loss"
 LOSS_RECORD = f"{LOSS}.json"
 LOSS_FILES = (f"{LOSS}.bin", f"{LOSS}.idx", LOSS_RECORD)
+ON_ITS_WAY = re.compile(rf"(\.{LOSS}\.[0-9a-f]+)(\.bin|\.idx)?")
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -73,22 +76,33 @@ def write_losses(
     forwards  what is known besides the losses: positions and padding
     """
     (folder / LOSS_RECORD).unlink(missing_ok=True)
-    temporary = folder / f".{LOSS}.{uuid.uuid4().hex}"
-    try:
+    with _at_work(beside(folder / LOSS)) as temporary:
         with PairWriter(temporary, np.uint16) as pair:
             pair.extend(losses.view(np.uint16), lengths)
         files = {f"{LOSS}{end}": hash_file(Path(f"{temporary}{end}")) for end in (".bin", ".idx")}
         for end in (".bin", ".idx"):
             Path(f"{temporary}{end}").replace(folder / f"{LOSS}{end}")
-    finally:
-        for leftover in folder.glob(f"{temporary.name}*"):
-            leftover.unlink()
     sync(folder)
     counted = count(losses)
     totals = counted.model_copy(update={"positions": forwards.positions, "padding": forwards.padding})
     record = ShardLosses(scoring=scoring, ids=_ids_of(shard), totals=totals, files=files)
     write_durably(folder / LOSS_RECORD, to_json(record))
     return record
+
+
+@contextmanager
+def _at_work(temporary: Path) -> Iterator[Path]:
+    """A prefix of files on their way. A locked file of that name says that their writer lives; all are gone afterwards.
+
+    A shard may belong to several datasets, with a lock each: who tidies up in one may meet a writer of another.
+    """
+    with temporary.open("xb") as sign:
+        try_lock(sign)
+        try:
+            yield temporary
+        finally:
+            for leftover in temporary.parent.glob(f"{temporary.name}*"):
+                leftover.unlink(missing_ok=True)
 
 
 def count(losses: NDArray[np.float16]) -> LossTotals:
@@ -158,7 +172,16 @@ def _ids_of(shard: ShardRecord) -> str:
 
 
 def tidy(root: Path, manifest: Manifest) -> None:
-    """Removes what killed processes left in the folders of shards."""
+    """Removes what killed processes left in the folders of shards, and nothing of those that are at work."""
     for shard in manifest.shards:
         for leftover in (root / shard.path).glob(f".{LOSS}.*"):
-            leftover.unlink(missing_ok=True)
+            if (found := ON_ITS_WAY.fullmatch(leftover.name)) and not _is_at_work(leftover.with_name(found[1])):
+                leftover.unlink(missing_ok=True)
+
+
+def _is_at_work(sign: Path) -> bool:
+    try:
+        with sign.open("r+b") as stream:
+            return try_lock(stream) == "held"
+    except FileNotFoundError:
+        return False

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,6 +18,7 @@ import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from megatron_vocagno import files
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.corpus.tokens import Tokenizer
@@ -282,7 +282,7 @@ def _write_tokenizer(folder: Place, tokenizer: Tokenizer) -> TokenizerRecord:
     table = io.BytesIO()
     np.save(table, tokenizer.byte_lengths, allow_pickle=False)
     contents["byte_lengths.npy"] = table.getvalue()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, data in contents.items():
         write_durably(folder / name, data)
     return TokenizerRecord(
@@ -321,22 +321,15 @@ def to_json(record: BaseModel) -> bytes:
 
 def write_durably(file: Place, data: bytes) -> None:
     """The whole file or nothing; on the disk when this returns. Object stores do so by themselves."""
-    if not isinstance(file, Path):
+    if isinstance(file, Path):
+        files.write_durably(file, data)
+    else:
         file.write_bytes(data)
-        return
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    sync(file.parent)
 
 
-def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def make_folder(folder: Place) -> None:
+    """With those above it; on the disk when this returns."""
+    if isinstance(folder, Path):
+        files.make_folder(folder)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ need their fsspec package (s3fs, gcsfs, adlfs) and take credentials and endpoint
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,9 +16,6 @@ from upath import UPath
 from megatron_vocagno.corpus import CorpusError
 
 Place: TypeAlias = Path | UPath
-
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system without locks answers to flock."""
 
 
 class PlaceError(CorpusError):

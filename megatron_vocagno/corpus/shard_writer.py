@@ -27,9 +27,10 @@ from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
 from megatron_vocagno.corpus.inputs import Piece
 from megatron_vocagno.corpus.long_texts import PART, aligned_parts
-from megatron_vocagno.corpus.manifest import PAIRS, Totals, sync
+from megatron_vocagno.corpus.manifest import PAIRS, Totals
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.files import sync
 
 BATCH_BYTES = 2 << 20  # of text, tokenized and aligned at once: a call of gigatoken begins with some 3 ms
 QUARANTINE = "quarantine.jsonl"

@@ -14,7 +14,6 @@ import functools
 import hashlib
 import shutil
 import tempfile
-import uuid
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -37,7 +36,7 @@ from megatron_vocagno.corpus.manifest import (
     ShardRecord,
     check_size,
     hash_file,
-    sync,
+    make_folder,
     to_json,
     write_durably,
 )
@@ -46,6 +45,7 @@ from megatron_vocagno.corpus.shard_writer import ShardWriter
 from megatron_vocagno.corpus.streams import InputError
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.corpus.workers import report
+from megatron_vocagno.files import beside, sync
 
 OnBadLine = Literal["error", "skip", "quarantine"]
 
@@ -158,8 +158,9 @@ def make_shard(job: Job) -> Result:
         return Result(job, made.record, reused=True)
     folder = job.folder
     if isinstance(folder, Path):
-        temporary = folder.with_name(f".{job.name}.{uuid.uuid4().hex}")
-        temporary.mkdir(parents=True)
+        make_folder(folder.parent)
+        temporary = beside(folder)
+        temporary.mkdir()
     else:
         temporary = Path(tempfile.mkdtemp(prefix=f"vocagno-{job.name}-"))
     try:

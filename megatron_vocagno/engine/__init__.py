@@ -3,6 +3,7 @@
 pins.py         models by their Hub ids: the commit that the first start meant
 processes.py    start the process group; device and threads of this rank
 settings.py     the DeepSpeed configuration: read, checked against the run
+settings_file.py  its file: what DeepSpeed would misread, or pass over
 counts.py       what all ranks know of a step before it starts: tokens, unmapped tokens by reason, the divisor of the loss
 scoring.py      where the teacher runs: score, then train
 hearing.py      what both models' losses say of a step's text
@@ -20,4 +21,5 @@ state.py        what an engine has learned, in a form that knows no layout
 checkpoint.py   atomic save, exact resume, in any layout
 occupancy.py    one run at a time in an output folder
 agreement.py    what one rank meets, all ranks act on
+alike.py        what decides a run is one on all ranks
 """

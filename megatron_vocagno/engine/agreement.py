@@ -91,6 +91,17 @@ def from_first_rank(action: Callable[[], Result], *errors: type[Exception]) -> R
     return cast(Result, answer[0])
 
 
+def gathered(item: Result) -> list[Result]:
+    """One of every rank, in their order. Collective over the world."""
+    items: list[Result | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return cast(list[Result], items)
+
+
+def my_rank() -> int:
+    return int(dist.get_rank())
+
+
 def largest(number: int, device: torch.device) -> int:
     """Of the numbers of all ranks. Collective over the world."""
     shared = torch.tensor(number, device=device)

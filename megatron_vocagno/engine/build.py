@@ -10,6 +10,7 @@ from functools import partial
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -76,7 +77,7 @@ def build_engine(
             dist_init_required=False,
         )
     # by which DeepSpeed and the optimizers say that a name or a value of theirs is wrong
-    except (AssertionError, TypeError, ValueError) as error:
+    except (AssertionError, TypeError, ValueError, NotImplementedError, DeepSpeedConfigError) as error:
         raise RunError(f"DeepSpeed does not take this configuration: {type(error).__name__}: {error}") from error
     documents = run.data.by_document
     if distiller is not None:

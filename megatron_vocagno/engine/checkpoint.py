@@ -21,7 +21,6 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.config import Run, RunError, SharedError
-from megatron_vocagno.corpus.manifest import sync, write_durably
 from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
 from megatron_vocagno.engine.manifest import (
     FOLDER,
@@ -45,10 +44,12 @@ from megatron_vocagno.engine.manifest import (
     outdated,
     read_manifest,
     sha256,
+    step_folder,
 )
 from megatron_vocagno.engine.settings import Settings, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Keeper:
 
         Raises RunError: a rank could not write; nothing of the new checkpoint is left, and the older ones are untouched.
         """
-        folder = self.root / f"step-{position.step:08d}"
+        folder = step_folder(self.root, position.step)
         first = dist.get_rank() == 0
         disk = Watch(OSError, SafetensorError)
         if first:
@@ -101,6 +102,7 @@ class Keeper:
         if first:
             with disk.on():
                 manifest = Manifest(position=position, layout=self.layout, files=files)
+                sync(self.root.parent)  # `checkpoints` itself may be new
                 write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
                 write_durably(self.root / LATEST, folder.name.encode())
         self._check(disk, folder)
@@ -114,13 +116,17 @@ class Keeper:
         # left behind by a run that died here, or by one that was resumed from an older checkpoint
         if folder.exists():
             shutil.rmtree(folder)
-        (folder / STUDENT).mkdir(parents=True)
+        make_folder(folder / STUDENT)
         (folder / OPTIMIZER).mkdir()
         shutil.copytree(self.tokenizer, folder / TOKENIZER)
         self.config.to_json_file(folder / "config.json")
         (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
 
     def _tidy(self, newest: Path) -> None:
+        try:
+            remove_leftovers(self.root / LATEST)
+        except OSError as error:
+            log.warning("what a killed run left beside %s could not be removed: %s", self.root / LATEST, error)
         for old in outdated(self.root, newest, self.settings.keep, self.settings.keep_every):
             try:
                 shutil.rmtree(old)

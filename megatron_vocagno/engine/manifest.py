@@ -213,10 +213,12 @@ def outdated(root: Path, newest: Path, keep: int, keep_every: int | None = None)
 
     A later step than the newest whole one, or a folder without a manifest, is what a run left behind that died there.
     """
-    finished = [folder for folder in finished_checkpoints(root) if folder.name <= newest.name]
+    last = step_of(newest)
+    assert last is not None
+    finished = [folder for folder in finished_checkpoints(root) if (step_of(folder) or 0) <= last]
     stay = set(finished[:keep])
     if keep_every is not None:
-        stay |= {folder for folder in finished if int(folder.name.removeprefix("step-")) % keep_every == 0}
+        stay |= {folder for folder in finished if (step_of(folder) or 0) % keep_every == 0}
     return [folder for folder in checkpoint_folders(root) if folder not in stay]
 
 
@@ -226,8 +228,20 @@ def finished_checkpoints(root: Path) -> list[Path]:
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Newest first, whole or not."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    """Newest first, whole or not. Whatever has another name, as a copy of a checkpoint, is somebody's own."""
+    found = [(step, path) for path in root.glob("step-*") if (step := step_of(path)) is not None and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def step_of(folder: Path) -> int | None:
+    """The step of a checkpoint's folder; None for a name that no run gives."""
+    digits = folder.name.removeprefix("step-")
+    named = digits.isascii() and digits.isdigit() and folder.name == step_folder(folder.parent, int(digits)).name
+    return int(digits) if named else None
 
 
 def sha256(path: Path) -> str:

@@ -141,7 +141,7 @@ def finish(path: Path) -> Manifest:
             raise ScoringError(f"{path}: its shards were scored in different ways; score it with --replace")
         raise ScoringError(
             f"{path}: {len(missing):,} of {len(manifest.shards):,} shards are not scored: "
-            f"{', '.join(missing[:10])}{' …' if missing[10:] else ''}; run their tasks again"
+            f"{', '.join(missing[:10])}{' …' if missing[10:] else ''}; run their tasks again. Do all machines see this folder?"
         )
     return manifest
 

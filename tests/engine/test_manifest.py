@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import orjson
@@ -17,10 +18,14 @@ from megatron_vocagno.engine.manifest import (
     Position,
     changes,
     check_resumable,
+    checkpoint_folders,
+    finished_checkpoints,
     newest_checkpoint,
     outdated,
     read_manifest,
     sha256,
+    step_folder,
+    step_of,
 )
 
 LAYOUT = EngineLayout(world=1, pipeline_stages=0, zero_stage=1, precision="fp32", optimizer="AdamW", student="x")
@@ -29,9 +34,10 @@ LAYOUT = EngineLayout(world=1, pipeline_stages=0, zero_stage=1, precision="fp32"
 def checkpoint(root: Path, step: int, finished: bool = True) -> Path:
     folder = root / "checkpoints" / f"step-{step:08d}"
     folder.mkdir(parents=True)
-    (folder / "weights").write_bytes(b"w" * step)
+    size = min(step, 1000)
+    (folder / "weights").write_bytes(b"w" * size)
     position = Position(step=step, rows=step * 8, dataset="d", row_length=64, seed=0)
-    file = File(bytes=step, sha256=sha256(folder / "weights"))
+    file = File(bytes=size, sha256=sha256(folder / "weights"))
     if finished:
         manifest = Manifest(position=position, layout=LAYOUT, files={"weights": file})
         (folder / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump()))
@@ -67,6 +73,21 @@ def test_only_older_checkpoints_and_dead_ones_go(tmp_path: Path) -> None:
     assert set(outdated(root, six, keep=1, keep_every=2)) == {dead}
     # a whole one of a later step was damaged, or the run would not be here
     assert set(outdated(root, four, keep=2)) == {six, dead}
+
+
+def test_what_a_run_does_not_name_so_is_no_checkpoint_and_stays(tmp_path: Path) -> None:
+    """A person's copies, a file system's own, what an editor made; and steps of more than eight digits."""
+    two, four, late = (checkpoint(tmp_path, step) for step in (2, 4, 123_456_789))
+    root = tmp_path / "checkpoints"
+    strangers = ["step-00000004-good", "step-00000004.bak", "step-4", "step-000000004", "step-", "step-0000000٤", "step-best"]
+    for name in strangers:
+        shutil.copytree(four, root / name)
+    (root / "step-00000006").touch()
+    assert checkpoint_folders(root) == finished_checkpoints(root) == [late, four, two]
+    assert outdated(root, late, keep=1, keep_every=4) == [two] and outdated(root, four, keep=2) == [late]
+    assert newest_checkpoint(tmp_path, print) == late
+    assert [step_of(folder) for folder in (two, late, root / "step-00000004-good")] == [2, 123_456_789, None]
+    assert step_folder(root, 123_456_789) == late and step_folder(root, 2) == two
 
 
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:

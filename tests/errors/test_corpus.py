@@ -154,7 +154,10 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
         **names,
     ):
         finish(out, other)
-    with told("1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards", **names):
+    with told(
+        "1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards. Do all machines see this folder?",
+        **names,
+    ):
         finish(out, settings)
     os.utime(corpus, ns=(0, 0))
     with told(

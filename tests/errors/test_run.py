@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,7 +173,11 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
         score(scored, replace(asked, context=32))
     data = shutil.copytree(tiny, tmp_path / "data")
     score(data, asked, part=Slice(1, 2))
-    with told("DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again", DIR=tmp_path):
+    with told(
+        "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. "
+        "Do all machines see this folder?",
+        DIR=tmp_path,
+    ):
         finish(data)
     with told(
         "DIR/data/shards/0000 was scored otherwise:\n"
@@ -264,18 +269,31 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
+    monkeypatch.setattr(occupancy, "from_first_rank", lambda action, *_: action())
     with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
-        Occupancy(tmp_path)._take(print)
-    monkeypatch.setattr("os.access", lambda *_: False)
-    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
-        make_output(tmp_path)
-    monkeypatch.setattr(occupancy, "from_first_rank", lambda *_: False)
+        Occupancy(tmp_path).take(print, lambda: 0)
+    (tmp_path / ".lock").rmdir()
+    monkeypatch.setattr(occupancy, "gathered", lambda item: [item, (False, "node2", "/disk/out")])
+    monkeypatch.setattr(occupancy, "my_rank", lambda: 0)
     with told(
-        "another run is at work in DIR, and has not left within 300 s (.lock is locked).\n"
+        "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
+        "  rank 1 on node2: /disk/out\n"
+        "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
+        "All ranks write checkpoints: name an 'output' on a file system that all machines share, by its whole path.",
+        DIR=tmp_path,
+        HOST=socket.gethostname(),
+    ):
+        Occupancy(tmp_path).take(print, lambda: 0)
+    monkeypatch.setattr(Occupancy, "_try", lambda _: "held")
+    with told(
+        "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
         "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
         DIR=tmp_path,
     ):
-        Occupancy(tmp_path).take(print)
+        Occupancy(tmp_path, patience=0).take(print, lambda: 0)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
+        make_output(tmp_path)
     (tmp_path / BROKEN_STEPS_FILE).mkdir()
     with told("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'", DIR=tmp_path):
         Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})

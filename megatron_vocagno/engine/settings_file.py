@@ -1,0 +1,246 @@
+"""The DeepSpeed configuration as a file: JSON without what DeepSpeed would misread, fill in or pass over.
+
+DeepSpeed takes "auto" for its own default (float32, for `bf16.enabled`), passes over names that it does not know, and says what
+is wrong with a value in the words of its libraries. Here each is one sentence: the field, its value, what to write.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_vocagno.config import RunError
+
+SECTIONS = ("zero_optimization", "bf16", "bfloat16", "fp16", "data_types", "pipeline", "activation_checkpointing")
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+NAMES = (
+    *SECTIONS,
+    *BATCHES,
+    *("gradient_clipping", "optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "gradient_allreduce_op", "prescale_gradients"),
+    *("gradient_predivide_factor", "managed_gradient_accumulation", "disable_allgather", "steps_per_print", "dump_state"),
+    *(
+        "wall_clock_breakdown",
+        "memory_breakdown",
+        "flops_profiler",
+        "comms_logger",
+        "tensorboard",
+        "wandb",
+        "comet",
+        "csv_monitor",
+    ),
+    *("checkpoint", "compile", "aio", "timers", "log_level", "disable_python_gc", "dataloader_drop_last", "autotuning"),
+    *("data_efficiency", "datastates_ckpt", "expert_parallel", "hybrid_engine", "use_data_before_expert_parallelism"),
+    *("vocabulary_size", "weight_quantization"),
+)
+"""All that DeepSpeed reads at the top of the file, without what is refused by name."""
+GONE = (
+    *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"),
+    *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
+)
+"""What DeepSpeed once had, and refuses with a traceback."""
+FIELDS = {
+    "zero_optimization": (
+        *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
+        *("allgather_partitions", "allgather_bucket_size", "overlap_comm", "compute_grad_norm", "load_from_fp32_weights"),
+        *("elastic_checkpoint", "offload_param", "offload_optimizer", "zenflow", "sub_group_size", "cpu_offload"),
+        *("cpu_offload_param", "cpu_offload_use_pin_memory", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"),
+        *("stage3_model_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance"),
+        *("stage3_gather_16bit_weights_on_model_save", "stage3_module_granularity_threshold", "leaf_module"),
+        *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "stage3_gather_fp16_weights_on_model_save"),
+        *("ignore_unused_parameters", "legacy_stage1", "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size"),
+        *("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients", "memory_efficient_linear"),
+        *("pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
+        *("save_muon_momentum_buffer_in_memory",),
+    ),
+    "bf16": ("enabled", "immediate_grad_update", "check_grad_overflow", "bf16_master_weights_and_grads", "bf16_optimizer_states"),
+    "fp16": (
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
+        *("consecutive_hysteresis", "fp16_master_weights_and_grads"),
+    ),
+    "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
+    "optimizer.params": (
+        *("lr", "betas", "eps", "weight_decay", "momentum", "torch_adam", "adam_w_mode", "fused", "amsgrad", "bias_correction"),
+        *("beta", "nesterov", "dampening", "foreach", "maximize", "capturable", "differentiable", "momentum_decay", "max_coeff"),
+        *("min_coeff", "freeze_step", "cuda_aware", "comm_backend_name", "max_grad_norm", "ns_method", "adam_lr", "muon_lr"),
+    ),
+}
+"""What stands in a section."""
+OPEN = ("optimizer.params",)
+"""Sections that may hold more: each optimizer has its own, and refuses what it does not know."""
+ADVICE = {
+    "train_batch_size": "the rows of a step over all GPUs",
+    "train_micro_batch_size_per_gpu": "the rows of a micro-batch on one GPU",
+    "gradient_accumulation_steps": "leave it out: it follows from the other two",
+    "gradient_clipping": "the largest gradient norm, as 1.0, or 0 for no limit",
+    "optimizer.type": "the optimizer, as AdamW",
+    "optimizer.params.lr": "the highest learning rate, as 3e-4",
+    "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
+    "optimizer.params.eps": "a number, as 1e-8",
+    "optimizer.params.weight_decay": "a number, as 0.1",
+    "bf16.enabled": "true or false",
+    "bfloat16.enabled": "true or false",
+    "fp16.enabled": "true or false",
+    "zero_optimization.stage": "1, 2 or 3",
+}
+"""What to write in the place of "auto"."""
+OWN = {"keep_in_fp32_modules", "stages"}
+"""Where "auto" is a value of DeepSpeed's own."""
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Raises RunError: no such file, no JSON, a value that nobody fills in, a name that DeepSpeed would pass over."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path} is not JSON: {error}") from None
+    try:
+        settings = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} is not JSON: {error}{_habit(text)}") from None
+    if not isinstance(settings, dict):
+        raise RunError(f"{path}: a JSON object expected")
+    _check_values(path, settings)
+    _check_names(path, settings)
+    return settings
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"it has two values for '{name}', {fields[name]!r} and {value!r}")
+        fields[name] = value
+    return fields
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _habit(text: str) -> str:
+    """What people write that JSON has not, where it is seen."""
+    if re.search(r"^\s*(#|//|/\*)|,\s*(#|//|/\*)", text, re.MULTILINE):
+        return ".\n  JSON has no comments."
+    if re.search(r",\s*[}\]]", text):
+        return ".\n  JSON has no comma before a closing bracket."
+    if re.search(r"^\w+:(\s|$)", text, re.MULTILINE):
+        return ".\n  It looks like YAML, as accelerate's own: what is wanted is the JSON that its 'deepspeed_config_file' names."
+    if "'" in text and '"' not in text:
+        return ".\n  JSON has double quotes."
+    return ""
+
+
+# ---- values
+
+
+def _check_values(path: Path, settings: dict[str, Any]) -> None:
+    """What nobody fills in, and what stands in quotes that should not."""
+    autos = []
+    for place, value in _leaves(settings):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RunError(f"{path}: {place} is beyond what a float holds; a smaller number expected")
+        name = place.rpartition(".")[2]
+        if name == "enabled" and value not in ("auto", True, False):
+            raise RunError(f"{path}: {place} is {value!r}; true or false expected")
+        if not isinstance(value, str) or name in OWN:
+            continue
+        if value.strip().lower() == "auto":
+            autos.append(place)
+        elif (meant := _meant(value)) is not None:
+            raise RunError(f"{path}: {place} is {value!r}, a text; write {meant} without quotes")
+    if autos:
+        lines = [f"\n  {place} is 'auto': {ADVICE.get(place, 'leave it out for the default of DeepSpeed')}" for place in autos]
+        raise RunError(
+            f"{path}: Hugging Face's Trainer fills in what is 'auto'; here nobody does, and DeepSpeed would take its defaults. "
+            f"Write:{''.join(lines)}"
+        )
+
+
+def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _leaves(item, f"{place}.{name}" if place else name)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, place)
+    else:
+        yield place, value
+
+
+def _meant(text: str) -> str | None:
+    """A number or a truth value that was written as a text."""
+    word = text.strip()
+    if word.lower() in ("true", "false"):
+        return word.lower()
+    try:
+        float(word)
+    except ValueError:
+        return None
+    return word
+
+
+# ---- names
+
+
+def _check_names(path: Path, settings: dict[str, Any]) -> None:
+    """DeepSpeed passes over a name that it does not know, and over one that is almost right."""
+    for name in settings:
+        if name in GONE:
+            raise RunError(f"{path}: this DeepSpeed has no '{name}' any more: leave it out")
+        if name in ("scheduler", "tensor_parallel") or name in NAMES or name.startswith("_"):
+            continue
+        raise RunError(f"{path}: DeepSpeed knows no '{name}', and would say nothing{_nearest(name)}")
+    for name in SECTIONS:
+        if not isinstance(settings.get(name) or {}, dict):
+            raise RunError(f'{path}: {name} is {settings[name]!r}; a section {{"...": ...}} expected, as in ds_configs/')
+    for section, names in FIELDS.items():
+        given: Any = settings
+        for part in section.split("."):
+            given = given.get(part) if isinstance(given, dict) else None
+        for name in given if isinstance(given, dict) else ():
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            if name not in names and (near or section not in OPEN):
+                hint = f"; did you mean '{section}.{near[0]}'?" if near else ": leave it out"
+                raise RunError(f"{path}: DeepSpeed knows no '{section}.{name}'{hint}")
+
+
+def _nearest(name: str) -> str:
+    for section, names in FIELDS.items():
+        if name in names:
+            return f": it belongs into '{section}'"
+    near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ": leave it out"
+
+
+# ---- DeepSpeed's own word
+
+
+def check_sections(path: Path, settings: dict[str, Any]) -> None:
+    """DeepSpeed's own models of its sections, which know every name and type. Raises RunError."""
+    # here: DeepSpeed takes seconds to import, and a plan needs none
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    models = {"bf16": DeepSpeedBF16Config, "bfloat16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, model in (models | {"zero_optimization": DeepSpeedZeroConfig}).items():
+        try:
+            model(**settings.get(section) or {})
+        except AssertionError as error:
+            raise RunError(f"{path}: {section}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join((section, *map(str, first["loc"])))
+            if first["type"] == "extra_forbidden":
+                raise RunError(f"{path}: DeepSpeed knows no '{place}': leave it out") from None
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            raise RunError(f"{path}: {place} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from None

@@ -1,0 +1,215 @@
+"""Files as Hugging Face's Trainer, accelerate and people write them: each is refused in a sentence, or read as it was meant."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+from megatron_vocagno.config import RunError
+from megatron_vocagno.engine.settings import precision, read_settings
+from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections
+from tests.errors.telling import told
+from tests.runs import write_settings
+
+LEFT_OUT = "leave it out for the default of DeepSpeed"
+AUTO: list[tuple[dict[str, Any], dict[str, str]]] = [
+    ({"train_batch_size": "auto"}, {"train_batch_size": "the rows of a step over all GPUs"}),
+    (
+        {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"},
+        {
+            "train_micro_batch_size_per_gpu": "the rows of a micro-batch on one GPU",
+            "gradient_accumulation_steps": "leave it out: it follows from the other two",
+        },
+    ),
+    ({"gradient_clipping": "auto"}, {"gradient_clipping": "the largest gradient norm, as 1.0, or 0 for no limit"}),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}},
+        {
+            "optimizer.params.lr": "the highest learning rate, as 3e-4",
+            "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
+            "optimizer.params.eps": "a number, as 1e-8",
+            "optimizer.params.weight_decay": "a number, as 0.1",
+        },
+    ),
+    ({"bf16": {"enabled": "auto"}}, {"bf16.enabled": "true or false"}),
+    ({"fp16": {"enabled": "auto", "loss_scale": 0}}, {"fp16.enabled": "true or false"}),
+    (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}},
+        {"zero_optimization.reduce_bucket_size": LEFT_OUT, "zero_optimization.offload_optimizer.device": LEFT_OUT},
+    ),
+    ({"zero_optimization": {"stage": "auto"}}, {"zero_optimization.stage": "1, 2 or 3"}),
+]
+
+
+@pytest.mark.parametrize(("changes", "fields"), AUTO, ids=[" ".join(fields) for _, fields in AUTO])
+def test_what_hugging_face_would_fill_in_is_named_with_what_to_write(
+    tmp_path: Path, changes: dict[str, Any], fields: dict[str, str]
+) -> None:
+    lines = "".join(f"\n  {field} is 'auto': {advice}" for field, advice in fields.items())
+    with told(
+        "DIR/ds.json: Hugging Face's Trainer fills in what is 'auto'; here nobody does, and DeepSpeed would take its defaults. "
+        f"Write:{lines}",
+        DIR=tmp_path,
+    ):
+        read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
+
+
+VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2', a text; write 2 without quotes"),
+    ({"train_batch_size": " 8"}, "train_batch_size is ' 8', a text; write 8 without quotes"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "3e-4"}}},
+        "optimizer.params.lr is '3e-4', a text; write 3e-4 without quotes",
+    ),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, "0.95"]}}},
+        "optimizer.params.betas is '0.95', a text; write 0.95 without quotes",
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "overlap_comm": "False"}},
+        "zero_optimization.overlap_comm is 'False', a text; write false without quotes",
+    ),
+    ({"bf16": {"enabled": "off"}}, "bf16.enabled is 'off'; true or false expected"),
+    ({"fp16": {"enabled": None}}, "fp16.enabled is None; true or false expected"),
+    (
+        {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
+        "zero_optimization.reduce_bucket_size is 'large': input should be a valid integer, unable to parse string as an integer",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
+        "zero_optimization.offload_optimizer.device is 'gpu': input should be 'none', 'cpu' or 'nvme'",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "ofload_optimizer": {"device": "cpu"}}},
+        "DeepSpeed knows no 'zero_optimization.ofload_optimizer'; did you mean 'zero_optimization.offload_optimizer'?",
+    ),
+    (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
+        "DeepSpeed knows no 'zero_optimization.offload_optimizer.devise': leave it out",
+    ),
+    ({"bf16": {"enabled": True, "fast": True}}, "DeepSpeed knows no 'bf16.fast': leave it out"),
+    (
+        {"offload_optimizer": {"device": "cpu"}},
+        "DeepSpeed knows no 'offload_optimizer', and would say nothing: it belongs into 'zero_optimization'",
+    ),
+    ({"weight_decay": 0.1}, "DeepSpeed knows no 'weight_decay', and would say nothing: it belongs into 'optimizer.params'"),
+    (
+        {"gradient_cliping": 1.0},
+        "DeepSpeed knows no 'gradient_cliping', and would say nothing; did you mean 'gradient_clipping'?",
+    ),
+    ({"zero3_init_flag": False}, "DeepSpeed knows no 'zero3_init_flag', and would say nothing: leave it out"),
+    (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decy": 0.1}}},
+        "DeepSpeed knows no 'optimizer.params.weight_decy'; did you mean 'optimizer.params.weight_decay'?",
+    ),
+    (
+        {"data_types": {"grad_acum_dtype": "fp32"}},
+        "DeepSpeed knows no 'data_types.grad_acum_dtype'; did you mean 'data_types.grad_accum_dtype'?",
+    ),
+    ({"amp": {"enabled": True}}, "this DeepSpeed has no 'amp' any more: leave it out"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), VALUES, ids=[message.split(" is ")[0] for _, message in VALUES])
+def test_a_value_or_a_name_that_deepspeed_would_misread(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with told(f"DIR/ds.json: {message}", DIR=tmp_path):
+        settings = read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
+        check_sections(tmp_path / "ds.json", settings)
+
+
+OPTIMIZER = '"optimizer": {"type": "AdamW", "params": {"lr": 0.001}}'
+TEXTS = [
+    (
+        '{"gradient_clipping": 1.0, // norm\n' + OPTIMIZER + "}",
+        "double quotes: line 1 column 28 (char 27).\n  JSON has no comments.",
+    ),
+    ("{" + OPTIMIZER + ",}", "double quotes: line 1 column 58 (char 57).\n  JSON has no comma before a closing bracket."),
+    ("{'train_batch_size': 4}", "double quotes: line 1 column 2 (char 1).\n  JSON has double quotes."),
+    (
+        "compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 2\n",
+        "Expecting value: line 1 column 1 (char 0).\n  It looks like YAML, as accelerate's own: what is wanted is the JSON that "
+        "its 'deepspeed_config_file' names.",
+    ),
+    ('{"gradient_clipping": NaN, ' + OPTIMIZER + "}", "NaN is no number in JSON"),
+    ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "it has two values for 'gradient_clipping', 1.0 and 2.0"),
+    ('{"zero_optimization": {"stage": 1, "stage": 2}}', "it has two values for 'stage', 1 and 2"),
+]
+
+
+@pytest.mark.parametrize(("text", "reason"), TEXTS, ids=[reason.splitlines()[-1] for _, reason in TEXTS])
+def test_a_habit_that_is_no_json_is_named(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(RunError) as refusal:
+        read_settings(tmp_path / "ds.json", 0, "cpu")
+    assert str(refusal.value).startswith(f"{tmp_path}/ds.json is not JSON: ") and str(refusal.value).endswith(reason)
+
+
+def test_a_number_beyond_floats_and_bytes_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_clipping": 1e999}')
+    with told("DIR/ds.json: gradient_clipping is beyond what a float holds; a smaller number expected", DIR=tmp_path):
+        read_settings(tmp_path / "ds.json", 0, "cpu")
+    (tmp_path / "ds.json").write_bytes(b"\xff\xfe{\x00")
+    with pytest.raises(RunError, match=r"ds\.json is not JSON: .* codec can.t decode"):
+        read_settings(tmp_path / "ds.json", 0, "cpu")
+
+
+def test_what_means_one_thing_is_read(tmp_path: Path) -> None:
+    """A byte order mark, notes of one's own, offloading, and whatever else DeepSpeed knows."""
+    fields = {
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": 2,
+        "bf16": {"enabled": True},
+        "fp16": {"enabled": False, "loss_scale": 0.0},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": {"stage": 3, "stage3_prefetch_bucket_size": 1e6, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    (tmp_path / "ds.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(fields).encode())
+    assert precision(read_settings(tmp_path / "ds.json", 0, "cpu")) == "bf16"
+    read_settings(write_settings(tmp_path / "ds.json", _note="ours"), 0, "cpu")
+
+
+class Asked(dict[str, Any]):
+    """A configuration that notes what is asked of it."""
+
+    def __init__(self, fields: dict[str, Any], names: set[str]) -> None:
+        super().__init__(fields)
+        self.names = names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __contains__(self, name: object) -> bool:
+        self.names.add(str(name))
+        return super().__contains__(name)
+
+    def keys(self) -> Any:
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        return super().__iter__()
+
+    def __copy__(self) -> Asked:
+        return self
+
+
+def test_all_names_that_deepspeed_reads_are_known_and_no_others(tmp_path: Path) -> None:
+    fields = json.loads(write_settings(tmp_path / "ds.json").read_text())
+    names: set[str] = set()
+    DeepSpeedConfig(Asked(fields, names))
+    assert len(names) > 50
+    refused_by_name = {"scheduler", "tensor_parallel", *GONE}
+    assert names - refused_by_name - {"sequence_parallel_size"} == set(NAMES)
+    assert set(GONE) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
+    for section, model in models.items():
+        assert set(FIELDS[section]) == {info.alias or name for name, info in model.model_fields.items()}, section
