@@ -1,9 +1,11 @@
 """BATCH -> LOSSES: Hugging Face causal language models as this project uses them. Knows no engine.
 
     folder.py         a Hugging Face folder: found, its tensors read lazily, written
+    weights.py        whether its weights are those of its configuration
     attention.py      what a token sees: its row, or its document's part of it; which code computes that
     configuration.py  the student's: from a folder or from keys
     student.py        the model that learns: a flat list of pipeline layers with Hugging Face names, or one module
+    proof.py          whether losses are those of the model's own logits
     teacher.py        the frozen model: token ids -> one loss per token, no logits kept
     fingerprint.py    which teacher it was
     quantised.py      the teacher's matrices in 8 bits
