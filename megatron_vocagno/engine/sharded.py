@@ -34,7 +34,9 @@ def open_sharded(found: Found, weights: Weights) -> ShardedTeacher:
 
     Raises SharedError: as open_teacher raises ModelError.
     """
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 2**31}
+    # nothing is kept for a second use: the proof goes through the decoder twice, and its weights would stay whole
+    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**31}
     config |= PRECISIONS[found.dtype]
     # transformers shards the models that it makes while this object lives: not the student, therefore
     sharding = HfDeepSpeedConfig(config)

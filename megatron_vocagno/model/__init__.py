@@ -10,6 +10,7 @@
     fingerprint.py    which teacher it was
     quantised.py      the teacher's matrices in 8 bits
     gguf.py           a GGUF file -> a Hugging Face folder, once
+    gguf_keys.py      what the file says of its model -> the configuration
 
 Axes: B rows, S student positions, U teacher positions, V student vocabulary, W teacher vocabulary, H hidden size.
 Losses are float32, in nats; a target of -100 is no token, and its loss is 0.

@@ -104,7 +104,8 @@ class Teacher(nn.Module):
     def _decode(self, input_BU: Tensor, segment_BU: Tensor | None) -> Tensor:
         arguments = {} if segment_BU is None else teacher_arguments(self.config, segment_BU)
         hidden_BUH: Tensor = self.decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state
-        return hidden_BUH
+        # Mamba's norm answers in float32 whatever the weights are
+        return hidden_BUH.to(self.head.weight.dtype)
 
 
 def _plain_head(model: Any, model_type: str) -> Any:

@@ -71,6 +71,11 @@ def test_a_scale_is_seen_in_16_bits_as_well(dtype: torch.dtype, tmp_path: Path) 
         open_teacher(folder, dtype, "cpu")
 
 
+def test_hidden_states_come_in_the_precision_of_the_head(tmp_path: Path) -> None:
+    teacher = open_teacher(write_model(tmp_path, {**SIZES, "model_type": "mamba", "state_size": 8}), torch.bfloat16, "cpu")
+    assert teacher.loss(*batch(2, 9)).isfinite().all() and teacher.hidden_states(batch(2, 9)[0]).dtype == torch.bfloat16
+
+
 @each_family
 def test_rounding_to_16_bits_is_no_difference(spec: dict[str, Any], tmp_path: Path) -> None:
     assert open_teacher(write_model(tmp_path, spec), torch.bfloat16, "cpu").dtype == torch.bfloat16

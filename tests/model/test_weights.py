@@ -1,4 +1,4 @@
-"""Weights are those of their configuration, all of them and no others, or the folder is refused: as a teacher and as a student."""
+"""Weights are those of their configuration, all of them and no others, or the folder is refused: of teachers and of students."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
     "a-layer-less-in-the-configuration": (
         dict,
         {"num_hidden_layers": 2},
-        r"9 are not used \(model.layers.2.input_layernorm.weight, .*, …\). num_hidden_layers is 2, and the weights have more layers",
+        r"9 are not used \(model.layers.2.input_layernorm.weight, .*, …\). num_hidden_layers is 2, and the weights have more",
     ),
     "no-layers": (without("layers"), {}, "27 tensors are missing"),
     "prefix": (lambda state: {f"module.{n}": t for n, t in state.items()}, {}, "30 are not used .* under other names"),
