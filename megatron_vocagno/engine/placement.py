@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 
 from megatron_vocagno.config import Run, RunError
@@ -17,7 +15,7 @@ from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedSco
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.folder import ModelError
-from megatron_vocagno.model.teacher import Teacher, open_teacher, teacher_folder
+from megatron_vocagno.model.teacher import Teacher, find_teacher, open_teacher, teacher_folder
 
 
 def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
@@ -32,10 +30,13 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     assert path is not None
     together(lambda: check_vocabularies(run, data), RunError)
     together(lambda: data.require_tokenizer("teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
-    dtype = getattr(torch, asked.dtype)
-    opened = partial(open_teacher, path, dtype, processes.device, asked.attention, weights=asked.weights)
-    # a sharded teacher is loaded by all ranks together anyway
-    teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else together(opened, ModelError)
+    found = (path, getattr(torch, asked.dtype), processes.device, asked.attention)
+    teacher: Teacher | ShardedTeacher
+    if asked.placement == "zero3":
+        # loaded by all ranks together
+        teacher = open_sharded(together(lambda: find_teacher(*found), ModelError), asked.weights)
+    else:
+        teacher = together(lambda: open_teacher(*found, weights=asked.weights), ModelError)
     if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
         raise RunError(
             f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "

@@ -7,13 +7,14 @@ a model, and after a pipeline it would shard over the data-parallel ranks alone,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import deepspeed
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from megatron_vocagno.model.teacher import Teacher
+from megatron_vocagno.engine.agreement import together
+from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.teacher import Found, Teacher, load_teacher
 
 PRECISIONS = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}, torch.float32: {}}
 
@@ -29,16 +30,20 @@ class ShardedTeacher:
         self.parameters_count = teacher.parameters_count
 
 
-def open_sharded(dtype: torch.dtype, open_teacher: Callable[[], Teacher]) -> ShardedTeacher:
-    """What `open_teacher` loads, sharded while it loads: the first rank reads, each keeps its part. Collective over the world.
+def open_sharded(found: Found, weights: Weights) -> ShardedTeacher:
+    """A teacher, sharded while it loads: the first rank reads, each keeps its part. Collective over the world.
 
-    dtype  of the teacher's weights
+    Raises SharedError: as open_teacher raises ModelError.
     """
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "steps_per_print": 2**31}
-    config |= PRECISIONS[dtype]
+    # nothing is kept for a second use: the proof goes through the decoder twice, and its weights would stay whole
+    zero = {"stage": 3, "stage3_max_reuse_distance": 0}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**31}
+    config |= PRECISIONS[found.dtype]
     # transformers shards the models that it makes while this object lives: not the student, therefore
     sharding = HfDeepSpeedConfig(config)
-    teacher = open_teacher()
+    teacher = load_teacher(found, weights)
     del sharding
     engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
+    evidence = teacher.probe()
+    together(lambda: evidence.check(teacher.config.model_type), ModelError)
     return ShardedTeacher(engine)

@@ -10,7 +10,9 @@ import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from megatron_vocagno.model.attention import resolve_attention
-from megatron_vocagno.model.folder import ModelError, model_folder, read_config
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, read_config
+from megatron_vocagno.model.proof import prove_student
+from megatron_vocagno.model.weights import check_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 # accepted by transformers though no configuration class lists them: older spellings of rope_parameters
@@ -27,7 +29,8 @@ def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size:
     spec         a Hugging Face folder, or {"model_type": "llama", "hidden_size": 2048, ...}
     vocab_size   of the student's tokenizer; the model may have more rows (padding), never fewer. Keys may leave it out.
 
-    Raises ModelError: an architecture that is not supported, a key that it does not have, dropout, too few rows.
+    Raises ModelError: an architecture that is not supported, a key that it does not have, dropout, too few rows, weights that are
+    not those of their configuration (weights.py), and a configuration of which this project makes another model (proof.py).
     """
     config = _config_from_keys(spec, vocab_size) if isinstance(spec, Mapping) else _config_from_folder(spec)
     if vocab_size is not None and config.vocab_size < vocab_size:
@@ -42,16 +45,15 @@ def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size:
         )
     # until the caller, who knows dtype and device, asks for another
     config._attn_implementation = resolve_attention(config, "auto", torch.float32, "cpu")
+    prove_student(config)
     return config
 
 
 def _config_from_folder(path: str | os.PathLike[str]) -> PretrainedConfig:
-    folder = model_folder(path)
-    config = read_config(folder)
+    weights = PretrainedWeights(path)
+    config = read_config(weights.folder)
     _check_supported(config.model_type)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"the student in {folder} is quantised; training needs its unquantised weights")
-    return config
+    return check_weights(weights, config)
 
 
 def _config_from_keys(spec: Mapping[str, Any], vocab_size: int | None) -> PretrainedConfig:

@@ -2,7 +2,8 @@
 
 Of a Hugging Face folder: its configuration, and of each tensor name, dtype, shape and 8 blocks of 4 KiB, evenly spread. So it
 does not depend on how the tensors are dealt to files, takes seconds for a model of any size, and another training of the same
-architecture has another one. Of a GGUF file: its size, its first megabyte and 4,096 such blocks.
+architecture has another one. Of a GGUF file: its size, its first megabyte and 4,096 such blocks; a folder that was converted from
+one in float32, and not changed since, has the file's.
 
 An edit that leaves every sampled block alone, as of a few rows of an embedding, is not seen.
 """
@@ -24,6 +25,10 @@ BLOCKS_A_FILE = 4096
 HEAD = 1 << 20
 NO_MATTER = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 """Fields of a configuration that change no logits."""
+CONVERTED = "converted_from.json"
+"""Of a folder that was a GGUF file: the file's fingerprint, and the folder's own as it was written."""
+CONVERSION = 2
+"""Another number wherever GGUF files are converted otherwise than before: what was made of them is then made anew."""
 
 
 def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
@@ -34,7 +39,7 @@ def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
         if path.suffix == ".gguf":
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                digest.update(size.to_bytes(8, "little") + file.read(HEAD))
+                digest.update(bytes([CONVERSION]) + size.to_bytes(8, "little") + file.read(HEAD))
                 _add_blocks(digest, file, 0, size, BLOCKS_A_FILE)
             return digest.hexdigest()
         folder = model_folder(path)
@@ -44,6 +49,10 @@ def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
             digest.update(json.dumps([name, dtype, shape]).encode())
             with (folder / file_name).open("rb") as file:
                 _add_blocks(digest, file, begin, end, BLOCKS_A_TENSOR)
+        if (folder / CONVERTED).is_file():
+            record = json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
+            if record["folder"] == digest.hexdigest():
+                return str(record["gguf"])
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be read as a model: {error}. Was the download complete?") from None
     return digest.hexdigest()

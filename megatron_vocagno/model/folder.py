@@ -170,13 +170,29 @@ class PretrainedWeights:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
+    def _slice(self, name: str) -> Any:
+        file = self._file_of[name]
+        with readable(self.folder / file):
+            return self._shard(file).get_slice(name)
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._shard(self._file_of[name]).get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """Its type, as safetensors calls it, without reading it."""
+        return str(self._slice(name).get_dtype())
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Reads rows [first, last), those that there are."""
+        rows: Tensor = self._slice(name)[first:last]
+        return rows
 
     def tensor(self, name: str) -> Tensor:
         """Reads it, as it is stored, onto the CPU."""
-        tensor: Tensor = self._shard(self._file_of[name]).get_tensor(name)
+        file = self._file_of[name]
+        with readable(self.folder / file):
+            tensor: Tensor = self._shard(file).get_tensor(name)
         return tensor
 
 
@@ -242,12 +258,15 @@ def parameters(config: PretrainedConfig) -> int:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars of transformers: one per rank tells nobody anything."""
-    shown = hf_logging.is_progress_bar_enabled()
+def quiet(errors_only: bool = False) -> Iterator[None]:
+    """No progress bars of transformers: one per rank tells nobody anything. errors_only: nor its reports."""
+    shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    if errors_only:
+        hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if shown:
             hf_logging.enable_progress_bar()

@@ -6,6 +6,7 @@ cannot reach it, and padded targets are -100.
 """
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
-from megatron_vocagno.model.folder import ModelError, model_folder, quiet, read_config, readable
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, quiet, read_config, readable
 from megatron_vocagno.model.gguf import cached_folder
+from megatron_vocagno.model.proof import Evidence, probe
 from megatron_vocagno.model.quantised import Weights, quantise
 from megatron_vocagno.model.student import LossHead, logit_softcap
-
-# fields by which transformers changes logits after the head, besides a softcap; a loss taken from the head would be wrong
-LOGIT_CHANGES = {"logit_scale": 1.0, "logits_scaling": 1.0, "lm_head_multiplier": 1.0}
+from megatron_vocagno.model.weights import check_weights
 
 
 class Teacher(nn.Module):
@@ -38,11 +38,14 @@ class Teacher(nn.Module):
         self.vocab_size = int(config.vocab_size)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self.dtype: torch.dtype = model.dtype
+        self.device: torch.device = model.device
         self.config, self._cuts_documents = config, False
         self.decoder = model.get_decoder()
         self.head = LossHead(head.weight, logit_softcap(config))
         # ds_numel: under ZeRO-3 a parameter is an empty shell that remembers its size
         self.parameters_count = sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in self.parameters())
+        # until its losses are proven to be those of its own logits; an engine that shards must know all that is called
+        self.whole: nn.Module | None = model
         self.requires_grad_(False)
         self.eval()
 
@@ -89,20 +92,20 @@ class Teacher(nn.Module):
         loss_BU: Tensor = self.head(self._decode(input_BU, segment_BU), target_BU)
         return loss_BU
 
+    def probe(self) -> Evidence:
+        """What `check` of the answer judges: losses by this module, and by the logits of transformers' model, which is dropped.
+
+        Collective where an engine shards the weights. Raises ModelError: the model does not run.
+        """
+        whole, self.whole = self.whole, None
+        assert whole is not None, "a teacher is proven once"
+        return probe(whole, self.loss, self.head, self.vocab_size, self.max_positions, self.device)
+
     def _decode(self, input_BU: Tensor, segment_BU: Tensor | None) -> Tensor:
         arguments = {} if segment_BU is None else teacher_arguments(self.config, segment_BU)
         hidden_BUH: Tensor = self.decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state
-        return hidden_BUH
-
-
-def _check_logits(config: Any) -> None:
-    """Refuse a model whose logits are more than hidden states times the head's weight."""
-    for field, neutral in LOGIT_CHANGES.items():
-        value = getattr(config, field, neutral)
-        if value not in (None, neutral):
-            raise ModelError(
-                f"this {config.model_type} teacher changes its logits ({field} = {value}), which is not supported yet"
-            )
+        # Mamba's norm answers in float32 whatever the weights are
+        return hidden_BUH.to(self.head.weight.dtype)
 
 
 def _plain_head(model: Any, model_type: str) -> Any:
@@ -120,6 +123,48 @@ def teacher_folder(path: str | os.PathLike[str], cache: str | os.PathLike[str] |
     return model_folder(cached_folder(path, cache) if path.suffix == ".gguf" else path)
 
 
+@dataclass(frozen=True)
+class Found:
+    """A teacher whose weights are known to be those of its configuration, and are not read yet."""
+
+    folder: Path
+    config: Any
+    dtype: torch.dtype
+    device: torch.device
+    attention: str
+
+
+def find_teacher(
+    path: str | os.PathLike[str], dtype: torch.dtype, device: torch.device | str, attention: Attention = "auto"
+) -> Found:
+    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once (teacher_folder).
+
+    Raises ModelError: before gigabytes are read, and not while an engine shards what transformers makes.
+    """
+    folder = teacher_folder(path)
+    config = check_weights(PretrainedWeights(folder), read_config(folder))
+    implementation = resolve_attention(config.get_text_config(), attention, dtype, device)
+    return Found(folder, config, dtype, torch.device(device), implementation)
+
+
+def load_teacher(found: Found, weights: Weights = "as-is") -> Teacher:
+    """Reads it. weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError."""
+    with quiet(), readable(found.folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            found.folder,
+            config=found.config,
+            dtype=found.dtype,
+            attn_implementation=found.attention,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    if weights != "as-is":
+        # before it moves: a device that holds the quantised teacher need not hold the other
+        quantise(model.get_decoder(), weights, found.device)
+    return Teacher(model.to(found.device))
+
+
 def open_teacher(
     path: str | os.PathLike[str],
     dtype: torch.dtype,
@@ -127,26 +172,7 @@ def open_teacher(
     attention: Attention = "auto",
     weights: Weights = "as-is",
 ) -> Teacher:
-    """The teacher in a Hugging Face folder or in a .gguf file, which is converted once (teacher_folder).
-
-    weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError.
-    """
-    folder = teacher_folder(path)
-    config = read_config(folder)
-    # before gigabytes are read
-    _check_logits(config.get_text_config())
-    implementation = resolve_attention(config.get_text_config(), attention, dtype, device)
-    with quiet(), readable(folder):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            attn_implementation=implementation,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    if weights != "as-is":
-        # before it moves: a device that holds the quantised teacher need not hold the other
-        quantise(model.get_decoder(), weights, device)
-    return Teacher(model.to(device))
+    """A teacher that is known to score as its own logits do, see find_teacher and load_teacher. Raises ModelError."""
+    teacher = load_teacher(find_teacher(path, dtype, device, attention), weights)
+    teacher.probe().check(teacher.config.model_type)
+    return teacher

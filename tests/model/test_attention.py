@@ -212,7 +212,7 @@ def test_positions_and_bounds_of_documents() -> None:
     "spec",
     [
         pytest.param({"model_type": "falcon", "alibi": True}, id="positions-not-in-the-mask"),
-        pytest.param({"model_type": "recurrent_gemma", "lru_width": 48, "attention_window_size": 8}, id="recurrent-state"),
+        pytest.param({"model_type": "mamba", "state_size": 8}, id="recurrent-state"),
         pytest.param({"model_type": "opt", "word_embed_proj_dim": 48, "ffn_dim": 64}, id="positions-not-asked"),
     ],
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.teacher import Teacher, open_teacher
@@ -51,8 +52,9 @@ def test_any_architecture_with_a_plain_head_can_teach(spec: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"model_type": "cohere"}, "logit_scale = 0.0625"),
-        ({"model_type": "granite", "logits_scaling": 8.0}, "logits_scaling = 8"),
+        ({"model_type": "cohere"}, "scale its logits"),
+        ({"model_type": "granite", "logits_scaling": 8.0}, "scale its logits"),
+        ({"model_type": "recurrent_gemma", "lru_width": 48, "logits_soft_cap": 2.0}, "scale its logits"),
         ({"model_type": "phi"}, "bias in its head"),
     ],
 )
@@ -60,6 +62,50 @@ def test_a_teacher_whose_logits_are_more_than_a_product_is_refused(spec: dict[st
     folder = write_model(tmp_path, {**SIZES, **spec, "pad_token_id": 0})
     with pytest.raises(ModelError, match=message):
         cpu_teacher(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_scale_is_seen_in_16_bits_as_well(dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = write_model(tmp_path, {**SIZES, "model_type": "granite", "logits_scaling": 1.02})
+    with pytest.raises(ModelError, match="by its own the loss of a token is"):
+        open_teacher(folder, dtype, "cpu")
+
+
+def test_hidden_states_come_in_the_precision_of_the_head(tmp_path: Path) -> None:
+    teacher = open_teacher(write_model(tmp_path, {**SIZES, "model_type": "mamba", "state_size": 8}), torch.bfloat16, "cpu")
+    assert teacher.loss(*batch(2, 9)).isfinite().all() and teacher.hidden_states(batch(2, 9)[0]).dtype == torch.bfloat16
+
+
+@each_family
+def test_rounding_to_16_bits_is_no_difference(spec: dict[str, Any], tmp_path: Path) -> None:
+    assert open_teacher(write_model(tmp_path, spec), torch.bfloat16, "cpu").dtype == torch.bfloat16
+
+
+def test_a_teacher_that_sees_what_comes_is_refused(tmp_path: Path) -> None:
+    folder = write_model(
+        tmp_path, {"model_type": "cpmant", "vocab_size": 211, "hidden_size": 48, "num_hidden_layers": 2, "dim_ff": 64}
+    )
+    with pytest.raises(ModelError, match="lets tokens see those after them, so it predicts none of them: the loss of a token is"):
+        cpu_teacher(folder)
+
+
+def test_the_proof_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Neither the model of transformers nor a random number."""
+    folder = write_model(tmp_path, LLAMA)
+    state = torch.random.get_rng_state()
+    teacher = cpu_teacher(folder)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert teacher.whole is None and {name.split(".")[0] for name, _ in teacher.named_parameters()} == {"decoder", "head"}
+
+
+def test_losses_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    """A model whose hidden states are beyond float16, as Gemma's are."""
+    folder = write_model(tmp_path, LLAMA)
+    weights = load_file(folder / "model.safetensors")
+    save_file(weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 1e6}, folder / "model.safetensors")
+    assert open_teacher(folder, torch.bfloat16, "cpu").dtype == torch.bfloat16
+    with pytest.raises(ModelError, match=r"are no numbers in float16\. Use teacher\.dtype = 'bfloat16' or 'float32'"):
+        open_teacher(folder, torch.float16, "cpu")
 
 
 def test_padding_changes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""Whether a folder's weights are those of its configuration: all of it, and nothing besides. Reads names, shapes and types alone.
+
+transformers itself reads the folder, onto no device, and says what it would miss and what it would leave. So names of its older
+versions, experts that it puts together, tied heads and what a model declares to be of no use to it (RoPE's frequencies of old
+folders, layers that predict further tokens) are its affair. For what it misses it would make up numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, quiet
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "BOOL": torch.bool,
+}
+"""Of safetensors, as torch calls them. What is of another and no mask is quantised."""
+DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig"}
+"""Kinds of quantised folders that transformers can write in full, and its class for that."""
+PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx|absmax|quant_state\..*|weight_scale\w*|weight_packed|SCB)$")
+"""Names of tensors by which quantised matrices are known."""
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+ROWS_AT_ONCE = 4096
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """transformers' causal language model of a configuration. Raises ModelError: it has none."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if found is None:
+        raise ModelError(f"transformers has no causal language model of type {config.model_type}: is it one of another kind?")
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def check_weights(weights: PretrainedWeights, config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration that the weights really have: with a head of its own where theirs differs from the embedding.
+
+    config  of the folder. transformers, too, takes a head that differs for what it is, whatever the configuration says
+
+    Raises ModelError: quantised weights, or tensors that are missing, not used, or of another shape.
+    """
+    _refuse_quantised(weights, config)
+    model, found = _read_onto_nothing(weights, config)
+    missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    shapes = sorted((name, tuple(there), tuple(made)) for name, there, made in found["mismatched_keys"])
+    if missing or unused or shapes:
+        faults = [
+            *([f"{len(missing)} tensors are missing ({_some(missing)})"] if missing else []),
+            *([f"{len(unused)} are not used ({_some(unused)})"] if unused else []),
+            *(f"{name} is {there}, the configuration says {made}" for name, there, made in shapes[:1]),
+        ]
+        raise ModelError(
+            f"the weights in {weights.folder} are not those of its config.json, of a {config.model_type} model: "
+            f"{', '.join(faults)}. {_cause(missing, unused, config)}"
+        )
+    if any(_differ(weights, *pair) for pair in (model.all_tied_weights_keys or {}).items()):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    return config
+
+
+def _refuse_quantised(weights: PretrainedWeights, config: PretrainedConfig) -> None:
+    asked = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
+    if asked:
+        keys = asked if isinstance(asked, dict) else asked.to_dict()
+        method = str(keys.get("quant_method") or "bitsandbytes").split(".")[-1].lower()
+        instead = "Use the unquantised weights that it was made from; teacher.weights = 'int8' holds those in 8 bits."
+        if method in DEQUANTISED:
+            instead = (
+                "Use the unquantised weights, or write them: AutoModelForCausalLM.from_pretrained(folder, "
+                f"quantization_config={DEQUANTISED[method]}(dequantize=True)).save_pretrained(new_folder)."
+            )
+        raise ModelError(f"the weights in {weights.folder} are quantised ({method}), which is not supported. {instead}")
+    packed = [
+        name for name in weights if PACKED.search(name) or (_is_matrix(name, weights) and weights.dtype(name) not in DTYPES)
+    ]
+    if packed:
+        raise ModelError(
+            f"the weights in {weights.folder} are quantised, though config.json has no quantization_config: it holds {packed[0]} "
+            f"of type {weights.dtype(packed[0])}. Use the unquantised weights that they were made from."
+        )
+
+
+def _is_matrix(name: str, weights: PretrainedWeights) -> bool:
+    """Not one of the masks that old folders hold, which are called biases."""
+    return len(weights.shape(name)) > 1 and not name.endswith("bias")
+
+
+def _read_onto_nothing(weights: PretrainedWeights, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """The model on the meta device, and what transformers says of its reading."""
+    state = {name: _shell(name, weights) for name in weights}
+    kind = model_class(config)
+    # as AutoModelForCausalLM does where a model has more than text
+    if getattr(kind, "config_class", None) == config.sub_configs.get("text_config", False):
+        config = config.get_text_config()
+    try:
+        with quiet(errors_only=True):
+            model, found = kind.from_pretrained(
+                None,
+                config=copy.deepcopy(config),
+                state_dict=state,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    # by which transformers says that experts cannot be put together
+    except RuntimeError as error:
+        raise ModelError(
+            f"the weights in {weights.folder} cannot be put together to a {config.model_type} model: {error}\n"
+            "  Is a part of an expert missing?"
+        ) from error
+    return model, found
+
+
+def _shell(name: str, weights: PretrainedWeights) -> Tensor:
+    return torch.empty(weights.shape(name), dtype=DTYPES.get(weights.dtype(name), torch.uint8), device="meta")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _cause(missing: Sequence[str], unused: Sequence[str], config: PretrainedConfig) -> str:
+    """What is likely to be wrong."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
+    if missing and unused:
+        return "Were they saved under other names, as by a wrapper, or is it another model?"
+    if unused and min(map(_layer, unused)) >= layers:
+        return f"num_hidden_layers is {layers:,}, and the weights have more layers."
+    if missing and min(map(_layer, missing)) >= 0:
+        return f"num_hidden_layers is {layers:,}: do the weights have fewer, or was the download not complete?"
+    if unused and all(name.endswith("bias") for name in unused):
+        return "Does the configuration lack a bias?"
+    if missing and all("head" in name or "embed_out" in name for name in missing):
+        return "Does the model tie head and embedding (tie_word_embeddings)?"
+    return "Is the configuration the one that they were trained with?"
+
+
+def _layer(name: str) -> int:
+    """Of the decoder layer that a tensor is of; -1 where it is of none."""
+    found = LAYER.search(name)
+    return int(found[1]) if found else -1
+
+
+def _differ(weights: PretrainedWeights, target: str, source: str) -> bool:
+    """Whether the folder holds two tensors that the configuration ties, and they are not the same."""
+    first, second = _stored(weights, target), _stored(weights, source)
+    if first is None or second is None or first == second:
+        return False
+    if weights.shape(first) != weights.shape(second):
+        return True
+    rows = range(0, weights.shape(first)[0], ROWS_AT_ONCE)
+    return not all(
+        torch.equal(weights.rows(first, row, row + ROWS_AT_ONCE), weights.rows(second, row, row + ROWS_AT_ONCE)) for row in rows
+    )
+
+
+def _stored(weights: PretrainedWeights, name: str) -> str | None:
+    """The name that a tensor of the model has in the folder, whatever stands before its last two parts."""
+    if name in weights:
+        return name
+    tail = "." + ".".join(name.split(".")[-2:])
+    found = [stored for stored in weights if f".{stored}".endswith(tail)]
+    return found[0] if len(found) == 1 else None
