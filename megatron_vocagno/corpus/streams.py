@@ -81,8 +81,9 @@ _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
     "bzip2": bz2.BZ2Decompressor,
     "xz": partial(lzma.LZMADecompressor, memlimit=XZ_MEMORY),
 }
-_DAMAGE: tuple[type[Exception], ...] = (
+_FAILURES: tuple[type[Exception], ...] = (
     cast(type[Exception], igzip_lib.error),
+    MemoryError,
     zstd.ZstdError,
     lzma.LZMAError,
     OSError,
@@ -164,7 +165,7 @@ class _Decompressed(io.RawIOBase):
     def _decode(self, member: _Decompressor, data: bytes, most: int) -> bytes:
         try:
             return member.decompress(data, most)
-        except (MemoryError, *_DAMAGE) as error:
+        except _FAILURES as error:
             if isinstance(error, MemoryError) or "not enough memory" in str(error):
                 raise InputError(
                     f"{self.where}: too little memory to unpack it: {self.name} data ask for a window of up to 2 GiB "

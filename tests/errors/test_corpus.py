@@ -58,8 +58,7 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
     ):
         cut(write(tmp_path / "a.jsonl.gz", '{"text": "plain"}\n'), 100)
     with told(
-        "DIR/a.json is one JSON document over several lines, not JSON with a document a line: convert it, "
-        "e.g. jq -c '.[]' FILE > FILE.jsonl",
+        "DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl",
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json", '[\n{"text": "one"}\n]'), 100)
@@ -83,7 +82,11 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
         ('{"text": null}', "'text' is null, not a string"),
         ('{"text": "x"}', "no key 'id' (it has 'text'); --id-key names another"),
         ('{"text": "x", "id": [1]}', "'id' is a list, not a string or an integer"),
-        ('{"text": "x"', "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12))"),
+        (
+            '{"text": "x"',
+            "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12)): "
+            "cut off, or one object over several lines? Then jq -c . FILE > FILE.jsonl joins them",
+        ),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 10 of the line"),
         ('{"text": "\\ud800"}', "a lone surrogate at character 0 of 'text'"),
     ],
