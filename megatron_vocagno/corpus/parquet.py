@@ -67,6 +67,8 @@ def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys:
     """Of the row groups [start, stop). Raises BrokenInput at a damaged page, InputError for columns that hold no text or ids."""
     with _opened(where) as file:
         metadata, groups = file.metadata, _row_groups(file)
+    if not any(group.rows for group in groups[start:stop]):
+        return  # of such files some have no column at all
     large = max((group.weight for group in groups[start:stop]), default=0) > LARGE_ROW_GROUP
     with _opened(where, metadata=metadata, buffer_size=REMOTE_BUFFER if large else 0) as file:
         columns = _columns(where, file.schema_arrow, text_keys, id_keys)
