@@ -140,7 +140,7 @@ def _lenient(raw: bytes) -> Any:
         except ValueError:  # more digits than Python takes for an integer
             return json.loads(text, parse_int=float)
     except RecursionError:
-        raise _NoText("nested too deeply, in more lists or objects than some 1,000") from None
+        raise _NoText("nested too deeply: more than some thousand lists and objects within each other") from None
     except ValueError as error:
         raise _NoText(f"invalid JSON ({error}){_cause(raw)}") from None
 

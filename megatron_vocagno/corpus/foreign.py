@@ -50,17 +50,18 @@ _BY_CONTENT = tuple(
         (rb"version https://git-lfs", "a pointer of Git LFS, not the file", "git lfs pull brings it"),
         (rb"\xff\xfe\0\0|\0\0\xfe\xff", "UTF-32 text", _ICONV.format("UTF-32")),
         (rb"\xff\xfe|\xfe\xff", "UTF-16 text", _ICONV.format("UTF-16")),
-        (rb"[\[{]\0\0\0", "UTF-32 text", _ICONV.format("UTF-32LE")),
-        (rb"\0\0\0[\[{]", "UTF-32 text", _ICONV.format("UTF-32BE")),
-        (rb"[\[{]\0", "UTF-16 text", _ICONV.format("UTF-16LE")),
-        (rb"\0[\[{]", "UTF-16 text", _ICONV.format("UTF-16BE")),
+        (rb"[\[{]\0\0\0[^\0]", "UTF-32 text", _ICONV.format("UTF-32LE")),
+        (rb"\0\0\0[\[{]\0", "UTF-32 text", _ICONV.format("UTF-32BE")),
+        (rb"[\[{]\0[^\0]", "UTF-16 text", _ICONV.format("UTF-16LE")),
+        (rb"\0[\[{]\0", "UTF-16 text", _ICONV.format("UTF-16BE")),
     )
 )
 _PACKED = r"(\.(gz|zst|bz2|xz))?"
 _BY_NAME = tuple(
     (re.compile(rf".*\.({suffixes}){_PACKED}", re.IGNORECASE | re.DOTALL), what, advice)
     for suffixes, what, advice in (
-        ("csv|tsv|psv|tab", "a table as text", "write it as parquet, e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)"),
+        ("csv", "a table as text", "write it as parquet, e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)"),
+        ("tsv|tab", "a table as text", "write it as parquet, e.g. pandas.read_table(FILE).to_parquet(FILE.parquet)"),
         ("tar|tgz|tbz2?|txz", "a tar archive", _UNPACK),
         ("lz4|sz|snappy|lzo|lz|lzma|br|Z", "packed in a way that is not read", _REPACK),
         ("arrow|feather|ipc|orc|avro", "a table, to go by its name", _PARQUET),

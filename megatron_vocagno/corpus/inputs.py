@@ -168,7 +168,7 @@ def _in_folder(folder: Place, on_note: Callable[[str], object]) -> list[Place]:
         seen = [name for name in seen if (folder / name).is_file()]
     if left_out := [name for name in seen if not _NAMES.fullmatch(name)]:
         shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-        on_note(f"{folder}: {len(left_out):,} files are left out, for their names are none of an input: {shown}")
+        on_note(f"{folder}: {len(left_out):,} files are left out, for their names are not those of inputs: {shown}")
     return [folder / name for name in seen if _NAMES.fullmatch(name)]
 
 
@@ -278,7 +278,7 @@ def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_ke
     try:
         before = [0, *accumulate(group.weight for group in parquet.row_groups(file, text_key, id_key))]
     except BrokenInput as error:
-        raise InputError(f"{file}: {error}: is it complete?") from None
+        raise InputError(f"{file}: {error}{': is it complete?' if 'damaged' in str(error) else ''}") from None
     bounds = [0]
     for i in range(1, len(before) - 1):
         if before[i + 1] - before[bounds[-1]] > shard_bytes:

@@ -110,7 +110,7 @@ def _opened(where: Place, **options: Any) -> Iterator[Any]:
         said = str(error).splitlines()[0]
         if "decrypt" in said.lower():
             raise BrokenInput(f"encrypted parquet data ({said}): write it without encryption") from None
-        if isinstance(error, NotImplementedError):
+        if isinstance(error, NotImplementedError) or "not supported" in said:
             raise BrokenInput(f"parquet data that pyarrow {pa.__version__} cannot read ({said}): write it anew") from None
         raise BrokenInput(f"damaged parquet data ({said})") from None
 

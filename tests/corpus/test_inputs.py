@@ -75,6 +75,17 @@ def test_globs_mean_what_a_shell_makes_of_them(tree):
     assert find([f"{folder}/.hidden.jsonl", f"{folder}/README.md"]) == [folder / ".hidden.jsonl", folder / "README.md"]
 
 
+def test_files_of_a_folder_that_are_left_out_are_named(tree):
+    folder, _ = tree
+    notes: list[str] = []
+    find([str(folder), f"{folder}/sub"], notes.append)
+    names = "README.md, b.jsonl.tmp, jsonl, p.parquet.gz, x.csv.gz"
+    assert notes == [f"{folder}: 5 files are left out, for their names are not those of inputs: {names}"]
+    notes.clear()
+    find([f"{folder}/b.jsonl", f"{folder}/*.gz", f"{folder}/s*"], notes.append)
+    assert not notes
+
+
 def test_a_list_names_files_folders_and_globs(tree):
     folder, _ = tree
     list_ = write(
