@@ -118,9 +118,11 @@ def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
         row, strict = orjson.loads(line.raw), True
     except orjson.JSONDecodeError:
         row, strict = _lenient(line.raw), False
-    key, text = _value(row, text_keys, "--text-key")
-    if not isinstance(text, str):
-        raise _NoText(f"{key!r} is {_kind(text)}, not a string")
+    key = text_keys[0]
+    if not isinstance(row, dict) or not isinstance(text := row.get(key), str):  # it mostly is one
+        key, text = _value(row, text_keys, "--text-key")
+        if not isinstance(text, str):
+            raise _NoText(f"{key!r} is {_kind(text)}, not a string")
     if not strict:
         _refuse_lone_surrogates(key, text)
     return text, _id(row, id_keys, line.raw, strict) if id_keys else ""
@@ -166,7 +168,7 @@ def _value(row: Any, keys: Strings, option: str) -> tuple[str, Any]:
     if null:
         return null, None
     there = ", ".join(map(repr, list(row)[:5])) or "none"
-    raise _NoText(f"no key {' or '.join(map(repr, keys))} (it has {there}); {option} names another")
+    raise _NoText(f"no key {_named(keys)} (it has {there}); {option} names another")
 
 
 def _within(row: Any, path: str) -> Any:
@@ -251,19 +253,22 @@ def _read_parquet(piece: Piece, text_keys: Strings, id_keys: Strings, on_bytes: 
 
 
 def _column(value: bytes | None, keys: Strings) -> str:
-    name = " or ".join(map(repr, keys))
     if value is None:
-        raise _NoText(f"{name} is null")
-    return _decode(value, len(value), f" of {name}")
+        raise _NoText(f"{_named(keys)} is null")
+    return _decode(value, len(value), keys)
 
 
-def _decode(raw: bytes, size: int, where: str = "") -> str:
+def _named(keys: Strings) -> str:
+    return " or ".join(map(repr, keys))
+
+
+def _decode(raw: bytes, size: int, keys: Strings = ()) -> str:
     if size > LONGEST_RECORD:
         raise _NoText(_too_long(size))
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        raise _NoText(f"invalid UTF-8 at byte {error.start}{where}") from None
+        raise _NoText(f"invalid UTF-8 at byte {error.start}{' of ' if keys else ''}{_named(keys)}") from None
 
 
 def _framed(value: bytes | None) -> bytes:
