@@ -230,9 +230,9 @@ def _compression(file: Place, head: bytes, size: int) -> Compression:
     refuse_foreign(file, head)
     compression = compression_of(head)
     if _SUFFIXES.get(file.suffix.lower(), compression) != compression:
-        raise InputError(
-            f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: is it damaged? If it is plain text, rename it"
-        )
+        text = re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head)
+        what = f"that is {compression}: rename it" if compression else "plain text? Rename it" if text else "is it damaged?"
+        raise InputError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {what}")
     if compression:
         # of a damaged file `read` will tell
         with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:

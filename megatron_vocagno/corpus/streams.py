@@ -12,6 +12,7 @@ from __future__ import annotations
 import bz2
 import io
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable
@@ -170,6 +171,10 @@ class _Decompressed(io.RawIOBase):
                 raise InputError(
                     f"{self.where}: too little memory to unpack it: {self.name} data ask for a window of up to 2 GiB "
                     "(zstd --long, xz --lzma2=dict). Use fewer workers, or pack it again with a smaller one"
+                ) from None
+            if re.search("upport|too much memory|limit exceeded", str(error)):
+                raise BrokenInput(
+                    f"{self.name} data that cannot be read here ({error}): if they are whole, unpack them with what packed them"
                 ) from None
             raise BrokenInput(f"damaged {self.name} data ({error})") from None
 

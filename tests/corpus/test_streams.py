@@ -127,6 +127,20 @@ def test_zstd_with_a_dictionary_is_called_so(tmp_path):
             unpacked(tmp_path / "a", data)
 
 
+def test_what_a_library_does_not_support_is_not_called_damaged(tmp_path):
+    """A window beyond the largest, a frame with the bit that zstd has reserved, a dictionary of 4 GiB."""
+    stream = zstd_stream(b"text" * 999, 20)
+    for data in (
+        stream[:5] + b"\xf8" + stream[6:],
+        stream[:4] + bytes([stream[4] | 8]) + stream[5:],
+        xz_with_dictionary(b"text", (4 << 30) - 1),
+    ):
+        with pytest.raises(
+            BrokenInput, match=r"data that cannot be read here .*: if they are whole, unpack them with what packed them"
+        ):
+            unpacked(tmp_path / "a", data)
+
+
 # ---- what follows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import os
@@ -55,10 +56,17 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
     with told("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text", DIR=tmp_path):
         cut(write(tmp_path / "paper.pdf", b"%PDF-1.7"), 100)
     with told(
-        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': is it damaged? If it is plain text, rename it",
+        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': plain text? Rename it",
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.jsonl.gz", '{"text": "plain"}\n'), 100)
+    with told(
+        "DIR/b.jsonl.zst is called .zst, but its first bytes are b'BZh91AY&': that is bzip2: rename it",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "b.jsonl.zst", bz2.compress(b"{}\n")), 100)
+    with told("DIR/c.gz is called .gz, but its first bytes are b'\\x1e\\x8b\\x08\\x00': is it damaged?", DIR=tmp_path):
+        cut(write(tmp_path / "c.gz", b"\x1e\x8b\x08\0"), 100)
     with told(
         "DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl",
         DIR=tmp_path,
