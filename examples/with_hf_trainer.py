@@ -122,11 +122,16 @@ def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, lengt
 def read_texts(corpus: Path) -> list[dict[str, str]]:
     """Raises UserError: a line is not JSON with a text."""
     texts = []
-    for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            texts.append({"text": str(json.loads(line)["text"])})
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f'{corpus}, line {number}: not JSON with a "text": {error!r}') from None
+    with corpus.open("rb") as lines:  # of bytes: str.splitlines also cuts at U+2028, which JSON may hold
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                str(text).encode()  # refuses half a character, "\\ud800"
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f'{corpus}, line {number}: not JSON with a "text": {error!r}') from None
+            if not isinstance(text, str):
+                raise UserError(f'{corpus}, line {number}: "text" is no string: {text!r:.80}')
+            texts.append({"text": text})
     return [row for row in texts if row["text"]]
 
 

@@ -73,7 +73,7 @@ def digest(rows: Sequence[Row]) -> str:
 
 
 def load(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def arms_table() -> str:

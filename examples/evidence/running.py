@@ -187,7 +187,7 @@ def train(spec: Spec, output: Path) -> None:
 def collect(specs: Sequence[Spec], root: Path) -> list[dict[str, Any]]:
     """The rows of runs that are done, in the order of their specs."""
     files = [spec.output(root) / SCORES for spec in specs if is_done(spec, root)]
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
 
 def write_results(name: str, specs: Sequence[Spec], options: Options) -> None:

@@ -3,7 +3,8 @@
 In the order in which data passes. What is read:
 
 - `places`       a path or URL -> something to open
-- `inputs`       files, folders, globs -> pieces of files; `streams`, `parquet`  their bytes, their rows
+- `inputs`       files, folders, globs -> pieces of files; `streams`, `parquet`  their bytes, their rows;
+                 `foreign`  what is no input
 - `documents`    a piece -> documents, and records that are none
 
 What is made of a text:

@@ -302,17 +302,24 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     shards: list[ShardRecord] = []
     for ds in opened:
         ds.require_tokenizers_of(first)
-        for setting in ("nfc", "id_key"):
-            mine, theirs = getattr(ds.manifest, setting), getattr(first.manifest, setting)
-            if mine != theirs:
-                raise DatasetError(f"{ds.path}: {setting} is {mine!r}, in {first.path} it is {theirs!r}: build one of them again")
+        if ds.manifest.nfc != first.manifest.nfc:
+            raise DatasetError(
+                f"{ds.path}: nfc is {ds.manifest.nfc}, in {first.path} it is {first.manifest.nfc}: build one of them again"
+            )
+        if (ds.manifest.id_key is None) != (first.manifest.id_key is None):
+            one, other = (ds, first) if ds.manifest.id_key is None else (first, ds)
+            raise DatasetError(
+                f"{one.path} has no ids, {other.path} has ({other.manifest.id_key!r}): build both with --id-key, or both without"
+            )
         for shard in ds.manifest.shards:
             where = os.path.relpath((ds.path / shard.path).resolve(), target.resolve())
             shards.append(shard.model_copy(update={"path": where}))
     make_folder(target)
     shutil.copytree(first.path / "tokenizers", target / "tokenizers", dirs_exist_ok=True)
     totals = sum((ds.totals for ds in opened), Totals())
-    changes = {"totals": totals, "shards": tuple(shards), "teacher_losses": _merge_losses(opened)}
+    # ids are text, whatever they were called
+    id_key = " or ".join(dict.fromkeys(ds.manifest.id_key for ds in opened if ds.manifest.id_key)) or None
+    changes = {"totals": totals, "shards": tuple(shards), "id_key": id_key, "teacher_losses": _merge_losses(opened)}
     merged = first.manifest.model_copy(update=changes)
     write_durably(target / DATASET, merged.sealed())
     return AlignedDataset.open(target)

@@ -25,45 +25,22 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.foreign import BOM, HEAD, refuse_foreign, refuse_no_lines
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.streams import BrokenInput, Compression, InputError, compression_of, open_bytes, open_raw
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
+Keys: TypeAlias = str | Sequence[str] | None  # one or several, of which the first that is there counts
 
 LONGEST_RECORD = 128 << 20  # bytes; a longer one is refused without being held
 PART = 1 << 20  # of a long line, read at once
-HEAD = 512  # bytes that tell what a file is
 CUT_BYTES = 64 << 10  # read at once where a line end is looked for
 # Compressed text is taken for four times its size. JSON lines of web text and of manuals make 2.7 to 5; the true size is
 # known only after reading, and this one decides nothing but how evenly the work is spread.
 EXPANSION = 4
-BOM = b"\xef\xbb\xbf"
 
 _NAMES = re.compile(r".*\.((jsonl|ndjson|json|txt)(\.(gz|zst|bz2|xz))?|parquet)", re.IGNORECASE | re.DOTALL)
 _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".parquet": "parquet"}
-# what a file may be instead, and what to do about it; no plain text begins so
-_FOREIGN = tuple(
-    (re.compile(magic, re.DOTALL), what, advice)
-    for magic, what, advice in (
-        (rb"PK\x03\x04", "a zip archive", "unpack it"),
-        (rb"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it"),
-        (rb"Rar!\x1a\x07", "a rar archive", "unpack it"),
-        (rb".{257}ustar(\x00|  \x00)", "a tar archive", "unpack it"),
-        (rb"\x04\x22\x4d\x18", "lz4", "pack it with zstd or gzip"),
-        (rb"ARROW1\x00|\xff{4}", "an Arrow file", "write it as parquet"),
-        (rb"ORC[\x00-\x1f]", "an ORC file", "write it as parquet"),
-        (rb"Obj\x01", "an Avro file", "write it as parquet"),
-        (rb"\x89HDF", "an HDF5 file", "write its texts as JSON lines"),
-        (rb"SQLite format 3\x00", "an SQLite database", "write its texts as JSON lines"),
-        (rb"\x93NUMPY", "a numpy array", "write its texts as JSON lines"),
-        (rb"\x80[\x02-\x05]", "a pickle", "write its texts as JSON lines"),
-        (rb"MMIDIDX\x00", "an index of tokenized documents", "name the text that they were made from"),
-        (rb"%PDF-", "a PDF", "extract its text"),
-        (rb"\x7fELF", "a program", "name a file with text"),
-        (rb"\xff\xfe|\xfe\xff|\{\x00|\x00\{", "UTF-16 text", "convert it, e.g. iconv -f UTF-16 -t UTF-8"),
-    )
-)
-_OVER_SEVERAL_LINES = re.compile(rb"(\xef\xbb\xbf)?\s*(\[\s*\{|\[\s*\n|\{\s*\n)")
 
 
 class Line(NamedTuple):
@@ -71,7 +48,7 @@ class Line(NamedTuple):
 
     number: int  # in the piece, from 0
     offset: int  # byte of the (decompressed) file
-    raw: bytes  # without line end; of one longer than LONGEST_RECORD the beginning
+    raw: bytes  # without line end and byte order marks; of one longer than LONGEST_RECORD the beginning
     size: int  # bytes, with line end
 
 
@@ -101,7 +78,7 @@ class Piece:
                 size = len(raw)
                 if not raw.endswith(b"\n"):
                     raw, size = _rest_of_line(file, raw, on_bytes)
-                if not offset:
+                while raw.startswith(BOM):  # files put together by cat have one within
                     raw = raw.removeprefix(BOM)
                 raw = raw.rstrip(b"\r\n")
                 if (raw and not raw.isspace()) or size > LONGEST_RECORD:
@@ -133,15 +110,17 @@ def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], obje
 # ---- find
 
 
-def find(patterns: Sequence[str]) -> list[Place]:
+def find(patterns: Sequence[str], on_note: Callable[[str], object] = lambda note: None) -> list[Place]:
     """The files that are meant, in the order of the patterns, each once. Raises InputError for a pattern that means none.
+
+    on_note: called with what a user should know: files of a folder that are left out by their names.
 
     A pattern is one of these, on this machine or by URL (`s3://bucket/data/*.parquet`):
 
     - a file, whatever its name;
     - a folder: all files in it and below that are called *.jsonl, *.ndjson, *.json or *.txt, also with .gz, .zst, .bz2 or
       .xz after it, or *.parquet, sorted by their path within it. Names that begin with a dot or an underscore are left
-      out, as Spark and Hadoop do (`_temporary/`), and links to folders are not followed;
+      out, as Spark and Hadoop do (`_temporary/`), and links to folders are not followed; others are left out with a note;
     - a glob, `**` for any number of folders: what a shell would make of it, sorted;
     - `@LIST`: a text file with one of the above a line; blank lines and lines that begin with # are left out.
     """
@@ -149,43 +128,48 @@ def find(patterns: Sequence[str]) -> list[Place]:
     for pattern in patterns:
         for name in _listed(pattern[1:]) if pattern.startswith("@") else [pattern]:
             with _reaching(name):
-                for file in _meant_by(name):
+                for file in _meant_by(name, on_note):
                     found.setdefault(_url(file), file)
     return list(found.values())
 
 
 def _listed(name: str) -> list[str]:
     with _reaching(name):
-        lines = [line.strip() for line in place(name).read_text(encoding="utf-8-sig").splitlines()]
+        # a name may hold what Unicode takes for a line end
+        lines = [line.strip() for line in re.split("[\r\n]", place(name).read_bytes().decode("utf-8-sig"))]
     if not (names := [line for line in lines if line and not line.startswith("#")]):
         raise InputError(f"{name}: this list names no file")
     return names
 
 
-def _meant_by(name: str) -> list[Place]:
+def _meant_by(name: str, on_note: Callable[[str], object]) -> list[Place]:
     where = place(name)
     if where.is_dir():
-        if files := _in_folder(where):
+        if files := _in_folder(where, on_note):
             return files
         raise InputError(
             f"{name}: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder"
         )
     if where.exists():
         return [where]
-    files = [file for match in _matches(where) for file in (_in_folder(match) if match.is_dir() else [match])]
+    files = [file for match in _matches(where) for file in (_in_folder(match, on_note) if match.is_dir() else [match])]
     if not files:
         raise InputError(f"{name}: no such file or folder")
     return files
 
 
-def _in_folder(folder: Place) -> list[Place]:
+def _in_folder(folder: Place, on_note: Callable[[str], object]) -> list[Place]:
     if isinstance(folder, Path):
         names = [found.relative_to(folder).as_posix() for found in folder.rglob("*")]
     else:
         names = [name.removeprefix(folder.path).lstrip("/") for name in folder.fs.find(folder.path)]
-    kept = [name for name in names if _NAMES.fullmatch(name) and not any(part[:1] in "._" for part in name.split("/"))]
-    files: list[Place] = [folder / name for name in sorted(kept)]
-    return [file for file in files if not isinstance(file, Path) or file.is_file()]
+    seen = sorted(name for name in names if not any(part[:1] in "._" for part in name.split("/")))
+    if isinstance(folder, Path):
+        seen = [name for name in seen if (folder / name).is_file()]
+    if left_out := [name for name in seen if not _NAMES.fullmatch(name)]:
+        shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
+        on_note(f"{folder}: {len(left_out):,} files are left out, for their names are not those of inputs: {shown}")
+    return [folder / name for name in seen if _NAMES.fullmatch(name)]
 
 
 def _matches(pattern: Place) -> list[Place]:
@@ -214,8 +198,10 @@ def _reaching(what: str | Place) -> Iterator[None]:
 # ---- cut
 
 
-def cut(file: Place, shard_bytes: int) -> list[Piece]:
+def cut(file: Place, shard_bytes: int, text_key: Keys = None, id_key: Keys = None) -> list[Piece]:
     """Pieces of about `shard_bytes`, which hold all of the file and nothing twice; none of an empty file.
+
+    text_key, id_key  as for `documents.read`: parquet with rows must have such columns. None: it is not asked
 
     Raises InputError for a file that is missing or holds no text, with what to do about it.
     """
@@ -228,7 +214,7 @@ def cut(file: Place, shard_bytes: int) -> list[Piece]:
         with open_raw(file) as raw:
             head = raw.read(HEAD)
         if head.startswith(b"PAR1"):
-            return _cut_parquet(file, size, shard_bytes)
+            return _cut_parquet(file, size, shard_bytes, text_key, id_key)
         compression = _compression(file, head, size)
         url = _url(file)
         if _is_text(file):
@@ -241,35 +227,35 @@ def cut(file: Place, shard_bytes: int) -> list[Piece]:
 
 def _compression(file: Place, head: bytes, size: int) -> Compression:
     """Of a file with text; a file with anything else is refused."""
-    _refuse_foreign(file, head)
+    refuse_foreign(file, head)
     compression = compression_of(head)
     if _SUFFIXES.get(file.suffix.lower(), compression) != compression:
-        raise InputError(
-            f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: is it damaged? If it is plain text, rename it"
-        )
+        text = re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head)
+        what = f"that is {compression}: rename it" if compression else "plain text? Rename it" if text else "is it damaged?"
+        raise InputError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {what}")
     if compression:
         # of a damaged file `read` will tell
         with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:
             head = stream.read(HEAD)
             if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
                 raise InputError(f"{file} is {inner} inside {compression}: unpack it")
-            _refuse_foreign(file, head)
-    if not _is_text(file) and _OVER_SEVERAL_LINES.match(head):
-        raise InputError(
-            f"{file} is one JSON document over several lines, not JSON with a document a line: "
-            "convert it, e.g. jq -c '.[]' FILE > FILE.jsonl"
-        )
+            refuse_foreign(file, head)
+    if not _is_text(file):
+        refuse_no_lines(file, head, compression)
     return compression
-
-
-def _refuse_foreign(file: Place, head: bytes) -> None:
-    for magic, what, advice in _FOREIGN:
-        if magic.match(head):
-            raise InputError(f"{file} is {what}, not JSON lines, parquet or plain text: {advice}")
 
 
 def _is_text(file: Place) -> bool:
     return re.fullmatch(r".*\.txt(\.(gz|zst|bz2|xz))?", file.name, re.IGNORECASE | re.DOTALL) is not None
+
+
+def names(key: Keys) -> tuple[str, ...]:
+    """What is to be looked for, in this order.
+
+    >>> names("text"), names(["text", "body"]), names(None)
+    (('text',), ('text', 'body'), ())
+    """
+    return (key,) if isinstance(key, str) else tuple(key or ())
 
 
 def _line_bounds(file: Place, size: int, shard_bytes: int) -> list[int]:
@@ -285,14 +271,14 @@ def _line_bounds(file: Place, size: int, shard_bytes: int) -> list[int]:
     return bounds if bounds[-1] == size else [*bounds, size]
 
 
-def _cut_parquet(file: Place, size: int, shard_bytes: int) -> list[Piece]:
+def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_key: Keys) -> list[Piece]:
     # pyarrow takes 0.2 s and 50 MB of every process that imports it
     from megatron_vocagno.corpus import parquet
 
     try:
-        before = [0, *accumulate(group.weight for group in parquet.row_groups(file))]
+        before = [0, *accumulate(group.weight for group in parquet.row_groups(file, text_key, id_key))]
     except BrokenInput as error:
-        raise InputError(f"{file}: {error}: is it complete?") from None
+        raise InputError(f"{file}: {error}{': is it complete?' if 'damaged' in str(error) else ''}") from None
     bounds = [0]
     for i in range(1, len(before) - 1):
         if before[i + 1] - before[bounds[-1]] > shard_bytes:

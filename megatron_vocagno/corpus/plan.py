@@ -97,7 +97,7 @@ def plan(inputs: Sequence[Place], settings: Settings, shard_bytes: int = SHARD_B
 
     Raises InputError for a file that is missing or cannot be read.
     """
-    pieces: Iterable[Piece] = (piece for file in inputs for piece in cut(file, shard_bytes))
+    pieces: Iterable[Piece] = (piece for file in inputs for piece in cut(file, shard_bytes, settings.text_key, settings.id_key))
     if max_documents is not None:
         pieces = take(pieces, max_documents)
     shards: list[list[Piece]] = []
@@ -111,7 +111,7 @@ def plan(inputs: Sequence[Place], settings: Settings, shard_bytes: int = SHARD_B
     return Plan(
         settings=settings.sha256,
         nfc=settings.nfc,
-        id_key=settings.id_key,
+        id_key=settings.id_name,
         sources=tuple(_source(file) for file in inputs),
         shards=tuple(map(tuple, shards)),
     )

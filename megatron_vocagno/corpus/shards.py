@@ -27,7 +27,7 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.documents import Document, read
 from megatron_vocagno.corpus.encoders import Backend
-from megatron_vocagno.corpus.inputs import Piece
+from megatron_vocagno.corpus.inputs import Piece, names
 from megatron_vocagno.corpus.manifest import (
     CODEC,
     FORMAT,
@@ -62,8 +62,8 @@ class Settings:
     teacher: str
     student_eos: str | None = None
     teacher_eos: str | None = None
-    text_key: str = "text"
-    id_key: str | None = None
+    text_key: str | tuple[str, ...] = "text"  # of several, the first that is there
+    id_key: str | tuple[str, ...] | None = None
     on_bad_line: OnBadLine = "error"
     nfc: bool = True
     backend: Backend = "auto"
@@ -74,10 +74,16 @@ class Settings:
         return _tokenizer(self.student, self.student_eos, self.backend), _tokenizer(self.teacher, self.teacher_eos, self.backend)
 
     @property
+    def id_name(self) -> str | None:
+        """What a dataset calls its ids."""
+        return " or ".join(names(self.id_key)) or None
+
+    @property
     def sha256(self) -> str:
         """By what tokenizers do, not by where they lie."""
         student, teacher = (t.fingerprint for t in self.tokenizers)
-        keys = {"text_key": self.text_key, "id_key": self.id_key}
+        text, ids = ([*names(key)] for key in (self.text_key, self.id_key))
+        keys = {"text_key": text[0] if len(text) == 1 else text, "id_key": ids[0] if len(ids) == 1 else ids or None}
         how = {"on_bad_line": self.on_bad_line, "nfc": self.nfc, "format": FORMAT, "codec": CODEC}
         return hashlib.sha256(orjson.dumps({"student": student, "teacher": teacher, **keys, **how})).hexdigest()
 
@@ -182,7 +188,7 @@ def make_shard(job: Job) -> Result:
 def _write(job: Job, folder: Path) -> ShardFile:
     student, teacher = job.settings.tokenizers
     digest = hashlib.sha256()
-    writer = ShardWriter(folder, student, teacher, job.settings.nfc, job.settings.id_key is not None, job.file)
+    writer = ShardWriter(folder, student, teacher, job.settings.nfc, bool(names(job.settings.id_key)), job.file)
 
     def tell(counts: Counter[str]) -> None:
         report(Progress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))

@@ -14,6 +14,7 @@ import io
 import lzma
 import re
 import sys
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -37,15 +38,21 @@ Compression: TypeAlias = Literal["", "gzip", "zstd", "bzip2", "xz"]
 LOCAL_BUFFER = 1 << 20
 REMOTE_BUFFER = 8 << 20  # a request each
 COMPRESSED_CHUNK = 4096  # what a decoder cannot deliver when it meets a damage is at most what it made of one chunk
-XZ_MEMORY = 256 << 20  # a dictionary is as large as the file says; xz -9 needs 65 MiB
+# A window or dictionary is as large as the file says, and takes that memory: 2 GiB is what `zstd --long=31` says, and the
+# largest that the format's own tools read; xz has 1.5 GiB at most
+LARGEST_ZSTD_WINDOW = 31  # bits
+XZ_MEMORY = 2 << 30
+LONGEST_GZIP_HEADER = 1 << 20  # a name has no length in it, only an end
 
-_MAGIC: dict[Compression, re.Pattern[bytes]] = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    # a frame, or a skippable one, with which pzstd begins
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", re.DOTALL),
-    "bzip2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    "xz": re.compile(rb"\xfd7zXZ\x00"),
+# what a member, frame or stream begins with; bzip2's is plain text, so that its first block, or its end, is taken too
+_BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
+    "gzip": (b"\x1f\x8b\x08",),
+    # a frame, or a skippable one: pzstd begins with such, and the seekable format ends with one
+    "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),
+    "bzip2": tuple(b"BZh%d" % level + block for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")),
+    "xz": (b"\xfd7zXZ\x00",),
 }
+HEADER = 18  # bytes that tell what a member is: the longest header of a zstd frame
 
 
 class InputError(CorpusError):
@@ -68,14 +75,16 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
+# of gzip, what comes after a header
 _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
-    "gzip": cast(Callable[[], _Decompressor], partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP)),
-    "zstd": zstd.ZstdDecompressor,
+    "gzip": cast(Callable[[], _Decompressor], partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)),
+    "zstd": partial(zstd.ZstdDecompressor, options={zstd.DecompressionParameter.window_log_max: LARGEST_ZSTD_WINDOW}),
     "bzip2": bz2.BZ2Decompressor,
     "xz": partial(lzma.LZMADecompressor, memlimit=XZ_MEMORY),
 }
-_DAMAGE: tuple[type[Exception], ...] = (
+_FAILURES: tuple[type[Exception], ...] = (
     cast(type[Exception], igzip_lib.error),
+    MemoryError,
     zstd.ZstdError,
     lzma.LZMAError,
     OSError,
@@ -86,14 +95,14 @@ _DAMAGE: tuple[type[Exception], ...] = (
 
 def compression_of(head: bytes) -> Compression:
     """By the first bytes of a file; "" for none that is known."""
-    return next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
+    return next((name for name, beginnings in _BEGINNINGS.items() if head.startswith(beginnings)), "")
 
 
 def open_bytes(where: Place, compression: Compression, start: int, stop: int) -> BinaryIO:
     """The bytes [start, stop) of a file, decompressed. Reading raises BrokenInput, or OSError where the file cannot be read."""
     size = LOCAL_BUFFER if isinstance(where, Path) else REMOTE_BUFFER
     section: BinaryIO = io.BufferedReader(_Section(where, start, stop), size)
-    return io.BufferedReader(_Decompressed(section, compression), LOCAL_BUFFER) if compression else section
+    return io.BufferedReader(_Decompressed(section, compression, where), LOCAL_BUFFER) if compression else section
 
 
 def open_raw(where: Place) -> BinaryIO:
@@ -126,11 +135,16 @@ class _Section(io.RawIOBase):
 
 
 class _Decompressed(io.RawIOBase):
-    """All members of a compressed file, one after another: gzip, pigz, bgzip, pbzip2, pzstd, and files put together by cat."""
+    """All members of a compressed file, one after another: gzip, pigz, bgzip, pbzip2, pzstd, and files put together by cat.
 
-    def __init__(self, source: BinaryIO, compression: Compression) -> None:
-        self.source, self.name, self.new = source, compression, _DECOMPRESSORS[compression]
-        self.member = self.new()
+    Zeros between and behind them are padding, as tapes and block devices leave it.
+    """
+
+    def __init__(self, source: BinaryIO, compression: Compression, where: Place) -> None:
+        self.source, self.name, self.where = source, compression, where
+        self.member: _Decompressor | None = None
+        self.data = b""  # of the file, read and not yet decoded
+        self.at = 0  # how much of the file was read
 
     def readable(self) -> bool:
         return True
@@ -138,29 +152,104 @@ class _Decompressed(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer)
         while True:
-            data = b""
-            if self.member.eof:
-                if not (data := self._after_member()):
+            if self.member is None or self.member.eof:
+                if not self._begins(self.member.unused_data if self.member else b""):
                     return 0
-                self.member = self.new()
-            elif self.member.needs_input and not (data := self.source.read(COMPRESSED_CHUNK)):
-                raise BrokenInput(f"the {self.name} data ends in the middle: cut off?")
-            try:
-                decoded = self.member.decompress(data, len(view))
-            except _DAMAGE as error:
-                raise BrokenInput(f"damaged {self.name} data ({error})") from None
-            if decoded:
+                self.member = _DECOMPRESSORS[self.name]()
+            if self.member.needs_input and not self.data:
+                self._read()
+            data, self.data = self.data, b""
+            if decoded := self._decode(self.member, data, len(view)):
                 view[: len(decoded)] = decoded
                 return len(decoded)
 
-    def _after_member(self) -> bytes:
-        """The beginning of the next one, b"" at the end. Zeros between them are padding."""
-        data = self.member.unused_data.lstrip(b"\0")
-        while not data and (chunk := self.source.read(COMPRESSED_CHUNK)):
-            data = chunk.lstrip(b"\0")
-        return data
+    def _decode(self, member: _Decompressor, data: bytes, most: int) -> bytes:
+        try:
+            return member.decompress(data, most)
+        except _FAILURES as error:
+            if isinstance(error, MemoryError) or "not enough memory" in str(error):
+                raise InputError(
+                    f"{self.where}: too little memory to unpack it: {self.name} data ask for a window of up to 2 GiB "
+                    "(zstd --long, xz --lzma2=dict). Use fewer workers, or pack it again with a smaller one"
+                ) from None
+            if re.search("upport|too much memory|limit exceeded", str(error)):
+                raise BrokenInput(
+                    f"{self.name} data that cannot be read here ({error}): if they are whole, unpack them with what packed them"
+                ) from None
+            raise BrokenInput(f"damaged {self.name} data ({error})") from None
+
+    def _begins(self, rest: bytes) -> bool:
+        """Whether another member does, of which `data` is then the beginning; of gzip, what comes after its header."""
+        self.data = rest.lstrip(b"\0")
+        while not self.data and (chunk := self._chunk()):
+            self.data = chunk.lstrip(b"\0")
+        while self.data and len(self.data) < HEADER and (chunk := self._chunk()):
+            self.data += chunk
+        if not self.data:
+            return False
+        beginnings = _BEGINNINGS[self.name]
+        cut_off = any(each.startswith(self.data) for each in beginnings)
+        if not self.data.startswith(beginnings) and not cut_off:
+            raise BrokenInput(
+                f"at byte {self.at - len(self.data):,} of the file its {self.name} data end, and what follows is something "
+                f"else: {self.data[:16]!r}"
+            )
+        if self.name == "gzip":
+            self._skip_gzip_header()
+        elif self.name == "zstd":
+            self._refuse_dictionary()
+        return True
+
+    def _skip_gzip_header(self) -> None:
+        """RFC 1952. isal reads the headers of pgzip and mgzip wrongly where a read ends within one."""
+        while (size := gzip_header_size(self.data)) is None:
+            if len(self.data) > LONGEST_GZIP_HEADER:
+                raise BrokenInput(f"damaged gzip data (a header of more than {LONGEST_GZIP_HEADER:,} bytes)")
+            self._read()
+        self.data = self.data[size:]
+
+    def _refuse_dictionary(self) -> None:
+        try:
+            dictionary = zstd.get_frame_info(self.data).dictionary_id
+        except zstd.ZstdError:
+            return  # skippable, cut off or damaged: the decoder will tell
+        if dictionary:
+            raise BrokenInput(f"zstd data that were packed with a dictionary ({dictionary}): unpack them with it (zstd -d -D)")
+
+    def _read(self) -> None:
+        """More data, where the member needs them."""
+        if not (chunk := self._chunk()):
+            raise BrokenInput(f"the {self.name} data ends in the middle: cut off?")
+        self.data += chunk
+
+    def _chunk(self) -> bytes:
+        chunk = self.source.read(COMPRESSED_CHUNK)
+        self.at += len(chunk)
+        return chunk
 
     def close(self) -> None:
         if not self.closed:
             self.source.close()
         super().close()
+
+
+def gzip_header_size(data: bytes) -> int | None:
+    """Bytes of the header that `data` begin with; None where it is not whole. Raises BrokenInput for one that cannot be."""
+    extra, name, comment, crc, reserved = 4, 8, 16, 2, 0xE0
+    if len(data) < 12:  # a whole member has more
+        return None
+    flags, size = data[3], 10
+    if flags & reserved:
+        raise BrokenInput(f"damaged gzip data (flags 0x{flags:02x} in a header: RFC 1952 has no such)")
+    if flags & extra:
+        size += 2 + int.from_bytes(data[10:12], "little")
+    for text in (name, comment):
+        if flags & text:
+            if (end := data.find(b"\0", size)) < 0:
+                return None
+            size = end + 1
+    if flags & crc:
+        size += 2
+        if size <= len(data) and int.from_bytes(data[size - 2 : size], "little") != zlib.crc32(data[: size - 2]) & 0xFFFF:
+            raise BrokenInput("damaged gzip data (a header's checksum does not fit)")
+    return size if size <= len(data) else None

@@ -222,7 +222,7 @@ def test_each_mistake_is_told_without_a_traceback(run, texts, tmp_path):
         ((f"@{tmp_path}/list.txt",), {}, "this list names no file"),
         ((tmp_path / "folder",), {}, "in this folder"),
         ((tmp_path / "empty.jsonl",), {}, "no document was read"),
-        ((tmp_path / "pretty.json",), {}, "over several lines"),
+        ((tmp_path / "pretty.json",), {}, "is one JSON array"),
         ((tmp_path / os.fsdecode(b"bytes\xff.jsonl"),), {}, "not UTF-8"),
         ((tmp_path / "folder/.." / "good.jsonl", "nobody://x/a.jsonl"), {}, "nobody"),
         ((good,), {"text_key": "body"}, "no key 'body' (it has 'text'); --text-key names another"),

@@ -337,6 +337,6 @@ def test_merge_refuses_other_tokenizers_and_settings(built, settings, texts, tmp
     with pytest.raises(DatasetError, match=r"nfc is False, in .* it is True"):
         merge([built.path, raw.path], tmp_path / "merged")
     named = make([file], tmp_path / "named", replace(settings, id_key="text"))
-    with pytest.raises(DatasetError, match=r"id_key is 'text', in .* it is None"):
+    with pytest.raises(DatasetError, match=r"dataset has no ids, .*named has \('text'\)"):
         merge([built.path, named.path], tmp_path / "merged")
     assert not (tmp_path / "merged").exists()

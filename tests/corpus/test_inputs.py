@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 
 from megatron_vocagno.corpus import CorpusError, inputs
+from megatron_vocagno.corpus.foreign import BOM
 from megatron_vocagno.corpus.inputs import CUT_BYTES, Piece, cut, find, take
 from megatron_vocagno.corpus.streams import InputError
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
@@ -72,6 +73,17 @@ def test_globs_mean_what_a_shell_makes_of_them(tree):
     # a file that is there is meant, whatever its name
     assert find([f"{folder}/z[1].jsonl"]) == [folder / "z[1].jsonl"]
     assert find([f"{folder}/.hidden.jsonl", f"{folder}/README.md"]) == [folder / ".hidden.jsonl", folder / "README.md"]
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tree):
+    folder, _ = tree
+    notes: list[str] = []
+    find([str(folder), f"{folder}/sub"], notes.append)
+    names = "README.md, b.jsonl.tmp, jsonl, p.parquet.gz, x.csv.gz"
+    assert notes == [f"{folder}: 5 files are left out, for their names are not those of inputs: {names}"]
+    notes.clear()
+    find([f"{folder}/b.jsonl", f"{folder}/*.gz", f"{folder}/s*"], notes.append)
+    assert not notes
 
 
 def test_a_list_names_files_folders_and_globs(tree):
@@ -133,7 +145,7 @@ def test_line_numbers_and_offsets_hold_in_every_piece(tmp_path):
         pieces = cut(file, shard_bytes)
         for document in read_all(pieces)[0]:
             path, line, byte = str(document).rsplit(":", 2)
-            assert path == str(file) and data.startswith(document.raw + b"\n", int(byte))
+            assert path == str(file) and data[int(byte) :].removeprefix(BOM).startswith(document.raw + b"\n")
             assert int(line) == 1 + data[: int(byte)].count(b"\n")
             met += document.piece.start > 0
     assert met > 500
@@ -236,8 +248,10 @@ def foreign() -> dict[str, tuple[bytes, str]]:
     made["UTF-16"] = text.decode().encode("utf-16"), "UTF-16.*iconv"
     made["UTF-16 without a mark"] = text.decode().encode("utf-16-le"), "UTF-16.*iconv"
     made["index"] = b"MMIDIDX\x00\x00\x01", "tokenized documents"
-    made["JSON array"] = json.dumps([{"text": "one"}]).encode(), r"over several lines.*jq"
-    made["JSON, indented"] = json.dumps({"text": "one"}, indent=2).encode(), r"over several lines.*jq"
+    rows = [{"text": "one"}, {"text": "two"}]
+    for name, data in (("", json.dumps(rows)), (", indented", json.dumps(rows, indent=2)), (", a row a line", "[\n{}\n]")):
+        made[f"JSON array{name}"] = data.encode(), r"one JSON array.*jq -c '\.\[\]'"
+    made["JSON, indented"] = json.dumps(rows[0], indent=2).encode(), r"over several lines.*jq -c \. "
     return made
 
 

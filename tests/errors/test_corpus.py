@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import os
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from backports import zstd
 
 from megatron_vocagno.corpus import documents, ray_engine, workers
 from megatron_vocagno.corpus.build import build, finish, locked
@@ -53,16 +56,36 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
     with told("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text", DIR=tmp_path):
         cut(write(tmp_path / "paper.pdf", b"%PDF-1.7"), 100)
     with told(
-        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': is it damaged? If it is plain text, rename it",
+        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': plain text? Rename it",
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.jsonl.gz", '{"text": "plain"}\n'), 100)
     with told(
-        "DIR/a.json is one JSON document over several lines, not JSON with a document a line: convert it, "
-        "e.g. jq -c '.[]' FILE > FILE.jsonl",
+        "DIR/b.jsonl.zst is called .zst, but its first bytes are b'BZh91AY&': that is bzip2: rename it",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "b.jsonl.zst", bz2.compress(b"{}\n")), 100)
+    with told("DIR/c.gz is called .gz, but its first bytes are b'\\x1e\\x8b\\x08\\x00': is it damaged?", DIR=tmp_path):
+        cut(write(tmp_path / "c.gz", b"\x1e\x8b\x08\0"), 100)
+    with told(
+        "DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl",
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json", '[\n{"text": "one"}\n]'), 100)
+    with told(
+        "DIR/a.json.gz is JSON over several lines, not JSON with a document a line: convert it, "
+        "e.g. gzip -dc FILE | jq -c . > FILE.jsonl",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "a.json.gz", gzip.compress(b'{\n"text": "one"\n}')), 100)
+    with told(
+        "DIR/a.csv is a table as text, not JSON lines or parquet: write it as parquet, "
+        "e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)",
+        DIR=tmp_path,
+    ):
+        cut(write(tmp_path / "a.csv", "text,id\none,1\n"), 100)
+    with told("DIR/b.jsonl is a web page or XML, not JSON lines: did a download go wrong? Else extract its text", DIR=tmp_path):
+        cut(write(tmp_path / "b.jsonl", "<html><title>404 Not Found"), 100)
     with told(
         "DIR/a.parquet: damaged parquet data (Parquet file size is 4 bytes, smaller than the minimum file "
         "footer (8 bytes)): is it complete?",
@@ -83,8 +106,17 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
         ('{"text": null}', "'text' is null, not a string"),
         ('{"text": "x"}', "no key 'id' (it has 'text'); --id-key names another"),
         ('{"text": "x", "id": [1]}', "'id' is a list, not a string or an integer"),
-        ('{"text": "x"', "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12))"),
+        (
+            '{"text": "x"',
+            "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12)): "
+            "cut off, or one object over several lines? Then jq -c . FILE > FILE.jsonl joins them",
+        ),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 10 of the line"),
+        ('{"a": ' * 99_999, "nested too deeply: more than some thousand lists and objects within each other"),
+        (
+            "Words.",
+            "invalid JSON (Expecting value: line 1 column 1 (char 0)): plain text? That is read from files that are called *.txt",
+        ),
         ('{"text": "\\ud800"}', "a lone surrogate at character 0 of 'text'"),
     ],
 )
@@ -92,6 +124,22 @@ def test_records_without_a_text(tmp_path: Path, line: str | bytes, message: str)
     (piece,) = cut(write(tmp_path / "a.jsonl", line), 10**6)
     (document,) = documents.read(piece, "text", "id", lambda _: None)
     assert document.reason == message
+
+
+def test_compressed_data_that_give_no_more(tmp_path: Path) -> None:
+    line, file = b'{"text": "one"}\n', tmp_path / "a.jsonl"
+    trained = zstd.train_dict([b"some words of sample %d" % (i * 7919) for i in range(999)], 1000)
+    for data, message in (
+        (gzip.compress(line)[:-1], "the gzip data ends in the middle: cut off?"),
+        (gzip.compress(line) + b"END", "at byte 36 of the file its gzip data end, and what follows is something else: b'END'"),
+        (b"\x1f\x8b\x08\xff" + line, "damaged gzip data (flags 0xff in a header: RFC 1952 has no such)"),
+        (
+            zstd.compress(line, zstd_dict=trained),
+            f"zstd data that were packed with a dictionary ({trained.dict_id}): unpack them with it (zstd -d -D)",
+        ),
+    ):
+        *_, broken = documents.read(cut(write(file, data), 10**6)[0], "text", None, lambda _: None)
+        assert broken.reason == f"broken input: {message}"
 
 
 def test_columns_of_parquet_without_text(tmp_path: Path) -> None:

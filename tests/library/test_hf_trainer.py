@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from examples.with_hf_trainer import GuidedTrainer, main
+from examples.with_hf_trainer import GuidedTrainer, main, read_texts
 from megatron_vocagno.batch.texts import TextCollator
 from megatron_vocagno.corpus import Tokenizer, open_tokenizer
+from megatron_vocagno.corpus.documents import read
+from megatron_vocagno.corpus.inputs import cut
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.model.teacher import open_teacher
 from tests import tokenizers_for_tests as real
 from tests.library.naive import Naive
@@ -72,6 +76,34 @@ def test_the_command_trains_and_saves_a_model(
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (".demo/student-hf", tmp_path / "out"))
     assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
     assert open_tokenizer(tmp_path / "out", "huggingface").fingerprint == tokenizers[0].fingerprint
+
+
+def test_the_corpus_is_read_as_a_build_reads_it(tmp_path: Path) -> None:
+    texts = ["one\u2028two", "NEL \x85, form feed \x0c, \x1c\x1d\x1e", "\u2029", "CR \r LF \n", "  spaces ", "\ufeff mark"]
+    rows = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
+    file = tmp_path / "a.jsonl"
+    for end in (b"\n", b"\r\n"):
+        file.write_bytes(b"\xef\xbb\xbf" + end.join([*rows, b"", b'{"text": ""}', *rows]))
+        built = [document.text for document in read(cut(file, 10**9)[0], "text", None, len) if document.text]
+        assert [row["text"] for row in read_texts(file)] == built == texts * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": null}', '"text" is no string: None'),
+        (b'{"text": 5}', '"text" is no string: 5'),
+        (b'{"body": "x"}', 'not JSON with a "text": KeyError'),
+        (b'{"text": "\xff"}', 'not JSON with a "text": UnicodeDecodeError'),
+        (b'{"text": "\\ud800"}', 'not JSON with a "text": UnicodeEncodeError'),
+        (b"[1]", 'not JSON with a "text": TypeError'),
+    ],
+)
+def test_a_line_without_a_text_is_named(line: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one\xe2\x80\xa8two"}\n\n' + line + b"\n")
+    with pytest.raises(UserError) as refusal:
+        read_texts(tmp_path / "a.jsonl")
+    assert str(refusal.value).startswith(f"{tmp_path}/a.jsonl, line 3: {reason}")
 
 
 def test_the_command_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,7 @@ def build_dataset(args: argparse.Namespace) -> None:
     with BuildProgress(Terminal(quiet=args.quiet), args.verbose) as progress:
         tell_of_encoders(settings, progress)
         build(
-            [absolute(file) for file in find(args.inputs)],
+            [absolute(file) for file in find(args.inputs, progress.note)],
             out,
             settings,
             engine=engine_of(args, out, progress),
@@ -90,7 +90,9 @@ def build_dataset(args: argparse.Namespace) -> None:
 
 
 def show_plan(args: argparse.Namespace) -> None:
-    made = plan(find(args.inputs), settings_of(args), int(args.shard_mb * 2**20), args.max_documents)
+    made = plan(
+        find(args.inputs, lambda note: print(f"note: {note}")), settings_of(args), int(args.shard_mb * 2**20), args.max_documents
+    )
     table = Table(title=f"{len(made.shards):,} shards, about {made.text_bytes / 1e6:,.1f} MB of text", title_justify="left")
     for name in ("shard", "from", "to", "files", "about MB of text"):
         table.add_column(name, justify="left" if name in ("from", "to") else "right", overflow="fold")
@@ -239,8 +241,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
     group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
     group.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
-    group.add_argument("--text-key", metavar="KEY", default="text", help="key or column of the text (default: text)")
-    group.add_argument("--id-key", metavar="KEY", help="key or column of an id to keep with each document (default: none)")
+    several = "a.b for one within another; given several times: the first that is there"
+    group.add_argument("--text-key", action="append", metavar="KEY", help=f"key or column of the text, {several} (default: text)")
+    group.add_argument(
+        "--id-key", action="append", metavar="KEY", help="the same for an id to keep with each document (default: none)"
+    )
     group.add_argument(
         "--on-bad-line",
         choices=get_args(OnBadLine),
@@ -276,8 +281,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
         teacher=tokenizer_of(args.teacher),
         student_eos=args.student_eos,
         teacher_eos=args.teacher_eos,
-        text_key=args.text_key,
-        id_key=args.id_key,
+        text_key=tuple(args.text_key or ["text"]),
+        id_key=tuple(args.id_key or []),
         on_bad_line=args.on_bad_line,
         nfc=args.nfc,
         backend=args.backend,
