@@ -28,10 +28,10 @@ from megatron_vocagno.planning.report import table, text
 from megatron_vocagno.planning.shapes import Passage, passage
 
 
-def dry_run(options: argparse.Namespace) -> str:
-    """What the run resolves to, what passes through its models, and its plan. options: of `plan.add_question`.
+def dry_run(options: argparse.Namespace) -> tuple[str, int]:
+    """What the run resolves to, what passes through its models, its plan; and the exit code, 2 where it does not fit into memory.
 
-    Raises UserError: what would stop the run, as far as it can be known.
+    options: of `plan.add_question`. Raises UserError: what else would stop the run, as far as it can be known.
     """
     question = ask(options)
     task = question.task
@@ -39,15 +39,16 @@ def dry_run(options: argparse.Namespace) -> str:
     _check_models(question)
     parts = ["\n".join([*_resolved(question, layout), *_stages(task)]), _passages(task)]
     notes = [*question.notes, *_notes(question)]
-    warnings = list(_longer_rows(task, question.cluster.assumed.teacher_tokens))
-    if precision(task.settings) == "fp32":
-        parts += ["no plan: the rates that it knows are those of 16-bit products", *notes]
+    last, code = list(_longer_rows(question)), 0
+    if question.uncounted:
+        parts += [f"note: no plan: {question.uncounted}", *notes]
     else:
         asked = as_asked(task, question.cluster, zero_stage(task.settings))
         assert asked is not None  # the batch can be dealt
         parts.append(text(task, question.cluster, [asked], asked, notes).rstrip())
-        warnings += [] if asked.fits else ["warning: the plan does not fit, see above."]
-    return "\n\n".join([*parts, *(warnings or ["The dry run has found no fault."])]) + "\n"
+        if not asked.fits:
+            last, code = [*last, "The dry run has found a fault: the run does not fit into memory, see above."], 2
+    return "\n\n".join([*parts, *(last or ["The dry run has found no fault."])]) + "\n", code
 
 
 def _check_models(question: Question) -> None:
@@ -56,7 +57,7 @@ def _check_models(question: Question) -> None:
     check_row_length(config, task.run.data.row_length)
     if task.run.student.config is not None:
         student_config(task.run.student.config, config.vocab_size)
-    sides = [("student", config.vocab_size)] + [("teacher", teacher.config.vocab_size) for teacher in task.teachers[:1]]
+    sides = [("student", config.vocab_size)] + [("teacher", teacher.vocab_size) for teacher in question.teachers[:1]]
     for data in question.datasets:
         for side, rows in sides:
             tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).vocab_size
@@ -113,7 +114,7 @@ def _notes(question: Question) -> Iterator[str]:
     # the data would say more, see _check_models; a student from nothing takes its vocabulary from there
     known = run.student.config is None or "vocab_size" in run.student.config
     if run.guidance.distance == "kld" and known and not question.datasets:
-        for teacher in (each.config.vocab_size for each in task.teachers):
+        for teacher in (each.vocab_size for each in question.teachers):
             if teacher != student:
                 yield (
                     "note: guidance.objective = 'kld' needs one tokenizer for both models. Their vocab_size differ, "
@@ -170,12 +171,13 @@ def _shapes(shapes: Passage) -> list[str]:
     return [str(list(shape)) for shape in (shapes.ids, shapes.hidden, shapes.head, shapes.loss)]
 
 
-def _longer_rows(task: Task, teacher_tokens: float) -> Iterator[str]:
+def _longer_rows(question: Question) -> Iterator[str]:
     """What of a row a teacher cannot read, as it is expected."""
-    expected = math.ceil(task.run.data.row_length * teacher_tokens)
-    for teacher in task.teachers:
-        longest = teacher.config.max_position_embeddings
-        if expected > longest and task.run.teacher[0].placement != "cached":
+    run = question.task.run
+    expected = math.ceil(run.data.row_length * question.cluster.assumed.teacher_tokens)
+    for teacher in question.teachers:
+        longest = getattr(teacher, "max_position_embeddings", None)
+        if longest is not None and expected > longest and run.teacher[0].placement != "cached":
             yield (
                 f"warning: rows have about {expected:,} teacher tokens, the teacher reads {longest:,}: tokens beyond them are "
                 "unmapped. Use shorter rows, or cached losses."

@@ -31,9 +31,7 @@ DIGITS_APART = {"type": "Digits", "individual_digits": True}
 def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
     """The converted folder of a GGUF file; converts it if no process has done so yet. Raises ModelError: see dequantise."""
     source = _gguf_file(gguf_path)
-    root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
-    with source.open("rb") as file:
-        folder = root / "teachers" / hashlib.file_digest(file, "sha256").hexdigest()
+    folder = place_of_conversion(source, cache)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -47,6 +45,14 @@ def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[st
                     if not folder.exists():
                         raise
     return folder
+
+
+def place_of_conversion(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where the converted folder of a GGUF file lies once a process has made it. Raises ModelError: not a GGUF file."""
+    source = _gguf_file(gguf_path)
+    root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
+    with source.open("rb") as file:
+        return root / "teachers" / hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
