@@ -16,9 +16,11 @@ import torch
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
+from megatron_vocagno.errors import looked_for, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot
 from megatron_vocagno.planning.comparison import Task, as_asked
@@ -78,7 +80,8 @@ def _resolved(question: Question, layout: Layout) -> Iterator[str]:
     yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
     yield f"output: {run.output}"
     for source in run.data.train:
-        yield f"data: {source.path}{'' if question.datasets else ', not there yet'}"
+        there = (source.path / DATASET).is_file()
+        yield f"data: {source.path}{'' if there else f', not there yet{looked_for(source.path)}'}"
     yield f"student: {_whereabouts(run.student.pretrained) if run.student.pretrained else 'from nothing'}"
     for teacher in _read_teachers(run):
         if teacher.placement == "cached":
@@ -126,9 +129,9 @@ def _absent(field: str, path: Path) -> Iterator[str]:
     """Why a model that is not on this machine is looked for where it is looked for."""
     if hub.is_id(path):
         if not cached_snapshot(path):
-            yield f"note: {field}: nothing at {path} here, nor in the Hub's cache. {hub.taken_for_id(path)}"
+            yield f"note: {field}: nothing at {path} here, nor in the Hub's cache. {hub.taken_for_id(path)}{nearest(path)}"
     elif not path.expanduser().exists():
-        yield f"note: {field}: nothing at {path} here. {hub.taken_for_path(path)}"
+        yield f"note: {field}: nothing at {path} here. {hub.taken_for_path(path)}{looked_for(path)}"
 
 
 def _read_teachers(run: Run) -> tuple[Teacher, ...]:

@@ -27,6 +27,7 @@ from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.streams import BrokenInput, Compression, InputError, compression_of, open_bytes, open_raw
+from megatron_vocagno.errors import looked_for
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
 
@@ -174,7 +175,7 @@ def _meant_by(name: str) -> list[Place]:
         return [where]
     files = [file for match in _matches(where) for file in (_in_folder(match) if match.is_dir() else [match])]
     if not files:
-        raise InputError(f"{name}: no such file or folder")
+        raise InputError(f"{name}: no such file or folder{looked_for(name) if isinstance(where, Path) else ''}")
     return files
 
 

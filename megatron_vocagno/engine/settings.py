@@ -10,6 +10,7 @@ import orjson
 
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import looked_for
 
 Settings = dict[str, Any]
 SECTIONS = ("zero_optimization", "bf16", "bfloat16", "fp16", "data_types", "pipeline", "activation_checkpointing")
@@ -29,7 +30,7 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     try:
         settings: Settings = orjson.loads(path.read_bytes())
     except OSError as error:
-        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}") from None
+        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}{looked_for(path)}") from None
     except orjson.JSONDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     if not isinstance(settings, dict):

@@ -20,7 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
 from megatron_vocagno.command import tool
-from megatron_vocagno.errors import UserError
+from megatron_vocagno.errors import UserError, looked_for, nearest
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -47,7 +47,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}")
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}{looked_for(path)}")
     if folder.suffix == ".gguf" and folder.is_file():
         raise ModelError(f"no model at {folder}: {convert_first(folder)}")
     if not (folder / "config.json").is_file():
@@ -77,7 +77,7 @@ def _snapshot(name: str | os.PathLike[str]) -> Path:
         if missing:
             hub.require_unlisted(name, missing)
     except hub.HubError as error:
-        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
+        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
     if missing:
         raise ModelError(
             f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "

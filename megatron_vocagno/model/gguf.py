@@ -19,6 +19,7 @@ import torch
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from megatron_vocagno.errors import looked_for
 from megatron_vocagno.model.folder import ModelError, quiet, to_hugging_face
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
 def _gguf_file(path: str | os.PathLike[str]) -> Path:
     source = Path(path).expanduser()
     if not source.is_file():
-        raise ModelError(f"no GGUF file at {source}")
+        raise ModelError(f"no GGUF file at {source}{looked_for(path)}")
     with source.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

@@ -83,13 +83,8 @@ def compare(task: Task, cluster: Cluster) -> list[Option]:
 
     def order(option: Option) -> tuple[bool, int, int, int, int]:
         candidate = option.candidate
-        return (
-            not option.fits,
-            round(option.gpu_hours) if task.timed else 0,
-            candidate.pipe,
-            candidate.zero,
-            simplest.index(candidate.placement),
-        )
+        cost = round(option.gpu_hours) if task.timed else 0
+        return not option.fits, cost, candidate.pipe, candidate.zero, simplest.index(candidate.placement)
 
     return sorted(found, key=order)
 

@@ -169,8 +169,8 @@ def _teacher_configs(run: Run, options: argparse.Namespace) -> Iterator[Pretrain
             yield read_config(teacher.path, "teacher").get_text_config()
         else:
             raise RunError(
-                "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json with "
-                "--teacher-config, once for each teacher"
+                "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json "
+                "with --teacher-config, once for each teacher"
             )
 
 

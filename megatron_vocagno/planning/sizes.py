@@ -15,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vocagno import hub
 from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import looked_for
 from megatron_vocagno.model.folder import ModelError, convert_first, skeleton
 from megatron_vocagno.model.gguf import place_of_conversion
 
@@ -79,7 +80,8 @@ def sizes(config: PretrainedConfig) -> Sizes:
 def read_config(path: Path, whose: str) -> PretrainedConfig:
     """A model's configuration: config.json, the folder that holds it, a GGUF file, or a Hub id that is in the cache.
 
-    Nothing is downloaded or converted. whose: "student" or "teacher", for the message. Raises RunError: no such file, or no configuration that transformers knows.
+    Nothing is downloaded or converted. whose: "student" or "teacher", for the message. Raises RunError: no such file, or no
+    configuration that transformers knows.
     """
     if hub.is_id(path):
         path = _cached(path, whose)
@@ -95,7 +97,8 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
         raise RunError(f"no configuration of the {whose} at {path}: {error}") from error
     if text is None:
         raise RunError(
-            f"no configuration of the {whose} at {path}: it is not on this machine yet. {hub.taken_for_path(path)}\n{_remedy(whose)}"
+            f"no configuration of the {whose} at {path}: it is not on this machine yet. "
+            f"{hub.taken_for_path(path)}{looked_for(path)}\n{_remedy(whose)}"
         )
     return _parsed(text, file)
 
@@ -108,7 +111,7 @@ def given_config(path: Path, option: str) -> PretrainedConfig:
             return _of_gguf(file)
         return _parsed(file.read_text(encoding="utf-8"), file)
     except FileNotFoundError:
-        raise RunError(f"no file at {file} ({option})") from None
+        raise RunError(f"no file at {file} ({option}){looked_for(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} ({option}) cannot be read: {error}") from error
 

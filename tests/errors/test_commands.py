@@ -74,7 +74,8 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     with told(
-        "no configuration of the teacher at DIR/nowhere: it is not on this machine yet. It is taken for a path: a Hub id is org/name or org/name@revision.\n"
+        "no configuration of the teacher at DIR/nowhere: it is not on this machine yet. It is taken for a path: "
+        "a Hub id is org/name or org/name@revision.\n"
         "  Give its config.json with --teacher-config; examples/plan holds those of the recipes.",
         DIR=tmp_path,
     ):

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.command import Parser, add_quiet, duration, run_command
+from megatron_vocagno.command import Parser, add_quiet, duration, run_command, tool
 
+PROG = tool("convert.gguf_to_safetensors")
 MB_A_SECOND = 5.0
 """Of a quantised file, by a core: 20 s for 100 MB."""
 
@@ -44,10 +45,10 @@ def convert(options: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     parser = Parser(
-        "python -m tools.convert.gguf_to_safetensors",
+        PROG,
         "FILE.gguf --out DIR",
         "A GGUF file as a Hugging Face folder, dequantised: config.json, model.safetensors, tokenizer.json.",
-        "python -m tools.convert.gguf_to_safetensors models/SmolLM2-135M.Q4_1.gguf --out models/smollm2",
+        f"{PROG} models/SmolLM2-135M.Q4_1.gguf --out models/smollm2",
     )
     parser.add_argument("gguf", type=Path, metavar="FILE.gguf", help="the model, with its tokenizer in it")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist (required)")

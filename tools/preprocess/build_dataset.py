@@ -84,7 +84,7 @@ def build_dataset(args: argparse.Namespace) -> None:
             on_note=progress.note,
         )
     if args.shards:
-        print(f"part {args.shards.i} of {args.shards.n} is done; when all are: build_dataset finalize --out {out} …")
+        print(f"part {args.shards.i} of {args.shards.n} is done; when all are: {PROG} finalize --out {out} …")
         return
     tell_of_dataset(out, progress.reused, args)
 

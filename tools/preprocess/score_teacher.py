@@ -159,7 +159,7 @@ def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> Engine:
     if args.workers > 1 and torch.cuda.is_available():
         raise CorpusError(
             f"--workers {args.workers}: they would share one GPU. One process a GPU: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m tools.preprocess.score_teacher …"
+            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {PROG.split()[-1]} …"
         )
     return partial(run_local, workers=args.workers, on_progress=progress.within)
 
