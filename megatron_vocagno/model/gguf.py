@@ -38,7 +38,7 @@ def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[st
         with _alone(folder):
             if not folder.exists():
                 # a warning, because the pause needs an explanation wherever logging was not set up
-                log.warning("converting %s once (about 20 s per 100 MB) into %s", source.name, folder)
+                log.warning("converting %s once (about 20 s per 100 MB and 10 s per 50,000 tokens) into %s", source.name, folder)
                 try:
                     dequantise(source, folder)
                 except ModelError:
@@ -80,6 +80,7 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "folder"
         _write_model(source, folder, dtype)
+        log.info("the weights are converted; its tokenizer comes next (about 10 s per 50,000 tokens)")
         _write_tokenizer(source, folder)
         try:
             folder.rename(out)

@@ -28,7 +28,7 @@ from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.hub import is_id
 
-from .console import Terminal, slice_of
+from .console import Terminal, absolute, slice_of
 
 if TYPE_CHECKING:
     from megatron_vocagno.offline.score import Engine
@@ -57,13 +57,13 @@ def score_teacher(args: argparse.Namespace) -> None:
 
     from .score_progress import ScoreProgress
 
-    path = local_folder(args.dataset).absolute()
+    path = absolute(local_folder(args.dataset))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards, rank, world)
     # tasks of a cluster start elsewhere
     read_manifest(path)  # before anything is written there
     [teacher] = pinned([args.teacher], path / PINS)
-    teacher = teacher if is_id(teacher) else teacher.absolute()
+    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
     asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
