@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from megatron_vocagno.command import tool
 from megatron_vocagno.errors import UserError
 
 Aggregate = Literal["max", "mean", "sum", "min"]
@@ -290,7 +291,7 @@ class Run(Part):
             if len(self.teacher) > 1 and teacher.placement != "cached":
                 raise ValueError(
                     f"[[teacher]] {i + 1} of {len(self.teacher)} has placement {teacher.placement!r}: several teachers must all "
-                    "be 'cached' (tools.preprocess.score_teacher)"
+                    f"be 'cached' ({tool('preprocess.score_teacher')})"
                 )
             if not i and teacher.data:
                 raise ValueError("teacher.data is for the second and every further teacher: the first one reads data.train")

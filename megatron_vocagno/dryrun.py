@@ -16,10 +16,12 @@ import torch
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
 from megatron_vocagno.engine.settings_file import check_sections
+from megatron_vocagno.errors import looked_for, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot
 from megatron_vocagno.planning.comparison import Task, as_asked
@@ -29,10 +31,10 @@ from megatron_vocagno.planning.report import table, text
 from megatron_vocagno.planning.shapes import Passage, passage
 
 
-def dry_run(options: argparse.Namespace) -> str:
-    """What the run resolves to, what passes through its models, and its plan. options: of `plan.add_question`.
+def dry_run(options: argparse.Namespace) -> tuple[str, int]:
+    """What the run resolves to, what passes through its models, its plan; and the exit code, 2 where it does not fit into memory.
 
-    Raises UserError: what would stop the run, as far as it can be known.
+    options: of `plan.add_question`. Raises UserError: what else would stop the run, as far as it can be known.
     """
     question = ask(options)
     task = question.task
@@ -41,15 +43,16 @@ def dry_run(options: argparse.Namespace) -> str:
     _check_models(question)
     parts = ["\n".join([*_resolved(question, layout), *_stages(task)]), _passages(task)]
     notes = [*question.notes, *_notes(question)]
-    warnings = list(_longer_rows(task, question.cluster.assumed.teacher_tokens))
-    if precision(task.settings) == "fp32":
-        parts += ["no plan: the rates that it knows are those of 16-bit products", *notes]
+    last, code = list(_longer_rows(question)), 0
+    if question.uncounted:
+        parts += [f"note: no plan: {question.uncounted}", *notes]
     else:
         asked = as_asked(task, question.cluster, zero_stage(task.settings))
         assert asked is not None  # the batch can be dealt
         parts.append(text(task, question.cluster, [asked], asked, notes).rstrip())
-        warnings += [] if asked.fits else ["warning: the plan does not fit, see above."]
-    return "\n\n".join([*parts, *(warnings or ["The dry run has found no fault."])]) + "\n"
+        if not asked.fits:
+            last, code = [*last, "The dry run has found a fault: the run does not fit into memory, see above."], 2
+    return "\n\n".join([*parts, *(last or ["The dry run has found no fault."])]) + "\n", code
 
 
 def _check_models(question: Question) -> None:
@@ -58,7 +61,7 @@ def _check_models(question: Question) -> None:
     check_row_length(config, task.run.data.row_length)
     if task.run.student.config is not None:
         student_config(task.run.student.config, config.vocab_size)
-    sides = [("student", config.vocab_size)] + [("teacher", teacher.config.vocab_size) for teacher in task.teachers[:1]]
+    sides = [("student", config.vocab_size)] + [("teacher", teacher.vocab_size) for teacher in question.teachers[:1]]
     for data in question.datasets:
         for side, rows in sides:
             tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).vocab_size
@@ -79,7 +82,8 @@ def _resolved(question: Question, layout: Layout) -> Iterator[str]:
     yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
     yield f"output: {run.output}"
     for source in run.data.train:
-        yield f"data: {source.path}{'' if question.datasets else ', not there yet'}"
+        there = (source.path / DATASET).is_file()
+        yield f"data: {source.path}{'' if there else f', not there yet{looked_for(source.path)}'}"
     yield f"student: {_whereabouts(run.student.pretrained) if run.student.pretrained else 'from nothing'}"
     for teacher in _read_teachers(run):
         if teacher.placement == "cached":
@@ -115,7 +119,7 @@ def _notes(question: Question) -> Iterator[str]:
     # the data would say more, see _check_models; a student from nothing takes its vocabulary from there
     known = run.student.config is None or "vocab_size" in run.student.config
     if run.guidance.distance == "kld" and known and not question.datasets:
-        for teacher in (each.config.vocab_size for each in task.teachers):
+        for teacher in (each.vocab_size for each in question.teachers):
             if teacher != student:
                 yield (
                     "note: guidance.objective = 'kld' needs one tokenizer for both models. Their vocab_size differ, "
@@ -127,9 +131,9 @@ def _absent(field: str, path: Path) -> Iterator[str]:
     """Why a model that is not on this machine is looked for where it is looked for."""
     if hub.is_id(path):
         if not cached_snapshot(path):
-            yield f"note: {field}: nothing at {path} here, nor in the Hub's cache. {hub.taken_for_id(path)}"
+            yield f"note: {field}: nothing at {path} here, nor in the Hub's cache. {hub.taken_for_id(path)}{nearest(path)}"
     elif not path.expanduser().exists():
-        yield f"note: {field}: nothing at {path} here. {hub.taken_for_path(path)}"
+        yield f"note: {field}: nothing at {path} here. {hub.taken_for_path(path)}{looked_for(path)}"
 
 
 def _read_teachers(run: Run) -> tuple[Teacher, ...]:
@@ -172,12 +176,13 @@ def _shapes(shapes: Passage) -> list[str]:
     return [str(list(shape)) for shape in (shapes.ids, shapes.hidden, shapes.head, shapes.loss)]
 
 
-def _longer_rows(task: Task, teacher_tokens: float) -> Iterator[str]:
+def _longer_rows(question: Question) -> Iterator[str]:
     """What of a row a teacher cannot read, as it is expected."""
-    expected = math.ceil(task.run.data.row_length * teacher_tokens)
-    for teacher in task.teachers:
-        longest = teacher.config.max_position_embeddings
-        if expected > longest and task.run.teacher[0].placement != "cached":
+    run = question.task.run
+    expected = math.ceil(run.data.row_length * question.cluster.assumed.teacher_tokens)
+    for teacher in question.teachers:
+        longest = getattr(teacher, "max_position_embeddings", None)
+        if longest is not None and expected > longest and run.teacher[0].placement != "cached":
             yield (
                 f"warning: rows have about {expected:,} teacher tokens, the teacher reads {longest:,}: tokens beyond them are "
                 "unmapped. Use shorter rows, or cached losses."

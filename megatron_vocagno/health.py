@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vocagno.batch.blend import BlendedRows
+from megatron_vocagno.command import tool
 from megatron_vocagno.config import SharedError
 
 
@@ -50,7 +51,8 @@ class NonFiniteGuard:
             f"(loss {last.loss}, gradient norm {last.grad_norm}, {last.nonfinite_tokens} tokens without a finite loss).\n"
             "  The last checkpoint is from before them. Look at:\n"
             f"  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is too high;\n"
-            f"  - their documents, in {log} (tools.preprocess.show_document): the same ones again say that the text is broken;\n"
+            f"  - their documents, in {log}: the same ones again say that the text is broken "
+            f"({tool('preprocess.show_document')} DATASET N shows one);\n"
             "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
         )
 

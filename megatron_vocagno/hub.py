@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vocagno.errors import nearest
 from megatron_vocagno.locks import wait_for_lock
 
 CONFIG = ("config.json",)
@@ -48,7 +49,7 @@ def taken_for_id(name: str | os.PathLike[str]) -> str:
 
 
 def taken_for_path(name: str | os.PathLike[str]) -> str:
-    """What to add to the error of a path that does not exist: why it was not asked of the Hub."""
+    """What to add to the error of a path that does not exist: why it was not asked of the Hub. See also errors.looked_for."""
     if ID.fullmatch(os.fspath(name)) and not is_id(name) and Path(name).suffix != ".gguf":
         return f"It is taken for a path, not for a Hub id, because `{Path(name).parts[0]}` is here."
     return "It is taken for a path: a Hub id is org/name or org/name@revision."
@@ -81,7 +82,7 @@ def _pin(name: str) -> str:
     try:
         return f"{_parts(name)[0]}@{snapshot(name, CONFIG).name}"
     except HubError as error:
-        raise HubError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
+        raise HubError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
 
 
 def _recorded(pins: dict[str, str], record: Path) -> dict[str, str]:

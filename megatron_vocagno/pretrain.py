@@ -109,12 +109,12 @@ def _dry_run(options: argparse.Namespace) -> int:
     from megatron_vocagno.dryrun import dry_run
 
     try:
-        found = dry_run(options)
+        found, code = dry_run(options)
     except UserError as error:
         return refuse(error, all_ranks_say_the_same=True)
     if is_first_rank():
         print(found, end="")
-    return 0
+    return code
 
 
 def parser() -> Parser:

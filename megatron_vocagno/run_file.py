@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.errors import looked_for, nearest
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -59,8 +60,11 @@ def _files(path: Path) -> dict[Path, dict[str, Any]]:
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            wanted = f", the base of {list(files)[-1]}" if files else ""
-            raise RunError(f"no run file at {path}{wanted}: {error.strerror}") from None
+            if files:
+                wanted, place = f", the base of {list(files)[-1]}, from whose folder it counts", nearest(path)
+            else:
+                wanted, place = "", looked_for(path)
+            raise RunError(f"no run file at {path}{wanted}: {error.strerror}{place}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path} is not TOML: {error}") from None
         base = fields.pop("base", None)

@@ -1,6 +1,7 @@
 """FILES -> PACKED ROWS.
 
 pack.py     rows cut at common boundaries of both token streams; pure
+front.py    what a tokenizer puts in front of a text, and so of a row
 loader.py   the batch of (step, micro-batch, data-parallel rank) as tensors; position
 cached.py   the teacher's side of rows where its losses are cached
 unguided.py the same for baselines that select without a teacher

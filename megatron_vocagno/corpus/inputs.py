@@ -28,6 +28,7 @@ from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.foreign import BOM, HEAD, refuse_foreign, refuse_no_lines
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.streams import BrokenInput, Compression, InputError, compression_of, open_bytes, open_raw
+from megatron_vocagno.errors import looked_for
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
 Keys: TypeAlias = str | Sequence[str] | None  # one or several, of which the first that is there counts
@@ -154,7 +155,7 @@ def _meant_by(name: str, on_note: Callable[[str], object]) -> list[Place]:
         return [where]
     files = [file for match in _matches(where) for file in (_in_folder(match, on_note) if match.is_dir() else [match])]
     if not files:
-        raise InputError(f"{name}: no such file or folder")
+        raise InputError(f"{name}: no such file or folder{looked_for(name) if isinstance(where, Path) else ''}")
     return files
 
 

@@ -19,9 +19,11 @@ import orjson
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from megatron_vocagno import files
+from megatron_vocagno.command import tool
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.errors import looked_for
 
 FORMAT = 2
 CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
@@ -222,9 +224,9 @@ def read_manifest(root: Place) -> Manifest:
 
 def _what_is_there(root: Place) -> str:
     if not root.exists():
-        return "the path does not exist"
+        return f"the path does not exist{looked_for(root) if isinstance(root, Path) else ''}"
     if root.is_file():
-        return "it is a file. python -m tools.preprocess.build_dataset makes a dataset of a corpus, and that is a folder"
+        return f"it is a file. {tool('preprocess.build_dataset')} makes a dataset of a corpus, and that is a folder"
     return "the folder has no dataset.json"
 
 

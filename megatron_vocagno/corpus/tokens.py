@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from megatron_vocagno import hub
 from megatron_vocagno.corpus.encoders import Backend, Encoder, EncoderError, HuggingFaceEncoder, open_encoder
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
+from megatron_vocagno.errors import looked_for
 
 # a control character that no merge takes in: byte fallback or a byte of its own, whatever follows it
 SPENT = "\x01"
@@ -336,6 +337,7 @@ def _find_file(path_or_id: str | Path) -> Path:
     else:
         # a Path is never asked of the Hub
         what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
+        what += looked_for(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 

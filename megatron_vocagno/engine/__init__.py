@@ -21,5 +21,6 @@ state.py        what an engine has learned, in a form that knows no layout
 checkpoint.py   atomic save, exact resume, in any layout
 occupancy.py    one run at a time in an output folder
 agreement.py    what one rank meets, all ranks act on
+fronts.py       what a run's models read in front of text
 alike.py        what decides a run is one on all ranks
 """

@@ -19,6 +19,7 @@ from megatron_vocagno.batch.front import Front, described, front_of
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
+from megatron_vocagno.command import tool
 from megatron_vocagno.config import Guidance, Run, RunError, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.losses import require_whole, unscored
@@ -102,7 +103,7 @@ def open_scored(run: Run, k: int, datasets: Sequence[AlignedDataset]) -> list[Al
         if data.scoring != scored[0].scoring:
             raise RunError(
                 f"{data.path} and {scored[0].path} were not scored in one way:\n  {data.scoring}\n  {scored[0].scoring}\n"
-                "  One teacher's losses guide a run. Score one of them anew (tools.preprocess.score_teacher --replace)."
+                f"  One teacher's losses guide a run. Score one of them anew ({tool('preprocess.score_teacher')} … --replace)."
             )
     return scored
 
@@ -113,7 +114,7 @@ def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
         raise RunError(
             f"{data.path} has no losses of its teacher, and teacher.placement is 'cached': "
             f"{len(shards) - len(missing)} of {len(shards)} shards are scored.\n"
-            f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'}"
+            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'}"
         )
     require_whole(data.path, data.manifest)
     folder = None if asked.path is None else _here(asked.path)
@@ -139,7 +140,7 @@ def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path, folder:
         raise RunError(
             f"{data.path} holds the losses of {scoring.name} ({scoring.teacher}), teacher.path is {path} ({which}).\n"
             "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the dataset, or\n"
-            "  score it anew (tools.preprocess.score_teacher --replace)."
+            f"  score it anew ({tool('preprocess.score_teacher')} … --replace)."
         )
 
 

@@ -19,7 +19,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import UserError
+from megatron_vocagno.command import tool
+from megatron_vocagno.errors import UserError, looked_for, nearest
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
@@ -46,7 +47,9 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}")
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}{looked_for(path)}")
+    if folder.suffix == ".gguf" and folder.is_file():
+        raise ModelError(f"no model at {folder}: {convert_first(folder)}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
     if not _weight_files(folder):
@@ -61,6 +64,12 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def convert_first(gguf: Path) -> str:
+    """What to say of a GGUF file where weights are trained, or read as they are."""
+    command = f"{tool('convert.gguf_to_safetensors')} {gguf} --out {gguf.with_suffix('')}"
+    return f"{gguf.name} is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n  {command}"
+
+
 def _snapshot(name: str | os.PathLike[str]) -> Path:
     try:
         folder = hub.snapshot(name)
@@ -68,7 +77,7 @@ def _snapshot(name: str | os.PathLike[str]) -> Path:
         if missing:
             hub.require_unlisted(name, missing)
     except hub.HubError as error:
-        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}") from error
+        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
     if missing:
         raise ModelError(
             f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "

@@ -23,6 +23,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from megatron_vocagno.errors import looked_for
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
 from megatron_vocagno.model.folder import ModelError, quiet, skeleton, to_hugging_face
 from megatron_vocagno.model.gguf_keys import DIVISORS, LONG, SHORT, settle
@@ -43,15 +44,13 @@ DIGITS_APART = {"type": "Digits", "individual_digits": True}
 def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
     """The converted folder of a GGUF file; converts it if no process has done so yet. Raises ModelError: see dequantise."""
     source = _gguf_file(gguf_path)
-    root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
-    with source.open("rb") as file:
-        folder = root / "teachers" / f"{hashlib.file_digest(file, 'sha256').hexdigest()}-{CONVERSION}"
+    folder = place_of_conversion(source, cache)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
             if not folder.exists():
                 # a warning, because the pause needs an explanation wherever logging was not set up
-                log.warning("converting %s once (about 20 s per 100 MB) into %s", source.name, folder)
+                log.warning("converting %s once (about 20 s per 100 MB and 10 s per 50,000 tokens) into %s", source.name, folder)
                 try:
                     dequantise(source, folder)
                 except ModelError:
@@ -59,6 +58,14 @@ def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[st
                     if not folder.exists():
                         raise
     return folder
+
+
+def place_of_conversion(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
+    """Where the converted folder of a GGUF file lies once a process has made it. Raises ModelError: not a GGUF file."""
+    source = _gguf_file(gguf_path)
+    root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
+    with source.open("rb") as file:
+        return root / "teachers" / f"{hashlib.file_digest(file, 'sha256').hexdigest()}-{CONVERSION}"
 
 
 @contextmanager
@@ -85,6 +92,7 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "folder"
         _write_model(source, folder, dtype)
+        log.info("the weights are converted; its tokenizer comes next (about 10 s per 50,000 tokens)")
         _write_tokenizer(source, folder)
         _write_origin(source, folder, dtype)
         try:
@@ -97,7 +105,7 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
 def _gguf_file(path: str | os.PathLike[str]) -> Path:
     source = Path(path).expanduser()
     if not source.is_file():
-        raise ModelError(f"no GGUF file at {source}")
+        raise ModelError(f"no GGUF file at {source}{looked_for(path)}")
     with source.open("rb") as file:
         magic = file.read(4)
     if magic != b"GGUF":

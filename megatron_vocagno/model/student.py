@@ -72,7 +72,7 @@ class Embedding(nn.Module):
         hidden_BSH = F.embedding(ids_BS, self.weight)
         if self.scale is not None:
             # as the models were trained: the factor itself is rounded to the weights' precision
-            hidden_BSH = hidden_BSH * float(torch.tensor(self.scale, dtype=self.weight.dtype))
+            hidden_BSH = hidden_BSH * float(torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu"))
         return (hidden_BSH, *positions) if positions else hidden_BSH
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vocagno.config import Run
+from megatron_vocagno.engine.settings import precision
 from megatron_vocagno.planning.cost import Cluster, Step, learned_share, scoring_hours, step
 from megatron_vocagno.planning.layouts import Candidate, Placement, Stage, batches, stages
 from megatron_vocagno.planning.memory import Memory, StudentUse, TeacherUse, memory
@@ -33,6 +34,11 @@ class Task:
     @property
     def steps(self) -> int:
         return math.ceil(self.tokens / (self.rows * self.tokens_per_row))
+
+    @property
+    def timed(self) -> bool:
+        """Whether the rates of the GPUs, which are those of 16-bit products, are the run's; bytes are known without them."""
+        return precision(self.settings) != "fp32"
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ def compare(task: Task, cluster: Cluster) -> list[Option]:
     """One option for each layout and placement of the teacher: the smallest change of the run's files that fits.
 
     Micro-batches are halved where the file's does not divide the batch or does not fit; activations are computed again where
-    that is not enough, or where the run asks for it. Options that fit come first, then the cheapest, then the simplest.
+    that is not enough, or where the run asks for it. Options that fit come first, then the cheapest where times are known, then
+    the simplest.
     """
     found = []
     for zero, count in layouts(task.run, cluster.gpus, task.student.sizes.layers):
@@ -76,7 +83,8 @@ def compare(task: Task, cluster: Cluster) -> list[Option]:
 
     def order(option: Option) -> tuple[bool, int, int, int, int]:
         candidate = option.candidate
-        return not option.fits, round(option.gpu_hours), candidate.pipe, candidate.zero, simplest.index(candidate.placement)
+        cost = round(option.gpu_hours) if task.timed else 0
+        return not option.fits, cost, candidate.pipe, candidate.zero, simplest.index(candidate.placement)
 
     return sorted(found, key=order)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ from megatron_vocagno.config import Bos, Run, RunError, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
-from megatron_vocagno.engine.settings import Settings, batch_layout, precision, read_settings, zero_stage
+from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings, zero_stage
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
 from megatron_vocagno.planning.comparison import Task, as_asked, compare
 from megatron_vocagno.planning.cost import Cluster
@@ -39,13 +40,17 @@ class Question:
     """None where one is not there yet."""
     notes: list[str]
     """What had to be assumed, and why the run could not start."""
+    teachers: tuple[PretrainedConfig, ...]
+    """All that the run asks, of their text alone; those of the task are none where one of them cannot be counted."""
+    uncounted: str
+    """Why bytes and FLOPs of a teacher are not known; empty where they are."""
 
 
 def answer(options: argparse.Namespace) -> str:
     """The plan, as it is printed. Raises UserError."""
     question = ask(options)
-    if precision(question.task.settings) == "fp32":
-        raise RunError(f"{options.deepspeed_config} asks for float32: the rates that plan knows are those of 16-bit products")
+    if question.uncounted:
+        raise RunError(question.uncounted)
     task, cluster, notes = question.task, question.cluster, question.notes
     found, asked = compare(task, cluster), as_asked(task, cluster, zero_stage(task.settings))
     if not found:
@@ -75,7 +80,13 @@ def ask(options: argparse.Namespace) -> Question:
     rows, problem = _rows(settings, options.gpus, run.parallel.pipeline_stages)
     if problem:
         notes.append(f"warning: as its files have it, the run does not start: {problem}")
-    return Question(_task(run, settings, options, datasets, assumed, rows), cluster, datasets, notes)
+    config = _student(run, options.student_config, datasets)
+    teachers = tuple(_teacher_configs(run, options))
+    uncounted = next((why for config in teachers if (why := _uncounted(config, "teacher"))), "")
+    counted = () if uncounted else teachers
+    student = StudentUse(config, sizes(config), run.data.row_length)
+    task = _task(run, settings, options, datasets, assumed, rows, student, counted)
+    return Question(task, cluster, datasets, notes, teachers, uncounted)
 
 
 def _datasets(run: Run) -> list[AlignedDataset]:
@@ -117,21 +128,21 @@ def _task(
     datasets: Sequence[AlignedDataset],
     assumed: Assumptions,
     rows: int,
+    student: StudentUse,
+    teachers: Sequence[PretrainedConfig],
 ) -> Task:
-    config = _student(run, options.student_config, datasets)
     tokens_per_row = run.data.row_length - SLACK - _front(run.student.bos, run.student.pretrained, datasets, "student")
     tokens = options.tokens or run.training.tokens or (run.training.steps or 0) * rows * tokens_per_row
-    asked = run.teacher if run.guidance.needs_teacher else ()
-    configs = [*options.teacher_config, *[None] * (len(asked) - len(options.teacher_config))]
-    teachers = tuple(
-        _teacher(t, c, run, assumed, _front(t.bos, t.path, datasets, "teacher")) for t, c in zip(asked, configs, strict=False)
+    uses = tuple(
+        _use(teacher, found, run, assumed, _front(teacher.bos, teacher.path, datasets, "teacher"))
+        for teacher, found in zip(run.teacher, teachers, strict=False)
     )
     scored = sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens
     return Task(
         run,
         settings,
-        StudentUse(config, sizes(config), run.data.row_length),
-        teachers,
+        student,
+        uses,
         rows,
         settings["train_micro_batch_size_per_gpu"],
         tokens_per_row,
@@ -142,11 +153,30 @@ def _task(
 
 def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -> PretrainedConfig:
     if given is not None:
-        return _supported(given_config(given, "--student-config"), "student")
-    if run.student.config is not None:
+        config = given_config(given, "--student-config")
+    elif run.student.config is not None:
         return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
-    assert run.student.pretrained is not None
-    return _supported(read_config(run.student.pretrained, "student"), "student")
+    else:
+        assert run.student.pretrained is not None
+        config = read_config(run.student.pretrained, "student")
+    if why := _uncounted(config, "student"):
+        raise RunError(why)
+    return config
+
+
+def _teacher_configs(run: Run, options: argparse.Namespace) -> Iterator[PretrainedConfig]:
+    """Of each teacher that the run asks."""
+    asked = run.teacher if run.guidance.needs_teacher else ()
+    for teacher, given in zip_longest(asked, options.teacher_config[: len(asked)]):
+        if given is not None:
+            yield given_config(given, "--teacher-config").get_text_config()
+        elif teacher.path is not None:
+            yield read_config(teacher.path, "teacher").get_text_config()
+        else:
+            raise RunError(
+                "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json "
+                "with --teacher-config, once for each teacher"
+            )
 
 
 def _front(asked: Bos, model: Path | None, datasets: Sequence[AlignedDataset], side: Literal["student", "teacher"]) -> int:
@@ -160,23 +190,14 @@ def _front(asked: Bos, model: Path | None, datasets: Sequence[AlignedDataset], s
     return next((len(found) for folder in folders if (found := front_ids(folder)) is not None), 1)
 
 
-def _teacher(teacher: Teacher, given: Path | None, run: Run, assumed: Assumptions, front: int) -> TeacherUse:
-    if given is not None:
-        found = given_config(given, "--teacher-config")
-    elif teacher.path is not None:
-        found = read_config(teacher.path, "teacher")
-    else:
-        raise RunError(
-            "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its config.json with "
-            "--teacher-config, once for each teacher"
-        )
-    config = _supported(found, "teacher").get_text_config()
+def _use(teacher: Teacher, config: PretrainedConfig, run: Run, assumed: Assumptions, front: int) -> TeacherUse:
     row = min(math.ceil(run.data.row_length * assumed.teacher_tokens) + front, config.max_position_embeddings)
     dtype: torch.dtype = getattr(torch, teacher.dtype)
     return TeacherUse(config, sizes(config), dtype, teacher.weights != "as-is", teacher.tokens_per_batch, row)
 
 
-def _supported(config: PretrainedConfig, whose: str) -> PretrainedConfig:
-    if config.model_type not in SUPPORTED:
-        raise RunError(f"plan cannot count a {whose} of type {config.model_type!r}; these it can: {', '.join(SUPPORTED)}")
-    return config
+def _uncounted(config: PretrainedConfig, whose: str) -> str:
+    """Why bytes and FLOPs of a model are not known; empty where they are."""
+    if config.model_type in SUPPORTED:
+        return ""
+    return f"plan cannot count a {whose} of type {config.model_type!r}; these it can: {', '.join(SUPPORTED)}"

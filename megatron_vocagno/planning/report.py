@@ -10,6 +10,7 @@ from megatron_vocagno.planning.comparison import Option, Task
 from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.memory import Memory
 
+RATES = "the rates that the plan knows are those of 16-bit products"
 REMEDIES = {
     "weights": "zero_optimization.stage 3, or more parallel.pipeline_stages",
     "gradients": "zero_optimization.stage 2 or 3, or more parallel.pipeline_stages",
@@ -26,9 +27,11 @@ REMEDIES = {
 
 
 def text(task: Task, cluster: Cluster, options: Sequence[Option], asked: Option | None, notes: Sequence[str]) -> str:
-    parts = ["\n".join(_opening(task, cluster)), _costs(options, asked), _memories(options)]
+    parts = ["\n".join(_opening(task, cluster)), _costs(options, asked, task.timed), _memories(options)]
     if any(asked and option.candidate == asked.candidate for option in options):
         parts.append("* as the run's files have it")
+    if not task.timed:
+        parts.append(f"note: no times, as the run computes in float32: {RATES}. Bytes do not depend on them.")
     return "\n\n".join([*parts, *warnings(task, options, asked), *notes, *_changed(task, options)]) + "\n"
 
 
@@ -67,7 +70,8 @@ def _opening(task: Task, cluster: Cluster) -> list[str]:
     return lines
 
 
-def _costs(options: Sequence[Option], asked: Option | None) -> str:
+def _costs(options: Sequence[Option], asked: Option | None, timed: bool) -> str:
+    """timed: with what takes time, beside memory."""
     header = [
         "layout",
         "teacher",
@@ -106,7 +110,8 @@ def _costs(options: Sequence[Option], asked: Option | None) -> str:
                 f"{o.gpu_hours:,.0f}",
             ]
         )
-    return table(header, rows, left=2)
+    shown = len(header) if timed else header.index("GB") + 1
+    return table(header[:shown], [row[:shown] for row in rows], left=2)
 
 
 def _memories(options: Sequence[Option]) -> str:
@@ -152,7 +157,8 @@ def warnings(task: Task, options: Sequence[Option], asked: Option | None) -> lis
         )
     if options and options[0].fits:
         best = options[0]
-        lines.append(f"  The cheapest that fits is {describe(best)}: {best.memory.total / 1e9:.1f} GB.")
+        first = "cheapest" if task.timed else "simplest"
+        lines.append(f"  The {first} that fits is {describe(best)}: {best.memory.total / 1e9:.1f} GB.")
     elif options == [asked]:
         lines.append("  python -m megatron_vocagno.plan looks for a layout that fits.")
     else:
@@ -170,18 +176,21 @@ def describe(option: Option) -> str:
 def as_json(
     task: Task, cluster: Cluster, options: Sequence[Option], asked: Option | None, notes: Sequence[str]
 ) -> dict[str, Any]:
-    """Bytes, seconds, FLOPs and hours, unrounded."""
+    """Bytes, seconds, FLOPs and hours, unrounded; without what takes time where no rates are known."""
 
     def one(option: Option) -> dict[str, Any]:
-        return {
-            **asdict(option.candidate),
-            "memory": {**asdict(option.memory), "total": option.memory.total, "capacity": option.capacity},
+        times = {
             "step": {**asdict(option.step), "total": option.step.total},
-            "fits": option.fits,
             "tokens_per_second_per_gpu": option.tokens_per_second,
             "hours": option.hours,
             "scoring_gpu_hours": option.scoring,
             "gpu_hours": option.gpu_hours,
+        }
+        return {
+            **asdict(option.candidate),
+            "memory": {**asdict(option.memory), "total": option.memory.total, "capacity": option.capacity},
+            "fits": option.fits,
+            **(times if task.timed else {}),
         }
 
     return {

@@ -15,7 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vocagno import hub
 from megatron_vocagno.config import RunError
-from megatron_vocagno.model.folder import skeleton
+from megatron_vocagno.errors import looked_for
+from megatron_vocagno.model.folder import ModelError, convert_first, skeleton
+from megatron_vocagno.model.gguf import place_of_conversion
 
 
 @dataclass(frozen=True)
@@ -76,12 +78,18 @@ def sizes(config: PretrainedConfig) -> Sizes:
 
 
 def read_config(path: Path, whose: str) -> PretrainedConfig:
-    """A model's config.json: the file, the folder that holds it, or a Hub id that is in the cache. Nothing is downloaded.
+    """A model's configuration: config.json, the folder that holds it, a GGUF file, or a Hub id that is in the cache.
 
-    whose: "student" or "teacher", for the message. Raises RunError: no such file, or no configuration that transformers knows.
+    Nothing is downloaded or converted. whose: "student" or "teacher", for the message. Raises RunError: no such file, or no
+    configuration that transformers knows.
     """
     if hub.is_id(path):
         path = _cached(path, whose)
+    path = path.expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        if whose == "student":
+            raise RunError(f"student.pretrained: {convert_first(path)}")
+        return _of_gguf(path)
     try:
         file = path / "config.json" if path.is_dir() else path
         text = file.read_text(encoding="utf-8") if file.suffix == ".json" and file.is_file() else None
@@ -89,8 +97,8 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
         raise RunError(f"no configuration of the {whose} at {path}: {error}") from error
     if text is None:
         raise RunError(
-            f"no configuration of the {whose} at {path}: it is not on this machine yet, or it is a GGUF file. "
-            f"{hub.taken_for_path(path)}\n{_remedy(whose)}"
+            f"no configuration of the {whose} at {path}: it is not on this machine yet. "
+            f"{hub.taken_for_path(path)}{looked_for(path)}\n{_remedy(whose)}"
         )
     return _parsed(text, file)
 
@@ -99,9 +107,11 @@ def given_config(path: Path, option: str) -> PretrainedConfig:
     """The config.json, or the folder that holds it, that an option of the command names. Raises RunError as read_config does."""
     try:
         file = path / "config.json" if path.is_dir() else path
+        if file.suffix == ".gguf" and file.is_file():
+            return _of_gguf(file)
         return _parsed(file.read_text(encoding="utf-8"), file)
     except FileNotFoundError:
-        raise RunError(f"no file at {file} ({option})") from None
+        raise RunError(f"no file at {file} ({option}){looked_for(file)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path} ({option}) cannot be read: {error}") from error
 
@@ -114,6 +124,24 @@ def _parsed(text: str, file: Path) -> PretrainedConfig:
         # without the names of all models that it does know, hundreds of them
         reason = str(error).partition(". Should contain one of")[0]
         raise RunError(f"{file} is no configuration that transformers knows: {reason}") from error
+    return config
+
+
+def _of_gguf(file: Path) -> PretrainedConfig:
+    """What the file says of its model; of one that was converted before, its config.json, which is read in no time."""
+    try:
+        converted = place_of_conversion(file) / "config.json"
+    except ModelError as error:
+        raise RunError(str(error)) from error
+    if converted.is_file():
+        return _parsed(converted.read_text(encoding="utf-8"), converted)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    # whatever it is, transformers will not read this file when the run starts either
+    except Exception as error:
+        raise RunError(f"transformers cannot read the configuration in {file}: {error}") from error
     return config
 
 

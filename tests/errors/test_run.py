@@ -120,7 +120,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         "machine).\n"
         "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the "
         "dataset, or\n"
-        "  score it anew (tools.preprocess.score_teacher --replace).",
+        "  score it anew (python -m tools.preprocess.score_teacher … --replace).",
         **names,
     ):
         training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None)
@@ -132,7 +132,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         "SCORED and SCORED were not scored in one way:\n"
         "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=2\n"
         "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=2\n"
-        "  One teacher's losses guide a run. Score one of them anew (tools.preprocess.score_teacher "
+        "  One teacher's losses guide a run. Score one of them anew (python -m tools.preprocess.score_teacher … "
         "--replace).",
         **names,
     ):
@@ -309,8 +309,8 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
         "  The last checkpoint is from before them. Look at:\n"
         "  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is "
         "too high;\n"
-        "  - their documents, in OUT/broken_steps.jsonl (tools.preprocess.show_document): the same ones "
-        "again say that the text is broken;\n"
+        "  - their documents, in OUT/broken_steps.jsonl: the same ones again say that the text is broken "
+        "(python -m tools.preprocess.show_document DATASET N shows one);\n"
         "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
     ):
         guard.stop_at_limit(last, Path("OUT/broken_steps.jsonl"))

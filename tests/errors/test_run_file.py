@@ -43,7 +43,8 @@ SEVERAL_FIELDS = [
     ('teacher.data=["a"]', "teacher.data is for the second and every further teacher: the first one reads data.train"),
     (
         'teacher=[{path="a"}, {path="b"}]',
-        "[[teacher]] 1 of 2 has placement 'replicated': several teachers must all be 'cached' (tools.preprocess.score_teacher)",
+        "[[teacher]] 1 of 2 has placement 'replicated': several teachers must all be 'cached' "
+        "(python -m tools.preprocess.score_teacher)",
     ),
     (
         'teacher=[{placement="cached"}, {placement="cached"}]',
@@ -119,7 +120,10 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
         ("a = = 1", "DIR/run.toml is not TOML: Invalid value (at line 1, column 5)"),
         ("base = 3", "DIR/run.toml: 'base' is the path of another run file, not 3"),
         ("base = 'run.toml'", "DIR/run.toml: base = 'run.toml' leads back to DIR/run.toml, which starts from this file"),
-        ("base = 'b.toml'", "no run file at DIR/b.toml, the base of DIR/run.toml: No such file or directory"),
+        (
+            "base = 'b.toml'",
+            "no run file at DIR/b.toml, the base of DIR/run.toml, from whose folder it counts: No such file or directory",
+        ),
         (GOOD.replace("[training]\nsteps = 3", ""), "DIR/run.toml:\n  'training' is missing"),
         (GOOD + "tokens = 9", "DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'"),
         (

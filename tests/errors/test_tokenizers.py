@@ -82,7 +82,9 @@ def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     with told(
         "cannot open the tokenizer models/tiny/tokenizer: no such file or folder. It is taken for a path: a "
-        "Hub id is org/name or org/name@revision."
+        "Hub id is org/name or org/name@revision.\n"
+        "  It was looked for at DIR/models/tiny/tokenizer: a relative path counts from the folder that the command is run in.",
+        DIR=tmp_path,
     ):
         open_tokenizer("models/tiny/tokenizer")
     (tmp_path / "tekken.json").write_text('{"config": {}}')

@@ -15,7 +15,7 @@ from megatron_vocagno import command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.pretrain import main
 from megatron_vocagno.run_file import load_run
-from tests.runs import REPOSITORY, write_settings
+from tests.runs import REPOSITORY
 
 RECIPES = REPOSITORY / "examples/recipes"
 SCRIPT = "python examples/pretrain_vocagno.py "
@@ -192,19 +192,16 @@ def test_options_stand_in_any_order_and_those_without_an_effect_are_refused(caps
         assert exit_of.value.code == 2 and message in told and "megatron_vocagno.plan" not in told
 
 
-def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QWEN, "--gpus", "8", "--gpu", "l40s", "--set", "parallel.pipeline_stages=2"]) == 0
     printed = capsys.readouterr().out
     assert "stage 0: embedding, 11 decoder layers;" in printed and "stage 1: 11 decoder layers, norm, head;" in printed
-    assert main([*QWEN, "--gpus", "8", "--gpu", "a100-40gb", "--teacher-tokens", "3"]) == 0
+    assert main([*QWEN, "--gpus", "8", "--gpu", "a100-40gb", "--teacher-tokens", "3"]) == 2
     printed = capsys.readouterr().out
     assert "rows have about 6,144 teacher tokens, the teacher reads 4,096" in printed and "does not fit" in printed
     assert "no fault" not in printed
     # it has looked at one layout alone
     assert "None of the layouts" not in printed and "megatron_vocagno.plan looks for a layout that fits" in printed
-    float32 = str(write_settings(tmp_path / "ds.json", train_batch_size=512, train_micro_batch_size_per_gpu=4))
-    assert main([QWEN[0], "--deepspeed_config", float32, *QWEN[3:], "--gpus", "8"]) == 0
-    assert "no plan: the rates that it knows are those of 16-bit products" in capsys.readouterr().out
 
 
 def test_options_of_the_plan_belong_to_a_dry_run() -> None:

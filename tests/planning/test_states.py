@@ -20,9 +20,9 @@ ROUNDED: dict[str, str] = {}
 BUCKET = 20_000
 
 
-def configuration(stage: int, data_types: dict[str, str]) -> dict[str, Any]:
+def configuration(stage: int, data_types: dict[str, str], bf16: bool) -> dict[str, Any]:
     return {
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": bf16},
         "data_types": data_types,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
         "gradient_clipping": 1.0,
@@ -37,25 +37,27 @@ def configuration(stage: int, data_types: dict[str, str]) -> dict[str, Any]:
     }
 
 
-ENGINES = [(0, 1, FLOAT32), (0, 1, ROUNDED), (0, 2, FLOAT32), (0, 3, FLOAT32), (2, 1, FLOAT32)]
-"""(pipeline stages, ZeRO stage, data types)"""
+ENGINES = [(0, 1, FLOAT32, True), (0, 1, ROUNDED, True), (0, 2, FLOAT32, True), (0, 3, FLOAT32, True)]
+ENGINES += [(0, stage, ROUNDED, False) for stage in (1, 2, 3)]
+ENGINES += [(2, 1, FLOAT32, True), (2, 1, ROUNDED, False)]  # last: DeepSpeed's plain engines do not start after a pipeline
+"""(pipeline stages, ZeRO stage, data types, bf16 or float32)"""
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_engines_hold_the_bytes_that_are_planned(tmp_path: Path) -> None:
-    arguments = [(count, configuration(stage, data_types)) for count, stage, data_types in ENGINES]
+    arguments = [(count, configuration(stage, data_types, bf16)) for count, stage, data_types, bf16 in ENGINES]
     finished = spawn(2, [json.dumps(arguments), str(tmp_path / "bytes.json")], ["-m", "tests.planning.engine_bytes"])
     assert finished.returncode == 0, finished.stdout[-4000:]
 
     model = sizes(student_config(STUDENT))
     told = json.loads((tmp_path / "bytes.json").read_text())
     assert len(told) == len(ENGINES)
-    for (count, stage, data_types), held in zip(ENGINES, told, strict=True):
+    for (count, stage, data_types, bf16), held in zip(ENGINES, told, strict=True):
         split = stages(model, count)[0] if count else Stage(model.layers, embedding=True, head=True)
         assert split.parameters(model) == held["parameters"] > 150_000
         ranks = 2 // max(1, count)
-        planned = states(held["parameters"], model.embedding, stage, ranks, configuration(stage, data_types))
+        planned = states(held["parameters"], model.embedding, stage, ranks, configuration(stage, data_types, bf16))
         assert planned.weights == pytest.approx(held["weights"], rel=0.001)
         assert planned.optimizer == pytest.approx(12 / 8 * held["moments"], rel=0.001)
         everything = planned.weights + planned.gradients + planned.optimizer

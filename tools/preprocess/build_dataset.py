@@ -37,7 +37,7 @@ from megatron_vocagno.corpus.shards import OnBadLine, Settings
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
 from megatron_vocagno.corpus.workers import Failure, run_local
 
-from .console import Terminal, slice_of
+from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
 
 PROG = f"python -m {__package__}.build_dataset"
@@ -84,7 +84,7 @@ def build_dataset(args: argparse.Namespace) -> None:
             on_note=progress.note,
         )
     if args.shards:
-        print(f"part {args.shards.i} of {args.shards.n} is done; when all are: build_dataset finalize --out {out} …")
+        print(f"part {args.shards.i} of {args.shards.n} is done; when all are: {PROG} finalize --out {out} …")
         return
     tell_of_dataset(out, progress.reused, args)
 
@@ -236,7 +236,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is made")
-    tokenizer = "tokenizer (required): folder, tokenizer.json, .model or Hub id"
+    tokenizer = "tokenizer (required): folder, tokenizer.json, .model, .gguf or Hub id"
     group.add_argument("--student", required=True, metavar="S", help=tokenizer)
     group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
     group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
@@ -290,12 +290,14 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def tokenizer_of(path_or_id: str) -> str:
-    return str(Path(path_or_id).absolute()) if Path(path_or_id).exists() else path_or_id
+    """Workers of a cluster start elsewhere. A GGUF file's is read as training reads its model: converted once, and kept."""
+    path = Path(path_or_id).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        # torch and transformers take seconds to import
+        from megatron_vocagno.model.gguf import cached_folder
 
-
-def absolute(where: Place) -> Place:
-    """Workers of a cluster start elsewhere."""
-    return where.absolute() if isinstance(where, Path) else where
+        path = cached_folder(path)
+    return str(absolute(path)) if path.exists() else path_or_id
 
 
 def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> Engine:

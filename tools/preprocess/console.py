@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Self
+from pathlib import Path
+from typing import Self, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.corpus.plan import Slice
 
 EVERY, EVERY_VERBOSE = 30.0, 5.0
@@ -70,6 +72,18 @@ class WorkProgress:
     def line(self, text: str) -> None:
         self.told = time.monotonic()
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+P = TypeVar("P", bound=Place)
+
+
+def absolute(where: P) -> P:
+    """A path as workers find it, who start elsewhere, and people read it: without `..`. A link keeps its name."""
+    if not isinstance(where, Path):
+        return where
+    if ".." not in where.parts:
+        return where.absolute()
+    return where.resolve() if where.name == ".." else where.parent.resolve() / where.name
 
 
 def slice_of(text: str) -> Slice:

@@ -29,7 +29,7 @@ from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.hub import is_id
 
-from .console import Terminal, slice_of
+from .console import Terminal, absolute, slice_of
 
 if TYPE_CHECKING:
     from megatron_vocagno.offline.score import Engine
@@ -58,13 +58,13 @@ def score_teacher(args: argparse.Namespace) -> None:
 
     from .score_progress import ScoreProgress
 
-    path = local_folder(args.dataset).absolute()
+    path = absolute(local_folder(args.dataset))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards, rank, world)
     # tasks of a cluster start elsewhere
     read_manifest(path)  # before anything is written there
     [teacher] = pinned([args.teacher], path / PINS)
-    teacher = teacher if is_id(teacher) else teacher.absolute()
+    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
     asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
@@ -178,7 +178,7 @@ def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> Engine:
     if args.workers > 1 and torch.cuda.is_available():
         raise CorpusError(
             f"--workers {args.workers}: they would share one GPU. One process a GPU: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m tools.preprocess.score_teacher …"
+            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {PROG.split()[-1]} …"
         )
     return partial(run_local, workers=args.workers, on_progress=progress.within)
 

@@ -1,0 +1,115 @@
+"""Where a missing path was looked for, what may have been meant, and which command works where one stands."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno import hub
+from megatron_vocagno.command import tool
+from megatron_vocagno.corpus.inputs import find
+from megatron_vocagno.corpus.manifest import read_manifest
+from megatron_vocagno.engine.settings import read_settings
+from megatron_vocagno.errors import UserError, looked_for, nearest
+from megatron_vocagno.model.folder import model_folder
+from megatron_vocagno.model.gguf import dequantise
+from megatron_vocagno.model.teacher import teacher_folder
+from megatron_vocagno.planning.sizes import given_config, read_config
+from megatron_vocagno.run_file import load_run
+from tests.errors.telling import told
+from tests.runs import REPOSITORY
+
+PLACE = "It was looked for at DIR/NAME: a relative path counts from the folder that the command is run in."
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "gemma-3-270m").mkdir(parents=True)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "a model": model_folder,
+    "a teacher": teacher_folder,
+    "a GGUF file": lambda path: dequantise(path, "out"),
+    "a configuration": lambda path: read_config(Path(path), "teacher"),
+    "a configuration of an option": lambda path: given_config(Path(path), "--teacher-config"),
+    "a dataset": lambda path: read_manifest(Path(path)),
+    "an input": lambda path: find([path]),
+    "a run file": lambda path: load_run(Path(path)),
+    "a DeepSpeed configuration": lambda path: read_settings(Path(path), 0, "cpu"),
+}
+
+
+@pytest.mark.parametrize("what", READERS)
+def test_a_relative_path_that_is_not_there_is_told_in_full_with_a_near_name(what: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        READERS[what]("../models/gema-3-270m")
+    said = str(refusal.value)
+    assert "../models/gema-3-270m" in said and "\n  Did you mean ../models/gemma-3-270m?" in said
+    assert f"\n  It was looked for at {tmp_path}/models/gema-3-270m: a relative path counts from the folder that" in said
+    with pytest.raises(UserError) as refusal:
+        READERS[what](str(tmp_path / "nothing"))
+    assert "It was looked for at" not in str(refusal.value) and "Did you mean" not in str(refusal.value)
+
+
+def test_a_name_is_near_where_it_differs_by_a_slip_and_leads_to_something(tmp_path: Path) -> None:
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    for asked, meant in (("dta/shards", "data/shards"), ("dta/shrads", ""), ("other", ""), ("..", ""), ("a" * 300, "")):
+        assert nearest(tmp_path / asked) == (f"\n  Did you mean {tmp_path / meant}?" if meant else ""), asked
+    (tmp_path / "a.toml").touch()
+    assert nearest(tmp_path / "x.toml") == ""
+
+
+def test_a_slip_in_the_first_folder_is_no_organisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    assert hub.is_id("modls/gemma-3-270m")
+    with pytest.raises(UserError, match=r"and as a Hub id: [\s\S]*\n  Did you mean models/gemma-3-270m\?$"):
+        model_folder("modls/gemma-3-270m")
+
+
+def test_a_base_counts_from_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text('base = "models/comon.toml"')
+    (tmp_path / "models" / "common.toml").touch()
+    with told(
+        "no run file at ../models/comon.toml, the base of ../run.toml, from whose folder it counts: No such file or directory\n"
+        "  Did you mean ../models/common.toml?"
+    ):
+        load_run(Path("../run.toml"))
+
+
+def test_a_file_in_another_format_names_the_command_that_converts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    (tmp_path / "work" / "tiny.gguf").write_bytes(b"GGUF")
+    with told(
+        "no model at tiny.gguf: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
+        "  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny"
+    ):
+        model_folder("tiny.gguf")
+    assert looked_for("tiny") == "\n  " + PLACE.replace("DIR", str(tmp_path)).replace("NAME", "work/tiny")
+
+
+def test_a_tool_is_named_as_it_works_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that is named is started: with the package installed and without, here and elsewhere."""
+    site = tmp_path / "site"  # as pip lays it out
+    shutil.copytree(REPOSITORY / "megatron_vocagno", site / "megatron_vocagno")
+    shutil.copytree(REPOSITORY / "tools", site / "megatron_vocagno" / "tools")
+    met = set()
+    for folder, path in ((REPOSITORY, ""), (REPOSITORY, str(site)), (tmp_path, str(site)), (tmp_path, str(REPOSITORY))):
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("PYTHONPATH", path)
+        command = tool("preprocess.show_document")
+        met.add(command)
+        words = [sys.executable, *command.split()[1:], "--help"]
+        finished = subprocess.run(words, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.startswith(f"usage: {command} "), (folder, path)
+    assert len(met) == 2

@@ -1,0 +1,61 @@
+"""A GGUF file is a teacher to every command, or the command says what makes one of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.model.gguf import cached_folder
+from tests.corpus.conftest import write_jsonl
+from tests.model.test_gguf import VOCAB, write_gguf
+from tests.tokenizers_for_tests import mistral_tokenizer_path
+from tools.convert import gguf_to_safetensors
+from tools.preprocess import build_dataset, score_teacher
+from tools.preprocess.console import absolute
+
+
+@pytest.fixture
+def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MEGATRON_VOCAGNO_CACHE", str(tmp_path / "cache"))
+    return write_gguf(tmp_path / "tiny.gguf")
+
+
+def test_a_dataset_for_a_gguf_teacher_is_built_scored_and_its_own(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", ["the hats, 12 of them."] * 4)
+    student = str(mistral_tokenizer_path())
+    for teacher, out in ((gguf, "one"), (cached_folder(gguf), "other")):
+        words = [str(corpus), "--student", student, "--teacher", str(teacher), "--out", str(tmp_path / out), "--workers", "1"]
+        assert build_dataset.main(words) == 0
+    one, other = (AlignedDataset.open(tmp_path / name) for name in ("one", "other"))
+    assert one.fingerprint == other.fingerprint and one.teacher_tokenizer.vocab_size == len(VOCAB)
+    assert one.totals.teacher_tokens > 40
+    assert score_teacher.main([str(one.path), "--teacher", str(gguf), "--dtype", "float32"]) == 0
+    assert "nats a token" in capsys.readouterr().out
+
+
+def test_a_conversion_tells_what_it_does_after_the_weights(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert gguf_to_safetensors.main([str(gguf), "--out", str(tmp_path / "told")]) == 0
+    told = capfd.readouterr().out
+    assert "for its weights, and 10 s per 50,000 tokens of its vocabulary\n" in told
+    assert "the weights are converted; its tokenizer comes next" in told
+
+
+def test_a_path_is_told_without_detours_and_a_link_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "store").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "blob").touch()
+    (tmp_path / "store" / "text.txt").symlink_to(tmp_path / "store" / "blob")
+    monkeypatch.chdir(tmp_path / "repo")
+    for asked, meant in (
+        ("../store/new", "store/new"),
+        ("../data", "data"),
+        ("../store/text.txt", "store/text.txt"),
+        ("..", "."),
+    ):
+        assert absolute(Path(asked)) == tmp_path / meant
+    assert absolute(Path("x/y")) == tmp_path / "repo" / "x" / "y"
