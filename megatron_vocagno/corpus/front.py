@@ -9,7 +9,7 @@ They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,17 @@ def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], fol
     bos = settings.get("bos_token", names.get("bos_token"))
     bos = bos.get("content") if isinstance(bos, dict) else bos
     return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()
+
+
+def putting_in_front(tokens: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
+    """The post-processor of a tokenizer.json that puts tokens, (name, id), before a text; None where there are none."""
+    if not tokens:
+        return None
+    first, second = ([{"SpecialToken": {"id": name, "type_id": i}} for name, _ in tokens] for i in (0, 1))
+    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, *second, {"Sequence": {"id": "B", "type_id": 1}}]
+    named = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in tokens}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": named}
 
 
 def _ask_transformers(folder: Path) -> tuple[int, ...]:
