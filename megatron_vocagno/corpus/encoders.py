@@ -168,10 +168,10 @@ class GigatokenEncoder:
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         ids: NDArray[np.uint32] = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         found = Ragged(ids, offsets - offsets[0])
-        for text in check:
-            expected = self.reference.encode([texts[text]]).ids
-            if not np.array_equal(found[text], expected):
-                raise EncoderMismatch(_first_difference(texts[text], found[text], expected))
+        expected = self.reference.encode([texts[text] for text in check])
+        for i, text in enumerate(check):
+            if not np.array_equal(found[text], expected[i]):
+                raise EncoderMismatch(_first_difference(texts[text], found[text], expected[i]))
         return found
 
     def _open(self) -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from megatron_vocagno.corpus.encoders import SAMPLE, OwnTokenizer
-from megatron_vocagno.corpus.plain_text import PlainText
+from megatron_vocagno.corpus.plain_text import PlainText, plain_text
 from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ def digest(part: Any) -> str:
     return hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def told_apart(parts: dict[str, Any]) -> dict[str, str]:
-    """What `what_differs` needs of them: name -> a digest, or what can be shown."""
+def _told_apart(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name of a part -> a digest, or what can be shown."""
+    plain = plain_text(orjson.loads(tokenizer.source), set(tokenizer.control))
+    parts = parts_of(plain, tokenizer.eos_id, tokenizer.vocab_size)
     model = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}
     shown = {"end-of-text token": str(parts["eos"]), "number of tokens": f"{parts['vocab_size']:,}"}
     added = parts.get("added_tokens", [])
@@ -55,8 +57,9 @@ def told_apart(parts: dict[str, Any]) -> dict[str, str]:
 def what_differs(mine: Tokenizer, theirs: Tokenizer) -> str:
     """In words, each with both values where these can be shown."""
     found = []
-    for name, value in mine.parts.items():
-        other = theirs.parts[name]
+    other_parts = _told_apart(theirs)
+    for name, value in _told_apart(mine).items():
+        other = other_parts[name]
         if value != other:
             found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other})")
     if mine.eos_id == theirs.eos_id and mine.eos_token != theirs.eos_token:

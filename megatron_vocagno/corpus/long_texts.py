@@ -105,7 +105,7 @@ def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
 
 def _is_boundary(text: str, place: int, tokenizer: Tokenizer) -> bool:
     """By Hugging Face's tokenizers, which take less than gigatoken to begin."""
-    around = max(AROUND, tokenizer.longest_sample)
+    around = max(AROUND, 4 * tokenizer.longest_added)
     left, right = text[max(place - around, 0) : place], text[place : place + around]
     encoder = tokenizer.reference
     whole = encoder.encode([left + right]).ids

@@ -21,6 +21,8 @@ HARMLESS_NORMALIZERS = ("NFC", "Prepend", "Replace")
 # pre-tokenizers that cut a text without removing anything
 HARMLESS_PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation")
 
+PLACEHOLDER = "\ufdd0"  # no character
+
 
 @dataclass(frozen=True)
 class PlainText:
@@ -62,18 +64,11 @@ def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
     # no text may give a control token: neither through a merge nor as a whole word
     pairs = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
     model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
-    known = model["vocab"]
     if model.get("ignore_merges"):
-        model["vocab"] = {piece: i for piece, i in known.items() if piece not in control}
+        model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in control}
     added = raw.get("added_tokens") or []
-    kept: list[dict[str, Any]] = []
     ordinary = [a for a in added if a["content"] not in control]
-    for token in added if ordinary else []:
-        if token["content"] not in control:
-            kept.append(token)
-        elif token["content"] not in known:
-            # ids beyond the model are counted on from token to token: a placeholder that no text has keeps the count
-            kept.append(token | {"content": f"\ufdd0{token['id']}\ufdd0", "normalized": False})
+    kept = _with_placeholders(raw, model, control) if ordinary else []
     plain: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -90,13 +85,34 @@ def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
     return PlainText(plain, prefix, again, marked, composes, ordinary, drops)
 
 
+def _with_placeholders(raw: dict[str, Any], model: dict[str, Any], control: set[str]) -> list[dict[str, Any]]:
+    """Its added tokens, in their order. A control token's place is taken by a name that no text has, in the model as well.
+
+    The tokenizers library counts ids on from token to token, and two tokens of one id hide each other: nothing may be left out.
+    """
+    parts = {part for pair in model["merges"] for part in pair} & control  # what a merge needs keeps its name
+    kept = []
+    vocab = dict(raw["model"]["vocab"])
+    for token in raw["added_tokens"]:
+        name = token["content"]
+        if name in control and name not in parts:
+            placeholder = f"{PLACEHOLDER}{token['id']}{PLACEHOLDER}"
+            if name in vocab:
+                vocab[placeholder] = vocab.pop(name)
+            token = token | {"content": placeholder, "normalized": False}
+        if name not in parts:
+            kept.append(token)
+    model["vocab"] = vocab
+    return kept
+
+
 def byte_table(plain: PlainText, vocab_size: int, control: set[str]) -> NDArray[np.int32]:
     """int32 [vocab_size]: bytes of text of each piece of the model; 0 for control tokens and ids that no piece has."""
     lengths = np.zeros(vocab_size, np.int32)
     byte_level = any(s["type"] == "ByteLevel" for s in steps(plain.json["pre_tokenizer"]))
     unknown = plain.json["model"].get("unk_token")
     for piece, i in plain.json["model"]["vocab"].items():
-        if piece in control or piece == unknown:
+        if piece in control or piece == unknown or piece.startswith(PLACEHOLDER):
             continue
         if byte_level:
             lengths[i] = len(piece)
