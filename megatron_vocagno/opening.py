@@ -71,7 +71,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps, quiet)
-    distiller = open_distiller(teacher, run, data, processes.device)
+    distiller = open_distiller(teacher, run, data, config.vocab_size, processes.device)
     engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
     scorer = place_teacher(teacher, run, engine, processes)
     stepper = Stepper(Batches(rows, layout, engine.data_rank), scorer, engine, run.guidance, processes)
@@ -127,11 +127,10 @@ def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:
 def _open_student(
     run: Run, data: AlignedDataset, settings: Settings, processes: Processes
 ) -> tuple[PretrainedConfig, PretrainedWeights | None]:
-    vocabulary = data.student_tokenizer.vocab_size
     weights = PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
     source = weights.folder if weights is not None else run.student.config
     assert source is not None
-    config = student_config(source, vocabulary)
+    config = student_config(source, data.student_tokenizer.vocab_size, data.student_tokenizer.rows)
     if weights is not None:
         data.require_tokenizer("student", weights.folder)
     check_row_length(config, run.data.row_length)

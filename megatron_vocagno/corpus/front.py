@@ -5,6 +5,7 @@ They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begi
     tokenizer.json    what its post-processor puts there; `add_bos_token` beside it is not asked
                       a few classes make a post-processor of their own (GPT-NeoX's, CodeLlama's): then transformers is asked
     tokenizer.model   BOS where tokenizer_config.json has `add_bos_token`, else nothing
+    another .model    which transformers does not take: the same; BOS where no tokenizer_config.json lies beside it
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def front_ids(folder: Path) -> tuple[int, ...] | None:
     try:
         raw = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return front_of_sentencepiece(*sentencepiece_names(data, file), file.parent)
+        return front_of_sentencepiece(*sentencepiece_names(data, file), file)
     if not isinstance(raw, dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it is no object")
     return front_of_json(raw, file)
@@ -67,9 +68,12 @@ def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:
     return _ask_transformers(file.parent)
 
 
-def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], folder: Path) -> tuple[int, ...]:
-    """names, ids: of the model's control tokens, see sentencepiece_names."""
-    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], file: Path) -> tuple[int, ...]:
+    """names, ids: of the control tokens of `file`, see sentencepiece_names."""
+    config = file.with_name("tokenizer_config.json")
+    settings = {**read_json(file.with_name("special_tokens_map.json")), **read_json(config)}
+    if file.name not in FILES and not config.is_file():
+        settings |= {"add_bos_token": True}
     bos = settings.get("bos_token", names.get("bos_token"))
     bos = bos.get("content") if isinstance(bos, dict) else bos
     return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()

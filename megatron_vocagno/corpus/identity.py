@@ -1,70 +1,26 @@
 """Whether two tokenizers are the same, and in what they differ; whether one reads texts as its own library does.
 
-A fingerprint is of all that decides ids, bytes and EOS. It leaves out what touches no text: decoder, post-processor, truncation.
+    check_own          a tokenizer against its own library, on the untouched file: before a dataset is made
+    require_tokenizer  a model's folder against a dataset that is to be used with it
+    require_same       one dataset against another
+
+A fingerprint is of all that decides ids, bytes and EOS (`parts_of`). It leaves out what touches no text: decoder, post-processor,
+truncation.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from megatron_vocagno.corpus.encoders import SAMPLE, OwnTokenizer
-from megatron_vocagno.corpus.plain_text import PlainText, plain_text
+from megatron_vocagno.corpus.front import tokenizer_file
+from megatron_vocagno.corpus.manifest import TokenizerMismatch, TokenizerRecord
+from megatron_vocagno.corpus.plain_text import digest, parts_of, plain_text
 from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
-
-if TYPE_CHECKING:
-    from megatron_vocagno.corpus.tokens import Tokenizer
-
-FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")
-
-
-def parts_of(plain: PlainText, eos_id: int, vocab_size: int) -> dict[str, Any]:
-    """What decides ids, bytes and EOS, by name."""
-    model = {k: v for k, v in plain.json["model"].items() if v not in (None, False, "")}
-    # in a file without ordinary added tokens this is what it always was, so that its datasets stay valid
-    ordinary = [[a["id"], *(a.get(flag) for flag in FLAGS)] for a in plain.ordinary]
-    return {
-        "normalizer": plain.json["normalizer"],
-        "pre_tokenizer": plain.json["pre_tokenizer"],
-        "eos": eos_id,
-        "vocab_size": vocab_size,
-        "model": model,
-    } | ({"added_tokens": ordinary} if ordinary else {})
-
-
-def digest(part: Any) -> str:
-    """sha256 of a part, or of all of them."""
-    return hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
-
-
-def _told_apart(tokenizer: Tokenizer) -> dict[str, str]:
-    """Name of a part -> a digest, or what can be shown."""
-    plain = plain_text(orjson.loads(tokenizer.source), set(tokenizer.control))
-    parts = parts_of(plain, tokenizer.eos_id, tokenizer.vocab_size)
-    model = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}
-    shown = {"end-of-text token": str(parts["eos"]), "number of tokens": f"{parts['vocab_size']:,}"}
-    added = parts.get("added_tokens", [])
-    shown |= {"added tokens that are ordinary vocabulary": f"{len(added):,}"}
-    hashed = {"their contents": added, "vocabulary": parts["model"]["vocab"], "merges": parts["model"]["merges"]}
-    hashed |= {"settings of its BPE": model, "normalizer": parts["normalizer"], "pre-tokenizer": parts["pre_tokenizer"]}
-    return shown | {name: f"sha256:{digest(part)}" for name, part in hashed.items()}
-
-
-def what_differs(mine: Tokenizer, theirs: Tokenizer) -> str:
-    """In words, each with both values where these can be shown."""
-    found = []
-    other_parts = _told_apart(theirs)
-    for name, value in _told_apart(mine).items():
-        other = other_parts[name]
-        if value != other:
-            found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other})")
-    if mine.eos_id == theirs.eos_id and mine.eos_token != theirs.eos_token:
-        found.append(f"the end-of-text token's name ({mine.eos_token} and {theirs.eos_token})")
-    return ", ".join(found)
+from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 
 
 def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ()) -> int:
@@ -91,3 +47,82 @@ def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ())
                 f"from token {at} on {shown[0]} here, {shown[1]} by {own.library} on the untouched file"
             )
     return len(compared)
+
+
+def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, folder: Path) -> str | None:
+    """See AlignedDataset.require_tokenizer."""
+    if (note := not_compared(dataset, side, folder)) is not None:
+        return note
+    advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
+    try:
+        model = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface")
+    except TokenizerError as error:
+        raise TokenizerMismatch(
+            f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
+            f"which could not have made them: {error}.\n  {advice.capitalize()}."
+        ) from None
+    if model.fingerprint != made_with.fingerprint:
+        copy, why = _copy(dataset, made_with, side)
+        if why and copy.fingerprint == model.fingerprint:
+            raise TokenizerMismatch(f"{dataset}: {why}: its {side} ids are not those of {folder}. Build the dataset again")
+        raise TokenizerMismatch(
+            f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}. "
+            f"They differ in: {what_differs(copy, model)} ({dataset / 'tokenizers' / side} and {folder}); {advice}"
+        )
+    return None
+
+
+def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
+    """A sentence about a model whose folder has no tokenizer; None where it has one."""
+    if tokenizer_file(folder) is not None:
+        return None
+    return (
+        f"the {side} model {folder} has neither tokenizer.json nor tokenizer.model: whether {dataset} was made with its tokenizer "
+        "is not known"
+    )
+
+
+def require_same(mine: Path, my_record: TokenizerRecord, other: Path, other_record: TokenizerRecord, side: str) -> None:
+    """Raises TokenizerMismatch for two datasets whose fingerprints differ."""
+    (one, why), (another, why_another) = _copy(mine, my_record, side), _copy(other, other_record, side)
+    found = what_differs(one, another) if one.fingerprint != another.fingerprint else why or why_another
+    raise TokenizerMismatch(
+        f"{mine}: its {side} ids were made with another tokenizer than those of {other}. They differ in: {found}; "
+        "build one of them again with the other's tokenizer"
+    )
+
+
+def _copy(dataset: Path, record: TokenizerRecord, side: str) -> tuple[Tokenizer, str]:
+    """The tokenizer that a dataset keeps, and why its ids are not that tokenizer's, where they are not."""
+    copy = open_tokenizer(dataset / "tokenizers" / side, eos_token=record.eos_token, backend="huggingface")
+    if copy.fingerprint == record.fingerprint:
+        return copy, ""
+    added = copy.added
+    shown = ", ".join(map(repr, added[:3]))
+    return copy, f"it was made without the {len(added):,} added tokens of its {side} tokenizer that texts may give ({shown}, …)"
+
+
+def what_differs(mine: Tokenizer, theirs: Tokenizer) -> str:
+    """In words, each with both values where these can be shown."""
+    found = []
+    other_parts = _told_apart(theirs)
+    for name, value in _told_apart(mine).items():
+        other = other_parts[name]
+        if value != other:
+            found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other})")
+    if mine.eos_id == theirs.eos_id and mine.eos_token != theirs.eos_token:
+        found.append(f"the end-of-text token's name ({mine.eos_token} and {theirs.eos_token})")
+    return ", ".join(found)
+
+
+def _told_apart(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name of a part -> a digest, or what can be shown."""
+    plain = plain_text(orjson.loads(tokenizer.source), set(tokenizer.control))
+    parts = parts_of(plain, tokenizer.eos_id, tokenizer.vocab_size)
+    model = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}
+    shown = {"end-of-text token": str(parts["eos"]), "number of tokens": f"{parts['vocab_size']:,}"}
+    added = parts.get("added_tokens", [])
+    shown |= {"added tokens that are ordinary vocabulary": f"{len(added):,}"}
+    hashed = {"their contents": added, "vocabulary": parts["model"]["vocab"], "merges": parts["model"]["merges"]}
+    hashed |= {"settings of its BPE": model, "normalizer": parts["normalizer"], "pre-tokenizer": parts["pre_tokenizer"]}
+    return shown | {name: f"sha256:{digest(part)}" for name, part in hashed.items()}

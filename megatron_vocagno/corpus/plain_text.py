@@ -7,11 +7,13 @@ with their flags and ids.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.sentencepiece_model import FIRST_ONLY, SPACE, TokenizerError
@@ -22,6 +24,7 @@ HARMLESS_NORMALIZERS = ("NFC", "Prepend", "Replace")
 HARMLESS_PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation")
 
 PLACEHOLDER = "\ufdd0"  # no character
+FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")  # of an added token
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,25 @@ def byte_table(plain: PlainText, vocab_size: int, control: set[str]) -> NDArray[
         else:
             lengths[i] = len((piece.replace(SPACE, " ") if plain.marked else piece).encode())
     return lengths
+
+
+def parts_of(plain: PlainText, eos_id: int, vocab_size: int) -> dict[str, Any]:
+    """What decides ids, bytes and EOS, by name."""
+    model = {k: v for k, v in plain.json["model"].items() if v not in (None, False, "")}
+    # in a file without ordinary added tokens this is what it always was, so that its datasets stay valid
+    ordinary = [[a["id"], *(a.get(flag) for flag in FLAGS)] for a in plain.ordinary]
+    return {
+        "normalizer": plain.json["normalizer"],
+        "pre_tokenizer": plain.json["pre_tokenizer"],
+        "eos": eos_id,
+        "vocab_size": vocab_size,
+        "model": model,
+    } | ({"added_tokens": ordinary} if ordinary else {})
+
+
+def digest(part: Any) -> str:
+    """sha256 of a part, or of all of them."""
+    return hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:

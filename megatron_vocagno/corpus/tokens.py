@@ -42,8 +42,7 @@ from megatron_vocagno.corpus.encoders import (
     open_encoder,
 )
 from megatron_vocagno.corpus.front import front_of_json, front_of_sentencepiece, putting_in_front
-from megatron_vocagno.corpus.identity import digest, parts_of
-from megatron_vocagno.corpus.plain_text import PlainText, byte_table, plain_text
+from megatron_vocagno.corpus.plain_text import PlainText, byte_table, digest, parts_of, plain_text
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
 from megatron_vocagno.corpus.tokenizer_files import end_of_text, find_file, names_beside
 
@@ -98,7 +97,7 @@ class Tokenizer:
     fingerprint    sha256 of all that decides ids, bytes and EOS; equal for a tokenizer.json and the model it came from
     prefix         when a space that is not in the text is put before it
     marked, composes  its pieces have U+2581 for a space; it brings a text into NFC
-    samples        texts that have its added tokens in them; the longest has `longest_added` characters
+    added          its added tokens that a text may give; `samples` are texts that have them
     original       the file that it was read from, `source` its tokenizer.json
     encoder        gives the ids; `not_fast` says why that is not gigatoken, where it is not
     """
@@ -116,8 +115,8 @@ class Tokenizer:
     composes: bool
     names: dict[str, str] = field(repr=False)
     control: frozenset[str] = field(repr=False)
+    added: tuple[str, ...] = field(repr=False)
     samples: tuple[str, ...] = field(repr=False)
-    longest_added: int
     original: bytes = field(repr=False)
     source: bytes = field(repr=False)
     encoder: Encoder = field(repr=False)
@@ -162,6 +161,11 @@ class Tokenizer:
         table = self.byte_lengths.astype(np.uint16)
         table[self.unsure] = 0
         return table
+
+    @cached_property
+    def longest_added(self) -> int:
+        """Characters of the longest added token that a text may give; 0 without any."""
+        return max(map(len, self.added), default=0)
 
     @property
     def _spaces(self) -> tuple[str, ...]:
@@ -218,7 +222,7 @@ def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token:
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'")
     try:
-        front = front_of_sentencepiece(names, raw["model"]["vocab"], file.parent) if from_model else front_of_json(raw, file)
+        front = front_of_sentencepiece(names, raw["model"]["vocab"], file) if from_model else front_of_json(raw, file)
         return _build(raw, original, names | names_beside(file.parent, raw), front, file.parent, eos_token, backend)
     except (TokenizerError, EncoderError) as error:
         raise TokenizerError(f"{file}: {error}") from None
@@ -269,7 +273,7 @@ def _build(
         names={k: v for k, v in names.items() if v in ids},
         control=frozenset(control),
         samples=samples,
-        longest_added=max(map(len, contents), default=0),
+        added=tuple(contents),
         original=original,
         source=_source(raw, original, front),
         encoder=encoder,

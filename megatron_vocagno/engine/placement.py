@@ -36,9 +36,9 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     opened = partial(open_teacher, path, dtype, processes.device, asked.attention, weights=asked.weights)
     # a sharded teacher is loaded by all ranks together anyway
     teacher = open_sharded(dtype, opened) if asked.placement == "zero3" else together(opened, ModelError)
-    if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
+    if teacher.vocab_size < data.teacher_tokenizer.rows:
         raise RunError(
-            f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
+            f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.rows:,} tokens, "
             f"the teacher {path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
         )
     return teacher

@@ -140,7 +140,8 @@ def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -
     if given is not None:
         return _supported(given_config(given, "--student-config"), "student")
     if run.student.config is not None:
-        return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
+        own = datasets[0].student_tokenizer if datasets else None
+        return student_config(run.student.config, own.vocab_size if own else None, own.rows if own else None)
     assert run.student.pretrained is not None
     return _supported(read_config(run.student.pretrained, "student"), "student")
 
