@@ -14,9 +14,10 @@ from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.identity import not_compared
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.build import build_engine, check_precision
-from megatron_vocagno.engine.cached import training_rows
+from megatron_vocagno.engine.cached import is_cached, training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.manifest import Position
@@ -33,6 +34,7 @@ from megatron_vocagno.evaluation import HeldOut
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights
+from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.step import Stepper
 from megatron_vocagno.stopping import Stopper
@@ -84,6 +86,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     if samples is not None:
         samples.begin(position.step, monitor.say)
     lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
+    lines += _not_compared(run, data)
     for line in (*lines, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     paths = [source.path for source in run.data.train]
@@ -138,6 +141,14 @@ def _open_student(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
     return config, weights
+
+
+def _not_compared(run: Run, data: AlignedDataset) -> Iterator[str]:
+    """A line for each model that has no tokenizer of its own: whether the data suit it was not checked."""
+    in_memory = run.guidance.needs_teacher and not is_cached(run)
+    for side, path in (("student", run.student.pretrained), ("teacher", run.teacher[0].path if in_memory else None)):
+        if path is not None and (note := not_compared(data.path, side, teacher_folder(path))) is not None:
+            yield f"note: {note}"
 
 
 def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:

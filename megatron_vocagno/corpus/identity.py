@@ -77,8 +77,8 @@ def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
     if tokenizer_file(folder) is not None:
         return None
     return (
-        f"the {side} model {folder} has neither tokenizer.json nor tokenizer.model: whether {dataset} was made with its tokenizer "
-        "is not known"
+        f"the {side} model {folder} has neither tokenizer.json nor tokenizer.model: whether {dataset} was made with its "
+        "tokenizer is not known"
     )
 
 
