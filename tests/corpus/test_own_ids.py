@@ -147,7 +147,8 @@ def test_bytes_are_those_of_the_text_or_unknown(kind: str, tmp_path: Path) -> No
         for i, piece in zip(tokens.ids.tolist(), tokens.pieces(text), strict=True):
             read = piece.replace("▁".encode(), b" ") if tokenizer.marked else piece
             candidates = [c.replace("▁".encode(), b" ") if tokenizer.marked else c for c in spelt[i]]
-            assert any(read == c or read.strip(b" ") == c.strip(b" ") for c in candidates), (text, i, piece, candidates)
+            candidates += [c[1:] for c in candidates if c.startswith(b" ")]  # the prefix
+            assert any(read == c or read.strip() == c.strip() != b"" for c in candidates), (text, i, piece, candidates)
         placed += 1
     assert placed > 750
 
@@ -201,12 +202,13 @@ def test_a_sentencepiece_model_with_symbols_of_its_user_gives_sentencepieces_ids
 def test_a_difference_from_the_own_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
     tokenizer = opened(KINDS["runs of spaces"], tmp_path, "huggingface")
     other = json.loads(tokenizer.original)
-    other["model"]["merges"] = other["model"]["merges"][:-1]
+    other["model"]["merges"].remove(["t", "h"])
     object.__setattr__(tokenizer, "original", json.dumps(other).encode())
-    with pytest.raises(
-        TokenizerError, match=re.escape("'one<br>two'…: from token 3 on ['<br>', 't', 'w', 'o'] here, ['<br', '>'")
-    ):
-        check_own(tokenizer, "models/mine", ["one<br>two"])
+    told = (
+        r"models/mine: its texts would be read in another way than its own tokenizer reads them\. .*: from token \d+ on \['th', "
+    )
+    with pytest.raises(TokenizerError, match=told + r".* here, \['t', 'h', .* by tokenizers on the untouched file"):
+        check_own(tokenizer, "models/mine")
 
 
 # ---- what drops text
