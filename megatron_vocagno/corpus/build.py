@@ -82,8 +82,7 @@ def build(
         _refuse_foreign(out)
     with reaching(out), locked(out, part):
         try:
-            made = plan(inputs, settings, shard_bytes, max_documents)
-            _check_tokenizers(made, settings)
+            made = _checked(plan(inputs, settings, shard_bytes, max_documents), settings)
             settings = _without_doubt(out, settings, on_note)
             trusted = _settle(out, made, force, part)
 
@@ -115,8 +114,8 @@ def build(
     return out
 
 
-def _check_tokenizers(made: Plan, settings: Settings) -> None:
-    """Raises TokenizerError: one of them would be read in another way than its own library reads it."""
+def _checked(made: Plan, settings: Settings) -> Plan:
+    """The plan. Raises TokenizerError: a tokenizer would be read in another way than its own library reads it."""
     first = made.shards[0][0] if made.shards else None
     texts: list[str] = []
     if first is not None:
@@ -127,6 +126,7 @@ def _check_tokenizers(made: Plan, settings: Settings) -> None:
                 texts.append(unicodedata.normalize("NFC", text) if settings.nfc else text)
     for name, tokenizer in zip((settings.student, settings.teacher), settings.tokenizers, strict=True):
         check_own(tokenizer, name, texts)
+    return made
 
 
 def _without_doubt(out: Place, settings: Settings, on_note: Callable[[str], object]) -> Settings:

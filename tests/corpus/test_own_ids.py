@@ -256,7 +256,7 @@ def test_a_split_that_drops_text_is_refused(pattern: dict[str, str], invert: boo
             byte_level([], normalizer={"type": "Prepend", "prepend": "▁"}),
             "its normalizer puts '▁' before a text, and not one space",
         ),
-        (byte_level([], normalizer=REPLACE), "it marks spaces with U+2581 and cuts into bytes"),
+        (byte_level([], normalizer=REPLACE), "cuts into bytes: its pieces do not tell how many bytes a space has"),
         (
             spaced([], None, {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never"}),
             "its pre-tokenizer Metaspace writes '_' for a space, not U+2581",

@@ -143,8 +143,8 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(raw))
     with told(
         "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges "
-        "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was built "
-        "for",
+        "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was "
+        "built for",
         DATA=data.path,
         MODEL=model,
     ):
@@ -154,8 +154,8 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     shutil.copytree(other.path / "tokenizers" / "teacher", other.path / "tokenizers" / "student")
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(
-        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: end-of-text token (0 and "
-        "2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; build one "
+        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: end-of-text token "
+        "(0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; build one "
         "of them again with the other's tokenizer",
         TMP=tmp_path,
         DATA=data.path,
