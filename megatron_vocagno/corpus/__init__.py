@@ -10,7 +10,10 @@ In the order in which data passes. What is read:
 What is made of a text:
 
 - `tokens`       a text -> `Tokens`: ids and the UTF-8 byte at which each token ends
+- `plain_text`   a tokenizer.json -> how it reads a text, without its control tokens
 - `encoders`     the libraries that give the ids; `sentencepiece_model`  a SentencePiece model -> tokenizer.json
+- `tokenizer_files`  which files a tokenizer has, and which token ends a document
+- `identity`     whether two tokenizers are one, and whether one reads texts as its own library does
 - `front`        the ids that a model's tokenizer puts in front of a text: BOS
 - `spans`        two `Tokens` of one text -> `Spans`: the teacher tokens that cover each student token; the one-byte codec
 - `alignment`    `align`: one text and two tokenizers -> both sides' tokens and the spans, printable

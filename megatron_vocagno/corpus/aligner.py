@@ -17,11 +17,16 @@ from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, WIDEST
+from megatron_vocagno.corpus.tokens import UNSURE
 
 
 @dataclass(frozen=True)
 class Side:
-    """One tokenization of a batch. prefix: uint8 [D], spaces that were put before each text; byte_lengths: uint16 [V]."""
+    """One tokenization of a batch.
+
+    prefix        uint8 [D], spaces that were put before each text; or UNSURE, and the text is not good
+    byte_lengths  uint16 [V]; a text with a token of 0 bytes is not good
+    """
 
     tokens: Ragged
     prefix: NDArray[np.uint8]
@@ -161,6 +166,7 @@ def _tiles(side: Side, n_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
     lengths, starts = side.byte_lengths[side.tokens.ids].astype(np.int64), side.tokens.bounds[:-1]
     some = side.tokens.lengths > 0
     lengths[starts[some]] -= side.prefix[some]
+    some = some & (side.prefix != UNSURE)
     held = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])[side.tokens.bounds]
     empty = lengths <= 0
     empty[starts[some]] &= ~((lengths[starts[some]] == 0) & (side.prefix[some] > 0))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, WIDEST
+from megatron_vocagno.corpus.tokens import UNSURE
 
 
 def walk(*arguments: Any) -> NDArray[np.int64]:
@@ -28,7 +29,7 @@ _compiled: Any = None
 
 def _text(
     s_ids: Any,  # uint32 [S], all below len(s_bytes)
-    s_prefix: Any,  # uint8: bytes of a dummy prefix, which the text does not have
+    s_prefix: Any,  # uint8: bytes of a dummy prefix, which the text does not have; or UNSURE
     s_bytes: Any,  # uint16 [V]
     t_ids: Any,  # uint32 [U]
     t_prefix: Any,
@@ -44,7 +45,7 @@ def _text(
 ) -> Any:
     """One text: codes, anchors and escapes written, tokens covered whole; -1 for each where the bytes do not add up."""
     bad = (-1, -1, -1, -1)
-    if len(s_ids) == 0 or len(t_ids) == 0:
+    if len(s_ids) == 0 or len(t_ids) == 0 or s_prefix == UNSURE or t_prefix == UNSURE:
         return bad
     t = 1 if t_bytes[t_ids[0]] == t_prefix > 0 and len(t_ids) > 1 else 0  # 1: the teacher's dummy prefix stands alone
     t_end = np.int64(t_bytes[t_ids[t]]) - (0 if t else t_prefix)

@@ -13,17 +13,20 @@ import fcntl
 import re
 import shutil
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.corpus.documents import read
 from megatron_vocagno.corpus.encoders import EncoderMismatch
+from megatron_vocagno.corpus.identity import check_own
 from megatron_vocagno.corpus.losses import gather
 from megatron_vocagno.corpus.manifest import (
     BUILD,
@@ -43,6 +46,7 @@ from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_proces
 from megatron_vocagno.files import remove_leftovers
 from megatron_vocagno.locks import local_option, try_lock
 
+FIRST_DOCUMENTS, FIRST_CHARACTERS = 16, 4096  # whose tokens are compared with those of the tokenizers' own libraries
 BYTES_A_TEXT_BYTE = 2.2  # on the disk: 0.32 tokens a byte of student ids and codes (3 bytes), 0.27 of teacher ids (4)
 
 PLAN = f"{BUILD}/plan.json"
@@ -95,7 +99,7 @@ def build(
         _refuse_foreign(out)
     with reaching(out), locked(out, part) as alone:
         try:
-            made = plan(inputs, settings, shard_bytes, max_documents)
+            made = _checked(plan(inputs, settings, shard_bytes, max_documents), settings)
             settings = _without_doubt(out, settings, on_note)
             trusted = _settle(out, made, force, part)
 
@@ -125,6 +129,21 @@ def build(
             if part is None:
                 _tidy(out, alone)
     return out
+
+
+def _checked(made: Plan, settings: Settings) -> Plan:
+    """The plan. Raises TokenizerError: a tokenizer would be read in another way than its own library reads it."""
+    first = made.shards[0][0] if made.shards else None
+    texts: list[str] = []
+    if first is not None:
+        # a record that cannot be read is its shard's to tell
+        with suppress(CorpusError, OSError):
+            for document in islice(read(first, settings.text_key, settings.id_key, lambda data: None), FIRST_DOCUMENTS):
+                text = (document.text or "")[:FIRST_CHARACTERS]
+                texts.append(unicodedata.normalize("NFC", text) if settings.nfc else text)
+    for name, tokenizer in zip((settings.student, settings.teacher), settings.tokenizers, strict=True):
+        check_own(tokenizer, name, texts)
+    return made
 
 
 def _without_doubt(out: Place, settings: Settings, on_note: Callable[[str], object]) -> Settings:

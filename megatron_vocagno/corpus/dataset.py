@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.decoding import Decoder
+from megatron_vocagno.corpus.identity import require_same, require_tokenizer
 from megatron_vocagno.corpus.indexed import THREADS, PairReader
 from megatron_vocagno.corpus.losses import LOSS
 from megatron_vocagno.corpus.manifest import (
@@ -45,7 +46,6 @@ from megatron_vocagno.corpus.manifest import (
     Scoring,
     ShardRecord,
     TeacherLosses,
-    TokenizerMismatch,
     Totals,
     check_size,
     make_folder,
@@ -60,10 +60,16 @@ from megatron_vocagno.corpus.verify import verify
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a dataset knows of a tokenizer. path: the folder with its tokenizer.json."""
+    """What a dataset knows of a tokenizer.
+
+    vocab_size  highest id + 1, control tokens that no text gives included
+    rows        that an embedding must have for it: 1 + the highest id that a text gives, or EOS
+    path        the folder with its tokenizer.json
+    """
 
     fingerprint: str
     vocab_size: int
+    rows: int
     eos_id: int
     eos_token: str
     path: Path
@@ -110,8 +116,9 @@ class AlignedDataset:
                 if mine != students:
                     raise DatasetError(f"{pair.prefixes[k]}.idx and {student[k]}.idx differ in their number of documents")
         self.student_lengths, self.teacher_lengths = self._student.lengths, self._teacher.lengths
-        self.student_tokenizer, self.teacher_tokenizer = self._tokenizer("student"), self._tokenizer("teacher")
         self.student_byte_lengths, self.teacher_byte_lengths = self._byte_lengths("student"), self._byte_lengths("teacher")
+        self.student_tokenizer = self._tokenizer("student", self.student_byte_lengths)
+        self.teacher_tokenizer = self._tokenizer("teacher", self.teacher_byte_lengths)
 
     @classmethod
     def open(cls, path: str | Place) -> AlignedDataset:
@@ -208,41 +215,21 @@ class AlignedDataset:
         n = -(-int(self.student_lengths[i]) // ANCHOR_EVERY)
         return EncodedSpans(self._codes.read(i), side[:n], side[n:].reshape(-1, 2))
 
-    def require_tokenizer(self, side: Literal["student", "teacher"], folder: Path) -> None:
-        """Refuse a model, of that side, whose own tokenizer did not make the ids. A folder may come without a tokenizer.
+    def require_tokenizer(self, side: Literal["student", "teacher"], folder: Path) -> str | None:
+        """Refuse a model, of that side, whose own tokenizer did not make the ids.
 
-        Raises TokenizerMismatch with both fingerprints.
+        Returns None; or, where the folder has no tokenizer to compare with, a sentence that says so.
+
+        Raises TokenizerMismatch with both paths and what differs.
         """
-        # here: to read a dataset takes neither
-        from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
-        from megatron_vocagno.corpus.tokens import open_tokenizer
-
-        if not (folder / "tokenizer.json").is_file():
-            return
-        made_with = self.manifest.tokenizer(side)
-        advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
-        try:
-            mine = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface").fingerprint
-        except TokenizerError as error:
-            raise TokenizerMismatch(
-                f"{self.path}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
-                f"which could not have made them: {error}.\n  {advice.capitalize()}."
-            ) from None
-        if mine != made_with.fingerprint:
-            raise TokenizerMismatch(
-                f"{self.path}: its {side} ids were made with tokenizer {made_with.fingerprint}, "
-                f"the {side} model's is {mine}: {advice}"
-            )
+        return require_tokenizer(self.path, self.manifest.tokenizer(side), side, folder)
 
     def require_tokenizers_of(self, other: AlignedDataset) -> None:
-        """Raises TokenizerMismatch with both paths and fingerprints, unless both datasets were made with the same."""
+        """Raises TokenizerMismatch with both paths and what differs, unless both datasets were made with the same."""
         for side in ("student", "teacher"):
-            mine, theirs = (ds.manifest.tokenizer(side).fingerprint for ds in (self, other))
-            if mine != theirs:
-                raise TokenizerMismatch(
-                    f"{self.path}: its {side} ids were made with tokenizer {mine}, those of {other.path} with {theirs}: "
-                    "build one of them again with the other's tokenizer"
-                )
+            mine, theirs = (ds.manifest.tokenizer(side) for ds in (self, other))
+            if mine.fingerprint != theirs.fingerprint:
+                require_same(self.path, mine, other.path, theirs, side)
 
     def verify(self, on_shard: Callable[[ShardRecord], object] = lambda shard: None) -> None:
         """Reads everything: hashes, ids, EOS, spans against lengths, and what lies there besides.
@@ -257,9 +244,10 @@ class AlignedDataset:
         tables = {"student": self.student_byte_lengths, "teacher": self.teacher_byte_lengths}
         return {side: Decoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()}
 
-    def _tokenizer(self, side: str) -> TokenizerInfo:
+    def _tokenizer(self, side: str, byte_lengths: NDArray[np.int32]) -> TokenizerInfo:
         r = self.manifest.tokenizer(side)
-        return TokenizerInfo(r.fingerprint, r.vocab_size, r.eos_id, r.eos_token, self.path / "tokenizers" / side)
+        rows = 1 + max(int(np.flatnonzero(byte_lengths).max(initial=0)), r.eos_id)
+        return TokenizerInfo(r.fingerprint, r.vocab_size, rows, r.eos_id, r.eos_token, self.path / "tokenizers" / side)
 
     def _byte_lengths(self, side: str) -> NDArray[np.int32]:
         file = self.path / "tokenizers" / side / "byte_lengths.npy"

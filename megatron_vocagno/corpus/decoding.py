@@ -1,7 +1,8 @@
 """Token ids -> text, by the bytes of each token.
 
-A piece of a tokenizer.json is written in one of four ways, and the number of its bytes says in which: as it stands; one
-character of GPT-2's byte alphabet a byte; `<0xNN>` for one byte; or with U+2581 for each space.
+A piece of a tokenizer.json is written in one of five ways, and the number of its bytes says in which: as it stands; one
+character of GPT-2's byte alphabet a byte; `<0xNN>` for one byte; with U+2581 for each space; or, an added token that is
+normalised, without the space that its normalizer puts before it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.manifest import DatasetError
+from megatron_vocagno.corpus.plain_text import plain_text
 from megatron_vocagno.corpus.sentencepiece_model import SPACE
-from megatron_vocagno.corpus.tokens import plain_text_encoder
 
 
 @dataclass(frozen=True)
@@ -35,17 +36,23 @@ class Decoder:
     def of(cls, file: Path, byte_lengths: NDArray[np.int32]) -> Decoder:
         """file: a tokenizer.json; byte_lengths: int32 [vocabulary], bytes of each id. Raises DatasetError: see token_bytes."""
         raw = orjson.loads(file.read_bytes())
-        prefix, _ = plain_text_encoder(raw, set())
-        return cls(token_bytes(file, raw["model"]["vocab"], byte_lengths), prefix)
+        return cls(token_bytes(file, pieces_of(raw), byte_lengths), plain_text(raw, set()).prefix)
 
     def text(self, ids: NDArray[np.int32]) -> str:
         """The text of a document's tokens [N]; "" where there are none.
 
         It is the text that was tokenized, to the byte, except that a space at its start is missing where the prefix is
-        "unless_space", and U+2581 reads as a space where the pieces write spaces so.
+        "unless_space", and U+2581 reads as a space where the pieces write spaces so. Where an added token cuts a text and a
+        prefix is put before what follows, that space is in it too.
         """
         data = b"".join([self.bytes[i] for i in ids.tolist()])
         return (data if self.prefix == "never" else data.removeprefix(b" ")).decode()
+
+
+def pieces_of(raw: Mapping[str, Any]) -> dict[str, int]:
+    """Piece -> id, of a tokenizer.json, its added tokens included."""
+    pieces: dict[str, int] = raw["model"]["vocab"]
+    return {token["content"]: token["id"] for token in raw.get("added_tokens") or []} | pieces
 
 
 def token_bytes(file: Path, pieces: Mapping[str, int], byte_lengths: NDArray[np.int32]) -> list[bytes]:
@@ -74,7 +81,8 @@ def _text_of(piece: str, n_bytes: int) -> bytes:
         return bytes(BYTE_OF[character] for character in piece)
     if n_bytes == 1 and piece.startswith("<0x"):
         return bytes.fromhex(piece[3:5])
-    return piece.replace(SPACE, " ").encode()
+    spaced = piece.replace(SPACE, " ").encode()
+    return spaced if len(spaced) == n_bytes else b" " + spaced
 
 
 def _byte_alphabet() -> dict[str, int]:

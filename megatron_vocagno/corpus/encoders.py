@@ -100,17 +100,62 @@ class HuggingFaceEncoder:
         offsets: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return offsets
 
+    def id_of(self, token: str) -> int:
+        """Of a piece or an added token, which it has."""
+        found: int | None = self.tokenizer.token_to_id(token)
+        assert found is not None, token
+        return found
+
+    def normalised(self, text: str) -> str:
+        """The text as its model sees it."""
+        normalizer = self.tokenizer.normalizer
+        return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+class OwnTokenizer:
+    """A tokenizer as its own library reads the untouched file: tokenizers for a tokenizer.json, else sentencepiece."""
+
+    def __init__(self, file: bytes) -> None:
+        """file: the content. Raises EncoderError."""
+        if file.lstrip()[:1] == b"{":
+            self.library = "tokenizers"
+            self.tokenizer: Any = HuggingFaceEncoder(file).tokenizer
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            if getattr(self.tokenizer.model, "dropout", None):
+                self.tokenizer.model.dropout = None  # it is for training alone
+        else:
+            import sentencepiece
+
+            self.library = "sentencepiece"
+            self.tokenizer = sentencepiece.SentencePieceProcessor(model_proto=file)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """[D] ids of each text, without BOS or EOS."""
+        if self.library == "sentencepiece":
+            ids: list[list[int]] = self.tokenizer.encode(list(texts))
+            return ids
+        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def piece(self, i: int) -> str:
+        """The name of a token."""
+        return str(self.tokenizer.id_to_piece(i) if self.library == "sentencepiece" else self.tokenizer.id_to_token(i))
+
 
 class GigatokenEncoder:
     """gigatoken's ids."""
 
     name = "gigatoken"
 
-    def __init__(self, plain: bytes, reference: HuggingFaceEncoder) -> None:
-        """Raises EncoderError where gigatoken cannot read the tokenizer, EncoderMismatch where its ids are others."""
+    def __init__(self, plain: bytes, reference: HuggingFaceEncoder, samples: Sequence[str] = ()) -> None:
+        """samples: texts to compare besides SAMPLE.
+
+        Raises EncoderError where gigatoken cannot read the tokenizer, EncoderMismatch where its ids are others.
+        """
         self.plain, self.reference = plain, reference
         self.tokenizer = self._open()
-        self.encode(SAMPLE, check=range(len(SAMPLE)))
+        texts = [*SAMPLE, *samples]
+        self.encode(texts, check=range(len(texts)))
 
     def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
         """Raises EncoderMismatch: a text of `check` whose ids are not Hugging Face's."""
@@ -122,10 +167,10 @@ class GigatokenEncoder:
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         ids: NDArray[np.uint32] = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
         found = Ragged(ids, offsets - offsets[0])
-        for text in check:
-            expected = self.reference.encode([texts[text]]).ids
-            if not np.array_equal(found[text], expected):
-                raise EncoderMismatch(_first_difference(texts[text], found[text], expected))
+        expected = self.reference.encode([texts[text] for text in check])
+        for i, text in enumerate(check):
+            if not np.array_equal(found[text], expected[i]):
+                raise EncoderMismatch(_first_difference(texts[text], found[text], expected[i]))
         return found
 
     def _open(self) -> Any:
@@ -155,8 +200,10 @@ def around_a_text(post_processor: Mapping[str, Any] | None) -> tuple[tuple[int, 
     return tuple(ids[:at]), tuple(ids[at + 1 :])
 
 
-def open_encoder(plain: bytes, backend: Backend) -> tuple[Encoder, HuggingFaceEncoder, str]:
+def open_encoder(plain: bytes, backend: Backend, samples: Sequence[str] = ()) -> tuple[Encoder, HuggingFaceEncoder, str]:
     """The encoder, the reference, and why the encoder is not gigatoken's ("" where it is, or was not asked for).
+
+    samples: texts that are compared when gigatoken is opened, besides SAMPLE.
 
     Raises EncoderError: no backend reads it, or the one that was asked for does not; then EncoderMismatch too.
     """
@@ -168,7 +215,7 @@ def open_encoder(plain: bytes, backend: Backend) -> tuple[Encoder, HuggingFaceEn
             raise EncoderError("gigatoken is not installed: pip install 'megatron-vocagno[fast]'")
         return reference, reference, "gigatoken is not installed"
     try:
-        return GigatokenEncoder(plain, reference), reference, ""
+        return GigatokenEncoder(plain, reference, samples), reference, ""
     except (EncoderError, EncoderMismatch) as error:
         if backend == "gigatoken":
             raise

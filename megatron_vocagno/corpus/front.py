@@ -5,11 +5,12 @@ They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begi
     tokenizer.json    what its post-processor puts there; `add_bos_token` beside it is not asked
                       a few classes make a post-processor of their own (GPT-NeoX's, CodeLlama's): then transformers is asked
     tokenizer.model   BOS where tokenizer_config.json has `add_bos_token`, else nothing
+    another .model    which transformers does not take: the same; BOS where no tokenizer_config.json lies beside it
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def front_ids(folder: Path) -> tuple[int, ...] | None:
     try:
         raw = orjson.loads(data)
     except orjson.JSONDecodeError:
-        return front_of_sentencepiece(*sentencepiece_names(data, file), file.parent)
+        return front_of_sentencepiece(*sentencepiece_names(data, file), file)
     if not isinstance(raw, dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it is no object")
     return front_of_json(raw, file)
@@ -67,12 +68,26 @@ def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:
     return _ask_transformers(file.parent)
 
 
-def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], folder: Path) -> tuple[int, ...]:
-    """names, ids: of the model's control tokens, see sentencepiece_names."""
-    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / "tokenizer_config.json")}
+def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], file: Path) -> tuple[int, ...]:
+    """names, ids: of the control tokens of `file`, see sentencepiece_names."""
+    config = file.with_name("tokenizer_config.json")
+    settings = {**read_json(file.with_name("special_tokens_map.json")), **read_json(config)}
+    if file.name not in FILES and not config.is_file():
+        settings |= {"add_bos_token": True}
     bos = settings.get("bos_token", names.get("bos_token"))
     bos = bos.get("content") if isinstance(bos, dict) else bos
     return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()
+
+
+def putting_in_front(tokens: Sequence[tuple[str, int]]) -> dict[str, Any] | None:
+    """The post-processor of a tokenizer.json that puts tokens, (name, id), before a text; None where there are none."""
+    if not tokens:
+        return None
+    first, second = ([{"SpecialToken": {"id": name, "type_id": i}} for name, _ in tokens] for i in (0, 1))
+    single = [*first, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, *second, {"Sequence": {"id": "B", "type_id": 1}}]
+    named = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in tokens}
+    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": named}
 
 
 def _ask_transformers(folder: Path) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from megatron_vocagno.corpus.tokens import SPENT, Tokenizer
 
 PART = 1 << 20  # characters
 REACH = 1 << 16  # characters before the end of a part, within which a place to cut is sought
-AROUND = 128  # characters on each side that are tokenized to see whether a place is good
+AROUND = 128  # characters on each side, or more, that are tokenized to see whether a place is good
 TRIES = 64  # places looked at
 
 # between words; at a line end; between a letter and a punctuation mark, for scripts without spaces
@@ -58,7 +58,7 @@ def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) 
     for part in parts(text, (student, teacher)):
         part = unicodedata.normalize("NFC", part) if nfc else part
         n_bytes, first = len(part.encode()), done.student == 0
-        s, t = _side(student, part, first), _side(teacher, part, first)
+        s, t = _side(student, part, first, nfc), _side(teacher, part, first, nfc)
         aligned = align_texts(s, t, np.array([n_bytes]), done)
         by_offsets = not aligned.good[0]
         if by_offsets:
@@ -69,11 +69,11 @@ def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) 
         done = Part(done.student + len(s.tokens.ids), done.teacher + len(t.tokens.ids), ends=False)
 
 
-def _side(tokenizer: Tokenizer, part: str, first: bool) -> Side:
-    if first:
-        return Side(tokenizer.encoder.encode([part]), tokenizer.prefixes([part]), tokenizer.short_byte_lengths)
-    ids = tokenizer.encode_continuation(part, tokenizer.encoder)
-    return Side(Ragged(ids, np.array([0, len(ids)])), np.zeros(1, np.uint8), tokenizer.short_byte_lengths)
+def _side(tokenizer: Tokenizer, part: str, first: bool, nfc: bool) -> Side:
+    encoder = tokenizer.encoder
+    ids = encoder.encode([part]).ids if first else tokenizer.encode_continuation(part, encoder)
+    tokens = Ragged(ids, np.array([0, len(ids)]))
+    return Side(tokens, tokenizer.prefixes([part], nfc, first), tokenizer.short_byte_lengths)
 
 
 def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
@@ -105,7 +105,8 @@ def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
 
 def _is_boundary(text: str, place: int, tokenizer: Tokenizer) -> bool:
     """By Hugging Face's tokenizers, which take less than gigatoken to begin."""
-    left, right = text[place - AROUND : place], text[place : place + AROUND]
+    around = max(AROUND, 4 * tokenizer.longest_added)
+    left, right = text[max(place - around, 0) : place], text[place : place + around]
     encoder = tokenizer.reference
     whole = encoder.encode([left + right]).ids
     halves = np.concatenate([encoder.encode([left]).ids, tokenizer.encode_continuation(right, encoder)])

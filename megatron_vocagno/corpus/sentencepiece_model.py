@@ -1,13 +1,21 @@
-"""A SentencePiece BPE model -> the tokenizer.json that gives the same ids."""
+"""A SentencePiece BPE model -> the tokenizer.json that gives the same ids.
+
+A symbol of the user's (USER_DEFINED: Gemma's runs of line ends, HTML tags) is one token wherever the normalised text has it.
+It becomes an added token that is no control token. `Prepend` would put a space before each part of a text that follows one;
+SentencePiece puts one before the text alone. So the step of such a model is a Replace of `\\A`, where a text begins. It spares
+a text that is nothing but a symbol, since the added tokens go through it as well.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from megatron_vocagno.corpus import CorpusError
 
 SPACE = "\u2581"  # SentencePiece's visible space
+FIRST_ONLY = r"\A(?!"  # how the step begins that puts a space before a text and before nothing else
 
 
 class TokenizerError(CorpusError):
@@ -23,21 +31,21 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
     _check(proto, file)
     trainer, spec, pieces = proto.trainer_spec, proto.normalizer_spec, proto.pieces
     normal, unknown, control, user_defined = 1, 2, 3, 4
-    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []
+    steps = _prefix([p.piece for p in pieces if p.type == user_defined]) if spec.add_dummy_prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
     raw = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": p.piece, **flags, "special": p.type != user_defined}
+            {"id": i, "content": p.piece, **flags, "normalized": p.type == user_defined, "special": p.type != user_defined}
             for i, p in enumerate(pieces)
             if p.type in (unknown, control, user_defined)
         ],
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
-        "post_processor": _bos_first(pieces[trainer.bos_id].piece, trainer.bos_id) if trainer.bos_id >= 0 else None,
+        "post_processor": None,
         "decoder": {
             "type": "Sequence",
             "decoders": [
@@ -98,6 +106,13 @@ def _check(proto: Any, file: Path) -> None:
             raise TokenizerError(f"{file}: {reason}")
 
 
+def _prefix(symbols: list[str]) -> list[dict[str, Any]]:
+    if not symbols:
+        return [{"type": "Prepend", "prepend": SPACE}]
+    alone = "|".join(re.escape(symbol) for symbol in symbols)
+    return [{"type": "Replace", "pattern": {"Regex": rf"{FIRST_ONLY}(?:{alone})\z)"}, "content": SPACE}]
+
+
 def _merges(scores: dict[str, float]) -> list[list[str]]:
     """All pairs that make a piece, in the order in which BPE must apply them.
 
@@ -110,10 +125,3 @@ def _merges(scores: dict[str, float]) -> list[list[str]]:
         merges += [(score, left, right) for left, right in cuts if left in scores and right in scores]
     merges.sort(key=lambda m: (m[0], len(m[1]), len(m[2])), reverse=True)
     return [[left, right] for _, left, right in merges]
-
-
-def _bos_first(bos: str, bos_id: int) -> dict[str, Any]:
-    single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
-    pair = [*single, {"SpecialToken": {"id": bos, "type_id": 1}}, {"Sequence": {"id": "B", "type_id": 1}}]
-    special = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}}
-    return {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": special}

@@ -120,8 +120,7 @@ class ShardWriter:
         texts = [t.text for t in batch]
         n_bytes = np.array([t.n_bytes for t in batch], np.int64)
         check = [i for i, t in enumerate(batch) if t.number % CHECK_EVERY == 0]
-        student = _side(self.student, self.student.encoder.encode(texts, check), texts)
-        teacher = _side(self.teacher, self.teacher.encoder.encode(texts, check), texts)
+        student, teacher = (self._side(side, side.encoder.encode(texts, check), texts) for side in (self.student, self.teacher))
         aligned = align_texts(student, teacher, n_bytes)
         if aligned.good.all():
             self._put(batch, student.tokens, teacher.tokens, aligned)
@@ -133,6 +132,9 @@ class ShardWriter:
             else:
                 for text in batch[start:stop]:
                     self._add_by_offsets(text)
+
+    def _side(self, tokenizer: Tokenizer, tokens: Ragged, texts: list[str]) -> Side:
+        return Side(tokens, tokenizer.prefixes(texts, self.nfc), tokenizer.short_byte_lengths)
 
     def _put(self, batch: list[Text], student: Ragged, teacher: Ragged, aligned: AlignedTexts) -> None:
         s_lengths, t_lengths = student.lengths + 1, teacher.lengths + 1
@@ -242,7 +244,3 @@ def runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
     """[start, stop) of each stretch of equal flags."""
     changes = np.flatnonzero(np.diff(flags)) + 1
     return pairwise([0, *changes.tolist(), len(flags)])
-
-
-def _side(tokenizer: Tokenizer, tokens: Ragged, texts: list[str]) -> Side:
-    return Side(tokens, tokenizer.prefixes(texts), tokenizer.short_byte_lengths)

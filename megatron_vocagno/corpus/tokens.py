@@ -1,23 +1,28 @@
 """A text -> token ids and the byte at which each token ends.
 
 `open_tokenizer(path)` reads a Hugging Face `tokenizer.json` or a SentencePiece BPE model. Both kinds of BPE in use keep
-every byte of the text, so one table of byte lengths and one cumulative sum give exact ends; the tokenizer's own offsets,
-which are in characters and overlap where a character is cut, are asked only when the sum does not add up:
+every byte of the text, so one table of byte lengths and one cumulative sum give exact ends:
 
 | kind | bytes of a piece | dummy prefix |
 |---|---|---|
 | byte-level BPE | one a character of GPT-2's byte alphabet | `add_prefix_space`: unless the text starts with a space |
 | SentencePiece-like, byte fallback | U+2581 is one space, `<0xNN>` one byte | Prepend: always; Metaspace: likewise unless |
+| added tokens (runs of spaces, HTML tags) | those of their text | put before each part that they cut off, too, in some |
+
+Where the table cannot know, its sum is not believed, even where it adds up: U+2581 in the text, a text that the tokenizer
+brings into NFC, an added token that takes the spaces around it or is followed by a prefix. Then the tokenizer's own offsets are
+asked, which are in characters and overlap where a character is cut; where these do not tile the text either, its ends are
+"unknown".
 
 Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason.
-NFC is the caller's: normalise once, before both tokenizers. Added tokens written in a text ("</s>", "<|im_start|>") are
-plain text.
+NFC is the caller's: normalise once, before both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are
+plain text; all else is read as the tokenizer itself reads it (`plain_text`).
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -27,19 +32,23 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno import hub
-from megatron_vocagno.corpus.encoders import Backend, Encoder, EncoderError, HuggingFaceEncoder, open_encoder
+from megatron_vocagno.corpus.encoders import (
+    SAMPLE,
+    Backend,
+    Encoder,
+    EncoderError,
+    HuggingFaceEncoder,
+    around_a_text,
+    open_encoder,
+)
+from megatron_vocagno.corpus.front import front_of_json, front_of_sentencepiece, putting_in_front
+from megatron_vocagno.corpus.plain_text import PlainText, byte_table, digest, parts_of, plain_text
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.corpus.tokenizer_files import end_of_text, find_file, names_beside
 
 # a control character that no merge takes in: byte fallback or a byte of its own, whatever follows it
 SPENT = "\x01"
-SMALL_FILES = ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "config.json"]
-SMALL_FILES += ["generation_config.json"]
-# normalizers that leave NFC text as it is, or only mark its spaces
-HARMLESS_NORMALIZERS = ("NFC", "Prepend", "Replace")
-# pre-tokenizers that cut a text without removing anything
-HARMLESS_PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation", "UnicodeScripts")
+UNSURE = 255  # a text whose bytes are not those that its tokens have by the table
 
 
 @dataclass(frozen=True)
@@ -80,20 +89,35 @@ class Tokens:
 class Tokenizer:
     """A tokenizer whose tokens have known byte lengths.
 
+    eos_token      ends a document; `eos_why` says why it is not the one that the tokenizer names, where it is not
     vocab_size     highest id + 1, added tokens included
     byte_lengths   int32 [vocab_size], bytes of text of each id; 0 for those that no text gives (control tokens, gaps)
+    unsure         ids of added tokens whose bytes differ from text to text
+    front          what its model reads in front of a text: BOS or nothing, see `front`
     fingerprint    sha256 of all that decides ids, bytes and EOS; equal for a tokenizer.json and the model it came from
     prefix         when a space that is not in the text is put before it
+    marked, composes  its pieces have U+2581 for a space; it brings a text into NFC
+    added          its added tokens that a text may give; `samples` are texts that have them
+    original       the file that it was read from, `source` its tokenizer.json
     encoder        gives the ids; `not_fast` says why that is not gigatoken, where it is not
     """
 
     eos_id: int
     eos_token: str
+    eos_why: str
     vocab_size: int
     byte_lengths: NDArray[np.int32]
+    unsure: NDArray[np.int64]
+    front: tuple[int, ...]
     fingerprint: str
     prefix: Literal["never", "always", "unless_space"]
+    marked: bool
+    composes: bool
     names: dict[str, str] = field(repr=False)
+    control: frozenset[str] = field(repr=False)
+    added: tuple[str, ...] = field(repr=False)
+    samples: tuple[str, ...] = field(repr=False)
+    original: bytes = field(repr=False)
     source: bytes = field(repr=False)
     encoder: Encoder = field(repr=False)
     reference: HuggingFaceEncoder = field(repr=False)
@@ -114,16 +138,39 @@ class Tokenizer:
         lead = len(encoder.encode([SPENT]).ids)
         return encoder.encode([SPENT + text]).ids[lead:]
 
-    def prefixes(self, texts: Sequence[str]) -> NDArray[np.uint8]:
-        """uint8 [D]: how many spaces are put before each text (which is not empty)."""
-        if self.prefix == "unless_space":
-            return np.array([not text.startswith((" ", SPACE)) for text in texts], np.uint8)
-        return np.full(len(texts), self.prefix == "always", np.uint8)
+    def prefixes(self, texts: Sequence[str], nfc: bool = False, first: bool = True) -> NDArray[np.uint8]:
+        """uint8 [D]: how many spaces are put before each text (which is not empty); UNSURE: the table cannot know its bytes.
+
+        nfc: the texts are in NFC, which takes longer to see than to know. first: they begin documents.
+        """
+        if not first or self.prefix == "never":
+            found = np.zeros(len(texts), np.uint8)
+        elif self.prefix == "always":
+            found = np.ones(len(texts), np.uint8)
+        else:
+            found = np.array([not text.startswith(self._spaces) for text in texts], np.uint8)
+        if self.marked:
+            found[[SPACE in text for text in texts]] = UNSURE
+        if self.composes and not nfc:
+            found[[not unicodedata.is_normalized("NFC", text) for text in texts]] = UNSURE
+        return found
 
     @cached_property
     def short_byte_lengths(self) -> NDArray[np.uint16]:
-        """uint16 [vocab_size]: `byte_lengths`, in half the cache."""
-        return self.byte_lengths.astype(np.uint16)
+        """uint16 [vocab_size]: `byte_lengths`, in half the cache; 0 for `unsure` as well, so that no sum is believed."""
+        table = self.byte_lengths.astype(np.uint16)
+        table[self.unsure] = 0
+        return table
+
+    @cached_property
+    def longest_added(self) -> int:
+        """Characters of the longest added token that a text may give; 0 without any."""
+        return max(map(len, self.added), default=0)
+
+    @property
+    def _spaces(self) -> tuple[str, ...]:
+        """What a text begins with that gets no prefix."""
+        return (" ", SPACE) if self.marked else (" ",)
 
     def save(self, folder: Path) -> None:
         """tokenizer.json, added tokens and all, and a tokenizer_config.json that names EOS: what transformers loads."""
@@ -133,20 +180,24 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_bytes(orjson.dumps(config, option=orjson.OPT_INDENT_2) + b"\n")
 
     def _place(self, text: str, ids: NDArray[np.int32]) -> Tokens:
-        n_bytes = len(text.encode())
-        prefix = int(self.prefixes([text])[0]) if n_bytes else 0
-        ends = np.cumsum(self.byte_lengths[ids], dtype=np.int64) - prefix
-        if (int(ends[-1]) if len(ends) else 0) == n_bytes:
-            return Tokens(ids, ends)
+        if not text:
+            return Tokens(ids, np.zeros(0, np.int64))
+        prefix = int(self.prefixes([text])[0])
+        lengths = self.short_byte_lengths[ids].astype(np.int64)
+        if prefix != UNSURE and lengths.all() and int(lengths.sum()) - prefix == len(text.encode()):
+            return Tokens(ids, np.cumsum(lengths) - prefix)
+        prefix = self.prefix == "always" or (self.prefix == "unless_space" and not text.startswith(self._spaces))
         by_offsets = ends_from_offsets(text, self.reference.offsets(text), self.byte_lengths[ids], prefix)
-        return Tokens(ids, ends, "unknown") if by_offsets is None else Tokens(ids, by_offsets, "offsets")
+        if by_offsets is not None:
+            return Tokens(ids, by_offsets, "offsets")
+        return Tokens(ids, np.cumsum(self.byte_lengths[ids], dtype=np.int64) - prefix, "unknown")
 
 
 def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token: str | None = None) -> Tokenizer:
     """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a Hub id, see hub.py.
 
     backend: "auto" takes gigatoken where it is installed, can read the tokenizer and gives the same ids.
-    eos_token: for tokenizers that come without one; a token of the vocabulary.
+    eos_token: for tokenizers that come without one, or name another; a token of the vocabulary.
 
     Raises TokenizerError: nothing there, not one of the two kinds, text would be lost, no end-of-text token is known.
 
@@ -159,111 +210,127 @@ def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token:
     """
     if backend not in get_args(Backend):
         raise TokenizerError(f"no tokenizer backend {backend!r}; there are {', '.join(map(repr, get_args(Backend)))}")
-    file = _find_file(path_or_id)
-    data = file.read_bytes()
+    file = find_file(path_or_id)
+    original = file.read_bytes()
+    names: dict[str, str] = {}
+    from_model = False
     try:
-        raw = orjson.loads(data)
+        raw = orjson.loads(original)
     except orjson.JSONDecodeError:
-        raw, names = sentencepiece_to_json(data, file)
-        data = orjson.dumps(raw)
-    else:
-        names = {}
+        raw, names = sentencepiece_to_json(original, file)
+        from_model = True
     if not isinstance(raw, dict) or not isinstance(raw.get("model"), dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'")
     try:
-        return _build(raw, data, names | _names_beside(file.parent, raw), eos_token, backend)
+        front = front_of_sentencepiece(names, raw["model"]["vocab"], file) if from_model else front_of_json(raw, file)
+        return _build(raw, original, names | names_beside(file.parent, raw), front, file.parent, eos_token, backend)
     except (TokenizerError, EncoderError) as error:
         raise TokenizerError(f"{file}: {error}") from None
 
 
-def _build(raw: dict[str, Any], source: bytes, names: dict[str, str], eos_token: str | None, backend: Backend) -> Tokenizer:
-    if not _is_bpe(raw):
+def _build(
+    raw: dict[str, Any],
+    original: bytes,
+    names: dict[str, str],
+    front: tuple[int, ...],
+    folder: Path,
+    eos_token: str | None,
+    backend: Backend,
+) -> Tokenizer:
+    if raw["model"].get("type", "BPE") != "BPE" or "merges" not in raw["model"]:
         raise TokenizerError(f"its model is {raw['model'].get('type')}, which may lose bytes of the text; only BPE is supported")
     added = raw.get("added_tokens") or []
     ids = raw["model"]["vocab"] | {a["content"]: a["id"] for a in added}
-    eos = eos_token or names.get("eos_token")
+    # a token that fills rows up is in no text, whatever its flag says
+    control = {a["content"] for a in added if a.get("special") or a["content"] == names.get("pad_token")}
+    eos, eos_why = eos_token or names.get("eos_token"), ""
     if eos is None:
         raise TokenizerError("no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos")
+    if eos_token is None:
+        eos, eos_why = end_of_text(eos, control, folder)
     if eos not in ids:
         raise TokenizerError(f"the end-of-text token {eos!r} is not among its {len(ids):,} tokens")
-    control = {a["content"] for a in added if a.get("special")} | {eos}
-    prefix, plain = plain_text_encoder(raw, control)
-    encoder, reference, not_fast = open_encoder(orjson.dumps(plain), backend)
+    control |= {eos}
+    plain = plain_text(raw, control)
+    contents = [token["content"] for token in plain.ordinary]
+    samples = _samples(contents)
+    encoder, reference, not_fast = open_encoder(orjson.dumps(plain.json), backend, samples)
     vocab_size = max(ids.values()) + 1
-    decisive = {k: plain[k] for k in ("normalizer", "pre_tokenizer")} | {"eos": ids[eos], "vocab_size": vocab_size}
-    decisive["model"] = {k: v for k, v in plain["model"].items() if v not in (None, False, "")}
-    return Tokenizer(
+    controls = {ids[token] for token in control if token in ids}
+    table, unsure = _added_bytes(byte_table(plain, vocab_size, control), plain, reference, controls)
+    tokenizer = Tokenizer(
         eos_id=ids[eos],
         eos_token=eos,
+        eos_why=eos_why,
         vocab_size=vocab_size,
-        byte_lengths=byte_table(plain, vocab_size, control),
-        fingerprint=hashlib.sha256(orjson.dumps(decisive, option=orjson.OPT_SORT_KEYS)).hexdigest(),
-        prefix=prefix,
+        byte_lengths=table,
+        unsure=unsure,
+        front=front,
+        fingerprint=digest(parts_of(plain, ids[eos], vocab_size)),
+        prefix=plain.prefix,
+        marked=plain.marked,
+        composes=plain.composes,
         names={k: v for k, v in names.items() if v in ids},
-        source=source,
+        control=frozenset(control),
+        samples=samples,
+        added=tuple(contents),
+        original=original,
+        source=_source(raw, original, front),
         encoder=encoder,
         reference=reference,
         not_fast=not_fast,
     )
+    if plain.drops:
+        _prove_whole(tokenizer)
+    return tokenizer
 
 
-def plain_text_encoder(
-    raw: dict[str, Any], control: set[str]
-) -> tuple[Literal["never", "always", "unless_space"], dict[str, Any]]:
-    """tokenizer.json -> (its dummy prefix, a tokenizer.json that reads everything as plain text and keeps every byte).
-
-    Raises TokenizerError with the reason where the bytes of its tokens cannot be known.
-    """
-    model = {k: v for k, v in raw["model"].items() if k != "dropout"}
-    if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
-        raise TokenizerError("its pieces carry a subword prefix or suffix that is not in the text")
-    normalizers, pre_tokenizers = list(_steps(raw.get("normalizer"))), list(_steps(raw.get("pre_tokenizer")))
-    for step in normalizers:
-        if step["type"] not in HARMLESS_NORMALIZERS or (step["type"] == "Replace" and not _marks_spaces(step)):
-            raise TokenizerError(f"its normalizer changes the text ({step['type']}): byte positions would not be the text's")
-    for step in pre_tokenizers:
-        if step["type"] not in HARMLESS_PRE_TOKENIZERS or step.get("behavior") == "Removed":
-            raise TokenizerError(f"its pre-tokenizer {step['type']} removes parts of the text")
-    byte_level = [s for s in pre_tokenizers if s["type"] == "ByteLevel"]
-    if not byte_level and not model.get("byte_fallback"):
-        raise TokenizerError("neither byte-level nor with byte fallback: characters outside its vocabulary would be lost")
-    prefix: Literal["never", "always", "unless_space"] = "never"
-    if any(s["type"] == "Prepend" for s in normalizers):
-        prefix = "always"
-    elif any(s.get("add_prefix_space", True) for s in byte_level) or any(_metaspace_prepends(s) for s in pre_tokenizers):
-        prefix = "unless_space"
-    # no text may give a control token: neither through a merge nor as a whole word
-    pairs = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
-    model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
-    if model.get("ignore_merges"):
-        model["vocab"] = {piece: i for piece, i in model["vocab"].items() if piece not in control}
-    plain: dict[str, Any] = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "post_processor": None,
-        "decoder": None,
-    }
-    return prefix, plain | {"normalizer": raw.get("normalizer"), "pre_tokenizer": raw.get("pre_tokenizer"), "model": model}
+def _added_bytes(
+    table: NDArray[np.int32], plain: PlainText, reference: HuggingFaceEncoder, controls: set[int]
+) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    """The table with the bytes of ordinary added tokens, and the ids among these whose bytes it cannot tell."""
+    unsure = []
+    for token in plain.ordinary:
+        content = token["content"]
+        i = reference.id_of(content)
+        if i in controls:
+            continue  # a file whose ids are taken twice: the library never finds this token
+        text = reference.normalised(content) if token.get("normalized", True) else content
+        n_bytes = len((text.replace(SPACE, " ") if plain.marked and text != content else text).encode())
+        if content not in plain.json["model"]["vocab"]:
+            table[i] = n_bytes
+        elif plain.marked and SPACE in content:
+            continue  # as a piece it is spaces, as a text U+2581: such texts are UNSURE
+        if table[i] != n_bytes or plain.again or token.get("lstrip") or token.get("rstrip"):
+            unsure.append(i)
+    return table, np.array(unsure, np.int64)
 
 
-def byte_table(plain: dict[str, Any], vocab_size: int, control: set[str]) -> NDArray[np.int32]:
-    """int32 [vocab_size]: bytes of text of each id; 0 for control tokens and ids that no piece has."""
-    lengths = np.zeros(vocab_size, np.int32)
-    byte_level = any(s["type"] == "ByteLevel" for s in _steps(plain["pre_tokenizer"]))
-    marked = any(_marks_spaces(s) for s in [*_steps(plain["normalizer"]), *_steps(plain["pre_tokenizer"])])
-    unknown = plain["model"].get("unk_token")
-    for piece, i in plain["model"]["vocab"].items():
-        if piece in control or piece == unknown:
-            continue
-        if byte_level:
-            lengths[i] = len(piece)
-        elif len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            lengths[i] = 1
-        else:
-            lengths[i] = len((piece.replace(SPACE, " ") if marked else piece).encode())
-    return lengths
+def _samples(contents: list[str]) -> tuple[str, ...]:
+    """Each within a word, between spaces and line ends, doubled; some at the start and at the end of a text."""
+    among = [f"a{c}b {c} c\n{c}{c}1" for c in contents]
+    some = contents[:: max(len(contents) // 64, 1)]
+    return (*("\n".join(among[i : i + 16]) for i in range(0, len(among), 16)), *(f"{c} x{c}" for c in some))
+
+
+def _prove_whole(tokenizer: Tokenizer) -> None:
+    """Raises TokenizerError where its pre-tokenizer drops what its pattern does not match, and the pattern leaves something."""
+    known = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    runs = ["".join(known[i : i + 64]) for i in range(0, len(known), 64)]
+    texts = [unicodedata.normalize("NFC", text) for text in (*SAMPLE, *runs)]
+    for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        if tokens.ends_from != "table":
+            raise TokenizerError(f"its pre-tokenizer Split removes parts of the text, of {text[:60]!r}… for one")
+
+
+def _source(raw: dict[str, Any], original: bytes, front: tuple[int, ...]) -> bytes:
+    """A tokenizer.json that puts `front` before a text."""
+    from_json = original.lstrip()[:1] == b"{"
+    if from_json and around_a_text(raw.get("post_processor"))[0] == front:
+        return original
+    pieces = {i: piece for piece, i in raw["model"]["vocab"].items()}
+    pieces |= {a["id"]: a["content"] for a in raw.get("added_tokens") or []}
+    return orjson.dumps(raw | {"post_processor": putting_in_front([(pieces[i], i) for i in front])})
 
 
 def ends_from_offsets(
@@ -294,81 +361,3 @@ def ends_from_offsets(
         ends += [*inner[:-1].tolist(), int(byte_at[last])]
         here, i = last, j
     return np.array(ends, np.int64) if here == len(text) else None
-
-
-def _is_bpe(raw: dict[str, Any]) -> bool:
-    return raw["model"].get("type", "BPE") == "BPE" and "merges" in raw["model"]
-
-
-def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat sequence."""
-    if part is None:
-        return
-    if part["type"] == "Sequence":
-        for inner in part.get("normalizers") or part.get("pretokenizers") or []:
-            yield from _steps(inner)
-    else:
-        yield part
-
-
-def _marks_spaces(step: dict[str, Any]) -> bool:
-    if step["type"] == "Metaspace":
-        return bool(step.get("replacement") == SPACE)
-    return bool(step["type"] == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE)
-
-
-def _metaspace_prepends(step: dict[str, Any]) -> bool:
-    if step["type"] != "Metaspace":
-        return False
-    return bool(step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never") != "never")
-
-
-def _find_file(path_or_id: str | Path) -> Path:
-    path = Path(path_or_id)
-    if path.is_file():
-        return path
-    if isinstance(path_or_id, str) and hub.is_id(path_or_id):
-        path = _from_hub(path_or_id)
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (path / name).is_file():
-            return path / name
-    if path.is_dir():
-        what = "a folder without tokenizer.json or tokenizer.model"
-    else:
-        # a Path is never asked of the Hub
-        what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
-        what += looked_for(path_or_id)
-    raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        return hub.snapshot(name, SMALL_FILES)
-    except hub.HubError as error:
-        raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
-
-
-def _names_beside(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
-    """bos, eos, unk and pad token as the files beside a tokenizer name them."""
-    names: dict[str, str] = {}
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        for key, value in _read_json(folder / name).items():
-            content = value.get("content") if isinstance(value, dict) else value
-            if key in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(content, str):
-                names.setdefault(key, content)
-    pieces = {i: piece for piece, i in raw["model"].get("vocab", {}).items()} if _is_bpe(raw) else {}
-    pieces |= {a["id"]: a["content"] for a in raw.get("added_tokens") or []}
-    for name in ("generation_config.json", "config.json"):
-        eos = _read_json(folder / name).get("eos_token_id")
-        eos = eos[0] if isinstance(eos, list) and eos else eos
-        if eos in pieces:
-            names.setdefault("eos_token", pieces[eos])
-    return names
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = orjson.loads(file.read_bytes()) if file.is_file() else {}
-    except orjson.JSONDecodeError as error:
-        raise TokenizerError(f"{file}: not valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}

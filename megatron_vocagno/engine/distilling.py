@@ -43,13 +43,18 @@ def check_vocabularies(run: Run, data: AlignedDataset) -> None:
         )
 
 
-def open_distiller(teacher: object, run: Run, data: AlignedDataset, device: torch.device) -> Distiller | None:
-    """What a run's teacher is asked for while the student learns; None where the objective compares no distributions."""
+def open_distiller(teacher: object, run: Run, data: AlignedDataset, student_rows: int, device: torch.device) -> Distiller | None:
+    """What a run's teacher is asked for while the student learns; None where the objective compares no distributions.
+
+    student_rows: of the student's head.
+    """
     kind = run.guidance.distance
     if kind is None:
         return None
     assert isinstance(teacher, Teacher), "the configuration lets no other through"
-    ids = data.student_tokenizer.vocab_size, data.teacher_tokenizer.vocab_size
+    # a control token may lie beyond a head's rows: then it is not compared
+    ids = min(data.student_tokenizer.vocab_size, student_rows), min(data.teacher_tokenizer.vocab_size, teacher.vocab_size)
+    ids = (min(ids), min(ids)) if kind == "kld" else ids
     documents = run.data.by_document
     return Distiller(teacher, kind, ids, run.teacher[0].tokens_per_batch, device, documents)
 

@@ -37,9 +37,9 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
         teacher = open_sharded(together(lambda: find_teacher(*found), ModelError), asked.weights)
     else:
         teacher = together(lambda: open_teacher(*found, weights=asked.weights), ModelError)
-    if teacher.vocab_size < data.teacher_tokenizer.vocab_size:
+    if teacher.vocab_size < data.teacher_tokenizer.rows:
         raise RunError(
-            f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.vocab_size:,} tokens, "
+            f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.rows:,} tokens, "
             f"the teacher {path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
         )
     return teacher

@@ -23,19 +23,23 @@ COUNTS = {
 }
 
 
-def student_config(spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size: int | None = None) -> PretrainedConfig:
+def student_config(
+    spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size: int | None = None, rows: int | None = None
+) -> PretrainedConfig:
     """The configuration of a student, from a pretrained folder or from its keys.
 
     spec         a Hugging Face folder, or {"model_type": "llama", "hidden_size": 2048, ...}
-    vocab_size   of the student's tokenizer; the model may have more rows (padding), never fewer. Keys may leave it out.
+    vocab_size   of the student's tokenizer, for keys that leave it out
+    rows         that the ids of its data need; `vocab_size` where it is not given. The model may have more, never fewer.
 
     Raises ModelError: an architecture that is not supported, a key that it does not have, dropout, too few rows, weights that are
     not those of their configuration (weights.py), and a configuration of which this project makes another model (proof.py).
     """
     config = _config_from_keys(spec, vocab_size) if isinstance(spec, Mapping) else _config_from_folder(spec)
-    if vocab_size is not None and config.vocab_size < vocab_size:
+    rows = vocab_size if rows is None else rows
+    if rows is not None and config.vocab_size < rows:
         raise ModelError(
-            f"the tokenizer has {vocab_size:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
+            f"the tokenizer has {rows:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
             "Is it the tokenizer that the model was made for?"
         )
     if getattr(config, "attention_dropout", 0.0):

@@ -63,7 +63,7 @@ class Asked:
         """Raises ScoringError, ModelError, TokenizerMismatch: the teacher does not suit the dataset, or the numbers do not."""
         folder = teacher_folder(self.teacher)
         config = read_config(folder).get_text_config()
-        tokens, rows = data.teacher_tokenizer.vocab_size, int(config.vocab_size)
+        tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
         if rows < tokens:
             raise ScoringError(
                 f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "

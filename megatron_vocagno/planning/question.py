@@ -155,7 +155,8 @@ def _student(run: Run, given: Path | None, datasets: Sequence[AlignedDataset]) -
     if given is not None:
         config = given_config(given, "--student-config")
     elif run.student.config is not None:
-        return student_config(run.student.config, datasets[0].student_tokenizer.vocab_size if datasets else None)
+        own = datasets[0].student_tokenizer if datasets else None
+        return student_config(run.student.config, own.vocab_size if own else None, own.rows if own else None)
     else:
         assert run.student.pretrained is not None
         config = read_config(run.student.pretrained, "student")

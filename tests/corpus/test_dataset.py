@@ -165,19 +165,18 @@ def test_the_fingerprint_is_the_checksum_of_everything_else(built, copy):
     assert AlignedDataset.open(copy).fingerprint != built.fingerprint
 
 
-def test_another_tokenizer_is_refused_with_both_fingerprints(built, tmp_path):
+def test_another_tokenizer_is_refused_with_what_differs(built, tmp_path):
     student, teacher = built.student_tokenizer, built.teacher_tokenizer
-    built.require_tokenizer("student", student.path)
-    built.require_tokenizer("teacher", teacher.path)
-    built.require_tokenizer("student", tmp_path)  # no tokenizer there
+    assert built.require_tokenizer("student", student.path) is None
+    assert built.require_tokenizer("teacher", teacher.path) is None
     other = shutil.copytree(student.path, tmp_path / "other")
     raw = json.loads((other / "tokenizer.json").read_text())
     raw["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerMismatch, match="student ids") as error:
         built.require_tokenizer("student", other)
-    eos = {"eos_token": student.eos_token}
-    assert student.fingerprint in str(error.value) and open_tokenizer(other, **eos).fingerprint in str(error.value)
+    for words in ("merges", str(other), str(student.path)):
+        assert words in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["student.bin", "teacher.idx", "spans.bin", "anchors.bin"])

@@ -117,7 +117,7 @@ def test_a_document_whose_tokens_do_not_cover_it_is_quarantined(settings, smollm
     (folder / "tokenizer.json").write_text(json.dumps(raw | {"normalizer": {"type": "NFC"}}))
     texts = ["plain", unicodedata.normalize("NFD", "각각 가각 é"), "é"]
     file = write_jsonl(tmp_path / "a.jsonl", texts)
-    own = replace(settings, teacher=str(folder), teacher_eos="<|im_end|>")
+    own = replace(settings, teacher=str(folder), teacher_eos="<|endoftext|>")
     ds = make([file], tmp_path / "raw", replace(own, nfc=False))
     assert (ds.totals.documents, ds.totals.mismatched_documents) == (2, 1)
     (row,) = [json.loads(r) for r in (tmp_path / "raw/shards/0000/quarantine.jsonl").read_bytes().splitlines()]

@@ -143,11 +143,11 @@ def test_fingerprint_changes_with_what_decides_ids_and_with_nothing_else(smollm2
     same["truncation"]["direction"] = "Right"
     same["model"] |= {"dropout": None, "ignore_merges": False, "unk_token": None}
     same["model"]["merges"] = [m.split(" ") for m in same["model"]["merges"]]
-    assert open_json(same, tmp_path, eos_token="<|im_end|>").fingerprint == smollm2.fingerprint
-    assert open_json(same, tmp_path, eos_token="<|endoftext|>").fingerprint != smollm2.fingerprint
+    assert open_json(same, tmp_path, eos_token="<|endoftext|>").fingerprint == smollm2.fingerprint
+    assert open_json(same, tmp_path, eos_token="<|im_end|>").fingerprint != smollm2.fingerprint
     other = copy.deepcopy(smollm2_json)
     other["model"]["merges"][5], other["model"]["merges"][6] = other["model"]["merges"][6], other["model"]["merges"][5]
-    assert open_json(other, tmp_path, eos_token="<|im_end|>").fingerprint != smollm2.fingerprint
+    assert open_json(other, tmp_path, eos_token="<|endoftext|>").fingerprint != smollm2.fingerprint
 
 
 def test_truncation_padding_dropout_of_a_tokenizer_json_do_not_touch_the_text(smollm2, smollm2_json, tmp_path, texts):

@@ -15,15 +15,26 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import verify as verification
+from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.indexed import HEADER, PairReader, PairWriter, check_pointers, write_index
 from megatron_vocagno.corpus.losses import require_whole
-from megatron_vocagno.corpus.manifest import UNSEALED, FileRecord, LossTotals, Scoring, TeacherLosses, read_manifest
+from megatron_vocagno.corpus.manifest import (
+    UNSEALED,
+    FileRecord,
+    LossTotals,
+    Scoring,
+    TeacherLosses,
+    TokenizerMismatch,
+    read_manifest,
+)
+from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import Spans, align, encode
 from megatron_vocagno.corpus.tokens import Tokens, open_tokenizer
 from megatron_vocagno.corpus.verify import verify
 from tests.errors.telling import told
 from tests.runs import Case
+from tests.tokenizers_for_tests import mistral_tokenizer_path, smollm2_tokenizer_folder
 
 
 @pytest.fixture
@@ -130,24 +141,69 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     raw = json.loads((model / "tokenizer.json").read_text())
     raw["model"]["merges"].pop()
     (model / "tokenizer.json").write_text(json.dumps(raw))
-    cut = open_tokenizer(model, eos_token=data.student_tokenizer.eos_token).fingerprint
-    names = {"DATA": data.path, "MINE": data.student_tokenizer.fingerprint, "OTHER": data.teacher_tokenizer.fingerprint}
     with told(
-        "DATA: its student ids were made with tokenizer MINE, the student model's is CUT: build the "
-        "dataset again with that model's tokenizer, or name the model it was built for",
-        CUT=cut,
-        **names,
+        "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges "
+        "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was "
+        "built for",
+        DATA=data.path,
+        MODEL=model,
     ):
         data.require_tokenizer("student", model)
     other = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "other"))
+    shutil.rmtree(other.path / "tokenizers" / "student")
+    shutil.copytree(other.path / "tokenizers" / "teacher", other.path / "tokenizers" / "student")
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(
-        "TMP/other: its student ids were made with tokenizer OTHER, those of DATA with MINE: build one of "
-        "them again with the other's tokenizer",
+        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: end-of-text token "
+        "(0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; build one "
+        "of them again with the other's tokenizer",
         TMP=tmp_path,
-        **names,
+        DATA=data.path,
     ):
         other.require_tokenizers_of(data)
+
+
+def test_a_dataset_that_was_made_without_its_added_tokens(tmp_path: Path) -> None:
+    """As it was made before they were read: its record has the fingerprint of the tokenizer without them."""
+    model = smollm2_tokenizer_folder(tmp_path / "model")
+    bare = open_tokenizer(model, "huggingface").fingerprint
+    raw = json.loads((model / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    raw["added_tokens"].append({"id": len(raw["model"]["vocab"]), "content": "<br>", **flags})
+    raw["model"]["vocab"]["<br>"] = len(raw["model"]["vocab"])
+    (model / "tokenizer.json").write_text(json.dumps(raw))
+    corpus = tmp_path / "a.jsonl"
+    corpus.write_text('{"text": "one<br>two"}\n')
+    settings = Settings(student=str(mistral_tokenizer_path()), teacher=str(model), backend="huggingface")
+    build([corpus], tmp_path / "data", settings)
+    data = AlignedDataset.open(tmp_path / "data")
+    assert data.require_tokenizer("teacher", model) is None and 49_152 in data.teacher(0)
+    record = data.manifest.teacher.model_copy(update={"fingerprint": bare})
+    data.manifest = data.manifest.model_copy(update={"teacher": record})
+    with told(
+        "DATA: it was made without the 1 added tokens of its teacher tokenizer that texts may give ('<br>', …): its teacher ids "
+        "are not those of MODEL. Build the dataset again",
+        DATA=data.path,
+        MODEL=model,
+    ):
+        data.require_tokenizer("teacher", model)
+
+
+def test_a_model_without_a_tokenizer_is_said_not_to_be_compared(case: Case, tmp_path: Path) -> None:
+    data = AlignedDataset.open(case.valid)
+    assert data.require_tokenizer("student", tmp_path) == (
+        f"the student model {tmp_path} has neither tokenizer.json nor tokenizer.model: whether {data.path} was made with its "
+        "tokenizer is not known"
+    )
+
+
+def test_a_model_with_tokenizer_model_alone_is_compared(case: Case, tmp_path: Path) -> None:
+    data = AlignedDataset.open(case.valid)
+    shutil.copy(mistral_tokenizer_path(), tmp_path / "tokenizer.model")
+    assert data.require_tokenizer("student", tmp_path) is None
+    shutil.copy(mistral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3"), tmp_path / "tokenizer.model")
+    with pytest.raises(TokenizerMismatch, match=r"They differ in: number of tokens \(32,000 and 32,768\), vocabulary, merges"):
+        data.require_tokenizer("student", tmp_path)
 
 
 def test_datasets_that_cannot_be_merged(case: Case, copy: Path, tmp_path: Path) -> None:

@@ -323,6 +323,9 @@ def tell_of_encoders(settings: Settings, progress: BuildProgress) -> None:
     for side, tokenizer in zip(("student", "teacher"), settings.tokenizers, strict=True):
         why = f" ({tokenizer.not_fast})" if tokenizer.not_fast else ""
         progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")
+        if tokenizer.eos_why:
+            end = f"the {side}'s documents end with {tokenizer.eos_token}"
+            progress.note(f"{end}: {tokenizer.eos_why}; --{side}-eos names another")
 
 
 def tell_of_dataset(out: Place, reused: int, args: argparse.Namespace) -> None:

@@ -26,9 +26,9 @@ import orjson
 from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.dataset import AlignedDataset, TokenizerInfo
-from megatron_vocagno.corpus.decoding import token_bytes
+from megatron_vocagno.corpus.decoding import pieces_of, token_bytes
 from megatron_vocagno.corpus.manifest import DatasetError
-from megatron_vocagno.corpus.tokens import plain_text_encoder
+from megatron_vocagno.corpus.plain_text import plain_text
 
 OPEN, CLOSE = "⟦", "⟧"
 OPEN_UNMAPPED, CLOSE_UNMAPPED = "⟪", "⟫"
@@ -118,7 +118,7 @@ class _Token(NamedTuple):
 class Side:
     """One tokenizer.
 
-    pieces    piece -> id, as the model of tokenizer.json has them, without its added tokens
+    pieces    piece -> id, as tokenizer.json has them, added tokens included
     bytes     [vocabulary] the text of each id
     prefixes  whether a space may be put before a text, whether it may not
     """
@@ -126,9 +126,9 @@ class Side:
     def __init__(self, info: TokenizerInfo, byte_lengths: NDArray[np.int32]) -> None:
         self.info = info
         raw = orjson.loads((info.path / "tokenizer.json").read_bytes())
-        self.pieces: dict[str, int] = raw["model"]["vocab"]
+        self.pieces = pieces_of(raw)
         self.bytes = token_bytes(info.path / "tokenizer.json", self.pieces, byte_lengths)
-        prefix, _ = plain_text_encoder(raw, set())
+        prefix = plain_text(raw, set()).prefix
         self.prefixes = {"never": (False,), "always": (True,), "unless_space": (True, False)}[prefix]
 
     def readings(self, ids: NDArray[np.int32], start: int) -> list[list[_Token]]:

@@ -1,0 +1,128 @@
+"""Whether two tokenizers are the same, and in what they differ; whether one reads texts as its own library does.
+
+    check_own          a tokenizer against its own library, on the untouched file: before a dataset is made
+    require_tokenizer  a model's folder against a dataset that is to be used with it
+    require_same       one dataset against another
+
+A fingerprint is of all that decides ids, bytes and EOS (`parts_of`). It leaves out what touches no text: decoder, post-processor,
+truncation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from megatron_vocagno.corpus.encoders import SAMPLE, OwnTokenizer
+from megatron_vocagno.corpus.front import tokenizer_file
+from megatron_vocagno.corpus.manifest import TokenizerMismatch, TokenizerRecord
+from megatron_vocagno.corpus.plain_text import digest, parts_of, plain_text
+from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
+from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
+
+
+def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ()) -> int:
+    """Compares its ids with those of its own library on the untouched file; returns for how many texts.
+
+    The texts are those that tokenizers disagree about, some with its own added tokens, and `texts`. Those with control tokens in
+    them are left out, since these are plain text here alone.
+
+    Raises TokenizerError: a text with other ids.
+    """
+    own = OwnTokenizer(tokenizer.original)
+    compared = [
+        text for text in (*SAMPLE, *tokenizer.samples, *texts) if text and not any(token in text for token in tokenizer.control)
+    ]
+    ours = tokenizer.encoder.encode(compared)
+    for i, (text, expected) in enumerate(zip(compared, own.encode(compared), strict=True)):
+        found = ours[i].tolist()
+        if found != expected:
+            n = min(len(found), len(expected))
+            at = next((k for k in range(n) if found[k] != expected[k]), n)
+            shown = [[own.piece(token) for token in ids[at : at + 4]] for ids in (found, expected)]
+            raise TokenizerError(
+                f"{name}: its texts would be read in another way than its own tokenizer reads them. {text[:60]!r}…: "
+                f"from token {at} on {shown[0]} here, {shown[1]} by {own.library} on the untouched file"
+            )
+    return len(compared)
+
+
+def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, folder: Path) -> str | None:
+    """See AlignedDataset.require_tokenizer."""
+    if (note := not_compared(dataset, side, folder)) is not None:
+        return note
+    advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
+    try:
+        model = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface")
+    except TokenizerError as error:
+        raise TokenizerMismatch(
+            f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
+            f"which could not have made them: {error}.\n  {advice.capitalize()}."
+        ) from None
+    if model.fingerprint != made_with.fingerprint:
+        copy, why = _copy(dataset, made_with, side)
+        if why and copy.fingerprint == model.fingerprint:
+            raise TokenizerMismatch(f"{dataset}: {why}: its {side} ids are not those of {folder}. Build the dataset again")
+        raise TokenizerMismatch(
+            f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}. "
+            f"They differ in: {what_differs(copy, model)} ({dataset / 'tokenizers' / side} and {folder}); {advice}"
+        )
+    return None
+
+
+def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
+    """A sentence about a model whose folder has no tokenizer; None where it has one."""
+    if tokenizer_file(folder) is not None:
+        return None
+    return (
+        f"the {side} model {folder} has neither tokenizer.json nor tokenizer.model: whether {dataset} was made with its "
+        "tokenizer is not known"
+    )
+
+
+def require_same(mine: Path, my_record: TokenizerRecord, other: Path, other_record: TokenizerRecord, side: str) -> None:
+    """Raises TokenizerMismatch for two datasets whose fingerprints differ."""
+    (one, why), (another, why_another) = _copy(mine, my_record, side), _copy(other, other_record, side)
+    found = what_differs(one, another) if one.fingerprint != another.fingerprint else why or why_another
+    raise TokenizerMismatch(
+        f"{mine}: its {side} ids were made with another tokenizer than those of {other}. They differ in: {found}; "
+        "build one of them again with the other's tokenizer"
+    )
+
+
+def _copy(dataset: Path, record: TokenizerRecord, side: str) -> tuple[Tokenizer, str]:
+    """The tokenizer that a dataset keeps, and why its ids are not that tokenizer's, where they are not."""
+    copy = open_tokenizer(dataset / "tokenizers" / side, eos_token=record.eos_token, backend="huggingface")
+    if copy.fingerprint == record.fingerprint:
+        return copy, ""
+    added = copy.added
+    shown = ", ".join(map(repr, added[:3]))
+    return copy, f"it was made without the {len(added):,} added tokens of its {side} tokenizer that texts may give ({shown}, …)"
+
+
+def what_differs(mine: Tokenizer, theirs: Tokenizer) -> str:
+    """In words, each with both values where these can be shown."""
+    found = []
+    other_parts = _told_apart(theirs)
+    for name, value in _told_apart(mine).items():
+        other = other_parts[name]
+        if value != other:
+            found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other})")
+    if mine.eos_id == theirs.eos_id and mine.eos_token != theirs.eos_token:
+        found.append(f"the end-of-text token's name ({mine.eos_token} and {theirs.eos_token})")
+    return ", ".join(found)
+
+
+def _told_apart(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name of a part -> a digest, or what can be shown."""
+    plain = plain_text(orjson.loads(tokenizer.source), set(tokenizer.control))
+    parts = parts_of(plain, tokenizer.eos_id, tokenizer.vocab_size)
+    model = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}
+    shown = {"end-of-text token": str(parts["eos"]), "number of tokens": f"{parts['vocab_size']:,}"}
+    added = parts.get("added_tokens", [])
+    shown |= {"added tokens that are ordinary vocabulary": f"{len(added):,}"}
+    hashed = {"their contents": added, "vocabulary": parts["model"]["vocab"], "merges": parts["model"]["merges"]}
+    hashed |= {"settings of its BPE": model, "normalizer": parts["normalizer"], "pre-tokenizer": parts["pre_tokenizer"]}
+    return shown | {name: f"sha256:{digest(part)}" for name, part in hashed.items()}

@@ -1,0 +1,89 @@
+"""The files of a tokenizer: which is read, and what lies beside it, its control tokens' names and what ends a document.
+
+The end-of-text token of a chat model ends a turn of its chat (<|im_end|>, <|eot_id|>), and not the documents that it was
+pretrained on. Where its vocabulary has the separator of pretraining as a control token, that is taken:
+
+- a token ends a turn when the chat template has it, or when it is one of CHAT_ENDS
+- a separator is one of SEPARATORS; a tokenizer whose own end of text is one of these keeps it, whatever its chat template has
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron_vocagno import hub
+from megatron_vocagno.corpus.front import FILES, read_json, tokenizer_file
+from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
+from megatron_vocagno.errors import looked_for
+
+SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
+SMALL_FILES += ["chat_template.jinja"]
+# what stands between documents in pretraining; where a vocabulary has several, the first
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
+CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eom_id|>")
+
+
+def find_file(path_or_id: str | Path) -> Path:
+    """tokenizer.json or tokenizer.model of a folder or a Hub id; or the file itself. Raises TokenizerError."""
+    path = Path(path_or_id)
+    if not path.is_file() and isinstance(path_or_id, str) and hub.is_id(path_or_id):
+        path = _from_hub(path_or_id)
+    if (file := tokenizer_file(path)) is not None:
+        return file
+    if path.is_dir():
+        what = "a folder without tokenizer.json or tokenizer.model"
+    else:
+        # a Path is never asked of the Hub
+        what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
+        what += looked_for(path_or_id)
+    raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        return hub.snapshot(name, SMALL_FILES)
+    except hub.HubError as error:
+        raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
+
+
+def names_beside(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
+    """bos, eos, unk and pad token as the files beside a tokenizer name them."""
+    names: dict[str, str] = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        for key, value in read_json(folder / name).items():
+            content = value.get("content") if isinstance(value, dict) else value
+            if key in ("bos_token", "eos_token", "unk_token", "pad_token") and isinstance(content, str):
+                names.setdefault(key, content)
+    vocab = raw["model"].get("vocab", {})
+    pieces = {i: piece for piece, i in vocab.items()} if isinstance(vocab, dict) else {}
+    pieces |= {a["id"]: a["content"] for a in raw.get("added_tokens") or []}
+    for name in ("generation_config.json", "config.json"):
+        eos = read_json(folder / name).get("eos_token_id")
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        if eos in pieces:
+            names.setdefault("eos_token", pieces[eos])
+    return names
+
+
+def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
+    """(the token that ends a document, why it is not the one that the tokenizer names; "" where it is).
+
+    named    the tokenizer's own end of text
+    control  its control tokens
+    """
+    separator = next((token for token in SEPARATORS if token in control), None)
+    if named in SEPARATORS or separator is None:
+        return named, ""
+    in_template = named in _chat_template(folder)
+    if not in_template and named not in CHAT_ENDS:
+        return named, ""
+    why = "its chat template has it" if in_template else "as chat models write it"
+    return separator, f"the tokenizer names {named}, which ends a turn of its chat ({why})"
+
+
+def _chat_template(folder: Path) -> str:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    return str(read_json(folder / "tokenizer_config.json").get("chat_template", ""))
