@@ -155,8 +155,8 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(
         "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: end-of-text token "
-        "(0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; build one "
-        "of them again with the other's tokenizer",
+        "(0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; "
+        "build one of them again with the other's tokenizer",
         TMP=tmp_path,
         DATA=data.path,
     ):
