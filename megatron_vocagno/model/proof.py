@@ -97,6 +97,9 @@ def probe(
     """
     length = min(TOKENS, longest or TOKENS)
     stream_BU = torch.randint(vocabulary, (1, length + 1), generator=torch.Generator().manual_seed(0)).repeat(2, 1).to(device)
+    bos = getattr(model.config.get_text_config(), "bos_token_id", None)
+    if isinstance(bos, int) and 0 <= bos < vocabulary:
+        stream_BU[:, 0] = bos  # as all that it reads later begins
     input_BU, target_BU = stream_BU[:, :-1].clone(), stream_BU[:, 1:]
     input_BU[1, length // 2 :] = 0
     own_head = model.get_output_embeddings()

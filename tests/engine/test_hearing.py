@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import TrainRows
 from megatron_vocagno.batch.pack import Row, TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -87,7 +88,7 @@ def steps(case: Case, name: str) -> list[dict[str, float]]:
 @cache
 def rows_of(path: Path) -> list[Row]:
     data = AlignedDataset.open(path)
-    rows = TrainRows(data, 64, 0, TeacherIds(data, 256))
+    rows = TrainRows(data, 64, 0, TeacherIds(data, 256), Front((real.MISTRAL_BOS,)))
     return [rows[k] for k in range(ROWS)]
 
 
@@ -118,7 +119,10 @@ def expected(case: Case, train: Path, student: Path) -> tuple[Means, Means]:
     """Of the first step: student, teacher."""
     data, rows = AlignedDataset.open(train), rows_of(train)
     learner, guide = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, case.teacher))
-    mine = [(row.target_ids, row.starts_document, losses_of(learner, row.input_ids, row.target_ids)) for row in rows]
+    mine = [
+        (row.target_ids, row.starts_document, losses_of(learner, np.append(row.lead_ids, row.input_ids), row.target_ids))
+        for row in rows
+    ]
     theirs = [
         (
             row.teacher_target_ids,
@@ -194,7 +198,7 @@ def test_a_teacher_whose_distributions_are_asked_is_heard_at_the_first_batch(
 
 def cached_means(data: AlignedDataset) -> Means:
     """Of the teacher's tokens that the rows of the first step take, from the documents' losses."""
-    rows, read = TrainRows(data, 64, 0), []
+    rows, read = TrainRows(data, 64, 0, front=Front((real.MISTRAL_BOS,))), []
     for k in range(ROWS):
         for document, start, stop in rows.pieces(k):
             spans = data.spans(document, start, stop)
