@@ -53,7 +53,7 @@ BAD = {
     "another teacher's dataset": (
         ["teacher.path={other_tokenizer}"],
         {},
-        "its teacher ids were made with another tokenizer than ",
+        "its teacher ids were made with another tokenizer",
     ),
     "a vocabulary larger than the embedding": (
         ["student.config.vocab_size=31000"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from megatron_vocagno.corpus import aligner
 from megatron_vocagno.corpus.aligner import WHOLE, AlignedTexts, Part, Side, align_texts, append_to_each, by_bytes, by_walk
 from megatron_vocagno.corpus.encoders import Ragged, bounds_of
 from megatron_vocagno.corpus.spans import align, encode, intersection_over_student
-from megatron_vocagno.corpus.tokens import Tokens
+from megatron_vocagno.corpus.tokens import UNSURE, Tokens
 
 BYTES = np.arange(300).astype(np.uint16)  # token i holds i bytes
 
@@ -64,6 +64,25 @@ def test_both_roads_give_the_same():
             same(walked, counted)
             good, bad, escapes = good + walked.good.sum(), bad + (~walked.good).sum(), escapes + len(walked.escapes)
     assert good > 3000 and bad > 500 and escapes > 500
+
+
+def test_a_text_whose_bytes_the_table_cannot_know_is_never_good():
+    met = 0
+    for seed in range(1, 151, 2):
+        for side in (0, 1):
+            sides = list(batch(seed, texts=6))
+            marked = np.arange(6) % 2 == 0
+            expected = by_walk(*sides).good & ~marked
+            sides[side] = replace(sides[side], prefix=np.where(marked, UNSURE, sides[side].prefix).astype(np.uint8))
+            walked = by_walk(*sides)
+            same(walked, by_bytes(*sides))
+            assert np.array_equal(walked.good, expected)
+            met += int(expected.sum())
+    assert met > 100
+    # nor one whose first token would make up for the mark
+    fits, plain = (Side(ragged([[n]]), np.array([p], np.uint8), BYTES) for n, p in ((10 + UNSURE, UNSURE), (10, 0)))
+    for sides in ([fits, plain], [plain, fits]):
+        assert not by_walk(*sides, np.array([10])).good[0] and not by_bytes(*sides, np.array([10])).good[0]
 
 
 def test_a_batch_is_what_each_document_is_alone():

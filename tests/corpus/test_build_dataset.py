@@ -83,14 +83,18 @@ def test_elsewhere_than_on_a_terminal_it_tells_in_plain_lines(settings, corpus, 
     code, out, err = finished(start([*words, "--verify"]))
     assert (code, err) == (0, "") and "\x1b" not in out and "\r" not in out
     assert contents(tmp_path / "out") == contents(built.path)
-    lines, table = out.splitlines()[:7], out.splitlines()[7:]
+    lines, table = out.splitlines()[:8], out.splitlines()[8:]
     assert lines[0] == "note: the student's tokens come from gigatoken"
     assert re.fullmatch(r"note: the teacher's tokens come from huggingface \(gigatoken cannot read it: .*\)", lines[1])
-    shards = [line.split(", eta ") for line in lines[2:]]
+    assert lines[2] == (
+        "note: the teacher's documents end with <|endoftext|>: the tokenizer names <|im_end|>, which ends a turn of its chat "
+        "(as chat models write it); --teacher-eos names another"
+    )
+    shards = [line.split(", eta ") for line in lines[3:]]
     assert {re.sub(r"\d", "N", line[0]) for line in shards} <= {f"shard N/N: NNNN {n} documents, N.N MB" for n in ("N", "NN")}
     assert [re.fullmatch(r"\d+s", eta) is not None for _, *left in shards for eta in left] == [True] * (len(shards) - 1)
-    assert [line.split(":")[0] for line in lines[2:]] == [f"shard {i}/5" for i in range(1, 6)]
-    assert {line.split()[2] for line in lines[2:]} == {f"{i:04}" for i in range(5)}
+    assert [line.split(":")[0] for line in lines[3:]] == [f"shard {i}/5" for i in range(1, 6)]
+    assert {line.split()[2] for line in lines[3:]} == {f"{i:04}" for i in range(5)}
     assert str(tmp_path / "out") in table[0] and len(table) > 10
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
+from megatron_vocagno.corpus.tokens import open_tokenizer
 from tests.tokenizers_for_tests import mistral_tokenizer_path, package_folder, smollm2_tokenizer_folder
 
 ALPHABET = [*map(chr, range(33, 127)), "Ġ"]
@@ -111,6 +112,37 @@ def test_the_front_of_a_tokenizer_model_is_what_transformers_puts_there(tmp_path
         assert front_ids(folder) == front_ids(folder / "tokenizer.model") == expected, beside
         met.add(expected)
     assert met == {(), (1,), (2,)}
+
+
+def test_a_sentencepiece_model_that_transformers_does_not_take_puts_its_bos_in_front(tmp_path: Path) -> None:
+    assert front_ids(mistral_tokenizer_path()) == (1,)
+    file = shutil.copy(mistral_tokenizer_path(), tmp_path / "mistral.model")
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert front_ids(file) == ()
+
+
+@pytest.mark.parametrize("class_", ["PreTrainedTokenizerFast", "GPTNeoXTokenizer", "CodeLlamaTokenizer"])
+@pytest.mark.parametrize("kind", POST_PROCESSORS)
+def test_what_is_saved_has_the_same_front(kind: str, class_: str, tmp_path: Path) -> None:
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "tokenizer_class": class_}
+    folder = write(tmp_path / "own", POST_PROCESSORS[kind], settings, None)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["model"]["byte_fallback"] = True  # bytes are not what this is about
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizer = open_tokenizer(folder, "huggingface")
+    assert tokenizer.front == front_ids(folder) == by_transformers(folder)
+    tokenizer.save(tmp_path / "saved")
+    assert front_ids(tmp_path / "saved") == by_transformers(tmp_path / "saved") == tokenizer.front
+    again = open_tokenizer(tmp_path / "saved", "huggingface")
+    assert (again.fingerprint, again.source) == (tokenizer.fingerprint, tokenizer.source)
+
+
+def test_what_is_saved_of_a_sentencepiece_model_has_the_same_front(tmp_path: Path) -> None:
+    for name, front in (("mistral.model", (1,)), ("tokenizer.model", ())):
+        file = shutil.copy(mistral_tokenizer_path(), tmp_path / name)
+        tokenizer = open_tokenizer(file)
+        tokenizer.save(tmp_path / f"saved {name}")
+        assert front_ids(tmp_path / f"saved {name}") == by_transformers(tmp_path / f"saved {name}") == tokenizer.front == front
 
 
 def test_the_front_of_real_tokenizers(tmp_path: Path) -> None:

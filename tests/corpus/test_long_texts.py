@@ -204,6 +204,25 @@ def test_wide_spans_keep_their_place(smollm2_folder, short_parts, tmp_path):
     assert len(found["anchors"][1]) - n_anchors >= 2 * 6 and len(text) > 10_000
 
 
+def test_added_tokens_are_not_cut(mistral, smollm2_folder, short_parts, tmp_path, monkeypatch):
+    """Runs of spaces and of line ends, and a tag as long as what is looked at elsewhere."""
+    raw = json.loads((smollm2_folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    monkeypatch.setattr(long_texts, "REACH", 1000)  # shorter than a part, as it is
+    tag = "<" + "=" * AROUND + ">"
+    added = [" " * 8, "\n" * 4, "<b>", tag]
+    raw["added_tokens"] += [{"id": 49_152 + i, "content": content, **flags} for i, content in enumerate(added)]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    pair = mistral, open_tokenizer(tmp_path, eos_token="<|im_end|>")
+    chosen = random.Random(7)
+    words = [*added, "word", " another", "\n", "\n\n\n\n\n", "<b>bold</b>", "      x", "1.5"]
+    text = "".join(chosen.choices(words, k=400))
+    tokens = mistral.encode_batch([text])[0], pair[1].encode_batch([text])[0]
+    totals = written(tmp_path / "out", [text], pair)
+    compare(tmp_path / "out", totals, [text], [tokens], pair)
+    assert len(text) > 4_500 and all(int((tokens[1].ids == 49_152 + i).sum()) > 20 for i in range(4))
+
+
 def test_a_document_is_long_by_its_characters_alone(pair, short_parts, tmp_path):
     """Just below, at and above the limit, in bytes and in characters."""
     texts = [PROSE[:n] for n in (1499, 1500, 1501, 1502, 3000)] + ["é" * n + " x" for n in (700, 1498, 1500)]

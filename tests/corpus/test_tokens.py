@@ -185,6 +185,49 @@ def test_eos_is_found_beside_the_tokenizer(file, content, tmp_path):
     assert (tokenizer.eos_id, tokenizer.eos_token) == (256, "<eos>")
 
 
+def chat(tmp_path, eos, control, template=None, ordinary=()):
+    raw = small_bpe()
+    names = [(name, True) for name in control] + [(name, False) for name in ordinary]
+    flags = dict.fromkeys(FLAGS, False)
+    raw["added_tokens"] = [{"id": 256 + i, "content": c, "special": s, **flags} for i, (c, s) in enumerate(names)]
+    config = {"eos_token": eos} | ({"chat_template": template} if isinstance(template, list) else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if isinstance(template, str):
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    return tmp_path
+
+
+TEMPLATE = "{{ '<|turn|>' + message.content + '</s>' }}"
+
+
+@pytest.mark.parametrize(
+    ("eos", "control", "template", "ends"),
+    [
+        ("<|im_end|>", ["<|im_end|>", "<|endoftext|>"], None, "<|endoftext|>"),  # Qwen, SmolLM2, Yi
+        ("<|eot_id|>", ["<|eot_id|>", "<|end_of_text|>"], None, "<|end_of_text|>"),  # Llama 3
+        ("<|im_end|>", ["<s>", "</s>", "<|im_end|>"], None, "</s>"),  # Mistral with ChatML
+        ("<|turn|>", ["<|turn|>", "<eos>"], TEMPLATE, "<eos>"),
+        ("<|turn|>", ["<|turn|>", "<eos>"], [{"name": "default", "template": TEMPLATE}], "<eos>"),
+        ("<|turn|>", ["<|turn|>", "<eos>"], None, "<|turn|>"),  # nothing says that it ends a turn
+        ("</s>", ["</s>", "<|endoftext|>"], TEMPLATE, "</s>"),  # a separator, though its template has it
+        ("<|im_end|>", ["<|im_end|>"], TEMPLATE, "<|im_end|>"),  # there is no other
+    ],
+)
+def test_documents_end_with_the_separator_of_pretraining(eos, control, template, ends, tmp_path):
+    tokenizer = open_tokenizer(chat(tmp_path, eos, control, template))
+    assert tokenizer.eos_token == ends
+    assert bool(tokenizer.eos_why) == (ends != eos) and (eos in tokenizer.eos_why or ends == eos)
+    named = open_tokenizer(tmp_path, eos_token=eos)
+    assert (named.eos_token, named.eos_why) == (eos, "")
+    tokenizer.save(tmp_path / "saved")
+    assert open_tokenizer(tmp_path / "saved").eos_token == ends
+
+
+def test_a_separator_that_is_ordinary_vocabulary_ends_no_document(tmp_path):
+    assert open_tokenizer(chat(tmp_path, "<|im_end|>", ["<|im_end|>"], None, ["<|endoftext|>"])).eos_token == "<|im_end|>"
+
+
 def test_no_eos_names_the_option(tmp_path):
     with pytest.raises(TokenizerError, match="--student-eos or --teacher-eos"):
         open_json(small_bpe(), tmp_path)

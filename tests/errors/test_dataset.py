@@ -154,9 +154,9 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     shutil.copytree(other.path / "tokenizers" / "teacher", other.path / "tokenizers" / "student")
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(
-        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: end-of-text token "
-        "(0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, pre-tokenizer; "
-        "build one of them again with the other's tokenizer",
+        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: "
+        "end-of-text token (0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, "
+        "pre-tokenizer; build one of them again with the other's tokenizer",
         TMP=tmp_path,
         DATA=data.path,
     ):
@@ -202,7 +202,7 @@ def test_a_model_with_tokenizer_model_alone_is_compared(case: Case, tmp_path: Pa
     shutil.copy(mistral_tokenizer_path(), tmp_path / "tokenizer.model")
     assert data.require_tokenizer("student", tmp_path) is None
     shutil.copy(mistral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3"), tmp_path / "tokenizer.model")
-    with pytest.raises(TokenizerMismatch, match=r"They differ in: number of tokens \(32,000 and 32,768\), vocabulary, merges"):
+    with pytest.raises(TokenizerMismatch, match=r"They differ in: number of tokens \(32,000 and 32,768\), .*vocabulary"):
         data.require_tokenizer("student", tmp_path)
 
 

@@ -284,6 +284,7 @@ def test_vocabulary_comes_from_the_tokenizer_and_must_fit_it() -> None:
     open_size = {key: value for key, value in LLAMA.items() if key != "vocab_size"}
     assert student_config(open_size, vocab_size=300).vocab_size == 300
     assert student_config(LLAMA, vocab_size=VOCAB - 1).vocab_size == VOCAB, "padding rows are fine"
+    assert student_config(LLAMA, vocab_size=VOCAB + 1, rows=VOCAB).vocab_size == VOCAB, "no text gives its last id"
     with pytest.raises(ModelError, match=r"tokenizer has 212 tokens, the student model has 211"):
         student_config(LLAMA, vocab_size=VOCAB + 1)
     with pytest.raises(ModelError, match="no vocab_size"):
