@@ -2,7 +2,7 @@
 
 transformers reads the keys that it has a name for and is silent about others, and it makes the best of a tensor that it does not
 know. Here a key that changes what the model computes is set, one without effect is listed, and what is neither is refused; so is
-an architecture whose conversion was never compared with the model that it was made from.
+an architecture of which not every key is known here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ FIELDS = {
     "llama": SIZES,
     "qwen2": SIZES,
     "qwen3": SIZES,
-    "qwen2moe": {**SIZES, **EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     "qwen3moe": {**SIZES, **EXPERTS},
     "gemma2": {**SIZES, **WINDOW, **CAPS},
     "gemma3": {**SIZES, **WINDOW, **CAPS},
