@@ -132,19 +132,25 @@ def _write_model(source: Path, folder: Path, dtype: torch.dtype) -> None:
     config = settle(config, keys, names, divisors)
     _check_tensors(source, config, names, str(keys["general.architecture"]))
     try:
-        with quiet():
+        with quiet(errors_only=True):
             model, found = AutoModelForCausalLM.from_pretrained(
                 source.parent,
                 config=config,
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 **options,
             )
     except Exception as error:
         raise ModelError(f"transformers cannot read the model in {source}: {error}") from error
     if missing := sorted(found["missing_keys"]):
         raise ModelError(f"{source} lacks {len(missing)} tensors of a {config.model_type} model, {', '.join(missing[:3])} first")
+    for name, there, expected in sorted(found["mismatched_keys"]):
+        raise ModelError(
+            f"{source} has {name} as {tuple(there)}, and a {config.model_type} model with its keys has {tuple(expected)}. "
+            "Use the model's folder with safetensors."
+        )
     # the model would refuse to be saved as what it was read from
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

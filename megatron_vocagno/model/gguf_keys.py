@@ -2,7 +2,7 @@
 
 transformers reads the keys that it has a name for and is silent about others, and it makes the best of a tensor that it does not
 know. Here a key that changes what the model computes is set, one without effect is listed, and what is neither is refused; so is
-an architecture whose conversion was never compared with the model that it was made from.
+an architecture of which not every key is known here.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ FIELDS = {
     "llama": SIZES,
     "qwen2": SIZES,
     "qwen3": SIZES,
-    "qwen2moe": {**SIZES, **EXPERTS, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
     "qwen3moe": {**SIZES, **EXPERTS},
     "gemma2": {**SIZES, **WINDOW, **CAPS},
     "gemma3": {**SIZES, **WINDOW, **CAPS},
@@ -90,6 +89,8 @@ def settle(
                 f"the GGUF file has {architecture}.{name} = {value}, and no conversion of that is known: it would be lost. "
                 "Use the model's folder with safetensors."
             )
+    if "attention.key_length" not in own:
+        config.head_dim = config.hidden_size // config.num_attention_heads
     if own.get("attention.value_length", 0) != own.get("attention.key_length", own.get("attention.value_length", 0)):
         raise ModelError(f"the GGUF file has keys of another width than its values, which a {architecture} model here has not")
     for field, part in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
@@ -117,7 +118,7 @@ def _one(value: Any, name: str, architecture: str) -> Any:
 def _set_rope(
     config: PretrainedConfig, architecture: str, own: Mapping[str, Any], divisors: Mapping[str, Sequence[float]]
 ) -> None:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.head_dim
     rotated = own.get("rope.dimension_count", width)
     rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0), **_scaling(config, own, divisors)}
     if rotated != width and architecture != "phi3":
@@ -149,6 +150,7 @@ def _scaling(config: PretrainedConfig, own: Mapping[str, Any], divisors: Mapping
         short = divisors.get(DIVISORS) or divisors[SHORT]
         return {
             "rope_type": "longrope",
+            "factor": max(1.0, config.max_position_embeddings / original),
             "short_factor": list(short),
             "long_factor": list(divisors.get(DIVISORS) or divisors[LONG]),
             "original_max_position_embeddings": original,

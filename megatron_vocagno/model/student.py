@@ -262,21 +262,12 @@ def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
 def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: PretrainedWeights) -> None:
     """Copy layer i of a pretrained model into `layer`, in the layer's own dtype.
 
-    Raises ModelError: a tensor is missing, has another shape, or no place in this configuration.
+    Raises ModelError: a tensor is missing, or has another shape. That none is left over: weights.py.
     """
     names = {hf_name(config, i, local_name): parameter for local_name, parameter in layer.named_parameters()}
     for name, parameter in names.items():
         _check_tensor(name, tuple(parameter.shape), weights)
         parameter.copy_(weights.tensor(name))
-    if isinstance(layer, Decoder):
-        prefix = f"model.layers.{i - 1}."
-        # old Llama folders hold RoPE's frequencies, which are computed today
-        extra = [name for name in weights if name.startswith(prefix) and name not in names and "rotary_emb" not in name]
-        if extra:
-            raise ModelError(
-                f"{weights.folder} has {extra[0]}, which a {config.model_type} student of this configuration does not. "
-                "Does the configuration lack a bias?"
-            )
 
 
 def _check_tensor(name: str, shape: tuple[int, ...], weights: PretrainedWeights) -> None:

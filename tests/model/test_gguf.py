@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NoReturn
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,47 +17,9 @@ from megatron_vocagno.model import gguf as gguf_module
 from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.gguf import cached_folder, dequantise
 from megatron_vocagno.model.teacher import open_teacher
+from tests.model.tiny_gguf import VOCAB, write_gguf
 from tests.tokenizers_for_tests import GGUF, package_folder
 from tools.convert.gguf_to_safetensors import main
-
-VOCAB = [*"abcdefghijklmnopqrstuvwxyz0123456789.,", "Ġ", "Ċ", "th", "he", "<|end|>"]
-HIDDEN, HEADS, LAYERS, INNER = 32, 2, 2, 64
-
-
-def write_gguf(path: Path, rule: str = "gpt-2") -> Path:
-    """A random two-layer Llama with a byte-level tokenizer, weights of the hidden layers in 8 bits."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(VOCAB))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(rule)
-    writer.add_token_list(VOCAB)
-    writer.add_token_types([1] * (len(VOCAB) - 1) + [3])
-    writer.add_token_merges(["t h", "h e"])
-    writer.add_eos_token_id(len(VOCAB) - 1)
-    generator = np.random.default_rng(0)
-    inner = {"ffn_gate": (INNER, HIDDEN), "ffn_up": (INNER, HIDDEN), "ffn_down": (HIDDEN, INNER)}
-    shapes = inner | dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (HIDDEN, HIDDEN))
-    for layer in range(LAYERS):
-        for name, shape in shapes.items():
-            packed = gguf.quantize(generator.normal(0, 0.2, shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(f"blk.{layer}.{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        for name in ("attn_norm", "ffn_norm"):
-            writer.add_tensor(f"blk.{layer}.{name}.weight", np.ones(HIDDEN, np.float32))
-    writer.add_tensor("token_embd.weight", generator.normal(0, 0.2, (len(VOCAB), HIDDEN)).astype(np.float32))
-    writer.add_tensor("output_norm.weight", np.ones(HIDDEN, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_a_converted_file_is_the_model_that_transformers_reads(tmp_path: Path) -> None:
@@ -91,6 +51,9 @@ def test_a_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gguf_module, "dequantise", None)
     copy = source.rename(tmp_path / "renamed.gguf")
     assert cached_folder(copy) == folder, "the content names the folder, not the file"
+    monkeypatch.setattr(gguf_module, "CONVERSION", 3)
+    with pytest.raises(TypeError, match="not callable"):
+        cached_folder(copy)  # what was converted otherwise is made anew
 
 
 def test_one_of_many_converts_and_the_others_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
