@@ -46,8 +46,7 @@ def tell_others(error: RunError) -> None:
     """Join the other processes, so that all of them leave for an error of this one."""
     start()
     watch = Watch(RunError)
-    with watch.on():
-        raise error
+    watch.error = str(error)
     watch.failure()
 
 
