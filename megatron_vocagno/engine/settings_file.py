@@ -160,10 +160,10 @@ def _check_values(path: Path, settings: dict[str, Any]) -> None:
         elif (meant := _meant(value)) is not None:
             raise RunError(f"{path}: {place} is {value!r}, a text; write {meant} without quotes")
     if autos:
-        lines = [f"\n  {place} is 'auto': {ADVICE.get(place, 'leave it out for the default of DeepSpeed')}" for place in autos]
+        lines = [f"\n  {place}: {ADVICE.get(place, 'leave it out for the default of DeepSpeed')}" for place in autos]
         raise RunError(
-            f"{path}: Hugging Face's Trainer fills in what is 'auto'; here nobody does, and DeepSpeed would take its defaults. "
-            f"Write:{''.join(lines)}"
+            f"{path}: {', '.join(autos)} {'is' if len(autos) == 1 else 'are'} 'auto', which Hugging Face's Trainer fills in and "
+            f"nobody here. Write{''.join(lines)}"
         )
 
 

@@ -24,7 +24,7 @@ from benchmarks import soak
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.manifest import checkpoint_folders, finished_checkpoints, read_manifest
 from tests import runs
-from tests.runs import REPOSITORY, Case, environment, metrics, spawn
+from tests.runs import REPOSITORY, Case, environment, metrics, spawn, spawn_each
 
 pytestmark = pytest.mark.slow
 
@@ -215,27 +215,12 @@ def test_a_teacher_that_gives_nan_on_some_documents_leaves_their_tokens_unguided
     assert len(checkpoint_folders(output / "checkpoints")) == 1 and not (output / "not_finite.jsonl").exists()
 
 
-ONE_RANK = """
-import os, sys
-from megatron_vocagno.pretrain import main
-sys.exit(main(sys.argv[1:] + (["--set", "data.train=/nowhere"] if os.environ["RANK"] == "1" else [])))
-"""
-
-
-def test_what_one_rank_alone_cannot_read_ends_all_of_them(case: Case) -> None:
-    """Without a launcher that would end the others."""
-    shared = environment(WORLD_SIZE="2", LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1")
-    command = [sys.executable, "-c", ONE_RANK, *case.command("one-sided", [PP2])]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=200)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "/nowhere is not a dataset" in said[0] and "Met by rank 1 alone" in said[0] and "error: " not in said[1], said
+def test_what_one_rank_alone_cannot_read_ends_all_of_them(case: Case, tmp_path: Path) -> None:
+    """Without a launcher that would end the others: a path that leads to the data from the folder of the first rank alone."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+    (folders[0] / "data").symlink_to(case.train)
+    codes, said = spawn_each([case.command("one-sided", [PP2, "data.train=data"])] * 2, folders)
+    assert codes == [2, 2] and said.count("error: ") == 1, (codes, said)
+    assert "error: data.train: data is not a dataset" in said and "Met by rank 1 alone" in said

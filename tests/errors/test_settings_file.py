@@ -52,10 +52,10 @@ AUTO: list[tuple[dict[str, Any], dict[str, str]]] = [
 def test_what_hugging_face_would_fill_in_is_named_with_what_to_write(
     tmp_path: Path, changes: dict[str, Any], fields: dict[str, str]
 ) -> None:
-    lines = "".join(f"\n  {field} is 'auto': {advice}" for field, advice in fields.items())
+    lines = "".join(f"\n  {field}: {advice}" for field, advice in fields.items())
+    are = f"{', '.join(fields)} {'is' if len(fields) == 1 else 'are'}"
     with told(
-        "DIR/ds.json: Hugging Face's Trainer fills in what is 'auto'; here nobody does, and DeepSpeed would take its defaults. "
-        f"Write:{lines}",
+        f"DIR/ds.json: {are} 'auto', which Hugging Face's Trainer fills in and nobody here. Write{lines}",
         DIR=tmp_path,
     ):
         read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
