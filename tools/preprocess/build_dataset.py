@@ -241,8 +241,12 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
     group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
     group.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
-    several = "a.b for one within another; given several times: the first that is there"
-    group.add_argument("--text-key", action="append", metavar="KEY", help=f"key or column of the text, {several} (default: text)")
+    group.add_argument(
+        "--text-key",
+        action="append",
+        metavar="KEY",
+        help="key or column of the text; of several, the first there (default: text)",
+    )
     group.add_argument(
         "--id-key", action="append", metavar="KEY", help="the same for an id to keep with each document (default: none)"
     )
