@@ -172,7 +172,7 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     with told(
         "DIR/out was planned with other input than are asked for now: corpus.jsonl of 56 bytes then, "
         "more.jsonl of 28 bytes now.\n"
-        "  2 shards then, 1 now. Name another --out, or use --force.",
+        "  1 shards then, 1 now. Name another --out, or use --force.",
         DIR=tmp_path,
     ):
         for name in (corpus, second):
