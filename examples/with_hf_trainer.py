@@ -23,6 +23,7 @@ from megatron_vocagno.batch.texts import TextCollator
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus import open_tokenizer
 from megatron_vocagno.errors import UserError
+from megatron_vocagno.model.folder import carry_over, model_folder
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.objective import STATS, gather_guide, guided_loss, planned_kept, summarize
 
@@ -95,7 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, length: int) -> None:
     """Prints loss and share kept of every step. Raises UserError, OSError."""
-    tokenizer = open_tokenizer(student)
+    folder = model_folder(student)
+    tokenizer = open_tokenizer(folder)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=steps,
@@ -108,7 +110,7 @@ def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, lengt
         remove_unused_columns=False,  # the collator makes the columns, out of texts
     )
     trainer = GuidedTrainer(
-        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
         arguments,
         data_collator=TextCollator(tokenizer, open_tokenizer(teacher), length),
         train_dataset=read_texts(corpus),
@@ -117,6 +119,7 @@ def train(student: str, teacher: str, corpus: Path, out: Path, steps: int, lengt
     trainer.train()
     trainer.save_model(str(out))
     tokenizer.save(out)
+    carry_over(folder, out)  # its chat template, among others
 
 
 def read_texts(corpus: Path) -> list[dict[str, str]]:

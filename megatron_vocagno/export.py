@@ -1,4 +1,4 @@
-"""A run's newest whole checkpoint as a Hugging Face folder: weights, configuration and tokenizer.
+"""A run's newest whole checkpoint as a Hugging Face folder: weights, configuration, tokenizer, and what a pretrained student had.
 
     python -m megatron_vocagno.export RUN_DIR --out HF_DIR
 
@@ -9,14 +9,16 @@ whatever number of stages and ZeRO stage it was trained with.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import looked_for
 
 if TYPE_CHECKING:
     import torch
@@ -34,25 +36,81 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     from megatron_vocagno.engine.manifest import STUDENT, TOKENIZER, newest_checkpoint
     from megatron_vocagno.model.folder import to_hugging_face
 
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty: exporting would mix two models. Remove it, or give another --out")
-    checkpoint = newest_checkpoint(run_dir, lambda text: print(text, file=sys.stderr))
+    checkpoint = newest_checkpoint(run_dir, say)
     if checkpoint is None:
-        raise RunError(f"no whole checkpoint below {run_dir}: is it the 'output' folder of a run that has saved one?")
+        missing = "" if run_dir.exists() else looked_for(run_dir)
+        raise RunError(f"no whole checkpoint below {run_dir}: is it the 'output' folder of a run that has saved one?{missing}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     state: dict[str, torch.Tensor] = {}
     for file in sorted((checkpoint / STUDENT).glob("*.safetensors")):
         state |= load_file(file)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint / TOKENIZER, local_files_only=True)
-    config.eos_token_id = tokenizer.eos_token_id
+    if tokenizer.eos_token_id not in _ids(config.eos_token_id):
+        config.eos_token_id = tokenizer.eos_token_id
     config.bos_token_id = tokenizer.bos_token_id
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         to_hugging_face(config, state, folder, dtype)
         tokenizer.save_pretrained(folder)
+        _add_belongings(checkpoint, Path(folder), tokenizer, say)
         for file in sorted(Path(folder).iterdir()):
             file.rename(out / file.name)
     return checkpoint
+
+
+def _add_belongings(checkpoint: Path, folder: Path, tokenizer: Any, say: Callable[[str], None]) -> None:
+    """What a pretrained student came with: its own tokenizer files, chat templates and generation settings.
+
+    tokenizer: as the dataset has it; documents end with its EOS, so the exported model's do.
+    """
+    from megatron_vocagno.engine.manifest import PRETRAINED, RUN
+    from megatron_vocagno.model.folder import carry_over
+
+    pretrained = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))["student"]["pretrained"]
+    if pretrained is None:
+        return
+    source = checkpoint / PRETRAINED
+    if not source.is_dir():
+        say(
+            f"note: {checkpoint} has no chat template and no generation settings of {pretrained}: an older release wrote it, "
+            "or that folder was gone. Copy what the model needs of them."
+        )
+        return
+    carried = carry_over(source, folder)
+    if {"tokenizer.model", "tokenizer_config.json"} <= set(carried) and "tokenizer.json" not in carried:
+        (folder / "tokenizer.json").unlink()  # not two tokenizers in one folder
+    _change(
+        folder / "tokenizer_config.json", {"eos_token": tokenizer.eos_token}, lambda old: _content(old) == tokenizer.eos_token
+    )
+    eos = tokenizer.eos_token_id
+    generation = folder / "generation_config.json"
+    known = _ids(json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id"))
+    _change(generation, {"eos_token_id": [*known, eos] if known else eos}, lambda old: eos in _ids(old))
+    say(f"from {pretrained}: {', '.join(carried) if carried else 'no tokenizer, chat template or generation settings'}")
+
+
+def _change(file: Path, fields: dict[str, Any], is_right: Callable[[Any], bool]) -> None:
+    """Set fields of a JSON file whose values there are not right; the others, and a file that is right, stay as they are."""
+    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wrong = {name: value for name, value in fields.items() if not is_right(there.get(name))}
+    if wrong:
+        file.write_text(json.dumps(there | wrong, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _content(token: Any) -> Any:
+    """A token's text: files have it alone, or in a table with its flags."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _ids(value: int | list[int] | None) -> list[int]:
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,9 +18,9 @@ from megatron_vocagno.errors import nearest
 from megatron_vocagno.locks import wait_for_lock
 
 CONFIG = ("config.json",)
-WEIGHTS = ("*.safetensors", "*.json", "tokenizer.model")
-"""All that is read of a model: its configuration, its weights, its tokenizer."""
-LEFT_OUT = ("*/*", "consolidated*")
+WEIGHTS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")
+"""All that is read of a model: its configuration, its weights, its tokenizer, its chat templates."""
+LEFT_OUT = ("*/*.safetensors", "*/*.json", "consolidated*")
 """Copies of the weights in other layouts: in folders below, and as Mistral writes them."""
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)

@@ -22,11 +22,12 @@ from megatron_vocagno.errors import UserError
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.stopping import Stopper
 
-# help speaks of what was started: the installed module, or the repository's script
+# help speaks of what was started: the installed module, or the repository's script by the path that it was given
+SCRIPT = "examples/pretrain_vocagno.py"
 LAUNCHED, ALONE = (
     ("--module megatron_vocagno.pretrain", "-m megatron_vocagno.pretrain")
     if __name__ == "__main__"
-    else ("examples/pretrain_vocagno.py", "examples/pretrain_vocagno.py")
+    else (sys.argv[0] if sys.argv[0].endswith(SCRIPT) else SCRIPT,) * 2
 )
 PROG = f"deepspeed {LAUNCHED}"
 EXAMPLE = f"""deepspeed --num_gpus 2 {LAUNCHED} examples/quickstart.toml \\

@@ -49,7 +49,7 @@ DIRECTION = {
     "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub", "errors"},
     "dryrun": {"planning", "engine", "model", "batch", "corpus", "config", "hub", "errors"},
     "plan": {"planning", "command"},
-    "export": {"engine", "model", "config", "command"},
+    "export": {"engine", "model", "config", "command", "errors"},
     "pretrain": {"train", "dryrun", "plan", "engine", "stopping", "config", "run_file", "command", "errors"},
     "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping"},
     "step": {"engine", "batch", "objective", "config"},

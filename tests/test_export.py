@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -14,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from megatron_vocagno.batch.loader import IGNORE, Layout, evaluation_batches
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine.manifest import MANIFEST, PRETRAINED, newest_checkpoint
 from megatron_vocagno.export import main
 from tests.runs import Case, metrics, spawn
 
@@ -71,6 +75,7 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(
     )
     assert tokenizer.eos_token_id == model.config.eos_token_id == ids[-1]
 
+    give_belongings(out, int(ids[-1]))
     arguments = case.command(f"{name}-on", ["parallel.pipeline_stages=2", "training.steps=1"])
     path = case.folder / f"{name}-on" / "run.toml"
     text = path.read_text()
@@ -79,6 +84,43 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(
     finished = spawn(2, arguments)
     assert finished.returncode == 0, finished.stdout[-4000:]
     assert evaluations(case.out(f"{name}-on"))[0] == pytest.approx(evaluations(output)[-1], rel=1e-6)
+    check_belongings(case.out(f"{name}-on"), out, int(ids[-1]), capsys)
+
+
+def give_belongings(folder: Path, eos: int) -> None:
+    """What an instruct model has beside its weights."""
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("tools: {{ messages | length }}")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, 5], "temperature": 0.7, "do_sample": True}))
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": "left", "eos_token": "<unk>"}))
+
+
+def check_belongings(run: Path, student: Path, eos: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """They outlive training and export; the EOS is the one that the documents ended with."""
+    (student / "chat_template.jinja").unlink()  # a checkpoint needs its student's folder no more
+    out = run.parent / f"{run.name}-hf"
+    assert main([str(run), "--out", str(out)]) == 0
+    told = capsys.readouterr().err
+    assert "additional_chat_templates/tools.jinja, chat_template.jinja, generation_config.json, tokenizer.json" in told
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<user>hi"
+    assert tokenizer.apply_chat_template([{}], chat_template="tools", tokenize=False) == "tools: 1"
+    assert tokenizer.padding_side == "left" and tokenizer.eos_token_id == eos
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.generation_config.temperature == 0.7 and model.generation_config.eos_token_id == [eos, 5]
+
+    # a checkpoint of an older release has none of it, and says so
+    checkpoint = newest_checkpoint(run, print)
+    assert checkpoint is not None
+    manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+    manifest["files"] = {name: file for name, file in manifest["files"].items() if not name.startswith(f"{PRETRAINED}/")}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    shutil.rmtree(checkpoint / PRETRAINED)
+    assert main([str(run), "--out", f"{out}-old"]) == 0
+    assert f"note: {checkpoint} has no chat template and no generation settings of {student}" in capsys.readouterr().err
+    assert AutoTokenizer.from_pretrained(f"{out}-old").chat_template is None
 
 
 def test_export_refuses_what_it_would_spoil_or_cannot_find(case: Case, tmp_path, capsys) -> None:

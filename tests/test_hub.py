@@ -54,7 +54,15 @@ def model(tmp_path: Path) -> Path:
     """A folder with all that a download should take, and more that it should not."""
     folder = tmp_path / "model"
     (folder / "original").mkdir(parents=True)
-    for name in ("config.json", "tokenizer.json", "model.safetensors", "pytorch_model.bin", "modeling.py", "README.md"):
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "model.safetensors",
+        "pytorch_model.bin",
+        "modeling.py",
+        "README.md",
+        "chat_template.jinja",
+    ):
         (folder / name).write_text(f'{{"{name}": 1}}')
     for name in ("original/model.safetensors", "consolidated.safetensors"):
         (folder / name).write_text("a copy")
@@ -243,7 +251,7 @@ def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_r
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
         [folder] = {outcome(process)[0] for process in [python(FETCH, "someone/tiny", **where) for _ in range(3)]}
     assert Path(folder).name == COMMIT
-    wanted = {"config.json", "tokenizer.json", "model.safetensors"}
+    wanted = {"config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"}
     assert {path.name for path in Path(folder).rglob("*")} == wanted
     downloads = {name: count for name, count in server.asked.items() if name.startswith("GET") and "resolve" in name}
     assert downloads == {f"GET someone/tiny resolve {COMMIT} {name}": 1 for name in wanted}

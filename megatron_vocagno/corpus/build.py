@@ -176,10 +176,10 @@ def finish(
     if made is None:
         raise BuildError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
     with reaching(out), locked(out, None) as alone:
-        if made.settings != settings.sha256:
+        asked = made.model_copy(update={"settings": settings.sha256, "in_words": settings.in_words})
+        if difference := made.other_settings(asked):
             raise ChangedError(
-                f"{out} was planned with other settings or tokenizers ({made.settings}) than these ({settings.sha256}): "
-                "finalize takes the options of its build"
+                f"{out} was planned with other settings than these: {difference}.\n  finalize takes the options of its build."
             )
         settings = _without_doubt(out, settings, on_note)
         _finish(out, made, settings, made.jobs(str(out), settings, trusted=True), max_bad_fraction)
@@ -246,11 +246,11 @@ def _settle(out: Place, made: Plan, force: bool, part: Slice | None) -> bool:
     """
     old = _read_plan(out)
     if old is not None and not force:
-        for what, then, now in (("settings or tokenizers", old.settings, made.settings), ("input", old.input, made.input)):
-            if then != now:
+        for what, difference in (("settings", old.other_settings(made)), ("input", old.other_input(made))):
+            if difference:
                 raise ChangedError(
-                    f"{out} was planned with other {what} ({then}) than are asked for now ({now}): "
-                    f"{len(old.shards):,} shards then, {len(made.shards):,} now. Name another --out, or use --force"
+                    f"{out} was planned with other {what} than are asked for now: {difference}.\n"
+                    f"  {len(old.shards):,} shards then, {len(made.shards):,} now. Name another --out, or use --force."
                 )
     if old is not None and part is not None and old.stamps != made.stamps:
         other = next((a, b) for a, b in zip_longest(old.stamps, made.stamps) if a != b)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +43,7 @@ class Plan(Record):
     id_key: str | None
     sources: tuple[Source, ...]
     shards: tuple[tuple[Piece, ...], ...]
+    in_words: dict[str, str] | None = None  # what `settings` is made of; nothing where an older release planned
 
     @property
     def input(self) -> str:
@@ -54,6 +55,29 @@ class Plan(Record):
     def stamps(self) -> tuple[tuple[str, int, str], ...]:
         """Name, size and time of each input file."""
         return tuple((place(source.url).name, source.size, source.modified) for source in self.sources)
+
+    def other_settings(self, now: Plan) -> str:
+        """What was asked for otherwise; empty where nothing was."""
+        if self.settings == now.settings:
+            return ""
+        hashes = f"({self.settings}, now {now.settings})"
+        if self.in_words is None or now.in_words is None:
+            return f"an older release planned it, and recorded the hash of its settings alone {hashes}"
+        told = []
+        for name, value in now.in_words.items():
+            then = self.in_words.get(name, "unknown")
+            if _decisive(name, then) != _decisive(name, value):
+                told.append(f"{name} {then} then, {value} now")
+        return "; ".join(told) or f"another release planned it {hashes}"
+
+    def other_input(self, now: Plan) -> str:
+        """Which file is another one, or that the same files are cut otherwise; empty where nothing is."""
+        if self.input == now.input:
+            return ""
+        for then, file in zip_longest(self.stamps, now.stamps):
+            if (then and then[:2]) != (file and file[:2]):
+                return " then, ".join(f"{each[0]} of {each[1]:,} bytes" if each else "no file" for each in (then, file)) + " now"
+        return "the same files, cut otherwise: --shard-mb or --max-documents has changed"
 
     @property
     def text_bytes(self) -> int:
@@ -70,6 +94,11 @@ class Plan(Record):
     def jobs(self, out: str, settings: Settings, trusted: bool = False, force: bool = False) -> list[Job]:
         """One a shard, in their order; see Job."""
         return [Job(i, pieces, self.root, out, settings, self.settings, trusted, force) for i, pieces in enumerate(self.shards)]
+
+
+def _decisive(name: str, value: str) -> str:
+    """Of a setting in words; of a tokenizer, it does not matter where it lies."""
+    return value.partition(" (")[0] if name in ("--student", "--teacher") else value
 
 
 @dataclass(frozen=True)
@@ -114,6 +143,7 @@ def plan(inputs: Sequence[Place], settings: Settings, shard_bytes: int = SHARD_B
         id_key=settings.id_name,
         sources=tuple(_source(file) for file in inputs),
         shards=tuple(map(tuple, shards)),
+        in_words=settings.in_words,
     )
 
 

@@ -87,6 +87,22 @@ class Settings:
         how = {"on_bad_line": self.on_bad_line, "nfc": self.nfc, "format": FORMAT, "codec": CODEC}
         return hashlib.sha256(orjson.dumps({"student": student, "teacher": teacher, **keys, **how})).hexdigest()
 
+    @property
+    def in_words(self) -> dict[str, str]:
+        """What `sha256` is made of, as options and their values; of a tokenizer its fingerprint, and where it lies."""
+        student, teacher = self.tokenizers
+        return {
+            "--student": f"{student.fingerprint} ({self.student})",
+            "--student-eos": student.eos_token,
+            "--teacher": f"{teacher.fingerprint} ({self.teacher})",
+            "--teacher-eos": teacher.eos_token,
+            "--text-key": self.text_key,
+            "--id-key": self.id_key or "none",
+            "--on-bad-line": self.on_bad_line,
+            "--no-nfc": "absent" if self.nfc else "given",
+            "format": f"{FORMAT}, {CODEC}",
+        }
+
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(path: str, eos: str | None, backend: Backend) -> Tokenizer:

@@ -27,6 +27,7 @@ from megatron_vocagno.engine.manifest import (
     LATEST,
     MANIFEST,
     OPTIMIZER,
+    PRETRAINED,
     RUN,
     STUDENT,
     TOKENIZER,
@@ -50,6 +51,7 @@ from megatron_vocagno.engine.settings import Settings, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
+from megatron_vocagno.model.folder import carry_over, on_this_machine
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
@@ -119,6 +121,8 @@ class Keeper:
         make_folder(folder / STUDENT)
         (folder / OPTIMIZER).mkdir()
         shutil.copytree(self.tokenizer, folder / TOKENIZER)
+        if self.run.student.pretrained is not None and (source := on_this_machine(self.run.student.pretrained)) is not None:
+            carry_over(source, folder / PRETRAINED)
         self.config.to_json_file(folder / "config.json")
         (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
 
@@ -159,7 +163,8 @@ class Keeper:
             self._check_nothing_is_lost()
             return self.fresh
         manifest = from_first_rank(lambda: read_manifest(folder), RunError, OSError)
-        check_resumable(folder, manifest, self.fresh, self.layout, orjson.loads(self.config.to_json_string()))
+        student = orjson.loads(self.config.to_json_string())
+        check_resumable(folder, manifest, self.fresh, self.layout, student, [source.path for source in self.run.data.train])
         disk = Watch(OSError, SafetensorError)
         self.state.read(folder, disk)
         if failure := disk.failure():

@@ -4,7 +4,8 @@
         student/layer_0000.safetensors …   the weights under Hugging Face names
         optimizer/layer_0000.safetensors … float32 states under the same names
         engine.json                        steps, learning-rate schedule, loss scale
-        tokenizer/                         the student's tokenizer
+        tokenizer/                         the student's tokenizer, as the dataset has it
+        pretrained/                        of a pretrained student, its own tokenizer, chat templates and generation settings
         config.json                        the student's Hugging Face configuration
         run.json                           the resolved run
         manifest.json                      written last: position, layout, and size and sha256 of every other file
@@ -16,7 +17,7 @@ A checkpoint without a manifest, or with a file that differs from it, is not one
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ STUDENT = "student"
 OPTIMIZER = "optimizer"
 COUNTERS = "engine.json"
 TOKENIZER = "tokenizer"
+PRETRAINED = "pretrained"
 RUN = "run.json"
 
 
@@ -161,10 +163,15 @@ def altered(folder: Path, files: Mapping[str, File]) -> str | None:
     return None
 
 
-def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout, student: Mapping[str, Any]) -> None:
+def check_resumable(
+    folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout, student: Mapping[str, Any], data: Sequence[Path] = ()
+) -> None:
     """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another training.
 
-    The number of processes, of stages and the ZeRO stage may differ. student: the configuration, as its config.json has it.
+    The number of processes, of stages and the ZeRO stage may differ.
+
+    student  the configuration, as its config.json has it
+    data     where this run's datasets lie, for the message
     """
     fields = (
         ("dataset", "data.train"),
@@ -175,6 +182,8 @@ def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: E
     for name, field in fields:
         mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
         if mine != theirs:
+            if name == "dataset" and data:
+                mine, theirs = _named(data, mine), _named(_data_of(folder), theirs)
             raise RunError(
                 f"{folder} was written with {field} = {theirs}, this run has {mine}: its rows would not follow on.\n"
                 "  Give the run another 'output', or the old value back."
@@ -193,6 +202,15 @@ def check_resumable(folder: Path, manifest: Manifest, fresh: Position, layout: E
                 "its optimizer states are of no use here.\n"
                 "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
             )
+
+
+def _named(paths: Sequence[Path], fingerprints: str) -> str:
+    return f"{', '.join(map(str, paths))} ({fingerprints})"
+
+
+def _data_of(folder: Path) -> list[Path]:
+    """Where the datasets of a checkpoint's run lay, as its run file had them."""
+    return [Path(source["path"]) for source in orjson.loads((folder / RUN).read_bytes())["data"]["train"]]
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> list[str]:

@@ -6,6 +6,7 @@ Everything here works on any causal language model that transformers knows; what
 import copy
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,11 @@ from megatron_vocagno import hub
 from megatron_vocagno.command import tool
 from megatron_vocagno.errors import UserError, looked_for, nearest
 
+BELONGINGS = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    "generation_config.json",
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -94,6 +100,12 @@ def cached_snapshot(name: str | os.PathLike[str]) -> Path | None:
     except hub.HubError:
         return None
     return folder if not _missing(folder) else None
+
+
+def on_this_machine(path: Path) -> Path | None:
+    """The folder of a path or a Hub id; None where it is not there. The Hub is not asked."""
+    folder = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
+    return folder if folder is not None and folder.exists() else None
 
 
 def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
@@ -228,6 +240,20 @@ def to_hugging_face(
     written.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     return folder
+
+
+def carry_over(source: Path, out: Path) -> list[str]:
+    """Copy what belongs to a model beside weights and configuration: tokenizer, chat templates, how it generates.
+
+    Returns the names. What is in `out` under these names is replaced.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    files = sorted(file for pattern in BELONGINGS for file in source.glob(pattern) if file.is_file())
+    for file in files:
+        target = out / file.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    return [file.relative_to(source).as_posix() for file in files]
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -56,14 +56,15 @@ def furnish(folder: Path, case: Case, run: Path, student: Path, dataset: Path) -
         place = folder / "corpus" / "openwebmath" / "data" / f"train-{number}-of-00114.parquet"
         place.parent.mkdir(parents=True, exist_ok=True)
         pyarrow.parquet.write_table(pa.table({"text": texts[10 * i : 10 * i + 10]}), place)
+    _write(folder / "first.toml", _first_run().encode())
     for name in ("examples", "requirements"):
         (folder / name).symlink_to(REPOSITORY / name)
     shutil.copytree(REPOSITORY / "ds_configs", folder / "ds_configs")
     for name in ("X.json", "ds_configs/X.json"):
         shutil.copy(run.parent / "ds.json", folder / name)
     _write(folder / "RUN.toml", _short((run.parent / "run.toml").read_text(), run).encode())
-    models = {"S": student, ".demo/student-hf": student, HUB[0]: student}
-    models |= dict.fromkeys(("T", "TEACHER", ".demo/teacher", *HUB[1:]), case.teacher)
+    models = {"S": student, ".demo/student-hf": student, "models/student": student, HUB[0]: student}
+    models |= dict.fromkeys(("T", "TEACHER", "models/teacher", ".demo/teacher", *HUB[1:]), case.teacher)
     runs = dict.fromkeys(("OUTPUT", "RUN_DIR", ".demo/run"), run)
     runs["runs/qwen2.5-math-instruct/checkpoints"] = run / "checkpoints"
     kept = {"A": case.train, "B": case.valid, ".demo/data/heldout": dataset}
@@ -86,6 +87,20 @@ def _json_lines(texts: Sequence[str]) -> bytes:
 def _short(run_file: str, run: Path) -> str:
     """The run's file for another run of a step, which writes elsewhere."""
     return run_file.replace(f'"{run}"', '"runs/mine"').replace("steps = 5", "steps = 1").replace("rows = 12", "rows = 4")
+
+
+def _first_run() -> str:
+    """The run file that docs/first_run.md shows, made small."""
+    page = (REPOSITORY / "docs" / "first_run.md").read_text(encoding="utf-8")
+    [shown] = re.findall(r"```toml\n(output = .*?)```", page, re.DOTALL)
+    for long, short in (
+        ("steps = 1000", "steps = 1"),
+        ("warmup_steps = 100", "warmup_steps = 1"),
+        ("_length = 256", "_length = 64"),
+    ):
+        assert long in shown, long
+        shown = shown.replace(long, short)
+    return shown
 
 
 def plain(text: str) -> str:

@@ -6,7 +6,9 @@ import bz2
 import gzip
 import json
 import os
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +25,9 @@ from megatron_vocagno.corpus.places import place, reaching
 from megatron_vocagno.corpus.plan import Slice, plan
 from megatron_vocagno.corpus.ray_engine import run_ray
 from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.corpus.tokens import open_tokenizer
 from tests.errors.telling import told
+from tests.tokenizers_for_tests import mistral_tokenizer_path
 
 
 def write(file: Path, data: bytes | str) -> Path:
@@ -182,6 +186,47 @@ def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer:
         pass
 
 
+def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teacher_tokenizer: Path) -> None:
+    lines = [json.dumps({"text": f"line {i}", "id": i}) + "\n" for i in range(4)]
+    corpus = write(tmp_path / "corpus.jsonl", "".join(lines))
+    moved = shutil.copytree(teacher_tokenizer, tmp_path / "moved")
+    teacher, mistral = open_tokenizer(teacher_tokenizer), open_tokenizer(mistral_tokenizer_path())
+    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), id_key="id")
+    first = plan([corpus], settings, 40)
+    assert first.other_settings(plan([corpus], replace(settings, teacher=str(moved)), 40)) == ""
+
+    def told_of(**changes: Any) -> str:
+        return first.other_settings(plan([corpus], replace(settings, **changes), 40))
+
+    assert told_of(id_key=None) == "--id-key id then, none now"
+    assert told_of(text_key="body", on_bad_line="skip") == "--text-key text then, body now; --on-bad-line error then, skip now"
+    assert told_of(teacher=str(mistral_tokenizer_path())) == (
+        f"--teacher {teacher.fingerprint} ({teacher_tokenizer}) then, {mistral.fingerprint} ({mistral_tokenizer_path()}) now; "
+        f"--teacher-eos {teacher.eos_token} then, </s> now"
+    )
+    assert told_of(student_eos="<|endoftext|>").endswith(f"--student-eos {teacher.eos_token} then, <|endoftext|> now")
+    # what this release would not know to be a setting is told, too
+    assert first.other_settings(first.model_copy(update={"settings": "f00d"})).startswith("another release planned it (")
+    old = first.model_copy(update={"in_words": None})
+    assert "an older release planned it" in old.other_settings(plan([corpus], replace(settings, id_key=None), 40))
+
+    assert first.other_input(plan([corpus], settings, 80)) == (
+        "the same files, cut otherwise: --shard-mb or --max-documents has changed"
+    )
+    second = write(tmp_path / "more.jsonl", lines[0])
+    assert first.other_input(plan([corpus, second], settings, 40)) == "no file then, more.jsonl of 28 bytes now"
+    write(corpus, "".join(lines[:2]))
+    assert first.other_input(plan([corpus], settings, 40)) == "corpus.jsonl of 112 bytes then, corpus.jsonl of 56 bytes now"
+    with told(
+        "DIR/out was planned with other input than are asked for now: corpus.jsonl of 56 bytes then, "
+        "more.jsonl of 28 bytes now.\n"
+        "  1 shards then, 1 now. Name another --out, or use --force.",
+        DIR=tmp_path,
+    ):
+        for name in (corpus, second):
+            build([name], tmp_path / "out", settings, shard_bytes=40)
+
+
 def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenizer: Path) -> None:
     text = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(4))
     corpus, out = write(tmp_path / "corpus.jsonl", text), tmp_path / "out"
@@ -191,14 +236,14 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
     os.utime(corpus, ns=(0, 5))
     build([corpus], out, settings, shard_bytes=40, part=Slice(1, 2))
     with told(
-        "DIR/out was planned with other settings or tokenizers (THIS) than are asked for now (OTHER): 2 "
-        "shards then, 2 now. Name another --out, or use --force",
+        "DIR/out was planned with other settings than are asked for now: --no-nfc absent then, given now.\n"
+        "  2 shards then, 2 now. Name another --out, or use --force.",
         **names,
     ):
         build([corpus], out, other, shard_bytes=40, part=Slice(2, 2))
     with told(
-        "DIR/out was planned with other settings or tokenizers (THIS) than these (OTHER): finalize takes the "
-        "options of its build",
+        "DIR/out was planned with other settings than these: --no-nfc absent then, given now.\n"
+        "  finalize takes the options of its build.",
         **names,
     ):
         finish(out, other)

@@ -9,6 +9,7 @@ import orjson
 import pytest
 import torch
 
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine import checkpoint
 from megatron_vocagno.engine.agreement import Failure
 from megatron_vocagno.engine.checkpoint import Keeper
@@ -96,6 +97,18 @@ def test_a_checkpoint_of_another_run(
         check_resumable(folder, read_manifest(folder), fresh, mine, {"hidden_size": 64, "num_hidden_layers": 2})
 
 
+def test_a_checkpoint_of_another_dataset_names_both(folder: Path, tmp_path: Path) -> None:
+    (folder / "run.json").write_text('{"data": {"train": [{"path": "data/old"}, {"path": "/more"}]}}')
+    fresh = POSITION.model_copy(update={"dataset": "1 of 9e01"})
+    with told(
+        "DIR/checkpoints/step-00000004 was written with data.train = data/old, /more (1 of 5c7a), this run has data/new "
+        "(1 of 9e01): its rows would not follow on.\n"
+        "  Give the run another 'output', or the old value back.",
+        DIR=tmp_path,
+    ):
+        check_resumable(folder, read_manifest(folder), fresh, LAYOUT, {}, [Path("data/new")])
+
+
 def test_the_states_of_another_optimizer(tmp_path: Path) -> None:
     def counters(dtype: str | None) -> Counters:
         return Counters(
@@ -170,6 +183,8 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
 def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = Keeper.__new__(Keeper)
     keeper.root, keeper.fresh, keeper.layout = tmp_path / "checkpoints", POSITION, LAYOUT
+    plain = {"student": {"config": {}}, "guidance": {"objective": "clm"}, "training": {"steps": 1}}
+    keeper.run = Run.model_validate({"output": "out", "data": {"train": "data"}} | plain)
     monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(checkpoint, "from_first_rank", lambda action, *_: action())
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from examples.with_hf_trainer import GuidedTrainer, main, read_texts
 from megatron_vocagno.batch.texts import TextCollator
@@ -70,7 +71,10 @@ def test_the_command_trains_and_saves_a_model(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(demo)
-    assert main(["--steps", "2", "--length", "32", "--out", str(tmp_path / "out")]) == 0
+    student = shutil.copytree(".demo/student-hf", tmp_path / "student")
+    (student / "chat_template.jinja").write_text("{{ messages | length }}")
+    assert main(["--student", str(student), "--steps", "2", "--length", "32", "--out", str(tmp_path / "out")]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == "{{ messages | length }}"
     printed = capsys.readouterr().out
     assert printed.count("share_kept") == 2 and "'loss'" in printed
     before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (".demo/student-hf", tmp_path / "out"))
@@ -108,4 +112,4 @@ def test_a_line_without_a_text_is_named(line: bytes, reason: str, tmp_path: Path
 
 def test_the_command_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--student", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: cannot open the tokenizer {tmp_path}")
+    assert capsys.readouterr().err.startswith(f"error: no model at {tmp_path}")
