@@ -20,7 +20,7 @@ from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
-from megatron_vocagno.engine.settings_file import check_sections
+from megatron_vocagno.engine.settings_file import check_sections, notes
 from megatron_vocagno.errors import looked_for, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot
@@ -113,6 +113,7 @@ def _notes(question: Question) -> Iterator[str]:
     for teacher in _read_teachers(run):
         if teacher.placement != "cached" and teacher.path:
             yield from _absent("teacher.path", teacher.path)
+    yield from notes(task.settings)
     yield from run.guidance.notes()
     yield from run.training.schedule.notes(task.steps)
     student = task.student.config.vocab_size

@@ -30,6 +30,7 @@ from megatron_vocagno.engine.placement import first_scorer, load_teacher, place_
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.samples import open_samples
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision
+from megatron_vocagno.engine.settings_file import notes
 from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.errors import UserError
@@ -102,7 +103,7 @@ def open_run(run: Run, settings: Settings, processes: Processes, stopper: Stoppe
     position = keeper.resume(monitor.say)
     if samples is not None:
         samples.begin(position.step, monitor.say)
-    lines = [_opening(run, layout, steps, position), *run.guidance.notes(), *run.training.schedule.notes(steps)]
+    lines = [_opening(run, layout, steps, position), *notes(settings), *run.guidance.notes(), *run.training.schedule.notes(steps)]
     lines += _not_compared(run, data)
     for line in (*lines, *read, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.say(line)

@@ -86,12 +86,12 @@ ADVICE = {
     "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
     "optimizer.params.eps": "a number, as 1e-8",
     "optimizer.params.weight_decay": "a number, as 0.1",
-    "bf16.enabled": "true or false",
-    "bfloat16.enabled": "true or false",
-    "fp16.enabled": "true or false",
     "zero_optimization.stage": "1, 2 or 3",
 }
 """What to write in the place of "auto"."""
+SWITCHES = ("bf16.enabled", "bfloat16.enabled", "fp16.enabled")
+OFF = "_off"
+"""Of those, the ones that were "auto": DeepSpeed reads that as false, and so does a run, which says so."""
 OWN = {"keep_in_fp32_modules", "stages"}
 """Where "auto" is a value of DeepSpeed's own."""
 
@@ -113,6 +113,12 @@ def read_file(path: Path) -> dict[str, Any]:
     _check_values(path, settings)
     _check_names(path, settings)
     return settings
+
+
+def notes(settings: Mapping[str, Any]) -> Iterator[str]:
+    """What a user may not have meant."""
+    for place in settings.get(OFF, ()):
+        yield f"note: {place} of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false."
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,7 +153,7 @@ def _habit(text: str) -> str:
 def _check_values(path: Path, settings: dict[str, Any]) -> None:
     """What nobody fills in, and what stands in quotes that should not."""
     autos = []
-    for place, value in _leaves(settings):
+    for place, value in list(_leaves(settings)):
         if isinstance(value, float) and not math.isfinite(value):
             raise RunError(f"{path}: {place} is beyond what a float holds; a smaller number expected")
         name = place.rpartition(".")[2]
@@ -155,7 +161,11 @@ def _check_values(path: Path, settings: dict[str, Any]) -> None:
             raise RunError(f"{path}: {place} is {value!r}; true or false expected")
         if not isinstance(value, str) or name in OWN:
             continue
-        if value.strip().lower() == "auto":
+        if place in SWITCHES and value == "auto":
+            section = settings[place.partition(".")[0]]
+            section["enabled"] = False
+            settings.setdefault(OFF, []).append(place)
+        elif value.strip().lower() == "auto":
             autos.append(place)
         elif (meant := _meant(value)) is not None:
             raise RunError(f"{path}: {place} is {value!r}, a text; write {meant} without quotes")

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import precision, read_settings
-from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections
+from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections, notes
 from tests.errors.telling import told
 from tests.runs import write_settings
 
@@ -38,8 +38,6 @@ AUTO: list[tuple[dict[str, Any], dict[str, str]]] = [
             "optimizer.params.weight_decay": "a number, as 0.1",
         },
     ),
-    ({"bf16": {"enabled": "auto"}}, {"bf16.enabled": "true or false"}),
-    ({"fp16": {"enabled": "auto", "loss_scale": 0}}, {"fp16.enabled": "true or false"}),
     (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}},
         {"zero_optimization.reduce_bucket_size": LEFT_OUT, "zero_optimization.offload_optimizer.device": LEFT_OUT},
@@ -59,6 +57,18 @@ def test_what_hugging_face_would_fill_in_is_named_with_what_to_write(
         DIR=tmp_path,
     ):
         read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
+
+
+def test_a_precision_that_is_auto_is_off_as_deepspeed_has_it_and_that_is_said(tmp_path: Path) -> None:
+    both = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0}}
+    settings = read_settings(write_settings(tmp_path / "ds.json", **both), 0, "cpu")
+    assert precision(settings) == "fp32" and settings["bf16"]["enabled"] is settings["fp16"]["enabled"] is False
+    check_sections(tmp_path / "ds.json", settings)
+    assert list(notes(settings)) == [
+        f"note: {name}.enabled of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false."
+        for name in ("bf16", "fp16")
+    ]
+    assert not list(notes(read_settings(write_settings(tmp_path / "plain.json"), 0, "cpu")))
 
 
 VALUES: list[tuple[dict[str, Any], str]] = [
