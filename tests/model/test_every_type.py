@@ -39,8 +39,13 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys((*RANKS, "linear_value_head_dim", "dim_head", "attention_head_size", "mamba_d_head"), 16),
     **dict.fromkeys(("state_size", "mamba_d_state", "mamba_n_heads", "attention_window_size", "rotary_dim"), 8),
     **dict.fromkeys(("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace", "mamba_n_groups"), 1),
-    **{"vocab_size": VOCAB, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "decoder_start_token_id": 2},
-    **{"pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2},
+    "vocab_size": VOCAB,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "decoder_start_token_id": 2,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 LARGEST = 30_000_000
 
