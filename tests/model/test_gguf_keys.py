@@ -120,8 +120,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"width": HIDDEN},
-        r"has model.layers.0.self_attn.k_proj.weight as \(64, 32\), and a llama model with its keys has \(32, 32\). "
-        r"Use the model's folder with safetensors",
+        r"k_proj.weight as \(64, 32\), and a llama model with its keys has \(32, 32\). Use the model's folder with safetensors",
     ),
     ({"drop": "blk.1.ffn_up"}, r"lacks 1 tensors of a llama model, model.layers.1.mlp.up_proj.weight first"),
     (
