@@ -109,7 +109,7 @@ def test_hostile_ids_and_bad_lines_are_text_and_their_reasons_are_counted(with_i
 
 def test_a_quarantine_is_read_up_to_a_limit_and_that_is_said(with_ids, monkeypatch):
     assert refused(with_ids).complete and refused(with_ids).lines == 4
-    monkeypatch.setattr(report, "QUARANTINE_BYTES", 300)
+    monkeypatch.setattr(report, "QUARANTINE_BYTES", 400)
     assert not refused(with_ids).complete and refused(with_ids).lines == 2
 
 
