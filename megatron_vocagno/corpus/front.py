@@ -1,9 +1,11 @@
 """The ids that a model's own tokenizer puts in front of a text: BOS, two tokens (GLM's), or nothing.
 
-They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begins with, in transformers 5:
+They are those that `AutoTokenizer.from_pretrained(folder)(text).input_ids` begins with in transformers 5, but for (*):
 
-    tokenizer.json    what its post-processor puts there; `add_bos_token` beside it is not asked
+    tokenizer.json    what its post-processor puts there
                       a few classes make a post-processor of their own (GPT-NeoX's, CodeLlama's): then transformers is asked
+                      (*) BOS where the post-processor puts nothing there and tokenizer_config.json has `add_bos_token`: so
+                      DeepSeek's models were published and trained, and transformers 5 passes over that field, as 4 did not
     tokenizer.model   BOS where tokenizer_config.json has `add_bos_token`, else nothing
     another .model    which transformers does not take: the same; BOS where no tokenizer_config.json lies beside it
 """
@@ -61,7 +63,8 @@ def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class")
     name = str(declared or "").removesuffix("Fast")
     if name != "CodeLlamaTokenizer" and not front:
-        return front  # no class puts one there by itself but that
+        # no other class puts one there by itself
+        return _declared_bos(settings, {token["content"]: token["id"] for token in raw.get("added_tokens") or ()})
     of_its_own = name in OF_THEIR_OWN or (not name and "model_type" in config)
     if file.name != "tokenizer.json" or "auto_map" in settings or not of_its_own:
         return front  # one that needs code from its folder is not run
@@ -74,7 +77,12 @@ def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], fil
     settings = {**read_json(file.with_name("special_tokens_map.json")), **read_json(config)}
     if file.name not in FILES and not config.is_file():
         settings |= {"add_bos_token": True}
-    bos = settings.get("bos_token", names.get("bos_token"))
+    return _declared_bos(dict(names) | settings, ids)
+
+
+def _declared_bos(settings: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int, ...]:
+    """Of `add_bos_token` and `bos_token`. ids: of the control tokens."""
+    bos = settings.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()
 
