@@ -20,7 +20,7 @@ from megatron_vocagno.engine.alike import facts_of_files, require_alike
 from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import is_cached, training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
-from megatron_vocagno.engine.distilling import open_distiller
+from megatron_vocagno.engine.distilling import check_vocabularies, open_distiller
 from megatron_vocagno.engine.fronts import open_fronts, reading
 from megatron_vocagno.engine.hearing import Hearing
 from megatron_vocagno.engine.manifest import Position
@@ -132,6 +132,7 @@ def _open(
     """
     check_precision(settings, processes.device)
     datasets = open_data(run.data.train)
+    check_vocabularies(run, datasets[0])
     valid = _open_valid(run, datasets[0])
     config, weights = _open_student(run, datasets[0], settings, processes)
     check_output(run.output)

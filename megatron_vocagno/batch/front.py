@@ -61,6 +61,8 @@ class Front:
 
 
 NO_FRONT = Front()
+NO_FRONTS = (NO_FRONT, NO_FRONT)
+"""Of a student and of its teacher."""
 
 
 def front_of(asked: Bos, tokenizers: Sequence[Path], field: str, rows: int) -> tuple[int, ...]:

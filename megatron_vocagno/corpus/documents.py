@@ -28,6 +28,8 @@ _MARKS = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
 _ABSENT = object()
 # of a line that is no JSON: what it may be, and what to do about it; the first and last bytes are looked at
 _CAUSE_BYTES = 64 << 10
+_OF_ITS_BEGINNING = 3
+"""So many of them, the first, are told by how a line begins."""
 _CAUSES = tuple(
     (re.compile(pattern, re.DOTALL), cause)
     for pattern, cause in (
@@ -113,7 +115,7 @@ def _read_lines(piece: Piece, text_keys: Strings, id_keys: Strings, on_bytes: On
 def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
     """text, id. Raises _NoText."""
     if line.size > LONGEST_RECORD:
-        raise _NoText(_too_long(line.size) + _cause(line.raw))
+        raise _NoText(_too_long(line.size) + _cause(line.raw, whole=False))
     try:
         row, strict = orjson.loads(line.raw), True
     except orjson.JSONDecodeError:
@@ -147,9 +149,11 @@ def _lenient(raw: bytes) -> Any:
         raise _NoText(f"invalid JSON ({error}){_cause(raw)}") from None
 
 
-def _cause(raw: bytes) -> str:
+def _cause(raw: bytes, whole: bool = True) -> str:
+    """whole: `raw` is all of the line, and its end says something."""
     shown = raw if len(raw) <= 2 * _CAUSE_BYTES else raw[:_CAUSE_BYTES] + raw[-_CAUSE_BYTES:]
-    return next((f": {cause}" for pattern, cause in _CAUSES if pattern.match(shown)), "")
+    causes = _CAUSES if whole else _CAUSES[:_OF_ITS_BEGINNING]
+    return next((f": {cause}" for pattern, cause in causes if pattern.match(shown)), "")
 
 
 def _value(row: Any, keys: Strings, option: str) -> tuple[str, Any]:

@@ -71,13 +71,13 @@ class Plan(Record):
         return "; ".join(told) or f"another release planned it {hashes}"
 
     def other_input(self, now: Plan) -> str:
-        """Which file is another one, or that the same files are cut otherwise; empty where nothing is."""
+        """Which file is another one, or that they are cut otherwise; empty where nothing is."""
         if self.input == now.input:
             return ""
         for then, file in zip_longest(self.stamps, now.stamps):
             if (then and then[:2]) != (file and file[:2]):
                 return " then, ".join(f"{each[0]} of {each[1]:,} bytes" if each else "no file" for each in (then, file)) + " now"
-        return "the same files, cut otherwise: --shard-mb or --max-documents has changed"
+        return "files of the same names and sizes, cut otherwise: other lines in them, or another --shard-mb or --max-documents"
 
     @property
     def text_bytes(self) -> int:

@@ -9,7 +9,6 @@ from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
-from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
@@ -28,7 +27,6 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     asked = run.teacher[0]
     path = asked.path
     assert path is not None
-    together(lambda: check_vocabularies(run, data), RunError)
     together(lambda: data.require_tokenizer("teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
     found = (path, getattr(torch, asked.dtype), processes.device, asked.attention)
     teacher: Teacher | ShardedTeacher

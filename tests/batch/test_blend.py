@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.config import RunError, Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -137,15 +138,18 @@ def test_a_run_tells_its_shares_and_does_not_resume_on_another_blend(case: Case,
     assert finished.returncode == 0, finished.stdout[-3000:]
     first = AlignedDataset.open(case.train)
     for ds, share in ((first, 0.75), (second, 0.25)):
-        n = TrainRows(ds, S, seed=0).rows_in_epoch
+        n = TrainRows(ds, S, seed=0, front=Front((real.MISTRAL_BOS,))).rows_in_epoch
         assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} rows an epoch" in finished.stdout
         steps = [line for line in metrics(case.out("blend")) if "loss/train" in line]
         assert [line[f"data/epochs/{ds.path}"] for line in steps] == [step * 8 * share / n for step in (1, 2)]
 
     refused = spawn(1, case.command("blend", [blended.replace("=3", "=4"), "training.steps=4"]))
     assert refused.returncode == 2, refused.stdout[-3000:]
-    a, b = first.fingerprint, second.fingerprint
-    assert f"written with data.train = 3/4 of {a}, 1/4 of {b}, this run has 4/5 of {a}, 1/5 of {b}: " in refused.stdout
+    a, b = (f"of {ds.fingerprint}" for ds in (first, second))
+    assert (
+        f"{case.train}, {second.path} (3/4 {a}, 1/4 {b}), this run has " in refused.stdout
+        and f"(4/5 {a}, 1/5 {b}): " in refused.stdout
+    )
 
 
 def test_datasets_that_do_not_belong_together_are_refused(

@@ -25,6 +25,7 @@ from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.shards import ChangedError, Settings
 from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.corpus.tokens import open_tokenizer
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
@@ -100,7 +101,8 @@ def test_finalize_names_what_is_missing(corpus, settings, tmp_path):
 def test_finalize_with_another_tokenizer_is_refused(corpus, settings, tmp_path):
     build([corpus], tmp_path / "out", settings, shard_bytes=SHARD, part=Slice(1, 1))
     other = replace(settings, teacher=settings.student)
-    with pytest.raises(ChangedError, match=f"{settings.sha256}.*{other.sha256}"):
+    fingerprints = [open_tokenizer(path, "huggingface").fingerprint for path in (settings.teacher, settings.student)]
+    with pytest.raises(ChangedError, match=f"--teacher {fingerprints[0]}.* then, {fingerprints[1]}.* now"):
         finish(tmp_path / "out", other)
     assert not (tmp_path / "out/dataset.json").exists()
 
@@ -145,13 +147,32 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 OTHER: dict[str, Callable[[Settings], dict[str, Any]]] = {
     "tokenizer": lambda s: {"settings": replace(s, teacher=s.student)},
-    "end of text": lambda s: {"settings": replace(s, teacher_eos="<|endoftext|>")},
+    "end of text": lambda s: {"settings": replace(s, teacher_eos="<|im_end|>")},
     "key": lambda s: {"settings": replace(s, text_key="body")},
     "id": lambda s: {"settings": replace(s, id_key="text")},
     "bad lines": lambda s: {"settings": replace(s, on_bad_line="skip")},
     "nfc": lambda s: {"settings": replace(s, nfc=False)},
     "cuts": lambda s: {"shard_bytes": SHARD // 2},
     "number of documents": lambda s: {"max_documents": 60},
+}
+
+
+HASHES = r"[0-9a-f]{64}.*[0-9a-f]{64}"
+SIZES = r"of [\d,]+ bytes then, corpus\.jsonl of [\d,]+ bytes now"
+SAID = {
+    "changed in place": HASHES,
+    "shorter": SIZES,
+    "longer": SIZES,
+    "in another order": "cut otherwise: other lines in them",
+    "empty": SIZES,
+    "tokenizer": f"--teacher {HASHES}",
+    "end of text": r"--teacher-eos <\|endoftext\|> then, <\|im_end\|> now",
+    "key": "--text-key text then, body now",
+    "id": "--id-key none then, text now",
+    "bad lines": "--on-bad-line error then, skip now",
+    "nfc": "--no-nfc absent then, given now",
+    "cuts": "or another --shard-mb",
+    "number of documents": "cut otherwise",
 }
 
 
@@ -168,7 +189,7 @@ def test_what_was_made_otherwise_is_refused_every_time(what, copy, settings):
     for _ in range(3):
         with pytest.raises(ChangedError, match="--force") as error:
             build([file], out, **options)
-        assert len(set(re.findall(r"\b[0-9a-f]{64}\b", str(error.value)))) == 2
+        assert re.search(SAID[what], str(error.value))
     assert contents(out) == before
     file.write_bytes(original)
     assert all(reuse([file], out, settings, shard_bytes=SHARD)) and contents(out) == before

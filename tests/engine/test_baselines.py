@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_vocagno.batch.cached import CachedLosses
 from megatron_vocagno.batch.chunked import Chunked
+from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Mapping, Rows
 from megatron_vocagno.batch.unguided import NoGuide, RandomRows
@@ -173,8 +174,8 @@ def run_of(case: Case, name: str, *overrides: str) -> Run:
 def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
     data = AlignedDataset.open(case.train)
     plain, chunked = (run_of(case, "chunks", *more) for more in ([], ["guidance.chunks=4"]))
-    [a], [b] = (training_rows(run, [data], None) for run in (plain, chunked))
-    held_out = Rows(data, np.arange(len(data)), ROW, held_out_source(chunked, [data], data, None))
+    [a], [b] = (training_rows(run, [data], None, NO_FRONTS) for run in (plain, chunked))
+    held_out = Rows(data, np.arange(len(data)), ROW, held_out_source(chunked, [data], data, None, NO_FRONT))
     met = 0
     for k in range(20):
         assert np.array_equal(a[k].mapping, b[k].mapping) and not np.array_equal(a[k].first, b[k].first)
@@ -187,7 +188,7 @@ def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
 def test_sample_rows_are_judged_by_the_same_rule(case: Case, objective: str) -> None:
     data = AlignedDataset.open(case.train)
     run = run_of(case, "held-out", f'guidance.objective="{objective}"')
-    row = Rows(data, np.arange(len(data)), ROW, held_out_source(run, [data], data, None))[0]
+    row = Rows(data, np.arange(len(data)), ROW, held_out_source(run, [data], data, None, NO_FRONT))[0]
     assert row.teacher_losses is not None
     assert (len(np.unique(row.teacher_losses)) > 40) == (objective == "random")
 

