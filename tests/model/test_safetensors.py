@@ -15,10 +15,12 @@ from torch import Tensor
 
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, read_config
 from megatron_vocagno.model.student import Student
-from megatron_vocagno.model.teacher import open_teacher
+from megatron_vocagno.model.teacher import open_teacher, teacher_folder
+from megatron_vocagno.model.weights import check_weights
 from tests.model.tiny import SIZES, batch, write_model
+from tests.model.tiny_gguf import write_gguf
 
 LLAMA: dict[str, Any] = {"model_type": "llama", **SIZES, "tie_word_embeddings": False}
 NORM, QUERY = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
@@ -206,10 +208,20 @@ def test_the_fingerprint_of_a_whole_folder_is_that_of_earlier_versions(tmp_path:
 
 
 @pytest.mark.parametrize("content", [b"GGML....", b"version https://git-lfs.github.com/spec/v1\n"])
-def test_what_is_no_gguf_file_has_no_fingerprint(tmp_path: Path, content: bytes) -> None:
+def test_what_is_no_gguf_file_has_no_fingerprint_and_is_not_converted(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=r"x.gguf is (not a GGUF file|a pointer of Git LFS)"):
         teacher_fingerprint(tmp_path / "x.gguf")
+    with pytest.raises(ModelError, match=r"x.gguf is (not a GGUF file|a pointer of Git LFS)"):
+        teacher_folder(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize("lost", [1, 100, 5_000])
+def test_a_gguf_file_that_was_cut_off_is_not_converted(tmp_path: Path, lost: int) -> None:
+    source = write_gguf(tmp_path / "x.gguf")
+    source.write_bytes(source.read_bytes()[:-lost])
+    with pytest.raises(ModelError, match="cannot read the model in"):
+        teacher_folder(source, tmp_path / "cache")
 
 
 # ---- types of numbers
@@ -251,6 +263,27 @@ def test_an_embedding_of_whole_numbers_is_refused_beside_a_head_that_a_configura
     (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
     with pytest.raises(ModelError, match=r"model.embed_tokens.weight is of type I8"):
         opened(folder)
+
+
+PARTS: dict[str, tuple[dict[str, Any], str]] = {
+    "expert": ({"model_type": "mixtral", "num_local_experts": 2}, "model.layers.1.block_sparse_moe.experts.1.w1.weight"),
+    "bias": ({"model_type": "qwen2"}, "model.layers.1.self_attn.q_proj.bias"),
+    "tied head": ({"model_type": "llama", "tie_word_embeddings": True}, "lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize(("spec", "name"), PARTS.values(), ids=PARTS)
+def test_every_part_of_a_model_is_of_floating_point_numbers(tmp_path: Path, spec: dict[str, Any], name: str) -> None:
+    folder = write_model(tmp_path / "model", {**SIZES, **spec})
+    file = folder / "model.safetensors"
+    state = load_file(file)
+    like = state.get(name, state["model.embed_tokens.weight"])
+    save_file(state | {name: like.clone()}, file, metadata={"format": "pt"})
+    check_weights(PretrainedWeights(folder), read_config(folder))
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        retyped(folder, name, dtype)
+        with pytest.raises(ModelError, match=f"{name} is of type "):
+            check_weights(PretrainedWeights(folder), read_config(folder))
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int8])
