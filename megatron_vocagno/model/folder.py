@@ -122,7 +122,7 @@ def _missing(folder: Path) -> list[str]:
 def _absent(folder: Path) -> list[str]:
     """Files that the index of the weights lists, and that are not there."""
     source = weight_files(folder)[0]
-    files = set(read_index(source).values()) if source.suffix == ".json" else set()
+    files = set(read_index(source)[0].values()) if source.suffix == ".json" else set()
     return sorted(file for file in files if not (folder / file).is_file())
 
 

@@ -53,7 +53,12 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     source = weight_files(folder)[0]
     if source.suffix != ".json":
         return read_header(source, source.name)
-    listed = read_index(source)
+    listed, metadata = read_index(source)
+    if not isinstance(metadata, dict):
+        raise ModelError(
+            f"{source} has no 'metadata', or none that is an object, and transformers reads no index without it. Add "
+            '"metadata": {} to it.'
+        )
     found: dict[str, Stored] = {}
     for name in sorted(set(listed.values())):
         for tensor, stored in read_header(folder / name, name).items():
@@ -75,8 +80,8 @@ def stored_tensors(folder: Path) -> dict[str, Stored]:
     return found
 
 
-def read_index(index: Path) -> dict[str, str]:
-    """Tensor name -> name of the file that holds it, of sharded weights. Raises ModelError."""
+def read_index(index: Path) -> tuple[dict[str, str], object]:
+    """Tensor name -> name of the file that holds it, of sharded weights; and the metadata of the index. Raises ModelError."""
     text = index.read_bytes()
     if pointer := lfs_pointer(text):
         raise ModelError(f"{index} {pointer}")
@@ -89,11 +94,6 @@ def read_index(index: Path) -> dict[str, str]:
             raise ModelError(f"{index} cannot be read: {what} is a {type(value).__name__}, not an object. Who wrote it?")
     if "weight_map" not in content:
         raise ModelError(f"{index} cannot be read: it has no 'weight_map'. Was the download complete?")
-    if not isinstance(content.get("metadata"), dict):
-        raise ModelError(
-            f"{index} has no 'metadata', or none that is an object, and transformers reads no index without it. Add "
-            '"metadata": {} to it.'
-        )
     file_of: dict[str, str] = content["weight_map"]
     if not file_of:
         raise ModelError(f"{index} cannot be read: its weight_map lists nothing. Was it written before the weights were?")
@@ -103,7 +103,7 @@ def read_index(index: Path) -> dict[str, str]:
                 f"{index} says that {tensor} lies in {name!r}, which is no name of a safetensors file within {index.parent}. Who "
                 "wrote the index?"
             )
-    return file_of
+    return file_of, content.get("metadata")
 
 
 def _is_within(name: object) -> bool:
