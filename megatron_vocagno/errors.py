@@ -13,6 +13,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+def lfs_pointer(content: bytes) -> str:
+    """What to say after the name of a file that Git LFS has not fetched; else nothing. content: its first bytes, or all."""
+    if not content.startswith(b"version https://git-lfs"):
+        return ""
+    return "is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder."
+
+
 def looked_for(path: str | os.PathLike[str]) -> str:
     """What to add to the error of a path that does not exist: the absolute path of a relative one, and a near name."""
     asked = Path(path).expanduser()

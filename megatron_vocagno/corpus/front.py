@@ -18,8 +18,10 @@ from typing import Any
 
 import orjson
 
+from megatron_vocagno.command import tool
 from megatron_vocagno.corpus.encoders import around_a_text
 from megatron_vocagno.corpus.sentencepiece_model import TokenizerError, sentencepiece_names
+from megatron_vocagno.errors import lfs_pointer
 
 FILES = ("tokenizer.json", "tokenizer.model")  # in this order
 # classes of transformers that make a post-processor of their own, whatever tokenizer.json has
@@ -50,10 +52,20 @@ def front_ids(folder: Path) -> tuple[int, ...] | None:
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """The file itself, or that of a folder; None where there is none."""
-    if path.is_file():
-        return path
-    return next((path / name for name in FILES if (path / name).is_file()), None)
+    """The file itself, or that of a folder; None where there is none. Raises TokenizerError: it is GGUF, or of Git LFS."""
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is not None:
+        # of a model it may be gigabytes
+        with file.open("rb") as opened:
+            start = opened.read(64)
+        if start.startswith(b"GGUF"):
+            convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
+            raise TokenizerError(
+                f"{file} is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n  {convert}"
+            )
+        if pointer := lfs_pointer(start):
+            raise TokenizerError(f"{file} {pointer}")
+    return file
 
 
 def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:

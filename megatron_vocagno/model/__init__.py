@@ -1,6 +1,7 @@
 """BATCH -> LOSSES: Hugging Face causal language models as this project uses them. Knows no engine.
 
     folder.py         a Hugging Face folder: found, its tensors read lazily, written
+    headers.py        what its safetensors hold, and where: index and headers, checked
     weights.py        whether its weights are those of its configuration
     attention.py      what a token sees: its row, or its document's part of it; which code computes that
     configuration.py  the student's: from a folder or from keys

@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from megatron_vocagno.errors import lfs_pointer
 from megatron_vocagno.model.folder import ModelError, model_folder
+from megatron_vocagno.model.headers import stored_tensors
 
 BLOCK = 4096
 BLOCKS_A_TENSOR = 8
@@ -38,19 +39,22 @@ def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
     try:
         if path.suffix == ".gguf":
             with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                digest.update(bytes([CONVERSION]) + size.to_bytes(8, "little") + file.read(HEAD))
+                size, head = os.fstat(file.fileno()).st_size, file.read(HEAD)
+                if not head.startswith(b"GGUF"):
+                    cause = lfs_pointer(head) or f"is not a GGUF file: it begins with {head[:4]!r}. Was the download complete?"
+                    raise ModelError(f"{path} {cause}")
+                digest.update(bytes([CONVERSION]) + size.to_bytes(8, "little") + head)
                 _add_blocks(digest, file, 0, size, BLOCKS_A_FILE)
             return digest.hexdigest()
         folder = model_folder(path)
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = _object(folder / "config.json")
         digest.update(json.dumps({k: v for k, v in config.items() if k not in NO_MATTER}, sort_keys=True).encode())
-        for name, dtype, shape, file_name, begin, end in sorted(_tensors(folder)):
-            digest.update(json.dumps([name, dtype, shape]).encode())
-            with (folder / file_name).open("rb") as file:
-                _add_blocks(digest, file, begin, end, BLOCKS_A_TENSOR)
+        for name, stored in sorted(stored_tensors(folder).items(), key=lambda item: item[0]):
+            digest.update(json.dumps([name, stored.dtype, stored.shape]).encode())
+            with (folder / stored.file).open("rb") as file:
+                _add_blocks(digest, file, stored.begin, stored.end, BLOCKS_A_TENSOR)
         if (folder / CONVERTED).is_file():
-            record = json.loads((folder / CONVERTED).read_text(encoding="utf-8"))
+            record = _object(folder / CONVERTED)
             if record["folder"] == digest.hexdigest():
                 return str(record["gguf"])
     except (OSError, ValueError, KeyError) as error:
@@ -58,20 +62,11 @@ def teacher_fingerprint(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, str, list[int], str, int, int]]:
-    """Name, dtype, shape, file, and the bytes of the file that hold it."""
-    index = folder / "model.safetensors.index.json"
-    files = {"model.safetensors"}
-    if not (folder / "model.safetensors").is_file():
-        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    for name in files:
-        with (folder / name).open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for tensor, entry in header.items():
-            if tensor != "__metadata__":
-                begin, end = entry["data_offsets"]
-                yield tensor, entry["dtype"], entry["shape"], name, 8 + length + begin, 8 + length + end
+def _object(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is a {type(content).__name__}, not an object")
+    return content
 
 
 def _add_blocks(digest: hashlib._Hash, file: BinaryIO, begin: int, end: int, blocks: int) -> None:

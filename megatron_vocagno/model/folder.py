@@ -4,7 +4,6 @@ Everything here works on any causal language model that transformers knows; what
 """
 
 import copy
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
@@ -21,18 +20,15 @@ from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
 from megatron_vocagno.command import tool
-from megatron_vocagno.errors import UserError, looked_for, nearest
+from megatron_vocagno.errors import looked_for, nearest
+from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
+from megatron_vocagno.model.headers import ModelError as ModelError  # where all that use a folder look for it
 
 BELONGINGS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "generation_config.json",
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
-
-
-class ModelError(UserError):
-    """A model that cannot be used as asked: what was tried, both values, the likely cause."""
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
@@ -45,7 +41,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise ModelError(f"no model at {path}: {error}") from error
     if absent := _absent(folder):
-        source = _weight_files(folder)[0]
+        source = weight_files(folder)[0]
         raise ModelError(f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?")
     return folder
 
@@ -58,7 +54,7 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
         raise ModelError(f"no model at {folder}: {convert_first(folder)}")
     if not (folder / "config.json").is_file():
         raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
-    if not _weight_files(folder):
+    if not weight_files(folder):
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         cause = (
             f"It has {pickled[0]}, which can run code when it is read. Convert it: AutoModelForCausalLM.from_pretrained(folder)"
@@ -120,28 +116,14 @@ def _missing(folder: Path) -> list[str]:
     """Files for want of which a snapshot is no model."""
     if not (folder / "config.json").is_file():
         return ["config.json"]
-    return _absent(folder) if _weight_files(folder) else list(WEIGHT_FILES)
+    return _absent(folder) if weight_files(folder) else list(WEIGHT_FILES)
 
 
 def _absent(folder: Path) -> list[str]:
     """Files that the index of the weights lists, and that are not there."""
-    source = _weight_files(folder)[0]
-    files = set(_file_of(source).values()) if source.suffix == ".json" else set()
+    source = weight_files(folder)[0]
+    files = set(read_index(source)[0].values()) if source.suffix == ".json" else set()
     return sorted(file for file in files if not (folder / file).is_file())
-
-
-def _file_of(index: Path) -> dict[str, str]:
-    """Tensor name -> name of the file that holds it, of sharded weights."""
-    try:
-        file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        what = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise ModelError(f"{index} cannot be read: {what}. Was the download complete?") from error
-    return file_of
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return [file for name in WEIGHT_FILES if (file := folder / name).is_file()]
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -155,29 +137,13 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-@contextmanager
-def readable(weights: Path) -> Iterator[None]:
-    """While safetensors are read. Raises ModelError: a file that was cut off, or is none."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise ModelError(f"the weights in {weights} are damaged: {error}. Was the download complete?") from error
-
-
 class PretrainedWeights:
     """The tensors of a Hugging Face folder, single file or sharded; each is read from disk when it is asked for."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.folder = model_folder(path)
+        self._stored = stored_tensors(self.folder)
         self._open: dict[str, Any] = {}
-        self._file_of = self._tensor_files()
-
-    def _tensor_files(self) -> dict[str, str]:
-        """Tensor name -> name of the file that holds it."""
-        source = _weight_files(self.folder)[0]
-        if source.suffix == ".safetensors":
-            return dict.fromkeys(self._shard(source.name).keys(), source.name)
-        return _file_of(source)
 
     def _shard(self, file: str) -> Any:
         if file not in self._open:
@@ -186,32 +152,29 @@ class PretrainedWeights:
         return self._open[file]
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._stored
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def _slice(self, name: str) -> Any:
-        file = self._file_of[name]
-        with readable(self.folder / file):
-            return self._shard(file).get_slice(name)
+        return iter(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> str:
         """Its type, as safetensors calls it, without reading it."""
-        return str(self._slice(name).get_dtype())
+        return self._stored[name].dtype
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
         """Reads rows [first, last), those that there are."""
-        rows: Tensor = self._slice(name)[first:last]
+        file = self._stored[name].file
+        with readable(self.folder / file):
+            rows: Tensor = self._shard(file).get_slice(name)[first:last]
         return rows
 
     def tensor(self, name: str) -> Tensor:
         """Reads it, as it is stored, onto the CPU."""
-        file = self._file_of[name]
+        file = self._stored[name].file
         with readable(self.folder / file):
             tensor: Tensor = self._shard(file).get_tensor(name)
         return tensor

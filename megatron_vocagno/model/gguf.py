@@ -23,7 +23,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.errors import lfs_pointer, looked_for
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
 from megatron_vocagno.model.folder import ModelError, quiet, skeleton, to_hugging_face
 from megatron_vocagno.model.gguf_keys import DIVISORS, LONG, SHORT, settle
@@ -107,9 +107,11 @@ def _gguf_file(path: str | os.PathLike[str]) -> Path:
     if not source.is_file():
         raise ModelError(f"no GGUF file at {source}{looked_for(path)}")
     with source.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{source} is not a GGUF file: it begins with {magic!r}. Was the download complete?")
+        head = file.read(64)
+    if pointer := lfs_pointer(head):
+        raise ModelError(f"{source} {pointer}")
+    if not head.startswith(b"GGUF"):
+        raise ModelError(f"{source} is not a GGUF file: it begins with {head[:4]!r}. Was the download complete?")
     return source
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, quiet, read_config, readable
+from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, quiet, read_config
 from megatron_vocagno.model.gguf import cached_folder
+from megatron_vocagno.model.headers import readable
 from megatron_vocagno.model.proof import Evidence, probe
 from megatron_vocagno.model.quantised import Weights, quantise
 from megatron_vocagno.model.student import LossHead, logit_softcap

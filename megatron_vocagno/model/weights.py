@@ -18,16 +18,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from megatron_vocagno.model.folder import ModelError, PretrainedWeights, quiet
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "BOOL": torch.bool,
-}
-"""Of safetensors, as torch calls them. What is of another and no mask is quantised."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Types that weights may be of, as safetensors and as torch call them."""
 DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig"}
 """Kinds of quantised folders that transformers can write in full, and its class for that."""
 PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx|absmax|quant_state\..*|weight_scale\w*|weight_packed|SCB)$")
@@ -52,7 +44,8 @@ def check_weights(weights: PretrainedWeights, config: PretrainedConfig) -> Pretr
     Raises ModelError: quantised weights, or tensors that are missing, not used, or of another shape.
     """
     _refuse_quantised(weights, config)
-    model, found = _read_onto_nothing(weights, config)
+    _refuse_no_floats(weights, config)
+    model, found = _read_onto_nothing(weights, config, list(weights))
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     shapes = sorted((name, tuple(there), tuple(made)) for name, there, made in found["mismatched_keys"])
     if missing or unused or shapes:
@@ -66,8 +59,13 @@ def check_weights(weights: PretrainedWeights, config: PretrainedConfig) -> Pretr
             f"{', '.join(faults)}. {_cause(missing, unused, config)}"
         )
     if any(_differ(weights, *pair) for pair in (model.all_tied_weights_keys or {}).items()):
-        config = copy.deepcopy(config)
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        config = _untied(config)
+    return config
+
+
+def _untied(config: PretrainedConfig) -> PretrainedConfig:
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     return config
 
 
@@ -83,24 +81,49 @@ def _refuse_quantised(weights: PretrainedWeights, config: PretrainedConfig) -> N
                 f"quantization_config={DEQUANTISED[method]}(dequantize=True)).save_pretrained(new_folder)."
             )
         raise ModelError(f"the weights in {weights.folder} are quantised ({method}), which is not supported. {instead}")
-    packed = [
-        name for name in weights if PACKED.search(name) or (_is_matrix(name, weights) and weights.dtype(name) not in DTYPES)
-    ]
-    if packed:
+    if packed := [name for name in weights if PACKED.search(name)]:
         raise ModelError(
             f"the weights in {weights.folder} are quantised, though config.json has no quantization_config: it holds {packed[0]} "
             f"of type {weights.dtype(packed[0])}. Use the unquantised weights that they were made from."
         )
 
 
-def _is_matrix(name: str, weights: PretrainedWeights) -> bool:
-    """Not one of the masks that old folders hold, which are called biases."""
-    return len(weights.shape(name)) > 1 and not name.endswith("bias")
+def _refuse_no_floats(weights: PretrainedWeights, config: PretrainedConfig) -> None:
+    """A weight that is no number of at least 16 bits with a point: a cast would make it another number, and nothing would say so.
+
+    What a model does not use, such as the masks of old folders, and what it counts with itself may be of any type. So the folder
+    is read with and without all that is of another type, and what only the second one misses is told. Untied, as a head would
+    stand in for an embedding.
+    """
+    others = [name for name in weights if weights.dtype(name) not in FLOATS]
+    if not others:
+        return
+    config = _untied(config)
+    model, found = _read_onto_nothing(weights, config, list(weights))
+    kinds = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    floats = [name for name in weights if name not in set(others)]
+    lost = _missing(weights, config, floats) - set(found["missing_keys"])
+    if wrong := sorted(name for name in lost if name not in kinds or kinds[name].is_floating_point):
+        tails = {_tail(name): name for name in others}
+        name = next((tails[_tail(made)] for made in wrong if _tail(made) in tails), others[0])
+        raise ModelError(
+            f"the weights in {weights.folder} cannot be used: {name} is of type {weights.dtype(name)}, where a "
+            f"{config.model_type} model has floating-point numbers ({', '.join(FLOATS)}). Are they quantised, or saved by a "
+            "program that casts? Use the weights that they were made from."
+        )
 
 
-def _read_onto_nothing(weights: PretrainedWeights, config: PretrainedConfig) -> tuple[Any, dict[str, Any]]:
-    """The model on the meta device, and what transformers says of its reading."""
-    state = {name: _shell(name, weights) for name in weights}
+def _missing(weights: PretrainedWeights, config: PretrainedConfig, names: Sequence[str]) -> set[str]:
+    """What transformers misses where it reads only these; all of them where a part of an expert is not among them."""
+    try:
+        return set(_read_onto_nothing(weights, config, names)[1]["missing_keys"])
+    except ModelError:
+        return set(weights)
+
+
+def _read_onto_nothing(weights: PretrainedWeights, config: PretrainedConfig, names: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+    """The model on the meta device, and what transformers says of reading these tensors."""
+    state = {name: _shell(name, weights) for name in names}
     kind = model_class(config)
     # as AutoModelForCausalLM does where a model has more than text
     if getattr(kind, "config_class", None) == config.sub_configs.get("text_config", False):
@@ -125,7 +148,7 @@ def _read_onto_nothing(weights: PretrainedWeights, config: PretrainedConfig) -> 
 
 
 def _shell(name: str, weights: PretrainedWeights) -> Tensor:
-    return torch.empty(weights.shape(name), dtype=DTYPES.get(weights.dtype(name), torch.uint8), device="meta")
+    return torch.empty(weights.shape(name), dtype=FLOATS.get(weights.dtype(name), torch.float32), device="meta")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -171,6 +194,9 @@ def _stored(weights: PretrainedWeights, name: str) -> str | None:
     """The name that a tensor of the model has in the folder, whatever stands before its last two parts."""
     if name in weights:
         return name
-    tail = "." + ".".join(name.split(".")[-2:])
-    found = [stored for stored in weights if f".{stored}".endswith(tail)]
+    found = [stored for stored in weights if _tail(stored) == _tail(name)]
     return found[0] if len(found) == 1 else None
+
+
+def _tail(name: str) -> str:
+    return ".".join(name.split(".")[-2:])

@@ -18,7 +18,6 @@ from megatron_vocagno.model import folder as folders
 from megatron_vocagno.model import gguf
 from megatron_vocagno.model.attention import check_documents, resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
-from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import PretrainedWeights, model_folder, to_hugging_face
 from megatron_vocagno.model.gguf import dequantise
 from megatron_vocagno.model.quantised import quantise
@@ -40,13 +39,6 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
         model_folder(tmp_path)
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
-    weights.write_bytes(whole[:100])
-    with told(
-        "the weights in DIR/model/model.safetensors are damaged: Error while deserializing header: invalid "
-        "header length. Was the download complete?",
-        DIR=tmp_path,
-    ):
-        PretrainedWeights(model)
     weights.unlink()
     with told(
         "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. Was the download complete?",
@@ -63,7 +55,9 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     ):
         model_folder(model)
     index = model / "model.safetensors.index.json"
-    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}')
+    index.write_text(
+        '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
     with told(
         "DIR/model/model.safetensors.index.json lists 2 files that are not there, "
         "model-00001-of-00002.safetensors first. Was the download complete?",
@@ -85,11 +79,6 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
         DIR=tmp_path,
     ):
         student_config(model)
-    weights.write_bytes(b"\x09")
-    with told(
-        "DIR/model cannot be read as a model: Expecting value: line 1 column 1 (char 0). Was the download complete?", DIR=tmp_path
-    ):
-        teacher_fingerprint(model)
 
 
 STUDENTS: list[tuple[dict[str, Any], str]] = [

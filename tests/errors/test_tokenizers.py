@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_vocagno.corpus.encoders import open_encoder
+from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from tests.errors.telling import told
+from tests.runs import REPOSITORY
 from tests.tokenizers_for_tests import mistral_tokenizer_path
 
 BYTES = [*"!\"#$%&'()*+,-./0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ[\\]^_`abcdefghijklmnopqrstuvwxyz{|}~"]
@@ -48,6 +51,22 @@ CHANGES: list[tuple[dict[str, Any], str]] = [
         "DIR/tokenizer.json: the tokenizers library refuses it: Token `b` out of vocabulary at line 1 column 292",
     ),
 ]
+
+
+@pytest.mark.parametrize("opened", [open_tokenizer, front_ids])
+def test_a_gguf_file_is_no_tokenizer_and_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opened: Callable[[Path], object]
+) -> None:
+    with (tmp_path / "x.gguf").open("wb") as file:
+        file.write(b"GGUF")
+        file.truncate(1 << 40)  # a hole, larger than memory
+    monkeypatch.chdir(REPOSITORY)
+    with told(
+        "DIR/x.gguf is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n"
+        "  python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x",
+        DIR=tmp_path,
+    ):
+        opened(tmp_path / "x.gguf")
 
 
 @pytest.mark.parametrize(("changes", "message"), CHANGES, ids=range(len(CHANGES)))
@@ -93,6 +112,12 @@ def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "noise.model").write_bytes(b"\xff\xfe\x00 noise")
     with told("DIR/noise.model: neither JSON nor a SentencePiece model (9 bytes)", DIR=tmp_path):
         open_tokenizer(tmp_path / "noise.model")
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with told(
+        "DIR/tokenizer.json is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder.",
+        DIR=tmp_path,
+    ):
+        open_tokenizer(tmp_path)
     with told("no tokenizer backend 'rust'; there are 'auto', 'gigatoken', 'huggingface'"):
         open_tokenizer(mistral_tokenizer_path(), backend="rust")  # type: ignore[arg-type]
 

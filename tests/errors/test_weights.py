@@ -36,10 +36,19 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
         DIR=tmp_path,
     ):
         student_config(model)
-    save_file(tensors | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)[None]}, model / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)}, model / "model.safetensors")
     with told(
-        "the weights in DIR/model are quantised, though config.json has no quantization_config: it holds model.norm.weight of "
-        "type I8. Use the unquantised weights that they were made from.",
+        "the weights in DIR/model cannot be used: model.norm.weight is of type I8, where a llama model has floating-point "
+        "numbers (F64, F32, F16, BF16). Are they quantised, or saved by a program that casts? Use the weights that "
+        "they were made from.",
+        DIR=tmp_path,
+    ):
+        student_config(model)
+    packed = {"model.layers.0.self_attn.q_proj.qweight": torch.zeros(8, dtype=torch.int32)}
+    save_file(tensors | packed, model / "model.safetensors")
+    with told(
+        "the weights in DIR/model are quantised, though config.json has no quantization_config: it holds "
+        "model.layers.0.self_attn.q_proj.qweight of type I32. Use the unquantised weights that they were made from.",
         DIR=tmp_path,
     ):
         student_config(model)

@@ -95,8 +95,16 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
         {},
         "though config.json has no quantization_config: it holds .*qweight",
     ),
-    "int8": (lambda state: {n: t.to(torch.int8) for n, t in state.items()}, {}, "no quantization_config: .* of type I8"),
-    "uint8": (lambda state: {n: t.to(torch.uint8) for n, t in state.items()}, {}, "no quantization_config: .* of type U8"),
+    "int8": (
+        lambda state: {n: t.to(torch.int8) for n, t in state.items()},
+        {},
+        "is of type I8, where a llama",
+    ),
+    "uint8": (
+        lambda state: {n: t.to(torch.uint8) for n, t in state.items()},
+        {},
+        "is of type U8, where a llama",
+    ),
     "float8": (lambda state: {n: t.to(torch.float8_e4m3fn) for n, t in state.items()}, {}, "of type F8_E4M3"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from megatron_vocagno.corpus.shards import Settings
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.runs import REPOSITORY, environment, write_teacher
+from tools.preprocess.score_progress import near_chance
 from tools.preprocess.score_teacher import main, part_of
 
 Output = tuple[int, str, str]
@@ -74,6 +76,29 @@ def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output],
     code, out, _ = run()
     assert code == 0 and out.count("scored before") == 3 and "(2 were scored before)" in out
     assert contents(tmp_path / "dataset") == before
+
+
+def test_losses_near_chance_are_told_in_one_line(run: Callable[..., Output], tmp_path: Path) -> None:
+    """The teacher of these tests has random weights."""
+    where = "docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
+    code, out, _ = run()
+    manifest = AlignedDataset.open(tmp_path / "dataset").manifest
+    losses, vocabulary = manifest.teacher_losses, manifest.teacher.vocab_size
+    assert losses is not None and code == 0
+    [line] = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert line == (
+        f"warning: the teacher is hardly better than chance: {losses.totals.mean:.2f} nats a token, where a guess among its "
+        f"{vocabulary:,} tokens costs {math.log(vocabulary):.2f}. Does it read before a text what it was trained to read there "
+        f"(--bos)? What else to look at: {where}"
+    )
+    assert line in run("finalize", str(tmp_path / "dataset"))[1]
+    guess = math.log(vocabulary) * (losses.totals.tokens - losses.totals.nan - losses.totals.infinite)
+    for share, told in ((0.89, False), (0.91, True), (2.0, True), (0.0, False)):
+        totals = losses.totals.model_copy(update={"nats": guess * share})
+        assert (near_chance(losses.model_copy(update={"totals": totals}), vocabulary) is not None) == told
+    page, _, section = where.partition("#")
+    headings = [line.removeprefix("## ") for line in (REPOSITORY / page).read_text(encoding="utf-8").splitlines()]
+    assert section in [heading.lower().replace(",", "").replace(" ", "-") for heading in headings]
 
 
 def test_ranks_of_a_launcher_share_the_shards_without_talking(run: Callable[..., Output], tmp_path: Path) -> None:

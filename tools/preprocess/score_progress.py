@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from megatron_vocagno.corpus.manifest import TeacherLosses
 from megatron_vocagno.corpus.workers import Failure
+from megatron_vocagno.first_batch import NEAR_CHANCE
 from megatron_vocagno.offline.shard import Job, Result
 from megatron_vocagno.offline.shard import Progress as ShardProgress
 
@@ -93,3 +95,15 @@ def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
+
+
+def near_chance(losses: TeacherLosses, vocabulary: int) -> str | None:
+    """A warning of losses that are hardly better than a guess; None of others. vocabulary: ids of the teacher's tokenizer."""
+    mean, chance = losses.totals.mean, math.log(vocabulary)
+    if not mean > NEAR_CHANCE * chance:
+        return None
+    return (
+        f"warning: the teacher is hardly better than chance: {mean:.2f} nats a token, where a guess among its {vocabulary:,} "
+        f"tokens costs {chance:.2f}. Does it read before a text what it was trained to read there (--bos)? What else to look at: "
+        "docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
+    )

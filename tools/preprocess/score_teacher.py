@@ -85,10 +85,12 @@ def finalize(args: argparse.Namespace) -> None:
 
 
 def tell(path: Path, manifest: Manifest, progress: ScoreProgress) -> None:
-    from .score_progress import summary
+    from .score_progress import near_chance, summary
 
     if manifest.teacher_losses is not None:
         Terminal().print(summary(path, manifest.teacher_losses, progress))
+        if (warning := near_chance(manifest.teacher_losses, manifest.teacher.vocab_size)) is not None:
+            Terminal().print(warning, soft_wrap=True, markup=False, highlight=False)
     else:
         Terminal().print(f"{progress.done:,} shards are done; others are not yet: the last process to end records them all")
 
