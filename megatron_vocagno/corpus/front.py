@@ -35,8 +35,8 @@ def front_ids(folder: Path) -> tuple[int, ...] | None:
 
     Raises TokenizerError: a file that cannot be read.
 
-    >>> front_ids(Path("models/gemma"))
-    (2,)
+    >>> front_ids(Path("mistral")), front_ids(Path("smollm2"))
+    ((1,), ())
     """
     file = tokenizer_file(Path(folder))
     if file is None:

@@ -50,7 +50,7 @@ def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ())
 
 
 def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, folder: Path) -> str | None:
-    """See AlignedDataset.require_tokenizer."""
+    """See AlignedDataset.require_tokenizer. Raises TokenizerMismatch."""
     if (note := not_compared(dataset, side, folder)) is not None:
         return note
     advice = "build the dataset again with that model's tokenizer, or name the model it was built for"

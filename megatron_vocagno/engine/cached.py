@@ -154,7 +154,7 @@ def _require_front(data: AlignedDataset, scoring: Scoring, asked: Teacher, folde
             f"{data.path} was scored with {described(scoring.front, tokenizer)} in front of each window, "
             f"teacher.bos = {asked.bos!r} asks for {described(front, tokenizer)}.\n"
             "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
-            f"  python -m tools.preprocess.score_teacher {data.path} --teacher {asked.path or 'TEACHER'} --replace"
+            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'} --replace"
         )
 
 

@@ -45,6 +45,7 @@ class Stored:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The file of the weights or the index of their files, whichever are there; the first is read."""
     return [file for name in WEIGHT_FILES if (file := folder / name).is_file()]
 
 

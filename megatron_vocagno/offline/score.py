@@ -9,6 +9,7 @@ each other, each with a slice of its own, and what was interrupted goes on from 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.offline.shard import Job, Result, difference, score_shard
 
+log = logging.getLogger(__name__)
 CONTEXT = 4096
 """Tokens of the longest window, where the teacher reads so many."""
 
@@ -69,7 +71,8 @@ class Asked:
                 f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
                 "the dataset was aligned for another teacher"
             )
-        data.require_tokenizer("teacher", folder)
+        if note := data.require_tokenizer("teacher", folder):
+            log.warning("note: %s", note)
         front = front_of(self.bos, [folder, data.teacher_tokenizer.path], "--bos", rows)
         longest = getattr(config, "max_position_embeddings", None)
         context = self.context or min(CONTEXT, (longest or CONTEXT) - len(front))

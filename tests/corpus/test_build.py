@@ -1,4 +1,4 @@
-"""Whole builds: job arrays, what is reused and what is refused, and two builds at once."""
+"""Whole builds: job arrays, what is reused and what is refused."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ import os
 import random
 import re
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 
@@ -30,7 +27,6 @@ from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
 from tests.corpus.test_build_dataset import arguments, finished, start
-from tests.corpus.test_workers import wait_until
 
 SHORT = real.multilingual_texts() + [text for text in real.awkward_texts() if len(text) < 300]
 SHARD = 100_000
@@ -163,17 +159,12 @@ SAID = {
     "changed in place": HASHES,
     "shorter": SIZES,
     "longer": SIZES,
-    "in another order": "cut otherwise: other lines in them",
     "empty": SIZES,
-    "tokenizer": f"--teacher {HASHES}",
-    "end of text": r"--teacher-eos <\|endoftext\|> then, <\|im_end\|> now",
-    "key": "--text-key text then, body now",
-    "id": "--id-key none then, text now",
-    "bad lines": "--on-bad-line error then, skip now",
-    "nfc": "--no-nfc absent then, given now",
-    "cuts": "or another --shard-mb",
-    "number of documents": "cut otherwise",
+    "in another order": "cut otherwise: other lines",
 }
+SAID |= {"tokenizer": f"--teacher {HASHES}", "end of text": r"--teacher-eos <\|endoftext\|> then, <\|im_end\|> now"}
+SAID |= {"key": "--text-key text then, body now", "id": "--id-key none then, text now", "nfc": "--no-nfc absent then, given now"}
+SAID |= {"bad lines": "--on-bad-line error then, skip now", "cuts": "cut otherwise", "number of documents": "cut otherwise"}
 
 
 @pytest.mark.parametrize("what", [*CHANGES, *OTHER])
@@ -370,51 +361,3 @@ def test_a_plan_that_fails_leaves_no_folder(settings, tmp_path):
         with pytest.raises(InputError):
             build([file], tmp_path / "out", settings)
         assert not (tmp_path / "out").exists()
-
-
-# ---- two builds at once
-
-
-@contextmanager
-def held(*command: str, out: Path, lock: str) -> Iterator[None]:
-    """A build of another process, stopped at work; it ends well afterwards."""
-    process = start(list(command))
-    try:
-        wait_until(lambda: (out / ".build" / lock).exists() and (out / "shards").exists())
-        process.send_signal(signal.SIGSTOP)
-        yield
-        process.send_signal(signal.SIGCONT)
-        code, _, err = finished(process)
-        assert (code, err) == (0, "")
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-def test_a_second_build_into_a_folder_is_refused(built, corpus, settings, tmp_path):
-    out = tmp_path / "out"
-    call = partial(arguments, settings, corpus, out=out, shard_mb=SHARD / 2**20, workers=1)
-    run = partial(build, [corpus], out, settings, shard_bytes=SHARD)
-    with held(*call(), out=out, lock="lock"):
-        for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(BuildError, match=f"a build or a scoring is at work in {out}"):
-                second()
-    assert contents(out) == contents(built.path)
-    # the tasks of one array share the folder
-    shutil.rmtree(out)
-    with held(*call(shards="1/2"), out=out, lock="lock-1-of-2"):
-        for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(BuildError, match="a build or a scoring is at work"):
-                second()
-        run(part=Slice(2, 2))
-    finish(out, settings)
-    assert contents(out) == contents(built.path)
-
-
-def test_ctrl_c_while_a_folder_is_being_locked_leaves_nothing(settings, tmp_path, corpus, monkeypatch):
-    flock = Mock(side_effect=KeyboardInterrupt)
-    monkeypatch.setattr("fcntl.flock", flock)
-    with pytest.raises(KeyboardInterrupt):
-        build([corpus], tmp_path / "out", settings, shard_bytes=SHARD)
-    assert flock.call_count == 1 and not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from megatron_vocagno import command, plan, pretrain
+from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
 from megatron_vocagno.engine.manifest import sha256
@@ -23,7 +24,7 @@ from megatron_vocagno.run_file import load_run
 from megatron_vocagno.samples import SampleStep, write_rows, write_step
 from tests.errors.telling import refused, told
 from tests.runs import REPOSITORY, Case
-from tools.preprocess import build_dataset, console, report, show_document
+from tools.preprocess import build_dataset, console, report, score_teacher, show_document
 
 SETTINGS = REPOSITORY / "ds_configs" / "gpu_zero1_bf16.json"
 
@@ -108,6 +109,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         (command.positive_float, "many", "'many' is no number"),
         (command.fraction, "2", "2 is not between 0 and 1"),
         (report.row_length, "8", "8 is too short, 17 at least"),
+        (score_teacher.bos_of, "<bos>", "'<bos>': auto, none or the id of a token expected"),
         (console.slice_of, "3/2", "3/2: two numbers are needed, I/N with I from 1 to N"),
     ],
 )
@@ -124,14 +126,14 @@ def test_documents_that_are_not_there(case: Case) -> None:
         refused(show_document.main, case.valid, "--id", "x")
     with told("document 0 has 433 student tokens; [5, 2) is not within", DATA=case.valid):
         refused(show_document.main, case.valid, 0, "--start", 5, "--stop", 2)
-    with told("data/tokenizer.json: token 0, 'ab', cannot have the 3 bytes that byte_lengths.npy records"):
-        token_bytes(Path("data/tokenizer.json"), {"ab": 0}, np.array([3], np.int32))
+    with told("data/tokenizer.json: token 0, 'ab', cannot have the 4 bytes that byte_lengths.npy records"):
+        token_bytes(Path("data/tokenizer.json"), {"ab": 0}, np.array([4], np.int32))
 
 
 def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     run = load_run(Path(run_file(case)[0]), ["logging.samples=1"])
     data = AlignedDataset.open(case.valid)
-    rows = Samples(run, [data], data, None).rows
+    rows = Samples(run, [data], data, None, NO_FRONTS).rows
     page = tmp_path / "page.html"
     write_rows(tmp_path, replace(rows, dataset="/nowhere", fingerprint="OTHER"))
     with told("DIR holds no evaluation of its sample rows yet: the first is written before the first step", DIR=tmp_path):

@@ -204,14 +204,14 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
         f"--teacher {teacher.fingerprint} ({teacher_tokenizer}) then, {mistral.fingerprint} ({mistral_tokenizer_path()}) now; "
         f"--teacher-eos {teacher.eos_token} then, </s> now"
     )
-    assert told_of(student_eos="<|endoftext|>").endswith(f"--student-eos {teacher.eos_token} then, <|endoftext|> now")
+    assert told_of(student_eos="<|im_end|>").endswith("--student-eos <|endoftext|> then, <|im_end|> now")
     # what this release would not know to be a setting is told, too
     assert first.other_settings(first.model_copy(update={"settings": "f00d"})).startswith("another release planned it (")
     old = first.model_copy(update={"in_words": None})
     assert "an older release planned it" in old.other_settings(plan([corpus], replace(settings, id_key=None), 40))
 
     assert first.other_input(plan([corpus], settings, 80)) == (
-        "the same files, cut otherwise: --shard-mb or --max-documents has changed"
+        "files of the same names and sizes, cut otherwise: other lines in them, or another --shard-mb or --max-documents"
     )
     second = write(tmp_path / "more.jsonl", lines[0])
     assert first.other_input(plan([corpus, second], settings, 40)) == "no file then, more.jsonl of 28 bytes now"

@@ -131,8 +131,8 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
     other.manifest = other.manifest.model_copy(update={"teacher_losses": losses})
     with told(
         "SCORED and SCORED were not scored in one way:\n"
-        "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=2\n"
-        "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=2\n"
+        "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()\n"
+        "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()\n"
         "  One teacher's losses guide a run. Score one of them anew (python -m tools.preprocess.score_teacher … "
         "--replace).",
         **names,
@@ -217,7 +217,7 @@ def write_teacher_of(folder: Path, teacher: Path) -> Path:
 def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(case, "logging.samples=2", f"output={tmp_path}")
     data = AlignedDataset.open(case.valid)
-    mine = Samples(run, [data], data, None)
+    mine = Samples(run, [data], data, None, NO_FRONTS)
     samples.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
     (tmp_path / "samples" / "step-00000001.safetensors").touch()
     with told(
@@ -244,7 +244,7 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
         samples.read_steps(tmp_path)
     monkeypatch.setattr("megatron_vocagno.engine.samples.Rows", lambda *_: [])
     with told("VALID holds fewer than two tokens: there is no row for logging.samples", VALID=case.valid):
-        Samples(run, [data], data, None)
+        Samples(run, [data], data, None, NO_FRONTS)
     samples._write(tmp_path / "samples" / "rows.safetensors", {}, {})
     with told(
         "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
@@ -329,7 +329,7 @@ def test_held_out_rows_without_text(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("megatron_vocagno.evaluation.sum_over_ranks", lambda *_: (0, 0))
     anything: Any = SimpleNamespace(layout=None, data_rank=0, data_group=None, device=None)
     data = AlignedDataset.open(case.valid)
-    held_out = HeldOut(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything)
+    held_out = HeldOut(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything, NO_FRONT)
     with told("VALID: the rows to evaluate hold no text (eval.rows = 1)", VALID=case.valid):
         held_out._bits_per_byte(data)
 

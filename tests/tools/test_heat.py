@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.config import Guidance, Run
 from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.samples import SampleRows, SampleStep, summary, write_rows, write_step
@@ -77,7 +78,7 @@ def rows_of(dataset, length: int, count: int) -> SampleRows:
             "logging": {"samples": count},
         }
     )
-    return Samples(run, [dataset], dataset, None).rows
+    return Samples(run, [dataset], dataset, None, NO_FRONTS).rows
 
 
 def step_of(rows: SampleRows, step: int, guidance: Guidance) -> SampleStep:

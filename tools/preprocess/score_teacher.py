@@ -24,7 +24,6 @@ from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_co
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
-from megatron_vocagno.corpus.identity import not_compared
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
@@ -55,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def score_teacher(args: argparse.Namespace) -> None:
     # after the options are known to be right: torch and transformers take seconds to import
     from megatron_vocagno.model.folder import pinned
-    from megatron_vocagno.model.teacher import teacher_folder
     from megatron_vocagno.offline.score import Asked, score
 
     from .score_progress import ScoreProgress
@@ -69,8 +67,6 @@ def score_teacher(args: argparse.Namespace) -> None:
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
     asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
-        if (note := not_compared(path, "teacher", teacher_folder(teacher))) is not None:
-            progress.line(f"note: {note}")
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
     tell(path, manifest, progress)
 

@@ -1,0 +1,55 @@
+"""What is said where something in front of text does not fit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_vocagno.batch.front import NO_FRONTS, front_of
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine.cached import training_rows
+from megatron_vocagno.engine.fronts import open_fronts
+from megatron_vocagno.model.configuration import student_config
+from megatron_vocagno.offline.score import Asked, score
+from megatron_vocagno.run_file import load_run
+from tests.errors.telling import told
+from tests.runs import STUDENT, Case
+from tests.tokenizers_with_bos import with_front
+
+
+def test_ids_that_a_model_does_not_have(teacher_tokenizer: Path, tmp_path: Path) -> None:
+    with told("student.bos = 6 is no id of the model: its embedding has 6 rows, ids 0 to 5"):
+        front_of(6, [], "student.bos", 6)
+    two = with_front(teacher_tokenizer, tmp_path / "two", ["<|im_start|>", "<|im_end|>"])
+    with told(
+        "teacher.bos = 'auto': the tokenizer puts 2 in front of a text, which is no id of the model: its embedding has 2 rows, "
+        "ids 0 to 1"
+    ):
+        front_of("auto", [two], "teacher.bos", 2)
+
+
+def test_two_ids_before_each_document(case: Case, teacher_tokenizer: Path, tmp_path: Path) -> None:
+    data = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "data"))
+    shutil.rmtree(data.path / "tokenizers" / "student")
+    with_front(teacher_tokenizer, data.path / "tokenizers" / "student", ["<|im_start|>", "<|im_end|>"])
+    run = load_run(Path(case.command("by-document")[0]), ["data.attention=document"])
+    with told(
+        "data.attention = 'document' puts one id before each document, and the student's tokenizer puts 2 in front of a text: "
+        "[1, 2]. Use data.attention = 'row', or name one id: student.bos = 2"
+    ):
+        open_fronts(run, data, student_config(STUDENT, 49_152), None)
+
+
+def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_path: Path) -> None:
+    data = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "data"))
+    score(data.path, replace(Asked(case.teacher, "float32", context=64, stride=32), bos=5))
+    run = load_run(Path(case.command("scored-with-5")[0]), ["teacher.placement=cached"])
+    with told(
+        "DATA was scored with <file_sep> (5) in front of each window, teacher.bos = 'auto' asks for nothing.\n"
+        "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
+        "  python -m tools.preprocess.score_teacher DATA --teacher MODEL --replace",
+        DATA=data.path,
+        MODEL=case.teacher,
+    ):
+        training_rows(run, [AlignedDataset.open(data.path)], None, NO_FRONTS)
