@@ -15,10 +15,12 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Layout, evaluation_batches
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.manifest import MANIFEST, PRETRAINED, newest_checkpoint
 from megatron_vocagno.export import main
+from tests import tokenizers_for_tests as real
 from tests.runs import Case, metrics, spawn
 
 pytestmark = pytest.mark.slow
@@ -56,7 +58,7 @@ def test_the_exported_model_scores_as_the_engine_did_and_trains_on(
     valid = AlignedDataset.open(case.valid)
     total, tokens = 0.0, 0
     with torch.no_grad():
-        for step in evaluation_batches(valid, valid.student_byte_lengths, 64, Layout(2, 1, 1), 0, limit=12):
+        for step in evaluation_batches(valid, valid.student_byte_lengths, 64, Layout(2, 1, 1), 0, 12, Front((real.MISTRAL_BOS,))):
             (batch,) = step.batches
             logits_BSV = model(input_ids=batch.input_BS).logits
             total += F.cross_entropy(

@@ -11,6 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.config import Run, RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.samples import Samples
@@ -40,10 +41,10 @@ def test_cached_losses_of_the_held_out_text_guide_and_are_asked_for(case: Case, 
     score(valid, Asked(case.teacher, "float32", tokens_per_batch=500))
     scored = AlignedDataset.open(valid)
     with pytest.raises(RunError, match="has no losses of its teacher") as error:
-        Samples(run, [scored], data, None)
+        Samples(run, [scored], data, None, NO_FRONTS)
     assert f"score_teacher {case.valid} --teacher {case.teacher}" in str(error.value)
 
-    samples = Samples(run, [scored], scored, None)
+    samples = Samples(run, [scored], scored, None, NO_FRONTS)
     met = 0
     for r, row in enumerate(samples._read):
         for i in range(len(row.target_ids)):
@@ -65,7 +66,7 @@ def test_cached_losses_of_the_held_out_text_guide_and_are_asked_for(case: Case, 
     fields = run.model_dump()
     fields["teacher"] = [fields["teacher"][0], fields["teacher"][0] | {"path": None, "data": [valid]}]
     with pytest.raises(RunError, match=r"logging.samples = 3 with 2 teachers"):
-        Samples(Run.model_validate(fields), [scored], scored, None)
+        Samples(Run.model_validate(fields), [scored], scored, None, NO_FRONTS)
 
 
 # ---- what lies there already
@@ -76,7 +77,7 @@ def samples_of(case: Case, name: str, *overrides: str) -> Samples:
     run = load_run(Path(arguments[0]), arguments[4::2])
     assert run.data.valid is not None
     data = AlignedDataset.open(run.data.valid)
-    return Samples(run, [data], data, None)
+    return Samples(run, [data], data, None, NO_FRONTS)
 
 
 def write_steps(samples: Samples, *steps: int) -> Path:
@@ -183,7 +184,7 @@ def test_more_samples_than_there_are_rows_are_told_with_both_numbers(case: Case,
 def test_a_run_that_is_asked_to_leave_looks_no_further(case: Case) -> None:
     arguments = case.command("samples-asked", ["logging.samples=3", "guidance.objective=clm"])
     data = AlignedDataset.open(case.valid)
-    samples = Samples(load_run(Path(arguments[0]), arguments[4::2]), [data], data, None)
+    samples = Samples(load_run(Path(arguments[0]), arguments[4::2]), [data], data, None, NO_FRONTS)
     engine = SimpleNamespace(layout=SimpleNamespace(rows=2), objective=SimpleNamespace(device="cpu"))
     asked: list[int] = []
     assert samples.look(0, engine, None, lambda: asked.append(1) or 1) is None  # type: ignore[arg-type, func-returns-value]
