@@ -20,13 +20,13 @@ from megatron_vocagno.engine.alike import facts_of_files, require_alike
 from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import is_cached, training_rows
 from megatron_vocagno.engine.checkpoint import Keeper
-from megatron_vocagno.engine.distilling import check_vocabularies, open_distiller
+from megatron_vocagno.engine.distilling import open_distiller
 from megatron_vocagno.engine.fronts import open_fronts, reading
 from megatron_vocagno.engine.hearing import Hearing
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.occupancy import Occupancy, check_output
 from megatron_vocagno.engine.pins import from_the_hub
-from megatron_vocagno.engine.placement import first_scorer, load_teacher, place_teacher
+from megatron_vocagno.engine.placement import check_teacher, first_scorer, load_teacher, place_teacher
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.samples import open_samples
 from megatron_vocagno.engine.settings import Settings, batch_layout, precision
@@ -132,7 +132,7 @@ def _open(
     """
     check_precision(settings, processes.device)
     datasets = open_data(run.data.train)
-    check_vocabularies(run, datasets[0])
+    check_teacher(run, datasets[0])
     valid = _open_valid(run, datasets[0])
     config, weights = _open_student(run, datasets[0], settings, processes)
     check_output(run.output)

@@ -5,16 +5,25 @@ from __future__ import annotations
 import torch
 
 from megatron_vocagno.config import Run, RunError
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
+from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
 from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.teacher import Teacher, find_teacher, open_teacher, teacher_folder
+
+
+def check_teacher(run: Run, data: AlignedDataset) -> None:
+    """What can be refused before a teacher is read. Raises RunError, ModelError, TokenizerMismatch."""
+    check_vocabularies(run, data)
+    if run.guidance.needs_teacher and not is_cached(run):
+        path = run.teacher[0].path
+        assert path is not None
+        data.require_tokenizer("teacher", teacher_folder(path))
 
 
 def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
@@ -27,7 +36,6 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     asked = run.teacher[0]
     path = asked.path
     assert path is not None
-    together(lambda: data.require_tokenizer("teacher", teacher_folder(path)), RunError, CorpusError, ModelError)
     found = (path, getattr(torch, asked.dtype), processes.device, asked.attention)
     teacher: Teacher | ShardedTeacher
     if asked.placement == "zero3":

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.corpus import Tokenizer
 from tests.objective import plain
+from tests.tokenizers_for_tests import MISTRAL_BOS
 
 KEEP = "0.4"
 
@@ -40,6 +41,7 @@ class Naive:
 
 
 def token_losses(model: Any, tokenizer: Tokenizer, ids: list[int]) -> list[Tensor]:
-    """-log p of each id after those before it, the first after EOS."""
-    logits_NV = model(torch.tensor([[tokenizer.eos_id, *ids[:-1]]])).logits[0]
+    """-log p of each id after those before it; the first after BOS, or after EOS where the tokenizer puts no BOS in front."""
+    before = MISTRAL_BOS if tokenizer.vocab_size == 32_000 else tokenizer.eos_id
+    logits_NV = model(torch.tensor([[before, *ids[:-1]]])).logits[0]
     return [-logits_V.log_softmax(0)[i] for logits_V, i in zip(logits_NV, ids, strict=True)]
