@@ -37,8 +37,9 @@ def test_the_page_runs_as_it_stands(
     # the loop in plain torch: its first batch, before anything was learned
     kept = naive.kept([example["text"] for example in names["texts"][:4]])
     assert names["losses"][0] == pytest.approx(sum(kept).item() / len(kept), rel=1e-5)
-    # and the second, after: the tokens that it learned have taught it something
-    assert len(names["losses"]) == 2 and names["losses"][1] < names["losses"][0]
+    # and the second, after: what was learned of the first has taught it something of these texts
+    untaught = naive.kept([example["text"] for example in names["texts"][4:8]])
+    assert len(names["losses"]) == 2 and names["losses"][1] < sum(untaught).item() / len(untaught) - 1e-3
 
 
 def test_the_page_and_the_doors_name_the_same() -> None:
