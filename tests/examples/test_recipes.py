@@ -132,7 +132,7 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
     [path, commit] = notes("student.pretrained=docs/Tiny", f"teacher.path=docs/Tiny@{'1' * 40}")
     assert path.endswith("not for a Hub id, because `docs` is here.") and commit.endswith("because it ends with a commit.")
     [warm_up] = notes(*here, "training.schedule.warmup_steps=20000")
-    assert "warmup_steps is 20,000, the run has 14,362 steps" in warm_up
+    assert "warmup_steps is 20,000, the run has 14,369 steps" in warm_up
     [two] = notes(*here, "guidance.objective=kld")
     assert "the student has 32,000 and the teacher 152,064" in two and notes(*here, "guidance.objective=uld") == []
 
