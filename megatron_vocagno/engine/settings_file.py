@@ -86,6 +86,8 @@ ADVICE = {
     "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
     "optimizer.params.eps": "a number, as 1e-8",
     "optimizer.params.weight_decay": "a number, as 0.1",
+    "bf16": '{"enabled": true}, or leave it out for float32',
+    "fp16": '{"enabled": true}, or leave it out for float32',
     "zero_optimization.stage": "1, 2 or 3",
 }
 """What to write in the place of "auto"."""
