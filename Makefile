@@ -8,7 +8,7 @@
 # make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
 # make gpu-test    the kernels' and the objective's tests on the GPU that is here
-# make gpu-bench   what the objective costs on it, into docs/kernels.md; under ten minutes
+# make gpu-bench   what the objective costs on it, into docs/performance.md; under ten minutes
 
 PYTHON ?= python3
 VENV ?= .venv

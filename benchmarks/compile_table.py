@@ -2,7 +2,7 @@
 
     python -m benchmarks.compile_table [--write]
 
---write puts the table into docs/kernels.md. The cases call the functions that training calls, with the shapes of TinyLlama's
+--write puts the table into docs/performance.md. The cases call the functions that training calls, with the shapes of TinyLlama's
 head at 16,384 tokens, and each kernel again with odd ones: the compiler knows which sizes are divisible by 16.
 """
 
@@ -29,7 +29,7 @@ from benchmarks.page import write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.rule import Aggregate
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AGGREGATES: tuple[Aggregate, ...] = ("max", "mean", "sum", "min")
 N, H, V, T = 16_384, 2048, 32_000, 4096
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "Registers, spills and shared memory of every kernel, compiled for four GPUs that need not be here.",
         "python -m benchmarks.compile_table --write",
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))
 

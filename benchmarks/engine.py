@@ -1,6 +1,6 @@
 """What the training loop costs beside its models, on a CPU, as ratios within one run.
 
-    python -m benchmarks.engine [--write]      the table; --write puts it into docs/benchmarks.md
+    python -m benchmarks.engine [--write]      the table; --write puts it into docs/performance.md
     python -m benchmarks.engine --quick        tiny models, one round: does it run?
 
 | the loop (read, count, score, select, learn with DeepSpeed, add up, write) against the models alone | time |

@@ -8,7 +8,7 @@ need at least at the GPU's data sheet rates (the larger of the two), by the time
 kernels ask of memory with no cache between them. Arms whose inner workings are another library's have no such share. An arm
 that does not fit into memory says so. Under ten minutes in all.
 
---write    puts the tables into docs/kernels.md
+--write    puts the tables into docs/performance.md
 --dry-run  tiny shapes on the CPU, to see that everything runs; the times say nothing
 """
 
@@ -35,7 +35,7 @@ from benchmarks.page import circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, LearnedRows, token_loss
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 WARM_UP, ROUNDS, SECONDS = 3, 21, 20.0
 """Rounds of a group: three to warm up, then 21, or as many as fit into 20 seconds."""
 KEPT = 0.4
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "What the objective costs on the GPU that is here, in time and memory, against other libraries: 10 minutes.",
         "python -m benchmarks.gpu --dry-run",
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))

@@ -1,6 +1,6 @@
 """What a loss per token costs on a CPU, from hidden states and the output head, as ratios to dense logits within one run.
 
-    python -m benchmarks.head [--write]      the table; --write puts it into docs/benchmarks.md
+    python -m benchmarks.head [--write]      the table; --write puts it into docs/performance.md
     python -m benchmarks.head --quick        small heads: does it run?
 
 | dense `F.cross_entropy((x @ W.T).float())` = 1                            | time                 | peak memory          |
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.head --write",
         GOALS,
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the vocabulary, one round")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.loader",
         "",
-        "Reading packed rows: rate, memory, and the time until the first batch. Writes into docs/benchmarks.md.",
+        "Reading packed rows: rate, memory, and the time until the first batch. Writes into docs/performance.md.",
         "python -m benchmarks.loader --folder /tmp",
         GOALS,
     )

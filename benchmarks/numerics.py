@@ -4,7 +4,7 @@
 
 4,096 tokens, H 256, V 32,000; hidden states and head rounded to bfloat16, logits of standard deviation 3. The guide is the loss
 of the same tokens under a head that differs by a tenth, in float64: two models that agree on most tokens. 40 % are kept by
-excess. --write puts the table into docs/kernels.md.
+excess. --write puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.page import circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import token_loss
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 N, H, V, KEPT = 4096, 256, 32_000, 1639
 
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "How far the losses of a 16-bit head are from those of float64, and whether other tokens are kept. On a CPU.",
         "python -m benchmarks.numerics --write",
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))
 

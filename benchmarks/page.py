@@ -1,4 +1,4 @@
-"""What a benchmark shows: figures with their goals, on the terminal and in docs/benchmarks.md.
+"""What a benchmark shows: figures with their goals, on the terminal and in docs/performance.md.
 
 On the page each benchmark owns the section between its two markers, and rewrites no other.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 GOALS = "0 all goals are met; 1 one is missed; 2 something for you to mend; 130 Ctrl-C"
 """The exit codes of a benchmark that has goals."""
 

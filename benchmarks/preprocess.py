@@ -16,7 +16,7 @@
 What is in each pass is said in `benchmarks.passes`. Both sides of a ratio take turns at the same stretches of text, each
 stretch once, so that words are as new as in a real run, and a disturbance meets both; the first stretch warms up and is
 not counted. A ratio is that of the sums; the median of the stretches' ratios stands beside it. The table is written to
-docs/benchmarks.md; exit status 1 where a goal is missed.
+docs/performance.md; exit status 1 where a goal is missed.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, where the tokenizer names none")
     parser.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
     parser.add_argument("--scratch", type=Path, metavar="DIR", help="for corpus and datasets, 1.5 GB (default: the system's)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the table is written (default: docs/benchmarks.md)")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="where the table is written (default: docs/performance.md)")
     parser.add_argument("--quick", action="store_true", help="two megabytes; the table is written only where --page says")
     args = parser.parse_args(argv)
     args.student = args.student or packaged("mistral_common", "data/tokenizer.model.v1")

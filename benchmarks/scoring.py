@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.scoring --write",
         GOALS,
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--teacher", type=Path, metavar="PATH", help="a model with SmolLM2's tokenizer (default: random weights)")
     parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="turns that are timed (default: 5)")
     parser.add_argument("--quick", action="store_true", help="few documents: does it run?")

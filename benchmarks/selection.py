@@ -1,7 +1,7 @@
 """What choosing tokens costs on the CPU, against the method as one would write it down from the paper.
 
     python -m benchmarks.selection            a table, on the terminal
-    python -m benchmarks.selection --write    and in docs/benchmarks.md
+    python -m benchmarks.selection --write    and in docs/performance.md
 
 16,384 tokens: 8 rows of 2,048, with 2.15 teacher tokens a student token, ranges of 0 to 14. All arms give weights, the list
 of the rows that have weight, and the sums that a run logs.
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--rounds", type=positive_int, default=ROUNDS, metavar="N", help=f"turns that are timed (default: {ROUNDS})"
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/benchmarks.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 

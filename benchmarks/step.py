@@ -1,6 +1,6 @@
 """What a guided training step costs on a CPU, as ratios within one run.
 
-    python -m benchmarks.step [--write]                   the table; --write puts it into docs/benchmarks.md
+    python -m benchmarks.step [--write]                   the table; --write puts it into docs/performance.md
     python -m benchmarks.step --trl PYTHON                with TRL's GOLD, of an environment in which `pip install trl` was done
     python -m benchmarks.step --quick                     tiny models: does it run?
 

@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-IN_NAV = ("examples/recipes/README.md", "examples/evidence/README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+LINKED = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 BLOCK = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -27,7 +27,7 @@ LANGUAGES = {".py": "python", ".toml": "toml", ".json": "json", ".sh": "bash", "
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add what pages link to outside of docs/, and what those link to."""
     todo = [Path(file.abs_src_path) for file in files.documentation_pages() if file.abs_src_path]
-    todo += [ROOT / name for name in IN_NAV]
+    todo += [ROOT / name for name in LINKED]
     seen: set[Path] = set()
     while todo:
         source = todo.pop()

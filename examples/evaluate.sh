@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Few-shot accuracies of a student, by lm-eval-harness: docs/evaluation.md
+# Few-shot accuracies of a student, by lm-eval-harness: docs/monitoring.md
 #
 #   examples/evaluate.sh RUN_OR_HF_FOLDER [OUT] [--tasks A,B] [--shots N] [--limit N] [--device cuda|cpu|...]
 #                        [--batch-size N|auto] [--gpus N] [--include-path FOLDER]

@@ -2,7 +2,7 @@
 
     python examples/with_hf_trainer.py
 
-`GuidedTrainer` is all there is to it, and is meant to be copied; docs/library.md takes it apart. The rest reads a corpus and
+`GuidedTrainer` is all there is to it, and is meant to be copied; docs/reference.md takes it apart. The rest reads a corpus and
 starts a training. B texts, S student positions, U teacher positions; losses in nats.
 """
 

@@ -4,7 +4,7 @@
         options = parser().parse_args(arguments)
         return run_command(lambda: work(options), "what is finished stays; the same command goes on from there")
 
-docs/commands.md tells users what holds for all of them.
+docs/reference.md tells users what holds for all of them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python -m megatron_vocagno.plan RUN.toml --deepspeed_config ds_configs/X.json --gpus 32 --gpu h100
 
-It reads the run's files and the two models' config.json, no weights. docs/scaling.md tells how to read it and what it rests on.
+It reads the run's files and the two models' config.json, no weights. docs/clusters.md tells how to read it and what it rests on.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from tools.preprocess import build_dataset, console
 from tools.preprocess.console import WorkProgress
 from tools.preprocess.progress import BuildProgress
 
-PAGE = REPOSITORY / "docs" / "commands.md"
+PAGE = REPOSITORY / "docs" / "reference.md"
 NOT_FOR_USERS = {"benchmarks.trl_gold"}
 """Started by another command alone."""
 QUICK = {  # command -> its first words; they tell their help without torch

@@ -4,7 +4,7 @@
 #   examples/launch/run_forever.sh OUTPUT deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config X.json
 #
 # OUTPUT is the run's 'output' folder. SIGTERM and SIGUSR1 go on to the ranks: they save and leave, and so does this script.
-# The launcher itself must not be signalled: it would kill its ranks, or leave them behind (docs/checkpoints.md). Ranks of other
+# The launcher itself must not be signalled: it would kill its ranks, or leave them behind (docs/training.md). Ranks of other
 # machines are out of reach: what to type for them is in docs/clusters.md.
 #
 # Exit code 0: OUTPUT/finished or OUTPUT/stopped says which. 2: a mistake, as the training command explained. 130: Ctrl-C.

@@ -36,9 +36,9 @@ How it is run:
 - `workers`      jobs in processes of this machine; `ray_engine`  on a Ray cluster
 - `build`        plan, engine, dataset.json; locks, slices for job arrays
 
-`docs/data_format.md` describes the files byte by byte.
+`docs/reference.md` describes the files byte by byte.
 
-The names below are for code outside of this project, as docs/library.md shows them; inside, modules are named in full.
+The names below are for code outside of this project, as docs/reference.md shows them; inside, modules are named in full.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ The tile of logits is float32 for 16-bit inputs too. Logits rounded to bfloat16 
 enough to change which tokens are kept.
 
 Products are the GEMM library's. What happens to a tile between two of them is torch on a CPU, and on a GPU one pass of
-linear_ce_triton over it; docs/kernels.md has the bytes and the FLOPs.
+linear_ce_triton over it; docs/performance.md has the bytes and the FLOPs.
 
 N tokens (R of them learned), V vocabulary (of this rank's shard, where it is sharded), H hidden size, T columns of a tile.
 Losses in nats.

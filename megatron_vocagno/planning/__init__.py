@@ -11,5 +11,5 @@ comparison.py all layouts beside each other
 report.py     what a plan says, as text and as JSON
 question.py   what is asked: a run on a cluster, out of its files and the command line
 
-Bytes are counted, FLOPs are counted, seconds are an estimate: docs/scaling.md says what it rests on.
+Bytes are counted, FLOPs are counted, seconds are an estimate: docs/clusters.md says what it rests on.
 """

@@ -63,7 +63,7 @@ class Step:
 
 
 def learned_share(guidance: Guidance, micro_batches: int, unmapped: float) -> float:
-    """Of all tokens those that the head's backward computes on a GPU: docs/kernels.md."""
+    """Of all tokens those that the head's backward computes on a GPU: docs/performance.md."""
     if not guidance.selects or (guidance.scope == "global" and micro_batches == 1):
         return 1.0
     included = unmapped if guidance.unmapped == "include" else 0.0

@@ -1,4 +1,4 @@
-"""Bytes on the fullest rank of a layout. docs/scaling.md has the formulas, tests/planning holds them to what is measured.
+"""Bytes on the fullest rank of a layout. docs/clusters.md has the formulas, tests/planning holds them to what is measured.
 
 P parameters of the stage, D data-parallel ranks, W ranks, N tokens of a micro-batch, R of them learned.
 """

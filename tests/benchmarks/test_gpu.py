@@ -129,7 +129,7 @@ def test_a_library_that_is_missing_is_named(capsys: pytest.CaptureFixture[str], 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "PAGE", tmp_path / "kernels.md")
+    monkeypatch.setattr(gpu, "PAGE", tmp_path / "performance.md")
     with pytest.raises(SystemExit, match="no GPU here, so nothing was measured"):
         gpu.main(["--write"])
     assert not gpu.PAGE.exists()

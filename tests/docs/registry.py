@@ -113,7 +113,7 @@ DATA = (
     Rule(rf"{BUILD}corpus\.jsonl .* --out data/first --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 64", Here(((" --workers 64", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 2 ", Here(((" --workers 2 ", " --workers 1 "),))),
-    Rule(rf"{BUILD}INPUT\.\.\. ", Checked(parse, "docs/preprocessing.md shows it at work"), "docs/data_format.md"),
+    Rule(rf"{BUILD}INPUT\.\.\. ", Checked(parse, "docs/preprocessing.md shows it at work"), "docs/reference.md"),
     Rule(rf"{BUILD}.* --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(BUILD, Here()),
     Rule(rf"srun {BUILD}", Here((("srun ", ""), ("$SLURM_ARRAY_TASK_ID/64", "1/1"), (" --workers 8", " --workers 1"), *ARRAY))),

@@ -1,4 +1,4 @@
-"""What the examples of docstrings and of docs/library.md name: tokenizers, a dataset, what `make demo` leaves."""
+"""What the examples of docstrings and of docs/reference.md name: tokenizers, a dataset, what `make demo` leaves."""
 
 from __future__ import annotations
 

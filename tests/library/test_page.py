@@ -1,4 +1,4 @@
-"""docs/library.md, executed: its Python in the order of the page, and what it says that is printed."""
+"""docs/reference.md, executed: its Python in the order of the page, and what it says that is printed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vocagno import corpus, objective
 from tests.library.naive import Naive
 from tests.runs import REPOSITORY
 
-PAGE = REPOSITORY / "docs" / "library.md"
+PAGE = REPOSITORY / "docs" / "reference.md"
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

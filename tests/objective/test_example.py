@@ -1,4 +1,4 @@
-"""The example that docs/kernels.md opens with, run as it stands there."""
+"""The example that docs/performance.md opens with, run as it stands there."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 def test_the_example_of_the_page_learns_the_tokens_that_the_method_keeps() -> None:
-    page = (REPOSITORY / "docs" / "kernels.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "performance.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     x = tensors()
     exec(example, {"torch": torch, "B": B, "S": S, "U": U, **x})

@@ -1,4 +1,4 @@
-"""The worked example of docs/scaling.md: what the plan prints, and three clusters beside each other.
+"""The worked example of docs/clusters.md: what the plan prints, and three clusters beside each other.
 
     python -m tests.planning.worked_example
 
@@ -16,7 +16,7 @@ from benchmarks.page import write_section
 from megatron_vocagno import plan
 from tests.runs import REPOSITORY
 
-PAGE = REPOSITORY / "docs/scaling.md"
+PAGE = REPOSITORY / "docs/clusters.md"
 EXAMPLE = [
     "examples/recipes/qwen2.5-math-instruct.toml",
     "--deepspeed_config",
