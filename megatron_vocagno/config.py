@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from megatron_vocagno.command import tool
-from megatron_vocagno.errors import UserError
 
 Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
@@ -22,20 +21,6 @@ Attention = Literal["auto", "sdpa", "flash_attention_2"]
 Bos = Literal["auto", "none"] | Annotated[int, Field(ge=0)]
 Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
 PositiveInt = Annotated[int, Field(gt=0)]
-
-
-class RunError(UserError):
-    """Something a user can mend in a run: its file, an override, a path, or how the parts fit together."""
-
-
-class SharedError(RunError):
-    """A RunError that all ranks raise together: the first one speaks for all."""
-
-
-class OccupiedError(SharedError):
-    """Another run is in the way: nothing to mend, and a later start may find it gone."""
-
-    exit_code = 1
 
 
 class Part(BaseModel):

@@ -15,13 +15,13 @@ import torch
 
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Run, RunError, Teacher
+from megatron_vocagno.config import Run, Teacher
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import batch_layout, precision, zero_stage
 from megatron_vocagno.engine.settings_file import check_sections, notes
-from megatron_vocagno.errors import looked_for, nearest
+from megatron_vocagno.errors import RunError, looked_for, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot
 from megatron_vocagno.planning.comparison import Task, as_asked

@@ -1,4 +1,7 @@
-"""What a user can mend: the one kind of error that a command tells without a traceback; and what to say of a missing path."""
+"""The errors that a user can fix, and what their messages add about a missing path.
+
+A command prints such an error without a traceback and exits with its `exit_code`.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,63 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that a user can cause and mend; the message says what to do. Each part of the package has its own kind."""
+    """An error that a user can cause and fix. The message names the operation, the place, both values and the likely cause."""
 
     exit_code = 2
+
+
+class RunError(UserError):
+    """A run cannot start or go on: its file, an override, a path, or how its parts fit together."""
+
+
+class SharedError(RunError):
+    """A RunError that all ranks raise together. Only the first rank prints it."""
+
+
+class OccupiedError(SharedError):
+    """Another run is at work in the folder. A later start may find it free."""
+
+    exit_code = 1
+
+
+class OtherVersion(RunError):
+    """A checkpoint that another release wrote."""
+
+
+class ModelError(UserError):
+    """A model that cannot be used as asked."""
+
+
+class CorpusError(UserError):
+    """An input, a tokenizer or a dataset that cannot be used as asked."""
+
+
+class DatasetError(CorpusError):
+    """A dataset that is missing, damaged, of another version, or made with another tokenizer than the caller needs."""
+
+
+class ChangedError(CorpusError):
+    """Files that were made from other input, or with other settings."""
+
+
+class TokenizerError(CorpusError):
+    """A tokenizer that cannot be read, or whose tokens cannot be placed in the text."""
+
+
+class EncoderError(CorpusError):
+    """A tokenizer that a backend cannot read."""
+
+
+class EncoderMismatch(CorpusError):
+    """gigatoken and Hugging Face give different ids for one text."""
+
+
+class BrokenInput(Exception):
+    """Why a file gives no more data: it is cut off or damaged. Callers turn it into a bad record."""
+
+
+class HubError(Exception):
+    """Why the Hub does not give a model. Callers add what they needed it for."""
 
 
 def lfs_pointer(content: bytes) -> str:

@@ -6,7 +6,7 @@ import math
 
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import evaluation_batches
-from megatron_vocagno.config import Run, SharedError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import largest
 from megatron_vocagno.engine.counts import sum_over_ranks
@@ -14,6 +14,7 @@ from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.errors import SharedError
 from megatron_vocagno.monitor import Monitor
 from megatron_vocagno.samples import summary
 from megatron_vocagno.stopping import Stopper

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.config import RunError
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.errors import RunError, looked_for
 
 if TYPE_CHECKING:
     import torch

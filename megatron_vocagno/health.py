@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_vocagno.batch.blend import BlendedRows
 from megatron_vocagno.command import tool
-from megatron_vocagno.config import SharedError
+from megatron_vocagno.errors import SharedError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.errors import nearest
+from megatron_vocagno.errors import HubError, nearest
 from megatron_vocagno.locks import wait_for_lock
 
 CONFIG = ("config.json",)
@@ -25,10 +25,6 @@ LEFT_OUT = ("*/*.safetensors", "*/*.json", "consolidated*")
 
 ID = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
-
-
-class HubError(Exception):
-    """A model that the Hub does not give: which, and why."""
 
 
 def is_id(name: str | os.PathLike[str]) -> bool:

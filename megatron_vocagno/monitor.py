@@ -24,7 +24,8 @@ import orjson
 from megatron_vocagno import samples
 from megatron_vocagno.board import Board
 from megatron_vocagno.command import duration
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 from megatron_vocagno.health import BrokenStep, described
 from megatron_vocagno.samples import SampleRows, SampleStep

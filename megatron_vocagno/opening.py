@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import Batches, Layout
-from megatron_vocagno.config import Run, RunError, Source
+from megatron_vocagno.config import Run, Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.identity import not_compared
 from megatron_vocagno.engine.agreement import together
@@ -33,7 +33,7 @@ from megatron_vocagno.engine.settings import Settings, batch_layout, precision
 from megatron_vocagno.engine.settings_file import notes
 from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.engine.trainers import Engine
-from megatron_vocagno.errors import UserError
+from megatron_vocagno.errors import RunError, UserError
 from megatron_vocagno.evaluation import HeldOut
 from megatron_vocagno.first_batch import Facts, FirstBatch, teacher_facts
 from megatron_vocagno.model.attention import resolve_attention
@@ -140,7 +140,7 @@ def _open(
 
 
 def open_data(sources: Sequence[Source]) -> list[AlignedDataset]:
-    """The datasets of a blend. Raises TokenizerMismatch, or RunError for one that is named twice."""
+    """The datasets of a blend. Raises DatasetError, or RunError for one that is named twice."""
     datasets = [AlignedDataset.open(source.path) for source in sources]
     for i, data in enumerate(datasets):
         data.require_tokenizers_of(datasets[0])

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_vocagno.command import Parser, add_verbosity, is_first_rank, refuse, run_command
-from megatron_vocagno.config import Run, RunError, SharedError
-from megatron_vocagno.errors import UserError
+from megatron_vocagno.config import Run
+from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.stopping import Stopper
 

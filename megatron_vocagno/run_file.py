@@ -17,8 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_vocagno.config import Run, RunError
-from megatron_vocagno.errors import looked_for, nearest
+from megatron_vocagno.config import Run
+from megatron_vocagno.errors import RunError, looked_for, nearest
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:

@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_vocagno.batch.pack import Float32, Int32, Mapping, UInt8
-from megatron_vocagno.config import Guidance, RunError
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"

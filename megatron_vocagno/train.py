@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from megatron_vocagno.config import Run, RunError, SharedError
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.agreement import Watch, largest, together
 from megatron_vocagno.engine.alike import facts_of_command, require_alike
 from megatron_vocagno.engine.checkpoint import Keeper
@@ -15,6 +15,7 @@ from megatron_vocagno.engine.processes import Processes, start, stop
 from megatron_vocagno.engine.settings import Settings, read_settings
 from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.errors import RunError, SharedError
 from megatron_vocagno.health import NonFiniteGuard, documents_of
 from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
 from megatron_vocagno.opening import open_run

@@ -21,15 +21,15 @@ DIRECTION = {
     "files": set(),
     "locks": set(),
     "stopping": set(),
-    "health": {"batch", "config", "command"},
-    "samples": {"batch", "config", "files"},
+    "health": {"batch", "config", "command", "errors"},
+    "samples": {"batch", "config", "files", "errors"},
     "board": {"batch", "config"},
-    "monitor": {"board", "health", "samples", "stopping", "config", "command", "files"},
-    "corpus": {"config", "hub", "errors", "command", "files", "locks"},
+    "monitor": {"board", "health", "samples", "stopping", "config", "command", "files", "errors"},
+    "corpus": {"hub", "errors", "command", "files", "locks"},
     "objective": set(),
-    "batch": {"config", "corpus"},
+    "batch": {"config", "corpus", "errors"},
     "model": {"objective", "config", "hub", "errors", "command"},
-    "offline": {"model", "batch", "corpus", "hub", "config"},
+    "offline": {"model", "batch", "corpus", "hub", "config", "errors"},
     "engine": {
         *(
             "model",
@@ -51,7 +51,7 @@ DIRECTION = {
     "plan": {"planning", "command"},
     "export": {"engine", "model", "config", "command", "errors"},
     "pretrain": {"train", "dryrun", "plan", "engine", "stopping", "config", "run_file", "command", "errors"},
-    "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping"},
+    "evaluation": {"engine", "batch", "corpus", "config", "monitor", "samples", "stopping", "errors"},
     "step": {"engine", "batch", "objective", "config"},
     "first_batch": {"batch", "config", "corpus", "monitor"},
     "opening": {
@@ -67,7 +67,7 @@ DIRECTION = {
         "stopping",
         "errors",
     },
-    "train": {"opening", "engine", "config", "monitor", "health", "stopping"},
+    "train": {"opening", "engine", "config", "monitor", "health", "stopping", "errors"},
 }
 # foreign package: the only files or folders that may import it
 DOORS = {

@@ -22,8 +22,8 @@ from rich.console import Console
 
 from megatron_vocagno import command
 from megatron_vocagno.command import Parser, duration, run_command
-from megatron_vocagno.config import OccupiedError, RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.errors import OccupiedError, RunError
 from megatron_vocagno.monitor import Monitor
 from tests.runs import REPOSITORY, SCRIPT, Case, environment
 from tools.preprocess import build_dataset, console

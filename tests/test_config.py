@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.build import share_of_peak
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.run_file import load_run
 
 GOOD = """

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import TrainRows
-from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.health import BrokenStep, NonFiniteGuard, described, documents_of
 
 GOOD = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 7.0, "loss/nonfinite_tokens": 0.0}

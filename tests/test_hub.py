@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_vocagno import hub
-from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
-from megatron_vocagno.model.folder import ModelError, model_folder, pinned
+from megatron_vocagno.errors import HubError, ModelError, RunError
+from megatron_vocagno.model.folder import model_folder, pinned
 from megatron_vocagno.offline.score import Asked
 from megatron_vocagno.planning.sizes import read_config
 from megatron_vocagno.run_file import load_run
@@ -206,7 +206,7 @@ def test_a_hub_that_does_not_answer_is_told_apart_from_one_that_is_not_asked(
         (True, "HF_HUB_OFFLINE or "),
     ):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
-        with pytest.raises(hub.HubError, match=why):
+        with pytest.raises(HubError, match=why):
             hub.require_unlisted("someone/tiny", ["config.json"])
 
 
@@ -284,7 +284,7 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_it
         model_folder("someone/tiny")
 
     def refuse(*_: object) -> Path:
-        raise hub.HubError("the reason")
+        raise HubError("the reason")
 
     monkeypatch.setattr(hub, "snapshot", refuse)
     with pytest.raises(ModelError, match="no model at a/b: the path does not exist, and as a Hub id: the reason"):
@@ -295,7 +295,7 @@ def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_it
 
 def test_the_error_of_a_run_names_the_field_of_a_model_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> Path:
-        raise hub.HubError("the reason")
+        raise HubError("the reason")
 
     monkeypatch.setattr(hub, "snapshot", refuse)
     monkeypatch.chdir(REPOSITORY)

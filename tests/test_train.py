@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import batch_layout, precision, read_settings
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.pretrain import main
 from tests.runs import REPOSITORY, Case, environment, launch, metrics, spawn, write_settings
 

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_vocagno.config import Bos, RunError
+from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.front import front_ids
+from megatron_vocagno.errors import RunError
 
 Int32 = npt.NDArray[np.int32]
 

@@ -46,7 +46,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from megatron_vocagno.errors import UserError
+from megatron_vocagno.errors import CorpusError
 
 if TYPE_CHECKING:
     from megatron_vocagno.corpus.alignment import Alignment, align
@@ -55,10 +55,6 @@ if TYPE_CHECKING:
     from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer
 
 __all__ = ["AlignedDataset", "Alignment", "CorpusError", "Spans", "Tokenizer", "Tokens", "align", "open_tokenizer"]
-
-
-class CorpusError(UserError):
-    """Something that a user can cause and repair: an input, a tokenizer, a damaged file. The message says what to do."""
 
 
 if not TYPE_CHECKING:  # a type checker would let any name pass

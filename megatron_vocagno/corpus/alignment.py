@@ -71,7 +71,7 @@ def align(text: str, student: Tokenizer | str | Path, teacher: Tokenizer | str |
     Nothing is normalised here, and a tokenizer that does so itself moves the bytes: give it
     `unicodedata.normalize("NFC", text)`, as build_dataset does.
 
-    Raises TokenizerError: a tokenizer that is not there, or loses text. AlignmentError: the two do not read the same bytes.
+    Raises TokenizerError: a tokenizer that is not there, or loses text. CorpusError: the two do not read the same bytes.
     """
     sides = [side if isinstance(side, Tokenizer) else open_tokenizer(side) for side in (student, teacher)]
     (student_tokens,), (teacher_tokens,) = (side.encode_batch([text]) for side in sides)

@@ -23,9 +23,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.documents import read
-from megatron_vocagno.corpus.encoders import EncoderMismatch
 from megatron_vocagno.corpus.identity import check_own
 from megatron_vocagno.corpus.losses import gather
 from megatron_vocagno.corpus.manifest import (
@@ -41,8 +39,9 @@ from megatron_vocagno.corpus.manifest import (
 )
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.plan import SHARD_BYTES, Plan, Slice, plan
-from megatron_vocagno.corpus.shards import ChangedError, Job, Result, Settings, finished, make_shard
+from megatron_vocagno.corpus.shards import Job, Result, Settings, finished, make_shard
 from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
+from megatron_vocagno.errors import ChangedError, CorpusError, EncoderMismatch
 from megatron_vocagno.files import remove_leftovers
 from megatron_vocagno.locks import local_option, try_lock
 
@@ -56,14 +55,6 @@ LONG = 3600.0
 """Seconds without a change after which a shard on its way is a dead worker's, where no lock says so."""
 
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
-
-
-class BuildError(CorpusError):
-    """A build that cannot start or end: taken by another one, or shards are missing."""
-
-
-class ShardsFailed(BuildError):
-    """Some shards could not be made; the others are finished and stay."""
 
 
 # ---- build
@@ -94,7 +85,7 @@ def build(
     """
     out = place(out)
     if force and part:
-        raise BuildError("--force with --shards: other tasks may use what it would remove. Name another --out")
+        raise CorpusError("--force with --shards: other tasks may use what it would remove. Name another --out")
     with reaching(out):
         _refuse_foreign(out)
     with reaching(out), locked(out, part) as alone:
@@ -158,7 +149,7 @@ def _make(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Fail
     if failures := failures_of(engine(make_shard, jobs, stop=(ChangedError, EncoderMismatch, OSError)), on_shard):
         shown = "\n".join(f"shard {f.job.name}: {f.reason}" for f in failures[:10])
         more = f"\nand {len(failures) - 10:,} more" if len(failures) > 10 else ""
-        raise ShardsFailed(
+        raise CorpusError(
             f"{len(failures):,} of {len(jobs):,} shards could not be made; others are finished and stay\n{shown}{more}"
         )
 
@@ -169,12 +160,12 @@ def finish(
     max_bad_fraction: float = 1.0,
     on_note: Callable[[str], object] = lambda note: None,
 ) -> Place:
-    """dataset.json around the shards that a job array has made, by the plan that lies there. Raises BuildError."""
+    """dataset.json around the shards that a job array has made, by the plan that lies there. Raises CorpusError."""
     out = place(out)
     with reaching(out):
         made = _read_plan(out)
     if made is None:
-        raise BuildError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
+        raise CorpusError(f"{out} has no plan (.build/plan.json): no build was started there, or run it once without --shards")
     with reaching(out), locked(out, None) as alone:
         asked = made.model_copy(update={"settings": settings.sha256, "in_words": settings.in_words})
         if difference := made.other_settings(asked):
@@ -198,7 +189,7 @@ def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max
             files = shard.record.files | {"shard.json": hash_file(job.folder / "shard.json")}
             done.append(shard.record.model_copy(update={"files": files}))
     if missing:
-        raise BuildError(
+        raise CorpusError(
             f"{len(missing):,} of {len(jobs):,} shards are missing: {', '.join(missing[:10])}{' …' if missing[10:] else ''}; "
             "run their tasks again, or the build without --shards. Do all machines see this folder?"
         )
@@ -206,7 +197,7 @@ def _finish(out: Place, made: Plan, settings: Settings, jobs: Sequence[Job], max
     bad = totals.bad_lines + totals.broken_inputs + totals.mismatched_documents
     records = bad + totals.documents + totals.empty_documents
     if records and bad / records > max_bad_fraction:
-        raise BuildError(
+        raise CorpusError(
             f"{bad:,} of {records:,} records are bad ({bad / records:.2%}); --max-bad-fraction allows {max_bad_fraction:.2%}. "
             "Look at them (--on-bad-line quarantine keeps them), or allow more"
         )
@@ -327,7 +318,7 @@ def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> bool:
     stream: Any = stack.enter_context(file.open("ab"))
     state = try_lock(stream, how)
     if state == "held":
-        raise BuildError(f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder")
+        raise CorpusError(f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder")
     return state == "taken"
 
 

@@ -39,7 +39,6 @@ from megatron_vocagno.corpus.manifest import (
     DATASET,
     IDS,
     PAIRS,
-    DatasetError,
     FileRecord,
     LossTotals,
     Manifest,
@@ -56,6 +55,7 @@ from megatron_vocagno.corpus.manifest import (
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, EncodedSpans, Spans, decode
 from megatron_vocagno.corpus.verify import verify
+from megatron_vocagno.errors import DatasetError
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,12 @@ class AlignedDataset:
 
         Returns None; or, where the folder has no tokenizer to compare with, a sentence that says so.
 
-        Raises TokenizerMismatch with both paths and what differs.
+        Raises DatasetError with both paths and what differs.
         """
         return require_tokenizer(self.path, self.manifest.tokenizer(side), side, folder)
 
     def require_tokenizers_of(self, other: AlignedDataset) -> None:
-        """Raises TokenizerMismatch with both paths and what differs, unless both datasets were made with the same."""
+        """Raises DatasetError with both paths and what differs, unless both datasets were made with the same."""
         for side in ("student", "teacher"):
             mine, theirs = (ds.manifest.tokenizer(side) for ds in (self, other))
             if mine.fingerprint != theirs.fingerprint:
@@ -273,7 +273,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
 
     It has the teacher's losses where all of them have, computed in one way.
 
-    Raises TokenizerMismatch where tokenizers differ, DatasetError where settings do or `out` is taken.
+    Raises DatasetError where tokenizers or settings differ or `out` is taken.
     """
     target = local_folder(out)
     if (target / DATASET).exists():

@@ -16,9 +16,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.plain_text import plain_text
 from megatron_vocagno.corpus.sentencepiece_model import SPACE
+from megatron_vocagno.errors import DatasetError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import orjson
 
 from megatron_vocagno.corpus.inputs import LONGEST_RECORD, PART, Keys, Line, Piece, names
 from megatron_vocagno.corpus.places import place
-from megatron_vocagno.corpus.streams import BrokenInput
+from megatron_vocagno.errors import BrokenInput
 
 BROKEN = "broken input: "  # how the reason begins where a file gives no more
 OnBytes: TypeAlias = Callable[[bytes], object]
@@ -79,7 +79,7 @@ def read(piece: Piece, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> Itera
     on_bytes          is handed what decides the documents, so that another document or order gives other bytes: lines
                       with their ends, texts and rows with their lengths. How it is divided into calls means nothing.
 
-    Blank lines are no records. Raises InputError for parquet without such columns, OSError where a file cannot be read.
+    Blank lines are no records. Raises CorpusError for parquet without such columns, OSError where a file cannot be read.
     """
     readers = {"lines": _read_lines, "text": _read_text, "parquet": _read_parquet}
     return islice(readers[piece.kind](piece, names(text_key), names(id_key), on_bytes), piece.limit)

@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.errors import EncoderError, EncoderMismatch
 
 Backend = Literal["auto", "gigatoken", "huggingface"]
 
@@ -28,14 +28,6 @@ Backend = Literal["auto", "gigatoken", "huggingface"]
 # megabyte of text, and 50 MB are not taken. (One of SentencePiece's kind remembers nothing from call to call.)
 RESIDENT_LIMIT = 400 << 20
 TEXT_BEFORE_REOPENING = 224 << 20
-
-
-class EncoderError(CorpusError):
-    """A tokenizer that a backend cannot read."""
-
-
-class EncoderMismatch(CorpusError):
-    """gigatoken and Hugging Face give other ids for one text."""
 
 
 @dataclass(frozen=True)

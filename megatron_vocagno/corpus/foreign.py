@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.streams import Compression, InputError
+from megatron_vocagno.corpus.streams import Compression
+from megatron_vocagno.errors import CorpusError
 
 HEAD = 512  # bytes that tell what a file is
 BOM = b"\xef\xbb\xbf"
@@ -85,27 +86,27 @@ _LAYOUTS = tuple(
 
 
 def refuse_foreign(file: Place, head: bytes) -> None:
-    """Raises InputError for a file of another format, packed or not, by its first bytes."""
+    """Raises CorpusError for a file of another format, packed or not, by its first bytes."""
     found = next(((what, advice) for magic, what, advice in _BY_CONTENT if magic.match(head)), None) or _wide(head)
     if found:
-        raise InputError(f"{file} is {found[0]}, not JSON lines, parquet or plain text: {found[1]}")
+        raise CorpusError(f"{file} is {found[0]}, not JSON lines, parquet or plain text: {found[1]}")
 
 
 def refuse_no_lines(file: Place, head: bytes, compression: Compression) -> None:
-    """Raises InputError for a file that is no JSON lines, by its first bytes as they are unpacked, and its name."""
+    """Raises CorpusError for a file that is no JSON lines, by its first bytes as they are unpacked, and its name."""
     while head.startswith(BOM):
         head = head.removeprefix(BOM)
     for pattern, what, command in _LAYOUTS:
         if pattern.match(head):
             given = f"{_UNPACKERS[compression]}{command}{'' if compression else ' FILE'} > FILE.jsonl"
-            raise InputError(f"{file} is {what}, not JSON with a document a line: convert it, e.g. {given}")
+            raise CorpusError(f"{file} is {what}, not JSON with a document a line: convert it, e.g. {given}")
     if head.lstrip(b" \t\r\n\x1e")[:1] in (b"{", b""):
         return
     if _PAGE.match(head):
-        raise InputError(f"{file} is a web page or XML, not JSON lines: did a download go wrong? Else extract its text")
+        raise CorpusError(f"{file} is a web page or XML, not JSON lines: did a download go wrong? Else extract its text")
     for name, what, advice in _BY_NAME:
         if name.fullmatch(file.name):
-            raise InputError(f"{file} is {what}, not JSON lines or parquet: {advice}")
+            raise CorpusError(f"{file} is {what}, not JSON lines or parquet: {advice}")
 
 
 def _wide(head: bytes) -> tuple[str, str] | None:

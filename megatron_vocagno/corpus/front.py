@@ -20,8 +20,8 @@ import orjson
 
 from megatron_vocagno.command import tool
 from megatron_vocagno.corpus.encoders import around_a_text
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError, sentencepiece_names
-from megatron_vocagno.errors import lfs_pointer
+from megatron_vocagno.corpus.sentencepiece_model import sentencepiece_names
+from megatron_vocagno.errors import TokenizerError, lfs_pointer
 
 FILES = ("tokenizer.json", "tokenizer.model")  # in this order
 # classes of transformers that make a post-processor of their own, whatever tokenizer.json has

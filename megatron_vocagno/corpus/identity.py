@@ -17,10 +17,10 @@ import orjson
 
 from megatron_vocagno.corpus.encoders import SAMPLE, OwnTokenizer
 from megatron_vocagno.corpus.front import tokenizer_file
-from megatron_vocagno.corpus.manifest import TokenizerMismatch, TokenizerRecord
+from megatron_vocagno.corpus.manifest import TokenizerRecord
 from megatron_vocagno.corpus.plain_text import digest, parts_of, plain_text
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
+from megatron_vocagno.errors import DatasetError, TokenizerError
 
 
 def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ()) -> int:
@@ -50,22 +50,22 @@ def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ())
 
 
 def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, folder: Path) -> str | None:
-    """See AlignedDataset.require_tokenizer. Raises TokenizerMismatch."""
+    """See AlignedDataset.require_tokenizer. Raises DatasetError."""
     if (note := not_compared(dataset, side, folder)) is not None:
         return note
     advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
     try:
         model = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface")
     except TokenizerError as error:
-        raise TokenizerMismatch(
+        raise DatasetError(
             f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}, "
             f"which could not have made them: {error}.\n  {advice.capitalize()}."
         ) from None
     if model.fingerprint != made_with.fingerprint:
         copy, why = _copy(dataset, made_with, side)
         if why and copy.fingerprint == model.fingerprint:
-            raise TokenizerMismatch(f"{dataset}: {why}: its {side} ids are not those of {folder}. Build the dataset again")
-        raise TokenizerMismatch(
+            raise DatasetError(f"{dataset}: {why}: its {side} ids are not those of {folder}. Build the dataset again")
+        raise DatasetError(
             f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}. "
             f"They differ in: {what_differs(copy, model)} ({dataset / 'tokenizers' / side} and {folder}); {advice}"
         )
@@ -83,10 +83,10 @@ def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
 
 
 def require_same(mine: Path, my_record: TokenizerRecord, other: Path, other_record: TokenizerRecord, side: str) -> None:
-    """Raises TokenizerMismatch for two datasets whose fingerprints differ."""
+    """Raises DatasetError for two datasets whose fingerprints differ."""
     (one, why), (another, why_another) = _copy(mine, my_record, side), _copy(other, other_record, side)
     found = what_differs(one, another) if one.fingerprint != another.fingerprint else why or why_another
-    raise TokenizerMismatch(
+    raise DatasetError(
         f"{mine}: its {side} ids were made with another tokenizer than those of {other}. They differ in: {found}; "
         "build one of them again with the other's tokenizer"
     )

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.errors import CorpusError
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -43,10 +43,6 @@ THREADS = 16
 # a map keeps its file open; a dataset of a thousand shards has more of them than many machines allow
 OPEN_FILES = min(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2), 32_768)
 _readers = itertools.count()
-
-
-class IndexedError(CorpusError):
-    """A pair of files that is not what its header says."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -80,10 +76,10 @@ class PairWriter:
             self._bin.close()
 
     def add(self, document: NDArray[Any]) -> None:
-        """One document, [n], which may be empty. Raises IndexedError: a number that does not fit the dtype."""
+        """One document, [n], which may be empty. Raises CorpusError: a number that does not fit the dtype."""
         stored = document.astype(self.dtype)
         if not np.array_equal(stored, document):
-            raise IndexedError(f"{self.prefix}: {document.max()} or {document.min()} does not fit {self.dtype}")
+            raise CorpusError(f"{self.prefix}: {document.max()} or {document.min()} does not fit {self.dtype}")
         self._bin.write(stored.tobytes())
         self._lengths.append(len(stored))
 
@@ -103,7 +99,7 @@ class PairWriter:
         self._bin.truncate()
 
     def close(self) -> None:
-        """Raises IndexedError: a document too long for an index."""
+        """Raises CorpusError: a document too long for an index."""
         _flush(self._bin)
         write_index(self.prefix, self.dtype, np.array(self._lengths, np.int64))
 
@@ -113,10 +109,10 @@ def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int64]) 
 
     lengths  int64 [D]
 
-    Raises IndexedError: a document of more than 2^31 - 1 numbers.
+    Raises CorpusError: a document of more than 2^31 - 1 numbers.
     """
     if np.any(lengths > LONGEST):
-        raise IndexedError(f"{prefix}: a document of {lengths.max():,} numbers; an index holds {LONGEST:,} at most")
+        raise CorpusError(f"{prefix}: a document of {lengths.max():,} numbers; an index holds {LONGEST:,} at most")
     with Path(f"{prefix}.idx").open("wb") as idx:
         idx.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[dtype.name], len(lengths), len(lengths) + 1))
         idx.write(lengths.astype("<i4").tobytes())
@@ -129,14 +125,14 @@ class PairReader:
     """A pair, or the same pair of many shards, as one sequence of documents.
 
     Opening reads the lengths alone: four of the twenty bytes that an index holds for a document. A .bin is mapped into memory
-    when it is first read. Raises IndexedError with the path and both numbers.
+    when it is first read. Raises CorpusError with the path and both numbers.
 
     lengths          int32 [D], numbers of each document
     first_documents  where each shard's documents begin, and D
     """
 
     def __init__(self, *prefixes: Path) -> None:
-        """prefixes: one or more. Raises IndexedError: a pair that is damaged, or of another dtype than the first."""
+        """prefixes: one or more. Raises CorpusError: a pair that is damaged, or of another dtype than the first."""
         self.prefixes = prefixes
         self._bins = [f"{prefix}.bin" for prefix in prefixes]
         # a network file system takes a millisecond to answer, and here are thousands of questions
@@ -145,7 +141,7 @@ class PairReader:
         self.dtype = indices[0][0]
         for prefix, (dtype, _) in zip(prefixes, indices, strict=True):
             if dtype != self.dtype:
-                raise IndexedError(f"{prefix}: {dtype}, {prefixes[0]}: {self.dtype}: pairs of one name have one dtype")
+                raise CorpusError(f"{prefix}: {dtype}, {prefixes[0]}: {self.dtype}: pairs of one name have one dtype")
         self.lengths: NDArray[np.int32] = np.concatenate([lengths for _, lengths in indices])
         self.first_documents = list(itertools.accumulate((len(lengths) for _, lengths in indices), initial=0))
         starts = [np.cumsum(lengths, dtype=np.int64) - lengths for _, lengths in indices]
@@ -165,7 +161,7 @@ class PairReader:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """The numbers [start, stop) of a document: a view of the file. Raises IndexError; IndexedError, see map_numbers."""
+        """The numbers [start, stop) of a document: a view of the file. Raises IndexError; CorpusError, see map_numbers."""
         if not 0 <= document < len(self.lengths):
             raise IndexError(f"{self.prefixes[0]}: no document {document}; there are {len(self):,}")
         length = int(self.lengths[document])
@@ -181,54 +177,54 @@ class PairReader:
 
 
 def read_lengths(prefix: Path) -> tuple[np.dtype[Any], NDArray[np.int32]]:
-    """An index's dtype and int32 [n], its lengths. Raises IndexedError."""
+    """An index's dtype and int32 [n], its lengths. Raises CorpusError."""
     path = Path(f"{prefix}.idx")
     try:
         with path.open("rb", buffering=0) as file:
             dtype, n = _check_header(path, file.read(HEADER), os.fstat(file.fileno()).st_size)
             lengths = np.frombuffer(file.read(4 * n), "<i4")
     except OSError as error:
-        raise IndexedError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
+        raise CorpusError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
     if n and int(lengths.min()) < 0:
-        raise IndexedError(f"{path}: a document of {lengths.min()} numbers: the file is damaged")
+        raise CorpusError(f"{path}: a document of {lengths.min()} numbers: the file is damaged")
     return dtype, lengths
 
 
 def check_pointers(prefix: Path) -> None:
-    """Reads the rest of an index, which readers compute from the lengths. Raises IndexedError where it says otherwise."""
+    """Reads the rest of an index, which readers compute from the lengths. Raises CorpusError where it says otherwise."""
     path = Path(f"{prefix}.idx")
     dtype, lengths = read_lengths(prefix)
     n = len(lengths)
     starts, documents = (np.fromfile(path, "<i8", count, offset=HEADER + at) for count, at in ((n, 4 * n), (n + 1, 12 * n)))
     if not np.array_equal(starts, _pointers(lengths.astype(np.int64), dtype)):
-        raise IndexedError(f"{path}: its pointers do not follow from its lengths: the file is damaged")
+        raise CorpusError(f"{path}: its pointers do not follow from its lengths: the file is damaged")
     if not np.array_equal(documents, np.arange(n + 1)):
-        raise IndexedError(f"{path}: a document of several sequences; here each document is one")
+        raise CorpusError(f"{path}: a document of several sequences; here each document is one")
 
 
 def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int]:
     """dtype and number of documents; refuses what is no index of version 1, or one of another size than it must have."""
     if header[:9] != MAGIC[: len(header)] or size < HEADER:
-        raise IndexedError(
+        raise CorpusError(
             f"{path}: starts with {header[:9]!r} ({size:,} bytes), an index with {MAGIC!r} and {HEADER} bytes or more"
         )
     version, code, n, entries = struct.unpack("<QBQQ", header[9:])
     if version != VERSION:
-        raise IndexedError(f"{path}: version {version}, this reads version {VERSION}")
+        raise CorpusError(f"{path}: version {version}, this reads version {VERSION}")
     if code not in DTYPES:
-        raise IndexedError(f"{path}: dtype code {code}, known are {sorted(DTYPES)}")
+        raise CorpusError(f"{path}: dtype code {code}, known are {sorted(DTYPES)}")
     if entries != n + 1:
-        raise IndexedError(f"{path}: {n:,} sequences in {entries - 1:,} documents; here each document is one sequence")
+        raise CorpusError(f"{path}: {n:,} sequences in {entries - 1:,} documents; here each document is one sequence")
     expected = HEADER + 12 * n + 8 * entries
     if size != expected:
-        raise IndexedError(f"{path}: {size:,} bytes, {n:,} documents need {expected:,}: cut off while copying or writing?")
+        raise CorpusError(f"{path}: {size:,} bytes, {n:,} documents need {expected:,}: cut off while copying or writing?")
     return DTYPES[code], n
 
 
 def map_numbers(path: str, dtype: np.dtype[Any], count: int, advice: int) -> NDArray[Any]:
     """[count], a read-only view of a .bin. advice: how it will be read, as madvise says it.
 
-    Raises IndexedError where the file is missing or holds another number.
+    Raises CorpusError where the file is missing or holds another number.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - the path is a string to be hashed quickly
@@ -236,9 +232,9 @@ def map_numbers(path: str, dtype: np.dtype[Any], count: int, advice: int) -> NDA
             # an empty file cannot be mapped
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else None
     except OSError as error:
-        raise IndexedError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
+        raise CorpusError(f"{path} cannot be read ({error.strerror}): a pair is a .bin and a .idx") from None
     if size != count * dtype.itemsize:
-        raise IndexedError(
+        raise CorpusError(
             f"{path}: {size:,} bytes, its index describes {count * dtype.itemsize:,}: cut off while copying or writing?"
         )
     if content is None:

@@ -24,11 +24,10 @@ from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.foreign import BOM, HEAD, refuse_foreign, refuse_no_lines
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.corpus.streams import BrokenInput, Compression, InputError, compression_of, open_bytes, open_raw
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.corpus.streams import Compression, compression_of, open_bytes, open_raw
+from megatron_vocagno.errors import BrokenInput, CorpusError, looked_for
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
 Keys: TypeAlias = str | Sequence[str] | None  # one or several, of which the first that is there counts
@@ -112,7 +111,7 @@ def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], obje
 
 
 def find(patterns: Sequence[str], on_note: Callable[[str], object] = lambda note: None) -> list[Place]:
-    """The files that are meant, in the order of the patterns, each once. Raises InputError for a pattern that means none.
+    """The files that are meant, in the order of the patterns, each once. Raises CorpusError for a pattern that means none.
 
     on_note: called with what a user should know: files of a folder that are left out by their names.
 
@@ -139,7 +138,7 @@ def _listed(name: str) -> list[str]:
         # a name may hold what Unicode takes for a line end
         lines = [line.strip() for line in re.split("[\r\n]", place(name).read_bytes().decode("utf-8-sig"))]
     if not (names := [line for line in lines if line and not line.startswith("#")]):
-        raise InputError(f"{name}: this list names no file")
+        raise CorpusError(f"{name}: this list names no file")
     return names
 
 
@@ -148,14 +147,14 @@ def _meant_by(name: str, on_note: Callable[[str], object]) -> list[Place]:
     if where.is_dir():
         if files := _in_folder(where, on_note):
             return files
-        raise InputError(
+        raise CorpusError(
             f"{name}: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder"
         )
     if where.exists():
         return [where]
     files = [file for match in _matches(where) for file in (_in_folder(match, on_note) if match.is_dir() else [match])]
     if not files:
-        raise InputError(f"{name}: no such file or folder{looked_for(name) if isinstance(where, Path) else ''}")
+        raise CorpusError(f"{name}: no such file or folder{looked_for(name) if isinstance(where, Path) else ''}")
     return files
 
 
@@ -193,7 +192,7 @@ def _reaching(what: str | Place) -> Iterator[None]:
         raise
     except Exception as error:
         # each object store has errors of its own
-        raise InputError(f"cannot read {what}: {type(error).__name__}: {error}") from error
+        raise CorpusError(f"cannot read {what}: {type(error).__name__}: {error}") from error
 
 
 # ---- cut
@@ -204,11 +203,11 @@ def cut(file: Place, shard_bytes: int, text_key: Keys = None, id_key: Keys = Non
 
     text_key, id_key  as for `documents.read`: parquet with rows must have such columns. None: it is not asked
 
-    Raises InputError for a file that is missing or holds no text, with what to do about it.
+    Raises CorpusError for a file that is missing or holds no text, with what to do about it.
     """
     with _reaching(file):
         if not file.is_file():
-            raise InputError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
+            raise CorpusError(f"{file}: {'not a regular file' if file.exists() else 'no such file'}")
         size = file.stat().st_size
         if not size:
             return []
@@ -233,13 +232,13 @@ def _compression(file: Place, head: bytes, size: int) -> Compression:
     if _SUFFIXES.get(file.suffix.lower(), compression) != compression:
         text = re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head)
         what = f"that is {compression}: rename it" if compression else "plain text? Rename it" if text else "is it damaged?"
-        raise InputError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {what}")
+        raise CorpusError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {what}")
     if compression:
         # of a damaged file `read` will tell
         with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:
             head = stream.read(HEAD)
             if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
-                raise InputError(f"{file} is {inner} inside {compression}: unpack it")
+                raise CorpusError(f"{file} is {inner} inside {compression}: unpack it")
             refuse_foreign(file, head)
     if not _is_text(file):
         refuse_no_lines(file, head, compression)
@@ -279,7 +278,7 @@ def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_ke
     try:
         before = [0, *accumulate(group.weight for group in parquet.row_groups(file, text_key, id_key))]
     except BrokenInput as error:
-        raise InputError(f"{file}: {error}{': is it complete?' if 'damaged' in str(error) else ''}") from None
+        raise CorpusError(f"{file}: {error}{': is it complete?' if 'damaged' in str(error) else ''}") from None
     bounds = [0]
     for i in range(1, len(before) - 1):
         if before[i + 1] - before[bounds[-1]] > shard_bytes:

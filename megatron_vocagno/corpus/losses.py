@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from megatron_vocagno.corpus.indexed import PairWriter
 from megatron_vocagno.corpus.manifest import (
     DATASET,
-    DatasetError,
     FileRecord,
     LossTotals,
     Manifest,
@@ -37,6 +36,7 @@ from megatron_vocagno.corpus.manifest import (
     to_json,
     write_durably,
 )
+from megatron_vocagno.errors import DatasetError
 from megatron_vocagno.files import beside, sync
 from megatron_vocagno.locks import try_lock
 

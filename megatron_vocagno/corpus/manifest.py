@@ -20,10 +20,9 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from megatron_vocagno import files
 from megatron_vocagno.command import tool
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.corpus.tokens import Tokenizer
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.errors import DatasetError, looked_for
 
 FORMAT = 2
 CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
@@ -33,14 +32,6 @@ PAIRS = ("student", "teacher", "spans", "anchors")
 IDS = "ids"
 SIDES = ("student", "teacher")
 UNSEALED = "0" * 64
-
-
-class DatasetError(CorpusError):
-    """A dataset that is missing, damaged, of another version, or not what the caller needs."""
-
-
-class TokenizerMismatch(DatasetError):
-    """The dataset was made with another tokenizer."""
 
 
 class Record(BaseModel):

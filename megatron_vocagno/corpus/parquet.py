@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from megatron_vocagno.corpus.inputs import Keys, names
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.streams import REMOTE_BUFFER, BrokenInput, InputError, open_raw
+from megatron_vocagno.corpus.streams import REMOTE_BUFFER, open_raw
+from megatron_vocagno.errors import BrokenInput, CorpusError
 
 BATCH_BYTES = 1 << 20  # of text decoded at once, by the mean of the row group
 BATCH_ROWS = 64  # at most, since lengths differ
@@ -47,7 +48,7 @@ class Column(NamedTuple):
 
 
 def row_groups(where: Place, text_key: Keys = None, id_key: Keys = None) -> list[RowGroup]:
-    """Raises BrokenInput for a file whose footer cannot be read, InputError where it has rows and no column for a key."""
+    """Raises BrokenInput for a file whose footer cannot be read, CorpusError where it has rows and no column for a key."""
     with _opened(where) as file:
         groups = _row_groups(file)
         if any(group.rows for group in groups):
@@ -64,7 +65,7 @@ def _row_groups(file: Any) -> list[RowGroup]:
 
 
 def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys: Sequence[str]) -> Iterator[Row]:
-    """Of the row groups [start, stop). Raises BrokenInput at a damaged page, InputError for columns that hold no text or ids."""
+    """Of the row groups [start, stop). Raises BrokenInput at a damaged page, CorpusError for columns that hold no text or ids."""
     with _opened(where) as file:
         metadata, groups = file.metadata, _row_groups(file)
     if not any(group.rows for group in groups[start:stop]):
@@ -124,11 +125,11 @@ def _columns(where: Place, schema: Any, text_keys: Sequence[str], id_keys: Seque
         fields = {key: field for key in keys if (field := _field(where, schema, key)) is not None}
         if not fields:
             asked = " or ".join(map(repr, keys))
-            raise InputError(f"{where}: no column {asked} (it has {_some(schema.names)}); {option} names another")
+            raise CorpusError(f"{where}: no column {asked} (it has {_some(schema.names)}); {option} names another")
         key, (path, kind) = next(iter(fields.items()))
         if not (_is_text(kind) or pa.types.is_null(kind) or (keys is id_keys and pa.types.is_integer(kind))):
             fit = [name for name, inner in _leaves(schema) if _is_text(inner)]
-            raise InputError(f"{where}: column {key!r} is {kind}, not {kinds} (these are: {_some(fit)}); {option} names another")
+            raise CorpusError(f"{where}: column {key!r} is {kind}, not {kinds} (these are: {_some(fit)}); {option} names another")
         found.append(Column(path, key))
     return found
 
@@ -136,7 +137,7 @@ def _columns(where: Place, schema: Any, text_keys: Sequence[str], id_keys: Seque
 def _field(where: Place, schema: Any, key: str) -> tuple[tuple[str, ...], Any] | None:
     """Names from the top, and the type of the values. A column that is called `a.b` comes before the field b of a."""
     if schema.names.count(key) > 1:
-        raise InputError(f"{where}: {schema.names.count(key)} columns are called {key!r}: rename all but one")
+        raise CorpusError(f"{where}: {schema.names.count(key)} columns are called {key!r}: rename all but one")
     if key in schema.names:
         return (key,), _values(schema.field(key).type)
     top, *path = key.split(".")

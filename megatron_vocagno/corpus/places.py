@@ -13,29 +13,25 @@ from typing import TypeAlias
 
 from upath import UPath
 
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.errors import CorpusError
 
 Place: TypeAlias = Path | UPath
 
 
-class PlaceError(CorpusError):
-    """A URL that nothing here can open, or that does not answer."""
-
-
 def place(url: str | Place) -> Place:
-    """Raises PlaceError for an unknown protocol, or one whose package is not installed."""
+    """Raises CorpusError for an unknown protocol, or one whose package is not installed."""
     if isinstance(url, Path):
         return url
     try:
         found = UPath(url)
     except (ValueError, ImportError) as error:
-        raise PlaceError(f"cannot open {url}: {error}") from None
+        raise CorpusError(f"cannot open {url}: {error}") from None
     return Path(found.path) if found.protocol in ("", "file", "local") else found
 
 
 @contextmanager
 def reaching(where: Place) -> Iterator[None]:
-    """Each object store raises errors of its own. Raises PlaceError instead."""
+    """Each object store raises errors of its own. Raises CorpusError instead."""
     try:
         yield
     except (CorpusError, OSError):
@@ -43,4 +39,4 @@ def reaching(where: Place) -> Iterator[None]:
     except Exception as error:
         if isinstance(where, Path):
             raise
-        raise PlaceError(f"cannot use {where}: {type(error).__name__}: {error}") from error
+        raise CorpusError(f"cannot use {where}: {type(error).__name__}: {error}") from error

@@ -16,7 +16,8 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus.sentencepiece_model import FIRST_ONLY, SPACE, TokenizerError
+from megatron_vocagno.corpus.sentencepiece_model import FIRST_ONLY, SPACE
+from megatron_vocagno.errors import TokenizerError
 
 # normalizers that leave NFC text as it is, or only mark its spaces
 HARMLESS_NORMALIZERS = ("NFC", "Prepend", "Replace")

@@ -11,20 +11,15 @@ from typing import TypeVar
 
 import orjson
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.inputs import Piece, cut, take
 from megatron_vocagno.corpus.manifest import Record
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.shards import Job, Settings
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError
 
 SHARD_BYTES = 64 << 20  # of text, about
 
 J = TypeVar("J")
-
-
-class PlanError(CorpusError):
-    """A slice that is none."""
 
 
 class Source(Record):
@@ -110,7 +105,7 @@ class Slice:
 
     def __post_init__(self) -> None:
         if not 1 <= self.i <= self.n:
-            raise PlanError(f"--shards {self.i}/{self.n}: the first number goes from 1 to the second")
+            raise CorpusError(f"--shards {self.i}/{self.n}: the first number goes from 1 to the second")
 
     def of(self, jobs: Sequence[J]) -> Sequence[J]:
         """Those of this task; none where there are fewer jobs than tasks.
@@ -124,7 +119,7 @@ class Slice:
 def plan(inputs: Sequence[Place], settings: Settings, shard_bytes: int = SHARD_BYTES, max_documents: int | None = None) -> Plan:
     """Shards of about `shard_bytes` of text each: long files are cut, short ones in a row share a shard.
 
-    Raises InputError for a file that is missing or cannot be read.
+    Raises CorpusError for a file that is missing or cannot be read.
     """
     pieces: Iterable[Piece] = (piece for file in inputs for piece in cut(file, shard_bytes, settings.text_key, settings.id_key))
     if max_documents is not None:
@@ -151,7 +146,7 @@ def _source(file: Place) -> Source:
     try:
         str(file).encode()
     except UnicodeEncodeError:
-        raise InputError(f"{str(file)!r}: a file name that is not UTF-8 cannot be recorded; rename it") from None
+        raise CorpusError(f"{str(file)!r}: a file name that is not UTF-8 cannot be recorded; rename it") from None
     stat = file.stat()
     if isinstance(file, Path):
         modified = str(stat.st_mtime_ns)

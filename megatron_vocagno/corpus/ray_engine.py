@@ -15,18 +15,14 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.workers import ONE_THREAD, Answer, Entry, Failure, Queue, Stop, attempt, pack, settle
+from megatron_vocagno.errors import CorpusError
 
 TASKS_A_SLOT = 2  # one runs, one is at hand
 SECONDS_TO_ANSWER = 10
 
 J = TypeVar("J")
 R = TypeVar("R")
-
-
-class ClusterError(CorpusError):
-    """The Ray cluster cannot be reached, or cannot run the task, or is lost."""
 
 
 def run_ray(
@@ -37,7 +33,7 @@ def run_ray(
     address: HOST:PORT of the cluster, or `auto`: as RAY_ADDRESS says, or the one that runs on this machine.
     on_gpus: each task has a GPU of its own, where the cluster has any.
 
-    The third death of a worker at one job is a Failure. Raises ClusterError. When the iterator is closed or dropped, its tasks
+    The third death of a worker at one job is a Failure. Raises CorpusError. When the iterator is closed or dropped, its tasks
     are killed; the cluster stays. The nodes need this package, and the same paths to input and output. What tasks `report` is
     not heard.
     """
@@ -64,14 +60,14 @@ def run_ray(
 
 
 def _answer(ray: Any, ref: Any) -> Answer:
-    """Raises a RayError when the worker died, and ClusterError when no other would do better."""
+    """Raises a RayError when the worker died, and CorpusError when no other would do better."""
     try:
         answer: Answer = pickle.loads(ray.get(ref))
     except ray.exceptions.LocalRayletDiedError:
-        raise ClusterError("Ray has ended on this machine; what is finished will be reused by the next run") from None
+        raise CorpusError("Ray has ended on this machine; what is finished will be reused by the next run") from None
     except ray.exceptions.RayTaskError as error:  # not from the task: _run raises nothing
         same = "the nodes need the same version of this package, and the same Python"
-        raise ClusterError(f"the task cannot run on the cluster: {_summary(error.cause)} ({same})") from None
+        raise CorpusError(f"the task cannot run on the cluster: {_summary(error.cause)} ({same})") from None
     return answer
 
 
@@ -95,16 +91,16 @@ def _connect(address: str) -> Any:
     try:
         import ray
     except ImportError:
-        raise ClusterError("Ray is not installed: pip install 'megatron-vocagno[ray]'") from None
+        raise CorpusError("Ray is not installed: pip install 'megatron-vocagno[ray]'") from None
     try:
         ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
     except ray.exceptions.AuthenticationError:
-        raise ClusterError(
+        raise CorpusError(
             "this process has no token for the Ray cluster: name its file in RAY_AUTH_TOKEN_PATH, or copy it to "
             "~/.ray/auth_token. For a cluster that takes anybody, set RAY_AUTH_MODE=disabled"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise ClusterError(
+        raise CorpusError(
             f"cannot use the Ray cluster at {address}: {str(error).strip()}\n"
             "  If it runs, its token (RAY_AUTH_TOKEN_PATH) or its version may be another one"
         ) from None
@@ -115,8 +111,8 @@ def _refuse_silent(address: str) -> None:
     """Ray would try for minutes."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise ClusterError(f"--ray-address {address}: neither 'auto' nor HOST:PORT")
+        raise CorpusError(f"--ray-address {address}: neither 'auto' nor HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_ANSWER).close()
     except (OSError, OverflowError) as error:
-        raise ClusterError(f"no Ray cluster answers at {address}: {error}") from None
+        raise CorpusError(f"no Ray cluster answers at {address}: {error}") from None

@@ -12,14 +12,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.errors import TokenizerError
 
 SPACE = "\u2581"  # SentencePiece's visible space
 FIRST_ONLY = r"\A(?!"  # how the step begins that puts a space before a text and before nothing else
-
-
-class TokenizerError(CorpusError):
-    """A tokenizer that cannot be read, or whose tokens cannot be placed in the text."""
 
 
 def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:

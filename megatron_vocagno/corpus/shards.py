@@ -24,14 +24,12 @@ from typing import Literal
 import orjson
 from pydantic import ValidationError
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.documents import Document, read
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import Piece, names
 from megatron_vocagno.corpus.manifest import (
     CODEC,
     FORMAT,
-    DatasetError,
     Record,
     ShardRecord,
     check_size,
@@ -42,16 +40,12 @@ from megatron_vocagno.corpus.manifest import (
 )
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.shard_writer import ShardWriter
-from megatron_vocagno.corpus.streams import InputError
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.corpus.workers import report
+from megatron_vocagno.errors import ChangedError, CorpusError, DatasetError
 from megatron_vocagno.files import beside, sync
 
 OnBadLine = Literal["error", "skip", "quarantine"]
-
-
-class ChangedError(CorpusError):
-    """A finished shard was made from other input, or with other settings."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +232,7 @@ def _good_documents(job: Job, digest: hashlib._Hash, writer: ShardWriter) -> Ite
         else:
             if job.settings.on_bad_line == "error":
                 shown = f": {document.raw[:80]!r}" if document.raw else ""
-                raise InputError(
+                raise CorpusError(
                     f"{document}: {document.reason}{shown}\n"
                     "  --on-bad-line skip leaves such records out, quarantine keeps them aside"
                 )

@@ -24,16 +24,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.tokens import Tokens
+from megatron_vocagno.errors import CorpusError
 
 ANCHOR_EVERY = 4096  # tokens
 ESCAPE = 255
 WIDEST = 126  # the widest span that needs no escape
-
-
-class AlignmentError(CorpusError):
-    """Two token sequences that are not of one text."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
 
     Both must tile the same bytes; only at byte 0 may a token be without text. No token on either side gives no span.
 
-    Raises AlignmentError: the ends of a side are unknown, the two read different bytes, or ends do not rise.
+    Raises CorpusError: the ends of a side are unknown, the two read different bytes, or ends do not rise.
 
     [sel][ection] over [select][ion], as their tokens end:
 
@@ -85,9 +81,9 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
     """
     if student.ends_from == "unknown" or teacher.ends_from == "unknown":
         side = "student" if student.ends_from == "unknown" else "teacher"
-        raise AlignmentError(f"the byte ends of the {side}'s tokens are unknown: does its tokenizer change the text?")
+        raise CorpusError(f"the byte ends of the {side}'s tokens are unknown: does its tokenizer change the text?")
     if student.n_bytes != teacher.n_bytes:
-        raise AlignmentError(
+        raise CorpusError(
             f"student reads {student.n_bytes:,} bytes, teacher {teacher.n_bytes:,}: both must read the same text; "
             "is one of the tokenizers normalising (NFKC, lower-casing)?"
         )
@@ -95,7 +91,7 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
     for side, tokens, begin in (("student", student, starts), ("teacher", teacher, teacher_starts)):
         if np.any((tokens.ends <= begin) & (tokens.ends > 0)):
             where = int(np.argmax((tokens.ends <= begin) & (tokens.ends > 0)))
-            raise AlignmentError(f"{side} token {where} has no text and is not at the document's start: ends must rise")
+            raise CorpusError(f"{side} token {where} has no text and is not at the document's start: ends must rise")
     first = np.searchsorted(teacher.ends, starts, side="right").astype(np.int32)
     last = np.searchsorted(teacher_starts, student.ends, side="left").astype(np.int32)
     before = int(np.searchsorted(teacher.ends, 0, side="right"))
@@ -128,7 +124,7 @@ class EncodedSpans:
 
 
 def encode(spans: Spans) -> EncodedSpans:
-    """A document's spans -> codes. Raises AlignmentError where neighbours share more than one teacher token or skip one.
+    """A document's spans -> codes. Raises CorpusError where neighbours share more than one teacher token or skip one.
 
     >>> spans = Spans(np.array([0, 0, 2], np.int32), np.array([1, 2, 3], np.int32))
     >>> encode(spans).codes.tolist()
@@ -140,7 +136,7 @@ def encode(spans: Spans) -> EncodedSpans:
     shared = before - spans.first
     if np.any((shared != 0) & (shared != 1)):
         i = int(np.argmax((shared != 0) & (shared != 1)))
-        raise AlignmentError(
+        raise CorpusError(
             f"token {i} starts at teacher token {spans.first[i]}, the one before it ends at {before[i]}: "
             "neighbours must touch or share one teacher token"
         )

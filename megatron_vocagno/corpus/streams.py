@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TypeAlias, cast
 
 from isal import igzip_lib
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.places import Place
+from megatron_vocagno.errors import BrokenInput, CorpusError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -53,14 +53,6 @@ _BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
     "xz": (b"\xfd7zXZ\x00",),
 }
 HEADER = 18  # bytes that tell what a member is: the longest header of a zstd frame
-
-
-class InputError(CorpusError):
-    """An input that is missing, in another format, or holds a bad record."""
-
-
-class BrokenInput(Exception):
-    """The reason why a file gives no more: it is cut off or damaged."""
 
 
 class _Decompressor(Protocol):
@@ -168,7 +160,7 @@ class _Decompressed(io.RawIOBase):
             return member.decompress(data, most)
         except _FAILURES as error:
             if isinstance(error, MemoryError) or "not enough memory" in str(error):
-                raise InputError(
+                raise CorpusError(
                     f"{self.where}: too little memory to unpack it: {self.name} data ask for a window of up to 2 GiB "
                     "(zstd --long, xz --lzma2=dict). Use fewer workers, or pack it again with a smaller one"
                 ) from None

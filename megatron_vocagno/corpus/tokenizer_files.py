@@ -14,8 +14,7 @@ from typing import Any
 
 from megatron_vocagno import hub
 from megatron_vocagno.corpus.front import FILES, read_json, tokenizer_file
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.errors import HubError, TokenizerError, looked_for
 
 SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
 SMALL_FILES += ["chat_template.jinja"]
@@ -43,7 +42,7 @@ def find_file(path_or_id: str | Path) -> Path:
 def _from_hub(name: str) -> Path:
     try:
         return hub.snapshot(name, SMALL_FILES)
-    except hub.HubError as error:
+    except HubError as error:
         raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
 
 

@@ -32,19 +32,12 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus.encoders import (
-    SAMPLE,
-    Backend,
-    Encoder,
-    EncoderError,
-    HuggingFaceEncoder,
-    around_a_text,
-    open_encoder,
-)
+from megatron_vocagno.corpus.encoders import SAMPLE, Backend, Encoder, HuggingFaceEncoder, around_a_text, open_encoder
 from megatron_vocagno.corpus.front import front_of_json, front_of_sentencepiece, putting_in_front
 from megatron_vocagno.corpus.plain_text import PlainText, byte_table, digest, parts_of, plain_text
-from megatron_vocagno.corpus.sentencepiece_model import SPACE, TokenizerError, sentencepiece_to_json
+from megatron_vocagno.corpus.sentencepiece_model import SPACE, sentencepiece_to_json
 from megatron_vocagno.corpus.tokenizer_files import end_of_text, find_file, names_beside
+from megatron_vocagno.errors import EncoderError, TokenizerError
 
 # a control character that no merge takes in: byte fallback or a byte of its own, whatever follows it
 SPENT = "\x01"

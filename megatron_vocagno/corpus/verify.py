@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.indexed import check_pointers, map_numbers, read_lengths
 from megatron_vocagno.corpus.losses import LOSS, LOSS_FILES, count, read_losses
 from megatron_vocagno.corpus.manifest import (
@@ -30,7 +29,6 @@ from megatron_vocagno.corpus.manifest import (
     IDS,
     PAIRS,
     SIDES,
-    DatasetError,
     FileRecord,
     Manifest,
     ShardRecord,
@@ -41,6 +39,7 @@ from megatron_vocagno.corpus.manifest import (
     read_manifest,
 )
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, WIDEST
+from megatron_vocagno.errors import CorpusError, DatasetError
 
 BLOCK = 1 << 20  # student tokens looked at together: what a core's cache holds
 

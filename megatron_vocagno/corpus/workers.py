@@ -28,7 +28,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
-from megatron_vocagno.corpus import CorpusError
+from megatron_vocagno.errors import CorpusError
 
 STRIKES = 3  # workers that may die at one job
 FALSE_STARTS = 10  # workers that may die in a row before any of them is ready
@@ -42,10 +42,6 @@ ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"} | dict.fromkeys(
 J = TypeVar("J")
 R = TypeVar("R")
 Stop: TypeAlias = tuple[type[Exception], ...]
-
-
-class WorkerError(CorpusError):
-    """Workers cannot start, or what they want to say cannot be sent."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def run_local(
     """Results as they come; jobs are begun in their order. One worker runs in this process.
 
     A worker that is killed is replaced and its job done again; the third death at one job is a Failure. on_progress: called
-    with what tasks report. Raises WorkerError when no worker can start. Workers end when the iterator is closed or dropped,
+    with what tasks report. Raises CorpusError when no worker can start. Workers end when the iterator is closed or dropped,
     and soon after this process, however that ends.
 
     Each worker has a pipe of its own and shares no lock or queue with the others: a death costs one job, and is seen at
@@ -158,7 +154,7 @@ def pack(answer: Answer) -> bytes:
         packed = pickle.dumps(answer)
         pickle.loads(packed)
     except Exception as error:
-        unsent = ("stopped", WorkerError(text)) if outcome == "stopped" else ("failed", f"the result cannot be sent: {error}")
+        unsent = ("stopped", CorpusError(text)) if outcome == "stopped" else ("failed", f"the result cannot be sent: {error}")
         return pickle.dumps(unsent)
     return packed
 
@@ -282,7 +278,7 @@ class _Crew(Generic[J, R]):
         elif not worker.ready:
             self.false_starts += 1
             if (worker.process.exitcode or 0) > 0 or self.false_starts == FALSE_STARTS:
-                raise WorkerError(f"workers cannot start: the last one died {worker.death}; see what it wrote above")
+                raise CorpusError(f"workers cannot start: the last one died {worker.death}; see what it wrote above")
 
     def dismiss(self) -> None:
         for worker in self.workers.values():

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import torch
 from deepspeed import comm as dist
 
-from megatron_vocagno.config import SharedError
+from megatron_vocagno.errors import SharedError
 
 Result = TypeVar("Result")
 

@@ -22,12 +22,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_vocagno import __version__
-from megatron_vocagno.config import Run, SharedError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest, to_json
 from megatron_vocagno.engine.agreement import gathered
 from megatron_vocagno.engine.cached import is_cached
 from megatron_vocagno.engine.settings import Settings
+from megatron_vocagno.errors import SharedError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.teacher import teacher_folder
 

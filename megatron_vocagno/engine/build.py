@@ -15,13 +15,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Run, RunError, Schedule
+from megatron_vocagno.config import Run, Schedule
 from megatron_vocagno.engine.distilling import Distiller, DistillingTrainer
 from megatron_vocagno.engine.learning import Objective
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.settings import Settings, precision
 from megatron_vocagno.engine.stages import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.trainers import Engine, PipelineTrainer, PlainTrainer
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.student import Decoder, Student, logit_softcap
 

@@ -20,10 +20,11 @@ from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
 from megatron_vocagno.command import tool
-from megatron_vocagno.config import Guidance, Run, RunError, Teacher
+from megatron_vocagno.config import Guidance, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.losses import require_whole, unscored
 from megatron_vocagno.corpus.manifest import DATASET, Scoring
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import cached_snapshot
 

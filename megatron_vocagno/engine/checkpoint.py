@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.config import Run, RunError, SharedError
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
 from megatron_vocagno.engine.manifest import (
     FOLDER,
@@ -50,6 +50,7 @@ from megatron_vocagno.engine.manifest import (
 from megatron_vocagno.engine.settings import Settings, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.errors import RunError, SharedError
 from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
 from megatron_vocagno.model.folder import carry_over, on_this_machine
 

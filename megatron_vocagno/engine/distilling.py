@@ -19,12 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import Batch, Layout
 from megatron_vocagno.batch.pack import Int32
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.counts import StepCounts
 from megatron_vocagno.engine.learning import Chosen, Labels, Objective
 from megatron_vocagno.engine.scoring import plan_scoring
 from megatron_vocagno.engine.trainers import PlainTrainer
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import Teacher
 from megatron_vocagno.objective.distance import Kind, Reference, compared
 from megatron_vocagno.objective.linear_ce import LearnedRows

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front, described, front_of
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.cached import is_cached
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import teacher_folder
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import OtherVersion, RunError
 
 VERSION = 2
 FOLDER = "checkpoints"
@@ -86,10 +86,6 @@ class Manifest(Frozen):
     position: Position
     layout: EngineLayout
     files: dict[str, File]
-
-
-class OtherVersion(RunError):
-    """A checkpoint that another release wrote."""
 
 
 def newest_checkpoint(output: Path, say: Callable[[str], None]) -> Path | None:

@@ -17,8 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from megatron_vocagno.config import OccupiedError, RunError, SharedError
 from megatron_vocagno.engine.agreement import from_first_rank, gathered, my_rank
+from megatron_vocagno.errors import OccupiedError, RunError, SharedError
 from megatron_vocagno.files import make_folder, write_durably
 from megatron_vocagno.locks import local_option, try_lock
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from megatron_vocagno import hub
 from megatron_vocagno.config import Run
 from megatron_vocagno.engine.agreement import from_first_rank
-from megatron_vocagno.model.folder import ModelError, cached_snapshot, pinned
+from megatron_vocagno.errors import ModelError
+from megatron_vocagno.model.folder import cached_snapshot, pinned
 
 PINS = "pins.json"
 

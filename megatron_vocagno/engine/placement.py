@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import together
 from megatron_vocagno.engine.cached import CachedScorer, is_cached
@@ -13,12 +13,12 @@ from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.engine.sharded import ShardedTeacher, open_sharded
 from megatron_vocagno.engine.trainers import Engine
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model.teacher import Teacher, find_teacher, open_teacher, teacher_folder
 
 
 def check_teacher(run: Run, data: AlignedDataset) -> None:
-    """What can be refused before a teacher is read. Raises RunError, ModelError, TokenizerMismatch."""
+    """What can be refused before a teacher is read. Raises RunError, ModelError, DatasetError."""
     check_vocabularies(run, data)
     if run.guidance.needs_teacher and not is_cached(run):
         path = run.teacher[0].path
@@ -29,7 +29,7 @@ def check_teacher(run: Run, data: AlignedDataset) -> None:
 def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
     """The teacher of a run, in memory; None where it is cached, and where the objective needs none.
 
-    Call it before the student's engine is built. Raises RunError, ModelError, TokenizerMismatch.
+    Call it before the student's engine is built. Raises RunError, ModelError, DatasetError.
     """
     if not run.guidance.needs_teacher or is_cached(run):
         return None

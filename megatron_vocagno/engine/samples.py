@@ -17,12 +17,13 @@ from torch import Tensor
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import EMPTY_ROW, IGNORE, collate
 from megatron_vocagno.batch.pack import Int32, Row, Rows, TeacherTargets
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.agreement import from_first_rank
 from megatron_vocagno.engine.cached import held_out_source
 from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.samples import FOLDER, SampleRows, SampleStep, difference, read_rows, step_files, write_rows
 
 

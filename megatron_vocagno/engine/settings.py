@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings_file import BATCHES, read_file
+from megatron_vocagno.errors import RunError
 
 Settings = dict[str, Any]
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vocagno.config import RunError
-from megatron_vocagno.errors import looked_for
+from megatron_vocagno.errors import RunError, looked_for
 
 SECTIONS = ("zero_optimization", "bf16", "bfloat16", "fp16", "data_types", "pipeline", "activation_checkpointing")
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

@@ -12,7 +12,7 @@ import torch
 from transformers.integrations import HfDeepSpeedConfig
 
 from megatron_vocagno.engine.agreement import together
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import Found, Teacher, load_teacher
 

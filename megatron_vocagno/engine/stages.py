@@ -10,7 +10,8 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import Parallel, RunError
+from megatron_vocagno.config import Parallel
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model import student as model
 from megatron_vocagno.model.folder import PretrainedWeights
 

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import SharedError
 from megatron_vocagno.engine.agreement import Watch, from_first_rank
 from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
 from megatron_vocagno.engine.trainers import Engine
+from megatron_vocagno.errors import SharedError
 from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
 

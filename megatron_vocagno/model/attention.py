@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
 HALF = (torch.bfloat16, torch.float16)

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import resolve_attention
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, read_config
+from megatron_vocagno.model.folder import PretrainedWeights, read_config
 from megatron_vocagno.model.proof import prove_student
 from megatron_vocagno.model.weights import check_weights
 

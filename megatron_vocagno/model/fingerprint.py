@@ -16,8 +16,8 @@ import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_vocagno.errors import lfs_pointer
-from megatron_vocagno.model.folder import ModelError, model_folder
+from megatron_vocagno.errors import ModelError, lfs_pointer
+from megatron_vocagno.model.folder import model_folder
 from megatron_vocagno.model.headers import stored_tensors
 
 BLOCK = 4096

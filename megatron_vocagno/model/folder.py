@@ -20,9 +20,9 @@ from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
 from megatron_vocagno.command import tool
-from megatron_vocagno.errors import looked_for, nearest
+from megatron_vocagno.errors import HubError, looked_for, nearest  # where all that use a folder look for it
+from megatron_vocagno.errors import ModelError as ModelError
 from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
-from megatron_vocagno.model.headers import ModelError as ModelError  # where all that use a folder look for it
 
 BELONGINGS = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -78,7 +78,7 @@ def _snapshot(name: str | os.PathLike[str]) -> Path:
         missing = _missing(folder)
         if missing:
             hub.require_unlisted(name, missing)
-    except hub.HubError as error:
+    except HubError as error:
         raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
     if missing:
         raise ModelError(
@@ -93,7 +93,7 @@ def cached_snapshot(name: str | os.PathLike[str]) -> Path | None:
     """The folder of a Hub id in the cache; None where it is not there, or not whole. The Hub is not asked."""
     try:
         folder = hub.snapshot(name, offline=True)
-    except hub.HubError:
+    except HubError:
         return None
     return folder if not _missing(folder) else None
 
@@ -108,7 +108,7 @@ def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
     """Hub ids with their commits, see hub.pinned; any other path as it is. Raises ModelError, OSError."""
     try:
         return [Path(name) for name in hub.pinned(paths, record)]
-    except hub.HubError as error:
+    except HubError as error:
         raise ModelError(str(error)) from error
 
 

@@ -23,9 +23,9 @@ from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from megatron_vocagno.errors import lfs_pointer, looked_for
+from megatron_vocagno.errors import ModelError, lfs_pointer, looked_for
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError, quiet, skeleton, to_hugging_face
+from megatron_vocagno.model.folder import quiet, skeleton, to_hugging_face
 from megatron_vocagno.model.gguf_keys import DIVISORS, LONG, SHORT, settle
 
 log = logging.getLogger(__name__)

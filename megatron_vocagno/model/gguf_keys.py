@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 
 SIZES = {
     "context_length": "max_position_embeddings",

@@ -17,17 +17,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from megatron_vocagno.errors import UserError, lfs_pointer
+from megatron_vocagno.errors import ModelError, lfs_pointer
 
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 """Of a folder; the first of them that is there is read."""
 SUFFIX = ".safetensors"
 LENGTH = 8
 """Bytes of a header's length."""
-
-
-class ModelError(UserError):
-    """A model that cannot be used as asked: what was tried, both values, the likely cause."""
 
 
 @dataclass(frozen=True)

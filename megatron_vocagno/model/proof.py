@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.student import LossHead, Student, hf_name
 
 TOKENS = 16

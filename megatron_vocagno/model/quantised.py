@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 
 Weights = Literal["as-is", "int8", "fp8"]
 

@@ -24,8 +24,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, PretrainedConfig
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import layer_arguments
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, skeleton
+from megatron_vocagno.model.folder import PretrainedWeights, skeleton
 from megatron_vocagno.objective.distance import Reference, distance
 from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 

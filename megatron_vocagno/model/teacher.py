@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, quiet, read_config
+from megatron_vocagno.model.folder import PretrainedWeights, model_folder, quiet, read_config
 from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.model.headers import readable
 from megatron_vocagno.model.proof import Evidence, probe

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, quiet
+from megatron_vocagno.errors import ModelError
+from megatron_vocagno.model.folder import PretrainedWeights, quiet
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Types that weights may be of, as safetensors and as torch call them."""

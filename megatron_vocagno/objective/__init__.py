@@ -12,8 +12,8 @@
 
 The order of use: `token_loss` of the teacher, `token_loss` of the student, `select_tokens`, `weighted_loss`; the backward of the
 student's losses then visits the rows that the selection named. For loops that have losses already, `gather_guide` and
-`guided_loss` are the same in two calls (docs/reference.md). What runs on a GPU in place of torch is in the files whose names end in
-_triton; they are imported when a tensor of a GPU comes along, and not before. docs/method.md explains the method and what the
+`guided_loss` are the same in two calls (docs/reference.md). What runs on a GPU in place of torch is in the files whose names end
+in _triton; they are imported when a tensor of a GPU comes along, and not before. docs/method.md explains the method and what the
 paper leaves open, docs/performance.md how it is computed.
 """
 

@@ -18,16 +18,15 @@ from typing import Literal
 from megatron_vocagno import hub
 from megatron_vocagno.batch.front import front_of
 from megatron_vocagno.config import Bos
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import locked
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.losses import gather, record_losses, tidy, unscored
 from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import ChangedError
 from megatron_vocagno.corpus.workers import Failure, failures_of, in_this_process
+from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError, read_config
+from megatron_vocagno.model.folder import read_config
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.offline.shard import Job, Result, difference, score_shard
@@ -38,10 +37,6 @@ CONTEXT = 4096
 
 DType = Literal["bfloat16", "float16", "float32"]
 Engine = Callable[..., Iterator[Result | Failure[Job]]]
-
-
-class ScoringError(CorpusError):
-    """A dataset that cannot be scored as asked, or not whole."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +57,12 @@ class Asked:
     bos: Bos = "auto"
 
     def scoring(self, data: AlignedDataset) -> Scoring:
-        """Raises ScoringError, ModelError, TokenizerMismatch: the teacher does not suit the dataset, or the numbers do not."""
+        """Raises CorpusError, ModelError, DatasetError: the teacher does not suit the dataset, or the numbers do not."""
         folder = teacher_folder(self.teacher)
         config = read_config(folder).get_text_config()
         tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
         if rows < tokens:
-            raise ScoringError(
+            raise CorpusError(
                 f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
                 "the dataset was aligned for another teacher"
             )
@@ -79,11 +74,9 @@ class Asked:
         stride = self.stride or max(1, context // 2)
         if longest is not None and context + len(front) > longest:
             before = f", {len(front)} of them in front of the text" if front else ""
-            raise ScoringError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{before}")
+            raise CorpusError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{before}")
         if stride > context:
-            raise ScoringError(
-                f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be left out"
-            )
+            raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be left out")
         return Scoring(
             teacher=teacher_fingerprint(self.teacher),
             name=hub.short_name(self.teacher),
@@ -135,14 +128,14 @@ def score(
 
 
 def finish(path: Path) -> Manifest:
-    """Records the losses of a dataset whose shards are all scored. Raises ScoringError that names those that are not."""
+    """Records the losses of a dataset whose shards are all scored. Raises CorpusError that names those that are not."""
     data = AlignedDataset.open(path)
     manifest = _seal(data.path, data.manifest)
     if manifest.teacher_losses is None:
         missing = unscored(data.path, manifest)
         if not missing:
-            raise ScoringError(f"{path}: its shards were scored in different ways; score it with --replace")
-        raise ScoringError(
+            raise CorpusError(f"{path}: its shards were scored in different ways; score it with --replace")
+        raise CorpusError(
             f"{path}: {len(missing):,} of {len(manifest.shards):,} shards are not scored: "
             f"{', '.join(missing[:10])}{' …' if missing[10:] else ''}; run their tasks again. Do all machines see this folder?"
         )
@@ -152,7 +145,7 @@ def finish(path: Path) -> Manifest:
 def _run(jobs: Sequence[Job], engine: Engine, on_shard: Callable[[Result | Failure[Job]], object]) -> None:
     if failures := failures_of(engine(score_shard, jobs, stop=(ChangedError, ModelError, OSError)), on_shard):
         shown = "\n".join(f"{failure.job.folder}: {failure.reason}" for failure in failures[:10])
-        raise ScoringError(f"{len(failures):,} of {len(jobs):,} shards could not be scored; the others are, and stay\n{shown}")
+        raise CorpusError(f"{len(failures):,} of {len(jobs):,} shards could not be scored; the others are, and stay\n{shown}")
 
 
 def _seal(path: Path, manifest: Manifest) -> Manifest:

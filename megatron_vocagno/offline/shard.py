@@ -18,8 +18,8 @@ from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
-from megatron_vocagno.corpus.shards import ChangedError
 from megatron_vocagno.corpus.workers import report
+from megatron_vocagno.errors import ChangedError
 from megatron_vocagno.model.quantised import Weights
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.offline.windows import Int64, Windows, plan_windows

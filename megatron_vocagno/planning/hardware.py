@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import RunError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 from typing import Literal
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import RunError
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.planning.sizes import Sizes
 
 Placement = Literal["replicated", "zero3", "cached"]

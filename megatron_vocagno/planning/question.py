@@ -15,11 +15,12 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Bos, Run, RunError, Teacher
+from megatron_vocagno.config import Bos, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings, zero_stage
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
 from megatron_vocagno.planning.comparison import Task, as_asked, compare
 from megatron_vocagno.planning.cost import Cluster

@@ -14,9 +14,8 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vocagno import hub
-from megatron_vocagno.config import RunError
-from megatron_vocagno.errors import looked_for
-from megatron_vocagno.model.folder import ModelError, convert_first, skeleton
+from megatron_vocagno.errors import HubError, ModelError, RunError, looked_for
+from megatron_vocagno.model.folder import convert_first, skeleton
 from megatron_vocagno.model.gguf import place_of_conversion
 
 
@@ -148,7 +147,7 @@ def _of_gguf(file: Path) -> PretrainedConfig:
 def _cached(name: Path, whose: str) -> Path:
     try:
         return hub.snapshot(name, hub.CONFIG, offline=True)
-    except hub.HubError as error:
+    except HubError as error:
         raise RunError(f"no configuration of the {whose} at {name}: {error}\n{_remedy(whose)}") from error
 
 

@@ -11,9 +11,9 @@ import pytest
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
-from megatron_vocagno.config import RunError, Source
+from megatron_vocagno.config import Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.manifest import TokenizerMismatch
+from megatron_vocagno.errors import DatasetError, RunError
 from megatron_vocagno.opening import open_data
 from tests import tokenizers_for_tests as real
 from tests.batch.test_loader import same
@@ -157,7 +157,7 @@ def test_datasets_that_do_not_belong_together_are_refused(
 ) -> None:
     """Another tokenizer, with both paths and what differs; the same dataset twice."""
     other = build_dataset(tmp_path / "other", real.multilingual_texts(), teacher_tokenizer, teacher_tokenizer)
-    with pytest.raises(TokenizerMismatch) as error:
+    with pytest.raises(DatasetError) as error:
         open_data([Source(path=dataset.path), Source(path=other.path)])
     made = f"{other.path}: its student ids were made with another tokenizer than those of {dataset.path}. They differ in: "
     assert made in str(error.value) and "number of tokens (49,152 and 32,000)" in str(error.value)

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_vocagno.batch.front import Front, front_of
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows, collate, evaluation_batches
 from megatron_vocagno.batch.pack import SLACK, Mapping, Row, Rows, TeacherIds
-from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.scoring import ReplicatedScorer
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import open_teacher
 from tests.runs import write_teacher
 from tests.tokenizers_with_bos import with_front

@@ -24,7 +24,8 @@ import pytest
 
 from megatron_vocagno.corpus.documents import BROKEN
 from megatron_vocagno.corpus.inputs import cut
-from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK, InputError
+from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK
+from megatron_vocagno.errors import CorpusError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, DECODERS, decodable, lines, parquet, read_all
 
@@ -212,7 +213,7 @@ def peak() -> int:
 def read_twice(file: Path, shard_bytes: int, rows: Rows) -> str:
     try:
         documents, digest = read_all(cut(file, shard_bytes), id_key="id")
-    except InputError as error:
+    except CorpusError as error:
         assert str(file) in str(error)
         return "refused"
     assert read_all(cut(file, shard_bytes), id_key="id") == (documents, digest)

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 
 from megatron_vocagno.corpus import shards
-from megatron_vocagno.corpus.build import BuildError, build, finish
+from megatron_vocagno.corpus.build import build, finish
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import ChangedError, Settings
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.errors import ChangedError, CorpusError
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import CONTAINERS, lines, parquet, write
@@ -81,15 +81,15 @@ def test_two_tasks_at_once_give_the_bytes_of_one_build(built, corpus, settings, 
 
 def test_finalize_names_what_is_missing(corpus, settings, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(BuildError, match="has no plan"):
+    with pytest.raises(CorpusError, match="has no plan"):
         finish(out, settings)
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(1, 3))
-    with pytest.raises(BuildError, match=r"3 of 5 shards are missing: 0001, 0002, 0004; run their tasks again"):
+    with pytest.raises(CorpusError, match=r"3 of 5 shards are missing: 0001, 0002, 0004; run their tasks again"):
         finish(out, settings)
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(2, 3))
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(3, 3))
     (out / "shards/0003/teacher.bin").write_bytes(b"short")
-    with pytest.raises(BuildError, match=r"1 of 5 shards are missing: 0003;"):
+    with pytest.raises(CorpusError, match=r"1 of 5 shards are missing: 0003;"):
         finish(out, settings)
     assert not (out / "dataset.json").exists()
 
@@ -112,13 +112,13 @@ def test_an_input_that_changes_between_tasks_is_refused(copy, settings, tmp_path
     write_jsonl(tmp_path / "empty.jsonl", [])
     with pytest.raises(ChangedError):
         build([file, tmp_path / "empty.jsonl"], tmp_path / "new", settings, shard_bytes=SHARD, part=Slice(2, 2))
-    with pytest.raises(BuildError, match="0001, 0003"):
+    with pytest.raises(CorpusError, match="0001, 0003"):
         finish(tmp_path / "new", settings)
 
 
 def test_force_is_for_whole_builds(copy, settings):
     file, out = copy
-    with pytest.raises(BuildError, match="--force with --shards"):
+    with pytest.raises(CorpusError, match="--force with --shards"):
         build([file], out, settings, shard_bytes=SHARD // 2, part=Slice(1, 2), force=True)
 
 
@@ -286,7 +286,7 @@ def test_the_bad_fraction_is_exact_at_its_edge(settings, tmp_path):
     skip = replace(settings, on_bad_line="skip")
     run = partial(reuse, [tmp_path / "a.jsonl"], tmp_path / "out", skip, shard_bytes=500)
     for fraction in (0, 0.2899):
-        with pytest.raises(BuildError, match=r"29 of 100 records are bad \(29.00%\); --max-bad-fraction allows"):
+        with pytest.raises(CorpusError, match=r"29 of 100 records are bad \(29.00%\); --max-bad-fraction allows"):
             run(max_bad_fraction=fraction)
         assert not (tmp_path / "out/dataset.json").exists()
     assert all(run(max_bad_fraction=0.29))
@@ -358,6 +358,6 @@ def tokens(folder: Path) -> dict[str, bytes]:
 def test_a_plan_that_fails_leaves_no_folder(settings, tmp_path):
     (tmp_path / "a.zip").write_bytes(b"PK\x03\x04")
     for file in (tmp_path / "a.zip", tmp_path / "missing.jsonl"):
-        with pytest.raises(InputError):
+        with pytest.raises(CorpusError):
             build([file], tmp_path / "out", settings)
         assert not (tmp_path / "out").exists()

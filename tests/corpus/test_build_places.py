@@ -17,9 +17,9 @@ import s3fs
 from megatron_vocagno.corpus import shards
 from megatron_vocagno.corpus.build import build, finish
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.places import PlaceError, place
+from megatron_vocagno.corpus.places import place
 from megatron_vocagno.corpus.plan import Slice, plan
-from megatron_vocagno.corpus.shards import ChangedError
+from megatron_vocagno.errors import ChangedError, CorpusError
 from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import write
@@ -121,7 +121,7 @@ def test_an_object_store_that_does_not_answer_is_told(settings, tmp_path, monkey
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     s3fs.S3FileSystem.clear_instance_cache()
-    with pytest.raises((PlaceError, OSError), match=r"127\.0\.0\.1:1"):
+    with pytest.raises((CorpusError, OSError), match=r"127\.0\.0\.1:1"):
         build([file], "s3://nobody/out", settings)
     s3fs.S3FileSystem.clear_instance_cache()
 

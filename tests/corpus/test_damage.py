@@ -19,7 +19,8 @@ from megatron_vocagno.corpus import documents as documents_module
 from megatron_vocagno.corpus import inputs
 from megatron_vocagno.corpus.documents import BROKEN
 from megatron_vocagno.corpus.inputs import cut
-from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK, InputError
+from megatron_vocagno.corpus.streams import COMPRESSED_CHUNK
+from megatron_vocagno.errors import CorpusError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, DECODERS, decodable, lines, of, parquet, read_all, write
 
@@ -95,7 +96,7 @@ def test_a_footer_that_lies_about_its_rows_is_damage(tmp_path):
     assert sorted(counts(claims([i])) for i in places) == [(20, 21), (21, 20)] and counts(claims(places)) == (21, 21)
     assert counts(claims(places, 39)) == (-20, -20)
     for data in (*(claims([i]) for i in places), claims(places, 39)):
-        with pytest.raises(InputError, match="the footer's counts contradict each other"):
+        with pytest.raises(CorpusError, match="the footer's counts contradict each other"):
             cut(write(tmp_path / "a.parquet", data), 10**9)
     *found, last = of(tmp_path / "a.parquet", claims(places))
     assert len(found) == 20 and "row group 0 ends at row 20, the footer says 21" in last.reason
@@ -104,7 +105,7 @@ def test_a_footer_that_lies_about_its_rows_is_damage(tmp_path):
 def test_a_column_whose_name_is_no_text_is_damage(tmp_path):
     whole = parquet({"text": ["x"] * 20}, store_schema=False)
     at = whole.rindex(b"text", 0, whole.rindex(b"text"))
-    with pytest.raises(InputError, match="damaged parquet data"):
+    with pytest.raises(CorpusError, match="damaged parquet data"):
         cut(write(tmp_path / "a.parquet", whole[:at] + b"t\xffxt" + whole[at + 4 :]), 10**9)
 
 

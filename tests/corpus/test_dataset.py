@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from upath import UPath
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
-from megatron_vocagno.corpus.manifest import PAIRS, UNSEALED, DatasetError, TokenizerMismatch, create, read_manifest
+from megatron_vocagno.corpus.manifest import PAIRS, UNSEALED, create, read_manifest
 from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.errors import CorpusError, DatasetError
 from tests.corpus.conftest import make, write_jsonl
 from tests.datasets import invent_dataset
 
@@ -193,7 +193,7 @@ def test_another_tokenizer_is_refused_with_what_differs(built, tmp_path):
     raw = json.loads((other / "tokenizer.json").read_text())
     raw["model"]["merges"].pop()
     (other / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(TokenizerMismatch, match="student ids") as error:
+    with pytest.raises(DatasetError, match="student ids") as error:
         built.require_tokenizer("student", other)
     for words in ("merges", str(other), str(student.path)):
         assert words in str(error.value)
@@ -349,7 +349,7 @@ def test_merged_datasets_merge_and_move_together(built, settings, texts, tmp_pat
 def test_merge_refuses_other_tokenizers_and_settings(built, settings, texts, tmp_path):
     file = write_jsonl(tmp_path / "b.jsonl", texts[:5])
     swapped = make([file], tmp_path / "swapped", Settings(student=settings.teacher, teacher=settings.student))
-    with pytest.raises(TokenizerMismatch) as error:
+    with pytest.raises(DatasetError) as error:
         merge([built.path, swapped.path], tmp_path / "merged")
     assert str(built.path) in str(error.value) and "number of tokens (49,152 and 32,000)" in str(error.value)
     raw = make([file], tmp_path / "raw", Settings(student=settings.student, teacher=settings.teacher, nfc=False))

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vocagno.corpus.documents import read
 from megatron_vocagno.corpus.inputs import Piece, cut
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
 
@@ -276,12 +276,12 @@ def test_columns_that_hold_no_text_are_refused_by_name(tmp_path):
         ("body", "list"): "column 'list' is list",
     }
     for (text_key, id_key), reason in refused.items():
-        with pytest.raises(InputError, match=reason) as error:
+        with pytest.raises(CorpusError, match=reason) as error:
             list(read(piece, text_key, id_key, len))
         assert str(tmp_path) in str(error.value)
     assert [d.id for d in read(piece, "body", "n", len)] == ["1", "2"]
     assert [d.id for d in read(piece, "body", "body", len)] == ["a", "b"]
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     pq.write_table(twice, tmp_path / "twice.parquet")
-    with pytest.raises(InputError, match="2 columns are called 'text'"):
+    with pytest.raises(CorpusError, match="2 columns are called 'text'"):
         read_all(cut(tmp_path / "twice.parquet", 10**9))

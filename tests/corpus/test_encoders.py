@@ -16,19 +16,11 @@ import pytest
 
 from megatron_vocagno.corpus import encoders
 from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.encoders import (
-    EncoderError,
-    EncoderMismatch,
-    GigatokenEncoder,
-    HuggingFaceEncoder,
-    Ragged,
-    bounds_of,
-    open_encoder,
-)
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
+from megatron_vocagno.corpus.encoders import GigatokenEncoder, HuggingFaceEncoder, Ragged, bounds_of, open_encoder
 from megatron_vocagno.corpus.shards import Job, Result, make_shard
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.corpus.workers import run_local
+from megatron_vocagno.errors import EncoderError, EncoderMismatch, TokenizerError
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 

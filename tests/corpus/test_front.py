@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_vocagno.corpus.front import front_ids
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.errors import TokenizerError
 from tests.tokenizers_for_tests import mistral_tokenizer_path, package_folder, smollm2_tokenizer_folder
 
 ALPHABET = [*map(chr, range(33, 127)), "Ġ"]

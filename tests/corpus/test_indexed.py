@@ -7,7 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from megatron_vocagno.corpus.indexed import HEADER, IndexedError, PairReader, PairWriter, check_pointers, token_dtype, write_index
+from megatron_vocagno.corpus.indexed import HEADER, PairReader, PairWriter, check_pointers, token_dtype, write_index
+from megatron_vocagno.errors import CorpusError
 
 DTYPES = [np.uint8, np.uint16, np.int32, np.int64, np.float32]
 
@@ -46,7 +47,7 @@ def test_several_pairs_are_read_as_one(tmp_path):
     for outside in (-1, 8):
         with pytest.raises(IndexError, match=f"no document {outside}; there are 8"):
             pair.read(outside)
-    with pytest.raises(IndexedError, match=r"part9: uint16, .*part0: int32"):
+    with pytest.raises(CorpusError, match=r"part9: uint16, .*part0: int32"):
         PairReader(tmp_path / "part0", write(tmp_path / "part9", documents(np.uint16), np.uint16))
 
 
@@ -101,7 +102,7 @@ def test_a_pair_without_documents_is_read(tmp_path):
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(IndexedError, match="65536 or 0 does not fit uint16"), PairWriter(tmp_path / "x", np.uint16) as pair:
+    with pytest.raises(CorpusError, match="65536 or 0 does not fit uint16"), PairWriter(tmp_path / "x", np.uint16) as pair:
         pair.add(np.array([0, 65_536], np.int32))
     assert not (tmp_path / "x.idx").exists()
 
@@ -118,7 +119,7 @@ def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
         file.write(struct.pack("<H", 77))
     pair = PairReader(tmp_path / "x")
     assert pair.read(4, 4, 7).tolist() == [0, 77, 0]
-    with pytest.raises(IndexedError, match="a document of 2,147,483,648 numbers"):
+    with pytest.raises(CorpusError, match="a document of 2,147,483,648 numbers"):
         write_index(tmp_path / "y", np.dtype(np.uint16), np.array([5, 2**31]))
 
 
@@ -138,7 +139,7 @@ def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
 def test_damaged_index_is_refused(damage, message, tmp_path):
     idx = write(tmp_path / "x", documents(np.int32), np.int32).with_suffix(".idx")
     idx.write_bytes(damage(idx.read_bytes()))
-    with pytest.raises(IndexedError, match=message) as error:
+    with pytest.raises(CorpusError, match=message) as error:
         PairReader(tmp_path / "x")
     assert str(idx) in str(error.value)
 
@@ -153,7 +154,7 @@ def test_what_an_index_says_twice_must_agree(at, message, tmp_path):
     data = bytearray(prefix.with_suffix(".idx").read_bytes())
     data[at] ^= 1
     prefix.with_suffix(".idx").write_bytes(data)
-    with pytest.raises(IndexedError, match=message):
+    with pytest.raises(CorpusError, match=message):
         check_pointers(prefix)
 
 
@@ -161,13 +162,13 @@ def test_cut_off_or_missing_files_are_refused(tmp_path):
     prefix = write(tmp_path / "x", documents(np.int32), np.int32)
     file = prefix.with_suffix(".bin")
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(IndexedError, match=r"x\.bin: 2,832 bytes, its index describes 2,836"):
+    with pytest.raises(CorpusError, match=r"x\.bin: 2,832 bytes, its index describes 2,836"):
         PairReader(prefix).read(0)
     file.unlink()
-    with pytest.raises(IndexedError, match=r"x\.bin cannot be read \(No such file"):
+    with pytest.raises(CorpusError, match=r"x\.bin cannot be read \(No such file"):
         PairReader(prefix).read(0)
     prefix.with_suffix(".idx").unlink()
-    with pytest.raises(IndexedError, match=r"x\.idx cannot be read \(No such file"):
+    with pytest.raises(CorpusError, match=r"x\.idx cannot be read \(No such file"):
         PairReader(prefix)
 
 

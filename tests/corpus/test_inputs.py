@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from megatron_vocagno.corpus import CorpusError, inputs
+from megatron_vocagno.corpus import inputs
 from megatron_vocagno.corpus.foreign import BOM
 from megatron_vocagno.corpus.inputs import CUT_BYTES, Piece, cut, find, take
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
 
 
@@ -262,21 +262,21 @@ def test_other_formats_are_refused_with_what_to_do(name, tmp_path):
         data,
         *(pack(data) for (container, _), pack in CONTAINERS.items() if container in ("gzip", "zstd", "bzip2", "xz")),
     ):
-        with pytest.raises(InputError, match=reason) as error:
+        with pytest.raises(CorpusError, match=reason) as error:
             cut(write(tmp_path / "a.jsonl", packed), 100)
         assert "a.jsonl is" in str(error.value)
 
 
 def test_a_container_in_a_container_is_refused(tmp_path):
     for inner, data in (("parquet", parquet({"text": ["x" * 9999]})), ("zstd", CONTAINERS["zstd", ".zst"](b"{}\n" * 999))):
-        with pytest.raises(InputError, match=f"is {inner} inside gzip: unpack it"):
+        with pytest.raises(CorpusError, match=f"is {inner} inside gzip: unpack it"):
             cut(write(tmp_path / "a.gz", CONTAINERS["gzip", ".gz"](data)), 100)
 
 
 def test_a_name_that_the_content_belies_is_refused(tmp_path):
     for suffix in (".gz", ".zst", ".bz2", ".xz", ".parquet"):
         for data in (b'{"text": "plain"}\n', b"\x1e\x8b\x08\x00", b"PAR2", gzip_or_zstd(suffix)):
-            with pytest.raises(InputError, match=rf"is called \{suffix}, but its first bytes are"):
+            with pytest.raises(CorpusError, match=rf"is called \{suffix}, but its first bytes are"):
                 cut(write(tmp_path / f"a.jsonl{suffix}", data), 100)
 
 
@@ -304,16 +304,16 @@ def test_text_that_begins_like_a_format_is_text(tmp_path):
 
 
 def test_what_cannot_be_cut_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"nope\.jsonl: no such file"):
+    with pytest.raises(CorpusError, match=r"nope\.jsonl: no such file"):
         cut(tmp_path / "nope.jsonl", 100)
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(CorpusError, match="not a regular file"):
         cut(tmp_path, 100)
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(CorpusError, match="not a regular file"):
         cut(tmp_path / "fifo", 100)
     whole = parquet({"text": ["one"] * 99})
     for data in (whole[:-1], whole[: len(whole) // 2], b"PAR1", whole[:-6] + b"\xff\x7fPAR1"):
-        with pytest.raises(InputError, match=r"a\.parquet: damaged parquet data .*: is it complete\?"):
+        with pytest.raises(CorpusError, match=r"a\.parquet: damaged parquet data .*: is it complete\?"):
             cut(write(tmp_path / "a.parquet", data), 100)
 
 

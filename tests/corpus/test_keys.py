@@ -13,9 +13,8 @@ import pytest
 
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.inputs import cut
-from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.plan import plan
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError, DatasetError
 from tests.corpus.conftest import make
 from tests.corpus.formats import parquet, read_all, write
 
@@ -91,7 +90,7 @@ def test_a_parquet_file_takes_the_first_key_that_is_a_column(tmp_path):
     assert texts(both, ("text", "body"), ("id", "n")) == [("a", "1"), (None, "'text' or 'body' is null")]
     assert texts(one, ("text", "body"), ("n", "url")) == [("b", "u")]
     with pytest.raises(
-        InputError, match=r"no column 'text' or 'x\.y' \(it has 'body', 'url', 'TEXT'\); --text-key names another"
+        CorpusError, match=r"no column 'text' or 'x\.y' \(it has 'body', 'url', 'TEXT'\); --text-key names another"
     ):
         read_all(cut(one, 10**9), ("text", "x.y"))
 
@@ -104,7 +103,7 @@ def test_a_field_of_a_struct_is_a_column(tmp_path):
     assert texts(file, "text", "data.text")[0] == ("top", "a")
     literal = write(tmp_path / "b.parquet", parquet({"data": [{"text": "nested"}], "data.text": ["flat"]}))
     assert texts(literal, "data.text") == [("flat", "")]
-    with pytest.raises(InputError, match=r"column 'data' is struct<.*these are: 'text', 'data\.text', 'data\.text2'\)"):
+    with pytest.raises(CorpusError, match=r"column 'data' is struct<.*these are: 'text', 'data\.text', 'data\.text2'\)"):
         texts(file, "data")
 
 
@@ -119,7 +118,7 @@ def test_a_column_that_is_missing_is_found_by_the_plan(tmp_path, settings):
         ({"text_key": "n"}, r"b\.parquet: column 'n' is int64, not strings \(these are: 'body'\)"),
         ({"text_key": ("text", "body"), "id_key": "id"}, r"b\.parquet: no column 'id' .* --id-key"),
     ):
-        with pytest.raises(InputError, match=missing):
+        with pytest.raises(CorpusError, match=missing):
             plan([good, file], replace(settings, **changed), 100)
     assert len(plan([good, file], replace(settings, text_key=("text", "body")), 10**9).shards) == 1
 

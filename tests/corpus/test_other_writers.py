@@ -15,7 +15,7 @@ import pytest
 
 from megatron_vocagno.corpus.documents import Document
 from megatron_vocagno.corpus.inputs import cut
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError
 from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
 
 MARK = b"\xef\xbb\xbf"
@@ -64,7 +64,7 @@ def test_wide_encodings_are_refused_by_name(name, suffix, encoding, tmp_path):
     ]
     for body in bodies if "-" not in encoding[4:] else bodies[::2]:
         with pytest.raises(
-            InputError,
+            CorpusError,
             match=rf"is {encoding[:6].upper()} text, .*iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} ",
         ):
             cut(write(tmp_path / (name + suffix), pack(body.encode(encoding))), 100)
@@ -150,7 +150,7 @@ def test_layouts_of_json_come_with_the_command_that_helps(tmp_path):
     for data, reason in layouts.items():
         for suffix, command in (("", " FILE > FILE.jsonl"), (".gz", "gzip -dc FILE | jq"), (".zst", "zstd -dc FILE | jq")):
             pack = CONTAINERS[next(key for key in CONTAINERS if key[1] == suffix)]
-            with pytest.raises(InputError, match=reason) as error:
+            with pytest.raises(CorpusError, match=reason) as error:
                 cut(write(tmp_path / f"a.json{suffix}", pack(data.encode())), 100)
             assert command in str(error.value)
 
@@ -169,13 +169,13 @@ def test_names_tell_where_bytes_do_not(tmp_path):
     }
     for name, (data, reason) in refused.items():
         for suffix, pack in (("", bytes), (".gz", CONTAINERS["gzip", ".gz"]), (".zst", CONTAINERS["zstd", ".zst"])):
-            with pytest.raises(InputError, match=reason):
+            with pytest.raises(CorpusError, match=reason):
                 cut(write(tmp_path / (name + suffix), pack(data)), 100)
         # a name alone decides nothing
         assert [d.text for d in of(tmp_path / name, lines(["one"]))] == ["one"]
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
     for name in ("a.jsonl", "a.txt", "a.parquet", "a.jsonl.gz"):
-        with pytest.raises(InputError, match=r"a pointer of Git LFS, not the file.*git lfs pull"):
+        with pytest.raises(CorpusError, match=r"a pointer of Git LFS, not the file.*git lfs pull"):
             cut(write(tmp_path / name, pointer), 100)
 
 
@@ -193,7 +193,7 @@ def test_packed_formats_that_are_not_read_are_named(tmp_path):
     }
     for head, what in heads.items():
         for name in ("a.jsonl", "a.zst", "a.txt", "a.parquet"):
-            with pytest.raises(InputError, match=f"is {what}, not JSON lines, parquet or plain text: "):
+            with pytest.raises(CorpusError, match=f"is {what}, not JSON lines, parquet or plain text: "):
                 cut(write(tmp_path / name, head + bytes(50)), 100)
 
 
@@ -282,7 +282,7 @@ def encrypted(file: Path, plaintext_footer: bool) -> Path:
 
 
 def test_encrypted_parquet_is_called_so(tmp_path):
-    with pytest.raises(InputError, match=r"is encrypted parquet, .*write it without encryption"):
+    with pytest.raises(CorpusError, match=r"is encrypted parquet, .*write it without encryption"):
         cut(encrypted(tmp_path / "a.parquet", False), 100)
     (found,) = read_all(cut(encrypted(tmp_path / "b.parquet", True), 100))[0]
     assert found.reason.startswith("broken input: encrypted parquet data (") and "write it without encryption" in found.reason
@@ -311,7 +311,7 @@ def test_columns_that_are_no_ids_are_refused_by_name(tmp_path):
         (pa.array([[1]]), "list"),
     ):
         file = write(tmp_path / "a.parquet", parquet({"text": ["a"], "id": column}))
-        with pytest.raises(InputError, match=f"column 'id' is {kind}.*, not strings or integers"):
+        with pytest.raises(CorpusError, match=f"column 'id' is {kind}.*, not strings or integers"):
             cut(file, 100, "text", "id")
 
 

@@ -15,8 +15,8 @@ import sentencepiece
 import tokenizers
 
 from megatron_vocagno.corpus.identity import check_own
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer
+from megatron_vocagno.errors import TokenizerError
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 WORDS = ["the", "quick", "brown", "fox", "a", "1", "42", "é", "ö", "中文", "\n", "\n\n", " ", "  ", "    ", "<br>", "<", "br>"]

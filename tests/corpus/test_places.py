@@ -12,7 +12,7 @@ from moto.server import ThreadedMotoServer
 from megatron_vocagno.corpus.documents import read
 from megatron_vocagno.corpus.inputs import CUT_BYTES, cut, find
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.corpus.streams import InputError
+from megatron_vocagno.errors import CorpusError
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
 
@@ -98,7 +98,7 @@ def test_an_object_that_changes_while_it_is_read_is_noticed(bucket, tmp_path):
 
 def test_what_is_missing_on_an_object_store_is_named(bucket):
     for pattern in (f"{bucket}/nope.jsonl", f"{bucket}/*.nope", "s3://nobucket/a.jsonl"):
-        with pytest.raises(InputError, match="no such file or folder"):
+        with pytest.raises(CorpusError, match="no such file or folder"):
             find([pattern])
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(CorpusError, match="no such file"):
         cut(place(f"{bucket}/nope.jsonl"), 100)

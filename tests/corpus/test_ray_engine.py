@@ -25,9 +25,10 @@ import pytest
 
 from megatron_vocagno.corpus import ray_engine
 from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.ray_engine import TASKS_A_SLOT, ClusterError, run_ray
+from megatron_vocagno.corpus.ray_engine import TASKS_A_SLOT, run_ray
 from megatron_vocagno.corpus.shards import Job, Result, Settings, make_shard
 from megatron_vocagno.corpus.workers import ONE_THREAD, Failure, Queue
+from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.offline.score import Asked, score
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
@@ -214,7 +215,7 @@ def jobs_in_flight(address: str, n: int) -> tuple[int, int]:
 
 def test_a_task_that_the_nodes_cannot_import_is_told_at_once(call, cluster, tmp_path):
     (tmp_path / "here_alone.py").write_text("def task(job): ...")
-    with pytest.raises(ClusterError, match=r"cannot run on the cluster: .*No module named 'here_alone'.*same version"):
+    with pytest.raises(CorpusError, match=r"cannot run on the cluster: .*No module named 'here_alone'.*same version"):
         call(run_here_alone, cluster.address, tmp_path)
 
 
@@ -224,7 +225,7 @@ def run_here_alone(address: str, folder: Path) -> None:
 
 
 def test_another_version_of_ray_is_told(call, cluster):
-    with pytest.raises(ClusterError, match=r"Version mismatch(.|\n)*Ray: 2(.|\n)*Ray: 1.0"):
+    with pytest.raises(CorpusError, match=r"Version mismatch(.|\n)*Ray: 2(.|\n)*Ray: 1.0"):
         call(run_as_version_1, cluster.address)
 
 
@@ -242,10 +243,10 @@ def test_what_keeps_a_driver_out_is_told(monkeypatch):
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: .*refused"),
         ("127.0.0.1:99999", "no Ray cluster answers"),
     ):
-        with pytest.raises(ClusterError, match=words):
+        with pytest.raises(CorpusError, match=words):
             next(run_ray(square, [1], address))
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ClusterError, match=r"pip install 'megatron-vocagno\[ray\]'"):
+    with pytest.raises(CorpusError, match=r"pip install 'megatron-vocagno\[ray\]'"):
         next(run_ray(square, [1], "auto"))
 
 
@@ -302,7 +303,7 @@ list(run_ray(sleep, [Path(arg) for arg in sys.argv[2:]], sys.argv[1]))
 def test_nobody_gets_in_without_the_token(token, words, cluster, tmp_path):
     with cluster.start(DRIVE, tmp_path, **cluster.no_token, **token) as driver:
         _, errors = driver.communicate(timeout=60)
-    assert driver.returncode == 1 and "ClusterError: " in errors and words in errors
+    assert driver.returncode == 1 and "CorpusError: " in errors and words in errors
     assert not any(tmp_path.iterdir())
 
 
@@ -343,4 +344,4 @@ def test_a_cluster_that_goes_away_is_told(tmp_path):
             _, errors = driver.communicate(timeout=100)
     finally:
         cluster.end()
-    assert driver.returncode == 1 and "ClusterError: Ray has ended on this machine" in errors
+    assert driver.returncode == 1 and "CorpusError: Ray has ended on this machine" in errors

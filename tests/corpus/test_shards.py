@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import long_texts, shard_writer, shards
-from megatron_vocagno.corpus.build import ShardsFailed
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.plan import plan
-from megatron_vocagno.corpus.shards import ChangedError, make_shard
+from megatron_vocagno.corpus.shards import make_shard
 from megatron_vocagno.corpus.spans import align
 from megatron_vocagno.corpus.workers import run_local
+from megatron_vocagno.errors import ChangedError, CorpusError, DatasetError
 from tests.corpus.conftest import contents, make, write_jsonl
 
 
@@ -51,7 +50,7 @@ def mixed(tmp_path):
 
 
 def test_bad_lines_stop_the_build_at_file_and_line(mixed, settings, tmp_path):
-    with pytest.raises(ShardsFailed, match=rf"{mixed}:6:\d+: invalid JSON.*\n.*--on-bad-line"):
+    with pytest.raises(CorpusError, match=rf"{mixed}:6:\d+: invalid JSON.*\n.*--on-bad-line"):
         make([mixed], tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
 
@@ -59,7 +58,7 @@ def test_bad_lines_stop_the_build_at_file_and_line(mixed, settings, tmp_path):
 @pytest.mark.parametrize("raw", BAD)
 def test_the_reason_of_each_bad_line_is_named(raw, settings, tmp_path):
     (tmp_path / "a.jsonl").write_bytes(line("good") + raw)
-    with pytest.raises(ShardsFailed) as error:
+    with pytest.raises(CorpusError) as error:
         make([tmp_path / "a.jsonl"], tmp_path / "out", settings)
     assert f"a.jsonl:2:{len(line('good'))}: {BAD[raw][:20]}" in str(error.value) and BAD[raw] in str(error.value)
 
@@ -254,7 +253,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(built, corpus, settings, t
 @pytest.mark.slow
 def test_an_error_in_a_worker_arrives_whole(mixed, settings, tmp_path):
     two = partial(run_local, workers=2)
-    with pytest.raises(ShardsFailed, match=rf"{mixed}:6:\d+: invalid JSON") as error:
+    with pytest.raises(CorpusError, match=rf"{mixed}:6:\d+: invalid JSON") as error:
         make([mixed, mixed], tmp_path / "out", settings, engine=two, shard_bytes=mixed.stat().st_size)
     assert "2 of 2 shards" in str(error.value) and not (tmp_path / "out").exists()
 

@@ -8,7 +8,6 @@ import pytest
 from megatron_vocagno.corpus.spans import (
     ANCHOR_EVERY,
     ESCAPE,
-    AlignmentError,
     EncodedSpans,
     Spans,
     align,
@@ -17,6 +16,7 @@ from megatron_vocagno.corpus.spans import (
     intersection_over_student,
 )
 from megatron_vocagno.corpus.tokens import Tokens
+from megatron_vocagno.errors import CorpusError
 
 
 def tokens_of(ends) -> Tokens:
@@ -97,13 +97,13 @@ def test_with_one_tokenizer_every_span_is_the_token_itself(name, texts, request)
 
 
 def test_tokens_of_different_texts_are_refused():
-    with pytest.raises(AlignmentError, match="student reads 5 bytes, teacher 6"):
+    with pytest.raises(CorpusError, match="student reads 5 bytes, teacher 6"):
         align(tokens_of([2, 5]), tokens_of([6]))
-    with pytest.raises(AlignmentError, match="teacher's tokens are unknown"):
+    with pytest.raises(CorpusError, match="teacher's tokens are unknown"):
         align(tokens_of([2]), Tokens(np.zeros(1, np.int32), np.array([2]), "unknown"))
-    with pytest.raises(AlignmentError, match="student token 1 has no text"):
+    with pytest.raises(CorpusError, match="student token 1 has no text"):
         align(tokens_of([2, 2, 5]), tokens_of([5]))
-    with pytest.raises(AlignmentError, match="teacher token 2 has no text"):
+    with pytest.raises(CorpusError, match="teacher token 2 has no text"):
         align(tokens_of([5]), tokens_of([2, 5, 5]))
 
 
@@ -194,5 +194,5 @@ def test_eos_stands_unmapped_at_the_teachers_eos():
 
 
 def test_spans_that_skip_a_teacher_token_have_no_code():
-    with pytest.raises(AlignmentError, match="token 1 starts at teacher token 3, the one before it ends at 2"):
+    with pytest.raises(CorpusError, match="token 1 starts at teacher token 3, the one before it ends at 2"):
         encode(Spans(np.array([0, 3], np.int32), np.array([2, 4], np.int32)))

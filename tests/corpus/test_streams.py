@@ -14,7 +14,8 @@ import pytest
 from backports import zstd
 
 from megatron_vocagno.corpus import streams
-from megatron_vocagno.corpus.streams import BrokenInput, compression_of, gzip_header_size, open_bytes
+from megatron_vocagno.corpus.streams import compression_of, gzip_header_size, open_bytes
+from megatron_vocagno.errors import BrokenInput
 from tests.corpus.formats import BGZIP_END, CONTAINERS, gzip_member, lines, of, skippable, write, xz_with_dictionary, zstd_stream
 
 
@@ -100,12 +101,13 @@ def test_xz_of_any_dictionary_is_read(tmp_path):
 TOO_LITTLE = """
 import resource, sys
 from pathlib import Path
-from megatron_vocagno.corpus.streams import InputError, open_bytes
+from megatron_vocagno.corpus.streams import open_bytes
+from megatron_vocagno.errors import CorpusError
 file = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
 try:
     open_bytes(file, sys.argv[2], 0, file.stat().st_size).read()
-except InputError as error:
+except CorpusError as error:
     print(error)
 """
 

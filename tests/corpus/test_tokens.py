@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from megatron_vocagno.corpus.sentencepiece_model import TokenizerError
 from megatron_vocagno.corpus.tokens import Tokens, ends_from_offsets, open_tokenizer
+from megatron_vocagno.errors import TokenizerError
 from tests.tokenizers_for_tests import mistral_tokenizer_path
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")

@@ -12,8 +12,9 @@ from unittest.mock import Mock
 
 import pytest
 
-from megatron_vocagno.corpus.build import BuildError, build, finish
+from megatron_vocagno.corpus.build import build, finish
 from megatron_vocagno.corpus.plan import Slice
+from megatron_vocagno.errors import CorpusError
 from tests.corpus.conftest import contents
 from tests.corpus.test_build_dataset import arguments, finished, start
 from tests.corpus.test_workers import wait_until
@@ -44,14 +45,14 @@ def test_a_second_build_into_a_folder_is_refused(built, corpus, settings, tmp_pa
     run = partial(build, [corpus], out, settings, shard_bytes=SHARD)
     with held(*call(), out=out, lock="lock"):
         for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(BuildError, match=f"a build or a scoring is at work in {out}"):
+            with pytest.raises(CorpusError, match=f"a build or a scoring is at work in {out}"):
                 second()
     assert contents(out) == contents(built.path)
     # the tasks of one array share the folder
     shutil.rmtree(out)
     with held(*call(shards="1/2"), out=out, lock="lock-1-of-2"):
         for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(BuildError, match="a build or a scoring is at work"):
+            with pytest.raises(CorpusError, match="a build or a scoring is at work"):
                 second()
         run(part=Slice(2, 2))
     finish(out, settings)

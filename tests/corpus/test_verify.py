@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.indexed import PairReader, PairWriter
-from megatron_vocagno.corpus.manifest import DatasetError, Manifest, hash_file, read_manifest
+from megatron_vocagno.corpus.manifest import Manifest, hash_file, read_manifest
 from megatron_vocagno.corpus.verify import shard_checks, verify, verify_shard
+from megatron_vocagno.errors import CorpusError, DatasetError
 from tests.datasets import invent_dataset
 
 

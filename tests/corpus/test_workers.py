@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.corpus import CorpusError, workers
-from megatron_vocagno.corpus.workers import ONE_THREAD, REPORT_SECONDS, Failure, WorkerError, report, run_local
+from megatron_vocagno.corpus import workers
+from megatron_vocagno.corpus.workers import ONE_THREAD, REPORT_SECONDS, Failure, report, run_local
+from megatron_vocagno.errors import CorpusError
 
 both = pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 
@@ -145,7 +146,7 @@ def test_what_the_caller_names_ends_everything(n_workers, job, stop):
 @pytest.mark.slow
 @pytest.mark.parametrize("job", [4, 5])
 def test_of_an_error_that_cannot_be_sent_the_text_arrives(job):
-    with pytest.raises(WorkerError, match=rf"in fail\n(.|\n)*{type(ERRORS[job]).__name__}: {ERRORS[job]}"):
+    with pytest.raises(CorpusError, match=rf"in fail\n(.|\n)*{type(ERRORS[job]).__name__}: {ERRORS[job]}"):
         list(run_local(fail, [job, 0], 2, stop=(NeedsTwo, HasLock)))
 
 
@@ -190,7 +191,7 @@ def test_a_worker_killed_while_another_starts_costs_nothing(monkeypatch):
 @pytest.mark.slow
 def test_workers_that_never_start_end_the_run(monkeypatch, tmp_path, capfd):
     killed = kill_starting_workers(monkeypatch, 1000)
-    with pytest.raises(WorkerError, match=r"cannot start.*signal 9"):
+    with pytest.raises(CorpusError, match=r"cannot start.*signal 9"):
         list(run_local(square, range(3), 2))
     assert len(killed) >= workers.FALSE_STARTS
     monkeypatch.undo()
@@ -199,7 +200,7 @@ def test_workers_that_never_start_end_the_run(monkeypatch, tmp_path, capfd):
     monkeypatch.syspath_prepend(tmp_path)
     task = importlib.import_module(module.stem).task
     module.write_text("raise ImportError('its package is gone')")
-    with pytest.raises(WorkerError, match=r"cannot start.*exit status 1"):
+    with pytest.raises(CorpusError, match=r"cannot start.*exit status 1"):
         list(run_local(task, range(3), 2))
     assert capfd.readouterr().err.count("ImportError: its package is gone") <= 2
 

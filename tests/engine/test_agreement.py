@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vocagno.config import RunError, SharedError
 from megatron_vocagno.engine import agreement
+from megatron_vocagno.errors import RunError, SharedError
 
 WORLD = 3
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vocagno.config import SharedError
 from megatron_vocagno.engine import alike
+from megatron_vocagno.errors import SharedError
 from tests.errors.telling import told
 from tests.runs import Case, metrics, spawn_each, write_settings
 

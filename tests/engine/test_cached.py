@@ -15,11 +15,12 @@ from megatron_vocagno.batch.cached import CachedLosses, guides
 from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.cached import CachedScorer, training_rows
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.offline.score import Asked, score
 from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real

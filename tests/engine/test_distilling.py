@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds
-from megatron_vocagno.config import RunError
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.distilling import Distiller
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.distance import Kind
 from megatron_vocagno.run_file import load_run

@@ -9,7 +9,6 @@ from pathlib import Path
 import orjson
 import pytest
 
-from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.manifest import (
     MANIFEST,
     EngineLayout,
@@ -27,6 +26,7 @@ from megatron_vocagno.engine.manifest import (
     step_folder,
     step_of,
 )
+from megatron_vocagno.errors import RunError
 
 LAYOUT = EngineLayout(world=1, pipeline_stages=0, zero_stage=1, precision="fp32", optimizer="AdamW", student="x")
 

@@ -16,9 +16,9 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_vocagno.config import OccupiedError, SharedError
 from megatron_vocagno.engine import occupancy
 from megatron_vocagno.engine.occupancy import LOCK, Occupancy
+from megatron_vocagno.errors import OccupiedError, SharedError
 from megatron_vocagno.locks import local_option
 from tests import runs
 from tests.runs import REPOSITORY, SCRIPT, Case, environment, spawn_each

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from megatron_vocagno.batch.front import NO_FRONTS
-from megatron_vocagno.config import Run, RunError
+from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.samples import Samples
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.offline.score import Asked, score
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.samples import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_vocagno.config import RunError
 from megatron_vocagno.engine import build
+from megatron_vocagno.errors import RunError
 
 
 @pytest.mark.parametrize("supported", [False, True])

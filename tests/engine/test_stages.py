@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Parallel, Run, RunError
+from megatron_vocagno.config import Parallel, Run
 from megatron_vocagno.engine import build
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.stages import StudentPipeline, check_stages
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Decoder
 from tests.runs import STUDENT

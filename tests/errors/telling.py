@@ -9,8 +9,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 
-from megatron_vocagno.errors import UserError
-from megatron_vocagno.hub import HubError
+from megatron_vocagno.errors import HubError, UserError
 
 
 @contextmanager

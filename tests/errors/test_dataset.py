@@ -19,19 +19,12 @@ from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.indexed import HEADER, PairReader, PairWriter, check_pointers, write_index
 from megatron_vocagno.corpus.losses import require_whole
-from megatron_vocagno.corpus.manifest import (
-    UNSEALED,
-    FileRecord,
-    LossTotals,
-    Scoring,
-    TeacherLosses,
-    TokenizerMismatch,
-    read_manifest,
-)
+from megatron_vocagno.corpus.manifest import UNSEALED, FileRecord, LossTotals, Scoring, TeacherLosses, read_manifest
 from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import Spans, align, encode
 from megatron_vocagno.corpus.tokens import Tokens, open_tokenizer
 from megatron_vocagno.corpus.verify import verify
+from megatron_vocagno.errors import DatasetError
 from tests.errors.telling import told
 from tests.runs import Case
 from tests.tokenizers_for_tests import mistral_tokenizer_path, smollm2_tokenizer_folder
@@ -202,7 +195,7 @@ def test_a_model_with_tokenizer_model_alone_is_compared(case: Case, tmp_path: Pa
     shutil.copy(mistral_tokenizer_path(), tmp_path / "tokenizer.model")
     assert data.require_tokenizer("student", tmp_path) is None
     shutil.copy(mistral_tokenizer_path().with_name("mistral_instruct_tokenizer_240323.model.v3"), tmp_path / "tokenizer.model")
-    with pytest.raises(TokenizerMismatch, match=r"They differ in: number of tokens \(32,000 and 32,768\), .*vocabulary"):
+    with pytest.raises(DatasetError, match=r"They differ in: number of tokens \(32,000 and 32,768\), .*vocabulary"):
         data.require_tokenizer("student", tmp_path)
 
 

@@ -12,9 +12,9 @@ from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedCo
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from megatron_vocagno.config import RunError
 from megatron_vocagno.engine.settings import precision, read_settings
 from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections, notes
+from megatron_vocagno.errors import RunError
 from tests.errors.telling import told
 from tests.runs import write_settings
 

@@ -11,8 +11,9 @@ from unicodedata import normalize
 import numpy as np
 import pytest
 
-from megatron_vocagno.corpus import AlignedDataset, CorpusError, Tokenizer, align
+from megatron_vocagno.corpus import AlignedDataset, Tokenizer, align
 from megatron_vocagno.corpus.decoding import Decoder
+from megatron_vocagno.errors import CorpusError
 from tests.datasets import build_dataset
 from tests.runs import REPOSITORY, environment
 

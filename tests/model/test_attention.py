@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import modeling_flash_attention_utils as flash
 from transformers.integrations import flash_attention
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import document_bounds, document_positions, layer_arguments, resolve_attention
 from megatron_vocagno.model.configuration import student_config
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights
+from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
 from tests.model.tiny import FAMILIES, SIZES, batch, write_model

@@ -12,7 +12,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.model.weights import model_class
 from tests.model.tiny import VOCAB, batch, reference_loss

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.configuration import student_config
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, model_folder, to_hugging_face
+from megatron_vocagno.model.folder import PretrainedWeights, model_folder, to_hugging_face
 from tests.model.tiny import SIZES, write_model
 
 LLAMA = {"model_type": "llama", **SIZES}

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model import gguf as gguf_module
-from megatron_vocagno.model.folder import ModelError
 from megatron_vocagno.model.gguf import cached_folder, dequantise
 from megatron_vocagno.model.teacher import open_teacher
 from tests.model.tiny_gguf import VOCAB, write_gguf

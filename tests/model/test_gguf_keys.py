@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.fingerprint import CONVERTED, teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights
+from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.gguf import dequantise
 from tests.model.tiny_gguf import HEADS, HIDDEN, LAYERS, VOCAB, write_gguf
 

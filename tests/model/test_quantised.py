@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.quantised import quantise
 from megatron_vocagno.model.teacher import open_teacher
 from tests.model.tiny import FAMILIES, SIZES, write_model

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, read_config
+from megatron_vocagno.model.folder import PretrainedWeights, read_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher, teacher_folder
 from megatron_vocagno.model.weights import check_weights

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model import student as student_module
 from megatron_vocagno.model.configuration import check_row_length, student_config
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, to_hugging_face
+from megatron_vocagno.model.folder import PretrainedWeights, to_hugging_face
 from megatron_vocagno.model.student import (
     Embedding,
     Student,

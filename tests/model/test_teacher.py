@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_vocagno.model.folder import ModelError
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from tests.model.tiny import SIZES, batch, each_family, reference, reference_loss, write_model
 

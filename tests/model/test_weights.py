@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.configuration import student_config
-from megatron_vocagno.model.folder import ModelError, PretrainedWeights, read_config
+from megatron_vocagno.model.folder import PretrainedWeights, read_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.model.weights import check_weights

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Scoring
-from megatron_vocagno.corpus.shards import ChangedError
-from megatron_vocagno.offline.score import Asked, ScoringError, score
+from megatron_vocagno.errors import ChangedError, CorpusError
+from megatron_vocagno.offline.score import Asked, score
 from tests.runs import write_teacher
 from tests.tokenizers_with_bos import with_front
 
@@ -64,7 +64,7 @@ def test_the_front_is_one_of_the_teachers_positions(unscored: AlignedDataset, fr
     """It reads 256."""
     longest = Asked(fronted).scoring(unscored)
     assert longest.context == 256 - len(longest.front)
-    with pytest.raises(ScoringError, match=rf"--context 256: .* reads 256 tokens, {len(longest.front)} of them in front"):
+    with pytest.raises(CorpusError, match=rf"--context 256: .* reads 256 tokens, {len(longest.front)} of them in front"):
         replace(Asked(fronted), context=256).scoring(unscored)
     assert replace(Asked(fronted), context=256, bos="none").scoring(unscored).front == ()
 

@@ -13,15 +13,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vocagno.corpus.build import BuildError, build, locked
+from megatron_vocagno.corpus.build import build, locked
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.losses import LARGEST, LOSS_FILES, gather, require_whole, rounded
-from megatron_vocagno.corpus.manifest import DatasetError, read_manifest
+from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import ChangedError, Settings
+from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.verify import verify
-from megatron_vocagno.model.folder import ModelError
-from megatron_vocagno.offline.score import Asked, ScoringError, finish, score
+from megatron_vocagno.errors import ChangedError, CorpusError, DatasetError, ModelError
+from megatron_vocagno.offline.score import Asked, finish, score
 from megatron_vocagno.offline.shard import Job, Result, score_shard
 from tests.corpus.conftest import contents
 from tests.offline.conftest import CONTEXT, STRIDE
@@ -131,7 +131,7 @@ def test_tasks_of_an_array_share_the_shards_and_the_last_one_records_them(
     n = len(unscored.manifest.shards)
     for i in (3, 1):
         assert score(folder, asked, part=Slice(i, 3)).teacher_losses is None
-    with pytest.raises(ScoringError, match=rf"of {n} shards are not scored: shards/0001"):
+    with pytest.raises(CorpusError, match=rf"of {n} shards are not scored: shards/0001"):
         finish(folder)
     assert score(folder, asked, part=Slice(2, 3)).teacher_losses is not None
     assert contents(folder) == contents(scored.path)
@@ -141,7 +141,7 @@ def test_tasks_of_an_array_share_the_shards_and_the_last_one_records_them(
 
 def test_no_build_while_it_is_scored(unscored: AlignedDataset, asked: Asked, copy: Copy) -> None:
     folder = copy(unscored)
-    with locked(folder, None), pytest.raises(BuildError, match="a build or a scoring is at work"):
+    with locked(folder, None), pytest.raises(CorpusError, match="a build or a scoring is at work"):
         score(folder, asked, part=Slice(1, 2))
 
 
@@ -184,9 +184,9 @@ def test_losses_of_another_teacher_are_replaced_only_when_asked(
 
 
 def test_a_teacher_that_does_not_suit_is_refused(unscored: AlignedDataset, asked: Asked, tmp_path: Path) -> None:
-    with pytest.raises(ScoringError, match=r"--context 300: the teacher .* reads 256 tokens"):
+    with pytest.raises(CorpusError, match=r"--context 300: the teacher .* reads 256 tokens"):
         score(unscored.path, replace(asked, context=300))
-    with pytest.raises(ScoringError, match="--stride 60 is more than --context 48"):
+    with pytest.raises(CorpusError, match="--stride 60 is more than --context 48"):
         score(unscored.path, replace(asked, stride=60))
     with pytest.raises(ModelError, match="no model at"):
         score(unscored.path, replace(asked, teacher=tmp_path / "nothing"))
@@ -194,7 +194,7 @@ def test_a_teacher_that_does_not_suit_is_refused(unscored: AlignedDataset, asked
     shutil.copytree(asked.teacher, student)
     config = (student / "config.json").read_text().replace("49152", "40000")
     (student / "config.json").write_text(config)
-    with pytest.raises(ScoringError, match=r"has 49,152 tokens, the teacher .* has 40,000"):
+    with pytest.raises(CorpusError, match=r"has 49,152 tokens, the teacher .* has 40,000"):
         score(unscored.path, replace(asked, teacher=student))
     assert (
         asked.scoring(unscored).context == CONTEXT and replace(asked, context=None, stride=None).scoring(unscored).stride == 128

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_vocagno.config import Guidance, RunError
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.planning.cost import Cluster, Step, scoring_hours, step
 from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
 from megatron_vocagno.planning.layouts import Candidate, Layout, Stage

@@ -9,7 +9,8 @@ import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, ForwardPass, TrainSchedule
 from deepspeed.runtime.utils import partition_balanced, partition_uniform
 
-from megatron_vocagno.config import Guidance, RunError
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.planning.cost import Cluster, step
 from megatron_vocagno.planning.hardware import GPUS, Assumptions
 from megatron_vocagno.planning.layouts import Candidate, Layout, balanced, batches, equal, stages

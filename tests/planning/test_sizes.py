@@ -10,7 +10,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_vocagno.config import Guidance, RunError
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.objective.linear_ce import LearnedRows

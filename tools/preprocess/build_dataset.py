@@ -25,17 +25,17 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_vocagno.command import Parser, add_quiet, add_verbosity, fraction, positive_float, positive_int, run_command
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.build import Engine, build, finish
 from megatron_vocagno.corpus.dataset import local_folder, merge
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.inputs import find
-from megatron_vocagno.corpus.manifest import DatasetError, Manifest, read_manifest
+from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.plan import SHARD_BYTES, plan
 from megatron_vocagno.corpus.shards import OnBadLine, Settings
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
 from megatron_vocagno.corpus.workers import Failure, run_local
+from megatron_vocagno.errors import CorpusError, DatasetError
 
 from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary

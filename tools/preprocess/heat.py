@@ -21,9 +21,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from megatron_vocagno.batch.pack import Float32, Int32, Mapping
-from megatron_vocagno.config import RunError
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.errors import CorpusError, RunError
 from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps, summary
 
 from .interlinear import Interlinear, Side, visible

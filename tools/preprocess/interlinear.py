@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.dataset import AlignedDataset, TokenizerInfo
 from megatron_vocagno.corpus.decoding import pieces_of, token_bytes
-from megatron_vocagno.corpus.manifest import DatasetError
 from megatron_vocagno.corpus.plain_text import plain_text
+from megatron_vocagno.errors import DatasetError
 
 OPEN, CLOSE = "⟦", "⟧"
 OPEN_UNMAPPED, CLOSE_UNMAPPED = "⟪", "⟫"

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 
 from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_command
 from megatron_vocagno.config import Bos
-from megatron_vocagno.corpus import CorpusError
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
 from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.workers import run_local
+from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.hub import is_id
 
 from .console import Terminal, absolute, slice_of

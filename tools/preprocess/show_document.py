@@ -20,7 +20,7 @@ from rich.text import Text
 
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.manifest import DatasetError
+from megatron_vocagno.errors import DatasetError
 
 from .console import Terminal
 from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
