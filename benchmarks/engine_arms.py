@@ -1,7 +1,7 @@
 """What `benchmarks.engine` times: the training loop, and the same work without it. Each rank is a process on one thread.
 
-    loop   `megatron_vocagno.train.train` itself, which reads, counts, scores, learns, adds up and writes; between two steps it
-           looks whether it has been asked to stop, and there it waits for its turn
+    loop   `megatron_vocagno.training.loop.train` itself, which reads, counts, scores, learns, adds up and writes; between two
+           steps it looks whether it has been asked to stop, and there it waits for its turn
     bare   the models alone on the same tensors, in one process: the teacher's forwards, the student's forward and backward with
            the selection between them, clipping, torch's AdamW. The student is cut where the pipeline cuts it, to time its stages
 
@@ -29,7 +29,6 @@ from megatron_vocagno.batch.loader import IGNORE, Batch, Batches, Layout, TrainR
 from megatron_vocagno.batch.pack import TeacherIds
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.engine.scoring import plan_scoring
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
@@ -37,6 +36,7 @@ from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
+from megatron_vocagno.preprocess.workers import ONE_THREAD
 from megatron_vocagno.run_file import load_run
 
 
@@ -115,13 +115,13 @@ def _begin(arm: Callable[[Connection, Case], None], end: Connection, case: Case,
 
 
 def loop(end: Connection, case: Case) -> None:
-    from megatron_vocagno import opening, train
     from megatron_vocagno.engine.processes import start, stop
     from megatron_vocagno.engine.settings import read_settings
+    from megatron_vocagno.training import loop, setup
 
     run, processes, turns = load_run(case.run, case.overrides), start(), Turns(end)
-    opening.Batches = turns.reading  # type: ignore[assignment, misc]
-    train.train(run, read_settings(case.settings, run.parallel.pipeline_stages, "cpu"), processes, turns)  # type: ignore[arg-type]
+    setup.Batches = turns.reading  # type: ignore[assignment, misc]
+    loop.train(run, read_settings(case.settings, run.parallel.pipeline_stages, "cpu"), processes, turns)  # type: ignore[arg-type]
     stop()
 
 
@@ -132,7 +132,7 @@ class Turns:
         self.end, self.read, self.began = end, 0.0, False
 
     @property
-    def asked(self) -> int:
+    def requested(self) -> int:
         if self.began:
             taken = Taken(time.perf_counter() - self.wall, time.process_time() - self.cpu, self.read)
             self.end.send(taken)

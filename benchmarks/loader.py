@@ -33,8 +33,9 @@ from benchmarks.page import GOALS, circumstances, write_section
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import Rows
 from megatron_vocagno.command import Parser, run_command
+from megatron_vocagno.corpus.create import create
 from megatron_vocagno.corpus.indexed import token_dtype, write_index
-from megatron_vocagno.corpus.manifest import PAIRS, FileRecord, ShardRecord, Totals, create
+from megatron_vocagno.corpus.manifest import PAIRS, FileRecord, ShardRecord, Totals
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset

@@ -27,13 +27,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import orjson
 
-from megatron_vocagno.corpus.aligner import Side, by_bytes, by_walk
 from megatron_vocagno.corpus.encoders import GigatokenEncoder
 from megatron_vocagno.corpus.indexed import token_dtype
-from megatron_vocagno.corpus.plan import plan
-from megatron_vocagno.corpus.shard_writer import BATCH_BYTES
-from megatron_vocagno.corpus.shards import Settings, make_shard
-from megatron_vocagno.corpus.workers import ONE_THREAD
+from megatron_vocagno.preprocess.aligner import Side, by_bytes, by_walk
+from megatron_vocagno.preprocess.plan import plan
+from megatron_vocagno.preprocess.shard_writer import BATCH_BYTES
+from megatron_vocagno.preprocess.shards import BuildConfig, make_shard
+from megatron_vocagno.preprocess.workers import ONE_THREAD
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,13 @@ def contest(stretches: Sequence[Path], contestants: dict[str, Apart]) -> dict[st
 # ---- the passes
 
 
-def gigatoken_alone(settings: Settings) -> Pass:
+def gigatoken_alone(settings: BuildConfig) -> Pass:
     encoders = [t.encoder for t in settings.tokenizers if isinstance(t.encoder, GigatokenEncoder)]
     assert len(encoders) == 2
     return partial(_alone, [partial(encoder.tokenizer.encode_batch, parallel=False) for encoder in encoders])
 
 
-def hugging_face_alone(settings: Settings) -> Pass:
+def hugging_face_alone(settings: BuildConfig) -> Pass:
     references = [tokenizer.reference.tokenizer for tokenizer in settings.tokenizers]
     return partial(_alone, [partial(reference.encode_batch_fast, add_special_tokens=False) for reference in references])
 
@@ -120,12 +120,12 @@ def _alone(encodes: Sequence[Callable[[list[str]], Any]], stretch: Path) -> Cost
     return Cost(time.process_time() - begin, _text_bytes(prepared))
 
 
-def pipeline(settings: Settings) -> Pass:
+def pipeline(settings: BuildConfig) -> Pass:
     settings.tokenizers  # noqa: B018 - opens them
     return partial(_pipeline, settings)
 
 
-def _pipeline(settings: Settings, stretch: Path) -> Cost:
+def _pipeline(settings: BuildConfig, stretch: Path) -> Cost:
     with TemporaryDirectory(dir=stretch.parent) as out:
         jobs = plan([stretch], settings).jobs(out, settings)
         begin = time.process_time()
@@ -135,7 +135,7 @@ def _pipeline(settings: Settings, stretch: Path) -> Cost:
     return Cost(seconds, sum(t.text_bytes for t in totals), sum(t.student_tokens for t in totals))
 
 
-def megatron_style(settings: Settings, side: int) -> Pass:
+def megatron_style(settings: BuildConfig, side: int) -> Pass:
     tokenizer = settings.tokenizers[side]
     return partial(_megatron_style, tokenizer.reference.tokenizer, tokenizer.eos_id, token_dtype(tokenizer.vocab_size))
 
@@ -150,12 +150,12 @@ def _megatron_style(tokenizer: Any, eos: int, dtype: np.dtype[Any], stretch: Pat
     return Cost(time.process_time() - begin, _text_bytes(batches(stretch)))
 
 
-def align_alone(settings: Settings, road: str) -> Pass:
+def align_alone(settings: BuildConfig, road: str) -> Pass:
     """Both sides' tokens of the pipeline's batches -> spans as they are stored."""
     return partial(_align_alone, settings, {"numba": by_walk, "numpy": by_bytes}[road])
 
 
-def _align_alone(settings: Settings, align: Callable[..., Any], stretch: Path) -> Cost:
+def _align_alone(settings: BuildConfig, align: Callable[..., Any], stretch: Path) -> Cost:
     prepared = []
     for texts in batches(stretch):
         student, teacher = (Side(t.encoder.encode(texts), t.prefixes(texts), t.short_byte_lengths) for t in settings.tokenizers)

@@ -51,9 +51,9 @@ from benchmarks.passes import (
     pipeline,
 )
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.corpus.build import build
-from megatron_vocagno.corpus.shards import Progress, Result, Settings
-from megatron_vocagno.corpus.workers import run_local
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import BuildConfig, Progress, ShardResult
+from megatron_vocagno.preprocess.workers import run_local
 
 MB = 1_000_000
 TARGET = 15e9  # student tokens
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else Sizes()
-    settings = Settings(args.student, args.teacher, args.student_eos, args.teacher_eos, backend="gigatoken")
+    settings = BuildConfig(args.student, args.teacher, args.student_eos, args.teacher_eos, backend="gigatoken")
     with TemporaryDirectory(dir=args.scratch) as scratch:
         file = Path(scratch) / "corpus.jsonl"
         content = str(corpus.write(file, texts(args), sizes.corpus))
@@ -137,7 +137,7 @@ def packaged(package: str, file: str) -> str:
 # ---- speed
 
 
-def speed(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+def speed(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     slow = replace(settings, backend="huggingface")
     with Apart(gigatoken_alone, settings) as alone, Apart(pipeline, settings) as whole:
         fast = contest(stretches(sample(file, sizes.corpus), sizes.stretch, file.parent), {"alone": alone, "whole": whole})
@@ -202,7 +202,7 @@ def at_most(what: str, ours: list[Cost], others: list[Cost], goal: float) -> Fig
     return Figure(what, measured, f"≤ {goal} ×", ratio <= goal)
 
 
-def alignment(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+def alignment(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     files = stretches(sample(file, sizes.slow), sizes.slow_stretch, file.parent)
     figures = []
     for road, goal in (("numba", 80e6), ("numpy", 10e6)):
@@ -238,7 +238,7 @@ class Build:
         return (done - before) / (last - first)
 
 
-def builds(file: Path, settings: Settings, sizes: Sizes) -> list[Figure]:
+def builds(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     part = file.with_name("part.jsonl")
     part.write_bytes(b"".join(sample(file, sizes.part)))
     rounds = [[build_apart(part, settings, workers, sizes.shard) for workers in (1, 2)] for _ in range(sizes.rounds)]
@@ -273,12 +273,12 @@ def write_long_lines(file: Path, size: int) -> dict[str, Path]:
     return files
 
 
-def build_apart(file: Path, settings: Settings, workers: int, shard_bytes: int = 64 << 20) -> Build:
+def build_apart(file: Path, settings: BuildConfig, workers: int, shard_bytes: int = 64 << 20) -> Build:
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(timed_build, file, settings, workers, shard_bytes).result()
 
 
-def timed_build(file: Path, settings: Settings, workers: int, shard_bytes: int) -> Build:
+def timed_build(file: Path, settings: BuildConfig, workers: int, shard_bytes: int) -> Build:
     begin = time.monotonic()
     told: list[tuple[float, int]] = []
     done: dict[int, int] = {}  # bytes of text by shard
@@ -289,7 +289,7 @@ def timed_build(file: Path, settings: Settings, workers: int, shard_bytes: int) 
         told.append((time.monotonic() - begin, sum(done.values())))
 
     def shard(result: Any) -> None:
-        assert isinstance(result, Result), result
+        assert isinstance(result, ShardResult), result
         done[result.job.index] = result.record.totals.text_bytes
         told.append((time.monotonic() - begin, sum(done.values())))
         peaks.extend(peak_memory(child.pid) for child in multiprocessing.active_children())

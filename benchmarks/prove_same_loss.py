@@ -27,7 +27,7 @@ from rich.table import Table
 
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.errors import UserError
-from megatron_vocagno.monitor import read_metrics
+from megatron_vocagno.training.monitor import read_metrics
 
 DEMO = Path(".demo").absolute()
 TEXTS = {"train": 400, "heldout": 20}

@@ -37,9 +37,9 @@ from megatron_vocagno.corpus.losses import LOSS_RECORD, gather, record_losses, w
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.model.folder import quiet
-from megatron_vocagno.offline.score import Asked
-from megatron_vocagno.offline.shard import Job, open_once, score_shard
-from megatron_vocagno.offline.windows import plan_windows
+from megatron_vocagno.preprocess.score import ScoringOptions
+from megatron_vocagno.preprocess.score_shard import ScoreJob, open_once, score_shard
+from megatron_vocagno.preprocess.windows import plan_windows
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset, invent_dataset
 
@@ -87,10 +87,10 @@ def scoring_figures(folder: Path, path: Path | None, rounds: int, quick: bool) -
         path = random_teacher(folder / "teacher")
     texts = [text for text in real.texts()[:60] + real.multilingual_texts() if len(text) < 3 * CONTEXT][: 12 if quick else None]
     data = build_dataset(folder / "documents", texts, real.mistral_tokenizer_path(), tokenizer)
-    asked = Asked(path, "float32", context=CONTEXT, tokens_per_batch=BUDGET)
+    asked = ScoringOptions(path, "float32", context=CONTEXT, tokens_per_batch=BUDGET)
     [shard] = data.manifest.shards
     assert int(data.teacher_lengths.max()) <= CONTEXT, "every document fits into a window"
-    job = Job(0, data.path / shard.path, shard, asked.scoring(data), path, BUDGET)
+    job = ScoreJob(0, data.path / shard.path, shard, asked.scoring(data), path, BUDGET)
     teacher = open_once(path, "float32", "as-is")
     ids = torch.from_numpy(np.concatenate([data.teacher(i) for i in range(len(data))])).long()
     packed = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(BUDGET // CONTEXT)

@@ -50,9 +50,9 @@ from benchmarks.step_arms import Case, Step, cached, clm, floor, guided, inputs_
 from benchmarks.trl_gold import Gold
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.tokens import open_tokenizer
-from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.model.folder import quiet
 from megatron_vocagno.model.teacher import teacher_folder
+from megatron_vocagno.preprocess.workers import ONE_THREAD
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from megatron_vocagno.batch.texts import TextCollator
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus import open_tokenizer
 from megatron_vocagno.errors import UserError
+from megatron_vocagno.integrations.text_collator import TextCollator
 from megatron_vocagno.model.folder import carry_over, model_folder
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.objective import STATS, gather_guide, guided_loss, planned_kept, summarize

@@ -2,24 +2,20 @@
 
 In the order in which data passes:
 
-corpus/      text -> an aligned dataset on disk
-batch/       the dataset -> packed rows
-objective/   losses -> weights -> the loss; pure
-model/       rows -> losses: the student as layers, the frozen teacher
-offline/     the teacher's losses of a whole dataset, scored once
-engine/      the step: DeepSpeed, scoring, checkpoints
-planning/    what a run would take; plan.py, dryrun.py: its commands
+preprocess/    text -> an aligned dataset on disk, and a teacher's losses of it
+corpus/        the dataset: tokenizers, alignment, files; what training reads
+batch/         the dataset -> packed rows
+objective/     losses -> weights -> the loss; pure functions and kernels
+model/         rows -> losses: the student as layers, the frozen teacher
+engine/        one step on DeepSpeed: engines, scoring, checkpoints
+training/      one run: setup, loop, evaluation, monitoring
+planning/      memory, time and cost of a run, before it starts
+integrations/  the method inside other training loops
 
-config.py    the run, run_file.py: read from its file
-pretrain.py  the command       train.py    the loop, step.py: a step of it
-opening.py   what it opens before        evaluation.py  held-out text
-stopping.py  what asks a run to leave    health.py   what ends one that goes wrong
-first_batch.py  what both models know of the first batch
-monitor.py   what a run tells, board.py: in TensorBoard, samples.py: token by token
-export.py    a checkpoint as a Hugging Face folder
+pretrain.py plan.py export.py  the commands; dryrun.py: pretrain --dry-run
+command.py   what all commands share       config.py  the run, run_file.py: read from its file
+errors.py    the errors of a user          files.py   durable files, locks, hashes
 hub.py       models by their Hub ids
-command.py   what all commands share      errors.py    what a user can mend
-files.py     how they come onto the disk  locks.py     what locks on files are worth
 """
 
 __version__ = "0.1.0"

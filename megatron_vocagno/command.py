@@ -18,7 +18,6 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from megatron_vocagno import __version__
@@ -69,18 +68,6 @@ def _filled(text: str) -> str:
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=min(COLUMNS, shutil.get_terminal_size().columns))
-
-
-def tool(name: str) -> str:
-    """The command of a tool, such as `preprocess.build_dataset`, that works where this process was started.
-
-    In the repository's root it is `python -m tools.…`, elsewhere that of the installed package. `python -m` looks into the
-    working directory first, then into PYTHONPATH.
-    """
-    file = Path("tools", *name.split(".")).with_suffix(".py")
-    roots = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    package = "tools" if any((root / file).is_file() for root in map(Path, roots)) else "megatron_vocagno.tools"
-    return f"python -m {package}.{name}"
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:

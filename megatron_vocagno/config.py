@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from megatron_vocagno.command import tool
+from megatron_vocagno.errors import tool
 
 Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]

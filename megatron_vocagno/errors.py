@@ -15,6 +15,11 @@ class UserError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str, path: str | os.PathLike[str] | None = None) -> None:
+        """path: the model or dataset that is missing, so that a caller can name the option or field that it came from."""
+        super().__init__(message)
+        self.path = None if path is None else os.fspath(path)
+
 
 class RunError(UserError):
     """A run cannot start or go on: its file, an override, a path, or how its parts fit together."""
@@ -24,7 +29,7 @@ class SharedError(RunError):
     """A RunError that all ranks raise together. Only the first rank prints it."""
 
 
-class OccupiedError(SharedError):
+class RunLockedError(SharedError):
     """Another run is at work in the folder. A later start may find it free."""
 
     exit_code = 1
@@ -100,3 +105,15 @@ def nearest(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError):  # a name that is too long, a folder that may not be read, a path without a name
         return ""
     return ""
+
+
+def tool(name: str) -> str:
+    """The command of a tool, such as `preprocess.build_dataset`, that works where this process was started.
+
+    In the repository's root it is `python -m tools.…`, elsewhere that of the installed package. `python -m` looks into the
+    working directory first, then into PYTHONPATH.
+    """
+    file = Path("tools", *name.split(".")).with_suffix(".py")
+    roots = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    package = "tools" if any((root / file).is_file() for root in map(Path, roots)) else "megatron_vocagno.tools"
+    return f"python -m {package}.{name}"

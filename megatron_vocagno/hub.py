@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_vocagno.errors import HubError, nearest
-from megatron_vocagno.locks import wait_for_lock
+from megatron_vocagno.files import wait_for_lock
 
 CONFIG = ("config.json",)
 WEIGHTS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja")

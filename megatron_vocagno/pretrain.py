@@ -20,7 +20,7 @@ from megatron_vocagno.command import Parser, add_verbosity, is_first_rank, refus
 from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.run_file import load_run
-from megatron_vocagno.stopping import Stopper
+from megatron_vocagno.training.stop_signal import StopSignal
 
 # help speaks of what was started: the installed module, or the repository's script by the path that it was given
 SCRIPT = "examples/pretrain_vocagno.py"
@@ -73,33 +73,33 @@ def _pretrain(options: argparse.Namespace) -> int:
             raise
         return _refuse_together(error)
     # listening comes first: a signal while DeepSpeed is imported, or the teacher is read, must not end the process
-    with Stopper(run.training.max_minutes) as stopper:
-        problem = _train(run, options, stopper)
+    with StopSignal(run.training.max_minutes) as stop_signal:
+        problem = _train(run, options, stop_signal)
     return 0 if problem is None else refuse(problem, all_ranks_say_the_same=isinstance(problem, SharedError))
 
 
 def _refuse_together(error: RunError) -> int:
     """Other ranks may have read files without this mistake, and would wait for this one."""
-    from megatron_vocagno.train import tell_others
+    from megatron_vocagno.training.loop import share_error
 
     if is_first_rank():
         code = refuse(error)  # at once: the others may not be there yet
-        tell_others(error)
+        share_error(error)
         return code
-    tell_others(error)
+    share_error(error)
     return refuse(error, all_ranks_say_the_same=True)
 
 
-def _train(run: Run, options: argparse.Namespace, stopper: Stopper) -> UserError | None:
+def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> UserError | None:
     """Returns what the user has to mend."""
     # after what needs no more than the run file: DeepSpeed takes seconds to import
     from megatron_vocagno.engine.processes import show_deepspeed_log
-    from megatron_vocagno.train import start_training
+    from megatron_vocagno.training.loop import start_training
 
     if options.verbose and is_first_rank():
         show_deepspeed_log()
     try:
-        start_training(run, options.deepspeed_config, stopper, options.quiet)
+        start_training(run, options.deepspeed_config, stop_signal, options.quiet)
     except UserError as error:
         return error
     return None

@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vocagno.corpus.build import build
+from megatron_vocagno.corpus.create import create
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
-from megatron_vocagno.corpus.manifest import ShardRecord, Totals, create, hash_file
-from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.corpus.manifest import ShardRecord, Totals, hash_file
 from megatron_vocagno.corpus.spans import Spans, encode
 from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 
 
@@ -23,7 +24,7 @@ def build_dataset(out: Path, texts: Sequence[str], student: Path, teacher: Path)
     out.mkdir(parents=True)
     corpus = out / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    build([corpus], out / "dataset", Settings(student=str(student), teacher=str(teacher)), shard_bytes=100_000)
+    build([corpus], out / "dataset", BuildConfig(student=str(student), teacher=str(teacher)), shard_bytes=100_000)
     return AlignedDataset.open(out / "dataset")
 
 
@@ -103,4 +104,4 @@ def invent_spans(random: np.random.Generator, n: int, wide: float = 0) -> Spans:
         width[0] = shared[1] = 0
     before = int(random.random() < 0.1)
     last = before + np.cumsum(width - shared)
-    return Spans((last - width).astype(np.int32), last.astype(np.int32), before).ended()
+    return Spans((last - width).astype(np.int32), last.astype(np.int32), before).with_eos()

@@ -20,7 +20,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import megatron_vocagno.train  # noqa: F401
+import megatron_vocagno.training.loop  # noqa: F401
 from megatron_vocagno.pretrain import main
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_vocagno import pretrain
-from megatron_vocagno.engine import learning
+from megatron_vocagno.engine import loss
 from megatron_vocagno.model import student
 from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.objective.statistics import STATS
@@ -38,6 +38,6 @@ def select_tokens(
 
 
 if __name__ == "__main__":
-    learning.token_loss = student.token_loss = token_loss  # type: ignore[assignment]
-    learning.select_tokens = select_tokens  # type: ignore[assignment]
+    loss.token_loss = student.token_loss = token_loss  # type: ignore[assignment]
+    loss.select_tokens = select_tokens  # type: ignore[assignment]
     sys.exit(pretrain.main())

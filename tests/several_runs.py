@@ -23,14 +23,15 @@ from deepspeed import comm as dist
 from deepspeed.utils import groups
 from torch import Tensor
 
-from megatron_vocagno import pretrain, train
-from megatron_vocagno.engine import learning, placement
+from megatron_vocagno import pretrain
+from megatron_vocagno.engine import loss, placement
+from megatron_vocagno.engine.placement import ShardedTeacher
 from megatron_vocagno.engine.processes import start, stop
-from megatron_vocagno.engine.sharded import ShardedTeacher
 from megatron_vocagno.objective.rule import Selection
 from megatron_vocagno.run_file import load_run
+from megatron_vocagno.training import loop
 
-select_tokens, call, open_sharded = learning.select_tokens, learning.Objective.__call__, placement.open_sharded
+select_tokens, call, open_sharded = loss.select_tokens, loss.Objective.__call__, placement.open_sharded
 seen: dict[str, list[np.ndarray]] = defaultdict(list)
 """Of the present run, by the name of the file that it will be."""
 teachers: list[ShardedTeacher] = []
@@ -42,7 +43,7 @@ def select_and_note(*losses_and_spans: Tensor, **choices: object) -> Selection:
     return selection
 
 
-def call_and_note(objective: learning.Objective, loss_BS: Tensor, *others: object) -> Tensor:
+def call_and_note(objective: loss.Objective, loss_BS: Tensor, *others: object) -> Tensor:
     kind = "learned" if loss_BS.requires_grad else "looked" if objective._looked is not None else "evaluated"
     seen[f"{kind}-{dist.get_rank(objective.group)}"].append(loss_BS.detach().float().numpy().copy())
     return call(objective, loss_BS, *others)  # type: ignore[arg-type]
@@ -64,11 +65,11 @@ def leave(output: Path) -> None:
 
 
 def main(runs: list[list[str]]) -> None:
-    learning.select_tokens = select_and_note  # type: ignore[assignment]
-    learning.Objective.__call__ = call_and_note  # type: ignore[method-assign]
+    loss.select_tokens = select_and_note  # type: ignore[assignment]
+    loss.Objective.__call__ = call_and_note  # type: ignore[method-assign]
     placement.open_sharded = open_and_note
     processes = start()
-    train.start, train.stop = lambda: processes, dist.barrier
+    loop.start, loop.stop = lambda: processes, dist.barrier
     for arguments in runs:
         # DeepSpeed's process-wide record of the ranks that form a pipeline: a new process has none
         groups.mpu = None

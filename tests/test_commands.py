@@ -23,8 +23,8 @@ from rich.console import Console
 from megatron_vocagno import command
 from megatron_vocagno.command import Parser, duration, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.errors import OccupiedError, RunError
-from megatron_vocagno.monitor import Monitor
+from megatron_vocagno.errors import RunError, RunLockedError
+from megatron_vocagno.training.monitor import Monitor
 from tests.runs import REPOSITORY, SCRIPT, Case, environment
 from tools.preprocess import build_dataset, console
 from tools.preprocess.console import WorkProgress
@@ -198,7 +198,7 @@ def fail(error: BaseException) -> Callable[[], int]:
     ("error", "code", "told"),
     [
         (RunError("the data is gone"), 2, "error: the data is gone\n"),
-        (OccupiedError("another run"), 1, "error: another run\n"),
+        (RunLockedError("another run"), 1, "error: another run\n"),
         (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'\n"),
         (KeyboardInterrupt(), 130, "interrupted; go on\n"),
     ],
@@ -291,7 +291,7 @@ def test_a_scoring_that_is_interrupted_goes_on(
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_vocagno.offline.score.score", stop)
+    monkeypatch.setattr("megatron_vocagno.preprocess.score.score", stop)
     assert score_teacher.main([str(dataset.path), "--teacher", str(dataset.path)]) == 130
     assert capsys.readouterr().err == "interrupted; what is scored stays; the same command goes on from there\n"
 
@@ -338,9 +338,9 @@ def test_quiet_leaves_the_result(dataset: AlignedDataset, capsys: pytest.Capture
 def test_a_quiet_run_tells_what_is_wrong_and_its_last_word(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, 1, 1, quiet=True)
     with monitor.writing(0):
-        monitor.say("starting")
+        monitor.print("starting")
         monitor.step(1, {"loss/train": 1.0})
-        monitor.leave(1, 0)
+        monitor.log_exit(1, 0)
     assert capsys.readouterr().out == "finished: step 1 was the last one\n"
 
 

@@ -18,12 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_vocagno import hub
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
-from megatron_vocagno.errors import HubError, ModelError, RunError
+from megatron_vocagno.errors import HubError, ModelError, RunError, UserError
 from megatron_vocagno.model.folder import model_folder, pinned
-from megatron_vocagno.offline.score import Asked
 from megatron_vocagno.planning.sizes import read_config
+from megatron_vocagno.preprocess.score import ScoringOptions
 from megatron_vocagno.run_file import load_run
-from megatron_vocagno.train import with_fields
+from megatron_vocagno.training.loop import with_fields
 from tests.hub_server import COMMIT, GATED, serving
 from tests.runs import REPOSITORY, Case, environment, spawn
 from tools.preprocess import score_teacher
@@ -155,13 +155,13 @@ def test_of_two_processes_that_pin_at_once_the_first_has_its_way(tmp_path: Path,
 
 def test_all_tasks_that_score_a_dataset_read_one_commit(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = shutil.copytree(case.train, tmp_path / "data")
-    asked: list[Asked] = []
+    asked: list[ScoringOptions] = []
 
-    def keep(path: Path, what: Asked, *_: object) -> Manifest:
+    def keep(path: Path, what: ScoringOptions, *_: object) -> Manifest:
         asked.append(what)
         return read_manifest(path)
 
-    monkeypatch.setattr("megatron_vocagno.offline.score.score", keep)
+    monkeypatch.setattr("megatron_vocagno.preprocess.score.score", keep)
     for task, commit in (("1/2", "1" * 40), ("2/2", "2" * 40)):
         monkeypatch.setattr(hub, "snapshot", lambda *_, commit=commit: Path(commit))
         assert score_teacher.main([str(data), "--teacher", "someone/tiny", "--shards", task]) == 0
@@ -311,19 +311,19 @@ def test_the_error_of_a_run_names_the_field_of_a_model_that_is_missing(tmp_path:
                 try:
                     action(name)
                 except ModelError as error:
-                    told = with_fields(run, str(error))
+                    told = with_fields(run, error)
                     assert told == f"{field}: {error}" and "no model at" in told
                     met += 1
     assert met == 8  # a commit and a path need no pin
-    assert with_fields(run, "pins.json cannot be read") == "pins.json cannot be read"
+    assert with_fields(run, UserError("pins.json cannot be read")) == "pins.json cannot be read"
 
 
 def test_losses_that_were_scored_by_id_are_those_of_the_folder(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a dataset would have to be scored anew when its teacher is moved to the Hub's cache."""
     monkeypatch.setattr(hub, "snapshot", lambda name: case.teacher)
     data = AlignedDataset.open(case.train)
-    by_id = Asked(Path(f"someone/{case.teacher.name}@{COMMIT}")).scoring(data)
-    assert by_id == Asked(case.teacher).scoring(data) and by_id.name == case.teacher.name
+    by_id = ScoringOptions(Path(f"someone/{case.teacher.name}@{COMMIT}")).scoring(data)
+    assert by_id == ScoringOptions(case.teacher).scoring(data) and by_id.name == case.teacher.name
 
 
 def test_a_run_does_not_depend_on_the_road_by_which_its_models_came(case: Case, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.errors import UserError
-from megatron_vocagno.monitor import read_metrics
+from megatron_vocagno.training.monitor import read_metrics
 
 DEMO = Path(".demo")
 RUN = DEMO / "run"

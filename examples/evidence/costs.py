@@ -16,7 +16,7 @@ from safetensors import safe_open
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.engine.manifest import checkpoint_folders
-from megatron_vocagno.monitor import read_metrics
+from megatron_vocagno.training.monitor import read_metrics
 
 
 @dataclass(frozen=True)

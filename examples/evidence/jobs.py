@@ -18,8 +18,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from megatron_vocagno.command import duration
-from megatron_vocagno.corpus.workers import ONE_THREAD
 from megatron_vocagno.errors import UserError
+from megatron_vocagno.preprocess.workers import ONE_THREAD
 
 PRELOADED = "examples.evidence.preload"
 SHOWN_OF_A_LOG = 3000

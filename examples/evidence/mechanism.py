@@ -43,7 +43,7 @@ from examples.evidence.recall import recall
 from examples.evidence.running import Options, Run, Spec
 from examples.evidence.sampled import measured_overlap, shares_kept
 from examples.evidence.students import open_student
-from megatron_vocagno.monitor import read_metrics
+from megatron_vocagno.training.monitor import read_metrics
 
 JUDGE, HIGHER_IS_BETTER = "answer_nats", False
 

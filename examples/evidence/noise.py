@@ -22,7 +22,7 @@ from examples.evidence.running import Options, Run, Spec
 from examples.evidence.smollm2 import teacher
 from examples.evidence.students import open_student
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps
+from megatron_vocagno.training.sample_files import SampleRows, SampleStep, read_rows, read_steps
 
 JUDGE, HIGHER_IS_BETTER = "bits_per_byte", False
 

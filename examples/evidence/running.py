@@ -26,8 +26,8 @@ from examples.evidence.costs import Costs
 from examples.evidence.jobs import Job, work
 from megatron_vocagno.engine.manifest import checkpoint_folders, step_of
 from megatron_vocagno.files import write_durably
-from megatron_vocagno.monitor import FINISHED_FILE, read_metrics
 from megatron_vocagno.pretrain import main
+from megatron_vocagno.training.monitor import FINISHED_FILE, read_metrics
 
 HERE = Path(__file__).parent
 ARMS = HERE / "arms"

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from megatron_vocagno.batch.chunked import overlap
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.samples import SampleRows, read_rows, read_steps
+from megatron_vocagno.training.sample_files import SampleRows, read_rows, read_steps
 
 
 def shares_kept(output: Path, kinds: Callable[[int], NDArray[np.str_]]) -> dict[int, dict[str, float]]:

@@ -30,8 +30,8 @@ from examples.evidence.corpus import read_part
 from examples.evidence.jobs import Job, work
 from examples.evidence.running import ARMS, SETTINGS
 from megatron_vocagno.export import export
-from megatron_vocagno.monitor import FINISHED_FILE, read_metrics
 from megatron_vocagno.pretrain import main
+from megatron_vocagno.training.monitor import FINISHED_FILE, read_metrics
 from tools.preprocess import build_dataset
 
 MODEL = {

@@ -9,5 +9,4 @@ text_losses.py   what a model's losses say of text, in nats a token and bits a b
 chunked.py  the same with another alignment, for comparison
 blend.py    rows of several datasets, mixed in exact shares
 forwards.py rows of different lengths, read together
-texts.py    texts -> padded tensors of both models, for loops of one's own
 """

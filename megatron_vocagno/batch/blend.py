@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_vocagno.batch.loader import TrainRows
-from megatron_vocagno.batch.pack import Piece, Row
+from megatron_vocagno.batch.pack import DocumentSpan, Row
 
 
 class Mixture:
@@ -65,7 +65,7 @@ class BlendedRows:
         part, own = self.mixture.place(index)
         return self.parts[part][own]
 
-    def pieces(self, index: int) -> tuple[int, list[Piece]]:
+    def pieces(self, index: int) -> tuple[int, list[DocumentSpan]]:
         """The dataset that gives row `index`, and what the row holds of it."""
         part, own = self.mixture.place(index)
         return part, self.parts[part].pieces(own)

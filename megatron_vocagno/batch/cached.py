@@ -15,9 +15,9 @@ import numpy.typing as npt
 from megatron_vocagno.batch.pack import (
     NO_IDS,
     AlignedDocuments,
+    DocumentSpan,
     Float32,
     Int32,
-    Piece,
     TeacherSide,
     TeacherSource,
     TeacherTargets,
@@ -45,7 +45,7 @@ class CachedLosses:
     def __init__(self, dataset: ScoredDocuments) -> None:
         self.dataset = dataset
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         document, start, _ = pieces[0]
         skipped = int(self.dataset.spans(document, start, start + 1).first[0]) if start else 0
         targets = TeacherTargets.of(self.dataset, pieces, skipped)
@@ -71,7 +71,7 @@ class CombinedGuides:
         """teachers: with losses, of the same documents and student ids."""
         self.teachers, self.aggregate, self.combine = teachers, aggregate, combine
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         sides = [teacher.read(pieces) for teacher in self.teachers]
         guide_TN = np.stack([guides(side, self.aggregate) for side in sides])
         mapped = sides[0].first < sides[0].last  # for all alike: where the student's token has text

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_vocagno.batch.pack import Int32, Int64, Piece, TeacherSide, TeacherSource
+from megatron_vocagno.batch.pack import DocumentSpan, Int32, Int64, TeacherSide, TeacherSource
 
 
 class Chunked:
@@ -22,7 +22,7 @@ class Chunked:
     def __init__(self, source: TeacherSource, chunks: int) -> None:
         self.source, self.chunks = source, chunks
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         side = self.source.read(pieces)
         first, last = chunk_ranges(side.first, side.last, len(side.starts_document), self.chunks)
         return replace(side, first=first, last=last)

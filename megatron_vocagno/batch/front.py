@@ -9,17 +9,10 @@ They have no target and no loss, and spans do not count them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import orjson
-
-from megatron_vocagno.config import Bos
-from megatron_vocagno.corpus.front import front_ids
-from megatron_vocagno.errors import RunError
 
 Int32 = npt.NDArray[np.int32]
 
@@ -64,33 +57,3 @@ class Front:
 NO_FRONT = Front()
 NO_FRONTS = (NO_FRONT, NO_FRONT)
 """Of a student and of its teacher."""
-
-
-def front_of(asked: Bos, tokenizers: Sequence[Path], field: str, rows: int) -> tuple[int, ...]:
-    """The ids that a model reads in front of text.
-
-    asked       `teacher.bos` or `student.bos`, which `field` names
-    tokenizers  folders, of which the first that has a tokenizer is asked: the model's own, then that of the dataset
-    rows        of the model's embedding
-
-    Raises RunError: an id that the model does not have.
-    """
-    if asked == "none":
-        return ()
-    own = (found for folder in tokenizers if (found := front_ids(folder)) is not None)
-    ids = next(own, ()) if asked == "auto" else (asked,)
-    for i in ids:
-        if i >= rows:
-            whose = f"{field} = {i}" if asked != "auto" else f"{field} = 'auto': the tokenizer puts {i} in front of a text, which"
-            raise RunError(f"{whose} is no id of the model: its embedding has {rows:,} rows, ids 0 to {rows - 1:,}")
-    return ids
-
-
-def described(front: Sequence[int], tokenizer: Path) -> str:
-    """For people: `<s> (1)`, or `nothing`. tokenizer: a folder with a tokenizer.json."""
-    if not front:
-        return "nothing"
-    raw = orjson.loads((tokenizer / "tokenizer.json").read_bytes())
-    names = {i: piece for piece, i in raw["model"]["vocab"].items() if i in front}
-    names |= {token["id"]: token["content"] for token in raw.get("added_tokens") or () if token["id"] in front}
-    return " ".join(f"{names.get(i, '?')} ({i})" for i in front)

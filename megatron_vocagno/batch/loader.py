@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.batch.pack import AlignedDocuments, Float32, Int32, Mapping, Piece, Row, Rows, TeacherSource
+from megatron_vocagno.batch.pack import AlignedDocuments, DocumentSpan, Float32, Int32, MappingStatus, Row, Rows, TeacherSource
 from megatron_vocagno.batch.text_losses import TextLoss, summed
 
 IGNORE = -100
@@ -59,7 +59,7 @@ class Batch:
     said: tuple[TextLoss, ...]
     """What each teacher whose losses are cached said of the rows' text."""
     mapping_counts: tuple[int, ...]
-    """How many targets have each `Mapping`."""
+    """How many targets have each `MappingStatus`."""
     row_mapped: tuple[int, ...]
     row_unmapped: tuple[int, ...]
     """How many targets of each row are mapped, and how many are not."""
@@ -116,7 +116,7 @@ class TrainRows:
         rows, k = self._row(index)
         return rows[k]
 
-    def pieces(self, index: int) -> list[Piece]:
+    def pieces(self, index: int) -> list[DocumentSpan]:
         """What row `index` holds."""
         rows, k = self._row(index)
         return rows.pieces(k)
@@ -211,8 +211,8 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         own = slice(lead, lead + len(row.input_ids))
         inputs[b, own], targets[b, own], text[b, own] = row.input_ids, row.target_ids, row.is_text
         first[b, own], last[b, own], begins[b, own] = row.first, row.last, row.starts_document
-    counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(Mapping))
-    mapped = [int(np.count_nonzero(row.mapping == Mapping.MAPPED)) for row in rows]
+    counts = np.bincount(np.concatenate([row.mapping for row in rows]), minlength=len(MappingStatus))
+    mapped = [int(np.count_nonzero(row.mapping == MappingStatus.MAPPED)) for row in rows]
     return Batch(
         input_BS=torch.from_numpy(inputs),
         target_BS=torch.from_numpy(targets),

@@ -40,7 +40,7 @@ the row is cut inside a teacher token, and the tokens that need it are unmapped 
 """
 
 
-class Mapping(IntEnum):
+class MappingStatus(IntEnum):
     """Why a student target has a guide, or has none."""
 
     MAPPED = 0
@@ -76,7 +76,7 @@ class AlignedDocuments(Protocol):
     def common_boundary(self, document: int, start: int, stop: int) -> npt.NDArray[np.bool_]: ...
 
 
-class Piece(NamedTuple):
+class DocumentSpan(NamedTuple):
     """Tokens [start, stop) of one document."""
 
     document: int
@@ -85,7 +85,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """The student's tokens of the documents in one order; positions count from its beginning."""
 
     order: Int32
@@ -94,10 +94,10 @@ class Stream:
     """[D + 1] the position where each document of the order starts, and the stream's length."""
 
     @classmethod
-    def of(cls, order: Int32, lengths: Int32) -> Stream:
+    def of(cls, order: Int32, lengths: Int32) -> TokenStream:
         """lengths: tokens of every document of the dataset.
 
-        >>> stream = Stream.of(np.array([2, 0]), np.array([4, 9, 3]))
+        >>> stream = TokenStream.of(np.array([2, 0]), np.array([4, 9, 3]))
         >>> len(stream), stream.place(2), stream.place(3)
         (7, (0, 2), (1, 0))
         """
@@ -128,7 +128,7 @@ class Row:
     last: Int32
     """[n] which of the teacher's targets cover each student target, half-open; first == last where it is unmapped."""
     mapping: UInt8
-    """[n] a `Mapping` for each target."""
+    """[n] a `MappingStatus` for each target."""
     teacher_input_ids: Int32
     teacher_target_ids: Int32
     """[u] the teacher's loss of target j comes from the logits at input j."""
@@ -145,7 +145,7 @@ class Row:
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
         """[n] targets inside a document's text: neither its first token nor its end."""
-        text: npt.NDArray[np.bool_] = (self.mapping != Mapping.END_OF_DOCUMENT) & ~self.starts_document
+        text: npt.NDArray[np.bool_] = (self.mapping != MappingStatus.END_OF_DOCUMENT) & ~self.starts_document
         return text
 
 
@@ -155,11 +155,11 @@ class Rows:
     >>> from megatron_vocagno.corpus import AlignedDataset
     >>> rows = Rows(AlignedDataset.open("data/mine"), np.array([1, 0]), row_length=32)
     >>> len(rows), rows.pieces(0)
-    (1, [Piece(document=1, start=0, stop=8), Piece(document=0, start=0, stop=7)])
+    (1, [DocumentSpan(document=1, start=0, stop=8), DocumentSpan(document=0, start=0, stop=7)])
     >>> row = rows[0]
     >>> row.input_ids.tolist()[1:] == row.target_ids.tolist()[:-1], len(row.target_ids), len(row.teacher_target_ids)
     (True, 14, 15)
-    >>> [Mapping(code).name for code in row.mapping if code]
+    >>> [MappingStatus(code).name for code in row.mapping if code]
     ['END_OF_DOCUMENT', 'END_OF_DOCUMENT']
     """
 
@@ -184,7 +184,7 @@ class Rows:
         self.front = front
         self.teacher = teacher or TeacherIds(dataset)
         self.student_lengths = dataset.student_lengths
-        self.student = Stream.of(order, self.student_lengths)
+        self.student = TokenStream.of(order, self.student_lengths)
 
     def __len__(self) -> int:
         """The last row may be short; its last target is the last token of the last document."""
@@ -195,13 +195,13 @@ class Rows:
         slot, token = self._place(k)
         return int(self.student.starts[slot]) + token
 
-    def pieces(self, k: int) -> list[Piece]:
+    def pieces(self, k: int) -> list[DocumentSpan]:
         """Row k's inputs and its last target, as pieces of documents."""
         (slot, token), (last_slot, last_token) = self._place(k), self._place(k + 1)
         documents = self.student.order[slot : last_slot + 1].tolist()
         starts = [token] + [0] * (len(documents) - 1)
         stops = [*self.student_lengths[documents[:-1]].tolist(), last_token + 1]
-        return [Piece(*piece) for piece in zip(documents, starts, stops, strict=True)]
+        return [DocumentSpan(*piece) for piece in zip(documents, starts, stops, strict=True)]
 
     def __getitem__(self, k: int) -> Row:
         """Reads row k of the files. Raises IndexError."""
@@ -219,11 +219,11 @@ class Rows:
 
         first, last, mapping = teacher.first, teacher.last, np.zeros(len(teacher.first), np.uint8)
         # where several reasons hold, the last one is told
-        mapping[last > len(teacher.starts_document)] = Mapping.BEYOND_TEACHER
-        mapping[first < 0] = Mapping.NO_CONTEXT
-        mapping[first == last] = Mapping.NO_TEXT
-        mapping[ends[1:]] = Mapping.END_OF_DOCUMENT
-        unmapped = mapping != Mapping.MAPPED
+        mapping[last > len(teacher.starts_document)] = MappingStatus.BEYOND_TEACHER
+        mapping[first < 0] = MappingStatus.NO_CONTEXT
+        mapping[first == last] = MappingStatus.NO_TEXT
+        mapping[ends[1:]] = MappingStatus.END_OF_DOCUMENT
+        unmapped = mapping != MappingStatus.MAPPED
         first[unmapped] = last[unmapped] = 0
         lead, inputs = self.front.before(ids[:-1], begins[1:])
         return Row(
@@ -282,7 +282,7 @@ class TeacherSide:
 class TeacherSource(Protocol):
     """What reads the teacher's side of rows."""
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         """pieces: the row's inputs and its last target."""
         ...
 
@@ -295,7 +295,7 @@ class TeacherIds:
         self.dataset, self.front = dataset, front
         self.limit = None if limit is None else limit - len(front)
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         document, start, _ = pieces[0]
         # inside of a document, its first token in the row has nothing before it, and is only read
         skipped = int(self.dataset.spans(document, start, start + 1).first[0]) + 1 if start else 0
@@ -316,11 +316,11 @@ class TeacherTargets:
     last: Int32
     starts_document: npt.NDArray[np.bool_]
     """As in TeacherSide."""
-    pieces: list[Piece]
+    pieces: list[DocumentSpan]
     """Its tokens."""
 
     @classmethod
-    def of(cls, dataset: AlignedDocuments, pieces: list[Piece], skipped: int, limit: int | None = None) -> TeacherTargets:
+    def of(cls, dataset: AlignedDocuments, pieces: list[DocumentSpan], skipped: int, limit: int | None = None) -> TeacherTargets:
         """skipped: teacher tokens of the first document that come before; limit: most targets."""
         spans = [dataset.spans(*piece) for piece in pieces]
         lengths = [int(dataset.teacher_lengths[piece.document]) for piece in pieces]
@@ -330,7 +330,7 @@ class TeacherTargets:
         last = np.concatenate([part.last + base for part, base in zip(spans, bases, strict=True)])[1:]
         count = max(int(last[-1]), 0) if limit is None else min(max(int(last[-1]), 0), limit)
         bounds = [
-            Piece(piece.document, max(0, -base), min(length, count - base))
+            DocumentSpan(piece.document, max(0, -base), min(length, count - base))
             for piece, base, length in zip(pieces, bases, lengths, strict=True)
         ]
         begins = np.zeros(count, np.bool_)

@@ -34,7 +34,7 @@ class TextLoss(NamedTuple):
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
-class Heard(NamedTuple):
+class BatchTextLosses(NamedTuple):
     """What the losses of both models said of the same text."""
 
     student: TextLoss

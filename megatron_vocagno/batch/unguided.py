@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import TrainRows
-from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, Float32, Piece, TeacherSide
+from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, DocumentSpan, Float32, TeacherSide
 
 
 class NoGuide:
@@ -20,14 +20,14 @@ class NoGuide:
     def __init__(self, dataset: AlignedDocuments) -> None:
         self.dataset = dataset
 
-    def read(self, pieces: list[Piece]) -> TeacherSide:
+    def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         spans = [self.dataset.spans(*piece) for piece in pieces]
         mapped = np.concatenate([part.first < part.last for part in spans])[1:]
         first = np.arange(len(mapped), dtype=np.int32)
         starts = np.zeros(len(mapped), np.bool_)
         return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, self._guide(pieces[0], len(mapped)))
 
-    def _guide(self, start: Piece, targets: int) -> Float32:
+    def _guide(self, start: DocumentSpan, targets: int) -> Float32:
         return np.zeros(targets, np.float32)
 
 
@@ -39,7 +39,7 @@ class RandomGuide(NoGuide):
         super().__init__(dataset)
         self.seed, self.part, self.epoch = seed, part, epoch
 
-    def _guide(self, start: Piece, targets: int) -> Float32:
+    def _guide(self, start: DocumentSpan, targets: int) -> Float32:
         place = (self.part, self.epoch, start.document, start.start)
         random = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=place))
         return random.random(targets, np.float32) - np.float32(1)

@@ -1,44 +1,33 @@
-"""Text -> files: an aligned dataset on disk. numpy only, no torch.
+"""An aligned dataset: tokenizers, alignment, files. numpy only, no torch.
 
-In the order in which data passes. What is read:
-
-- `places`       a path or URL -> something to open
-- `inputs`       files, folders, globs -> pieces of files; `streams`, `parquet`  their bytes, their rows;
-                 `foreign`  what is no input
-- `documents`    a piece -> documents, and records that are none
-
-What is made of a text:
+Tokenizers:
 
 - `tokens`       a text -> `Tokens`: ids and the UTF-8 byte at which each token ends
+- `encoders`     the libraries that give the ids
 - `plain_text`   a tokenizer.json -> how it reads a text, without its control tokens
-- `encoders`     the libraries that give the ids; `sentencepiece_model`  a SentencePiece model -> tokenizer.json
+- `sentencepiece_model`  a SentencePiece model -> tokenizer.json
 - `tokenizer_files`  which files a tokenizer has, and which token ends a document
-- `identity`     whether two tokenizers are one, and whether one reads texts as its own library does
-- `front`        the ids that a model's tokenizer puts in front of a text: BOS
+- `front`        the ids that a model's tokenizer puts in front of a text (BOS)
+- `identity`     whether two tokenizers are the same, and whether one gives the ids of its own library
+- `decoding`     token ids -> text
+
+Alignment:
+
 - `spans`        two `Tokens` of one text -> `Spans`: the teacher tokens that cover each student token; the one-byte codec
 - `alignment`    `align`: one text and two tokenizers -> both sides' tokens and the spans, printable
-- `aligner`      the same for a batch of texts at once, by arrays; `aligner_numba`  compiled
-- `long_texts`   a text of many megabytes, in parts
 
-What is written:
+Files:
 
-- `indexed`      Megatron `.bin`/`.idx` pairs: write, read
-- `shard_writer` documents -> the pairs of one shard
-- `shards`       `make_shard`, the one idempotent function that every engine runs
-- `manifest`     dataset.json: its records, `create`
-- `dataset`      `AlignedDataset`: open, read, merge; `verify`  read everything and find what changed
-- `decoding`     its token ids -> text
-- `losses`       the losses of a teacher that has scored it
+- `places`       a path or URL -> something to open
+- `indexed`      Megatron `.bin`/`.idx` pairs
+- `manifest`     dataset.json
+- `create`       finished shards -> a dataset
+- `losses`       the losses of a teacher that has scored the dataset
+- `dataset`      `AlignedDataset`: open, read, merge
+- `verify`       read everything and find what changed
 
-How it is run:
-
-- `plan`         inputs -> which pieces make which shard
-- `workers`      jobs in processes of this machine; `ray_engine`  on a Ray cluster
-- `build`        plan, engine, dataset.json; locks, slices for job arrays
-
-`docs/reference.md` describes the files byte by byte.
-
-The names below are for code outside of this project, as docs/reference.md shows them; inside, modules are named in full.
+docs/reference.md describes the files byte by byte. The names below are for code outside of this project; inside, modules are
+named in full.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vocagno.corpus.decoding import Decoder
+from megatron_vocagno.corpus.decoding import TokenDecoder
 from megatron_vocagno.corpus.identity import require_same, require_tokenizer
 from megatron_vocagno.corpus.indexed import THREADS, PairReader
 from megatron_vocagno.corpus.losses import LOSS
@@ -108,9 +108,9 @@ class AlignedDataset:
         folders = [path / shard.path for shard in manifest.shards if shard.totals.documents]
         student, teacher, codes, anchors, ids = ([folder / name for folder in folders] for name in (*PAIRS, IDS))
         self._student, self._teacher, self._anchors = PairReader(*student), PairReader(*teacher), PairReader(*anchors)
-        self._codes = self._student.beside(np.uint8, *codes)
+        self._codes = self._student.with_same_lengths(np.uint8, *codes)
         self._ids = PairReader(*ids) if manifest.id_key is not None else None
-        self._losses = self._teacher.beside(np.uint16, *(folder / LOSS for folder in folders))
+        self._losses = self._teacher.with_same_lengths(np.uint16, *(folder / LOSS for folder in folders))
         for pair in (self._teacher, self._anchors, *([self._ids] if self._ids is not None else [])):
             for k, (mine, students) in enumerate(zip(pair.first_documents[1:], self._student.first_documents[1:], strict=True)):
                 if mine != students:
@@ -239,10 +239,12 @@ class AlignedDataset:
         verify(self.path, on_shard)
 
     @cached_property
-    def _decoders(self) -> dict[str, Decoder]:
+    def _decoders(self) -> dict[str, TokenDecoder]:
         """Each side's; reading the tokenizers takes a tenth of a second."""
         tables = {"student": self.student_byte_lengths, "teacher": self.teacher_byte_lengths}
-        return {side: Decoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()}
+        return {
+            side: TokenDecoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()
+        }
 
     def _tokenizer(self, side: str, byte_lengths: NDArray[np.int32]) -> TokenizerInfo:
         r = self.manifest.tokenizer(side)

@@ -22,7 +22,7 @@ from megatron_vocagno.errors import DatasetError
 
 
 @dataclass(frozen=True)
-class Decoder:
+class TokenDecoder:
     """Whole documents of one tokenizer -> their text.
 
     bytes   [vocabulary] the text of each id; b"" for control tokens and ids that no piece has
@@ -33,7 +33,7 @@ class Decoder:
     prefix: Literal["never", "always", "unless_space"]
 
     @classmethod
-    def of(cls, file: Path, byte_lengths: NDArray[np.int32]) -> Decoder:
+    def of(cls, file: Path, byte_lengths: NDArray[np.int32]) -> TokenDecoder:
         """file: a tokenizer.json; byte_lengths: int32 [vocabulary], bytes of each id. Raises DatasetError: see token_bytes."""
         raw = orjson.loads(file.read_bytes())
         return cls(token_bytes(file, pieces_of(raw), byte_lengths), plain_text(raw, set()).prefix)

@@ -14,16 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import orjson
 
-from megatron_vocagno.command import tool
 from megatron_vocagno.corpus.encoders import around_a_text
 from megatron_vocagno.corpus.sentencepiece_model import sentencepiece_names
-from megatron_vocagno.errors import TokenizerError, lfs_pointer
+from megatron_vocagno.corpus.tokenizer_files import FILES, read_json, tokenizer_file
+from megatron_vocagno.errors import RunError, TokenizerError
 
-FILES = ("tokenizer.json", "tokenizer.model")  # in this order
 # classes of transformers that make a post-processor of their own, whatever tokenizer.json has
 OF_THEIR_OWN = ("GPTNeoXTokenizer", "CodeGenTokenizer", "CodeLlamaTokenizer")
 
@@ -49,23 +48,6 @@ def front_ids(folder: Path) -> tuple[int, ...] | None:
     if not isinstance(raw, dict):
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it is no object")
     return front_of_json(raw, file)
-
-
-def tokenizer_file(path: Path) -> Path | None:
-    """The file itself, or that of a folder; None where there is none. Raises TokenizerError: it is GGUF, or of Git LFS."""
-    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
-    if file is not None:
-        # of a model it may be gigabytes
-        with file.open("rb") as opened:
-            start = opened.read(64)
-        if start.startswith(b"GGUF"):
-            convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
-            raise TokenizerError(
-                f"{file} is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n  {convert}"
-            )
-        if pointer := lfs_pointer(start):
-            raise TokenizerError(f"{file} {pointer}")
-    return file
 
 
 def front_of_json(raw: Mapping[str, Any], file: Path) -> tuple[int, ...]:
@@ -124,10 +106,31 @@ def _ask_transformers(folder: Path) -> tuple[int, ...]:
     return tuple(with_front[:at])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """{} where there is no such file, or no object in it. Raises TokenizerError: not JSON."""
-    try:
-        content = orjson.loads(file.read_bytes()) if file.is_file() else {}
-    except orjson.JSONDecodeError as error:
-        raise TokenizerError(f"{file}: not valid JSON: {error}") from None
-    return content if isinstance(content, dict) else {}
+def front_of(asked: Literal["auto", "none"] | int, tokenizers: Sequence[Path], field: str, rows: int) -> tuple[int, ...]:
+    """The ids that a model reads in front of text.
+
+    asked       `teacher.bos` or `student.bos`, which `field` names
+    tokenizers  folders, of which the first that has a tokenizer is asked: the model's own, then that of the dataset
+    rows        of the model's embedding
+
+    Raises RunError: an id that the model does not have.
+    """
+    if asked == "none":
+        return ()
+    own = (found for folder in tokenizers if (found := front_ids(folder)) is not None)
+    ids = next(own, ()) if asked == "auto" else (asked,)
+    for i in ids:
+        if i >= rows:
+            whose = f"{field} = {i}" if asked != "auto" else f"{field} = 'auto': the tokenizer puts {i} in front of a text, which"
+            raise RunError(f"{whose} is no id of the model: its embedding has {rows:,} rows, ids 0 to {rows - 1:,}")
+    return ids
+
+
+def describe_front(front: Sequence[int], tokenizer: Path) -> str:
+    """For people: `<s> (1)`, or `nothing`. tokenizer: a folder with a tokenizer.json."""
+    if not front:
+        return "nothing"
+    raw = orjson.loads((tokenizer / "tokenizer.json").read_bytes())
+    names = {i: piece for piece, i in raw["model"]["vocab"].items() if i in front}
+    names |= {token["id"]: token["content"] for token in raw.get("added_tokens") or () if token["id"] in front}
+    return " ".join(f"{names.get(i, '?')} ({i})" for i in front)

@@ -16,9 +16,9 @@ from pathlib import Path
 import orjson
 
 from megatron_vocagno.corpus.encoders import SAMPLE, OwnTokenizer
-from megatron_vocagno.corpus.front import tokenizer_file
 from megatron_vocagno.corpus.manifest import TokenizerRecord
 from megatron_vocagno.corpus.plain_text import digest, parts_of, plain_text
+from megatron_vocagno.corpus.tokenizer_files import tokenizer_file
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.errors import DatasetError, TokenizerError
 

@@ -93,7 +93,7 @@ class PairWriter:
         self._bin.write(np.ascontiguousarray(numbers.astype(self.dtype, casting="safe", copy=False)).data)
         self._lengths[-1] += len(numbers)
 
-    def forget_last(self) -> None:
+    def pop(self) -> None:
         """Takes the last document back."""
         self._bin.seek(-self._lengths.pop() * self.dtype.itemsize, os.SEEK_END)
         self._bin.truncate()
@@ -150,7 +150,7 @@ class PairReader:
         self._starts = np.concatenate(starts, dtype=np.uint32 if max(self._sizes) < 2**32 else np.int64, casting="unsafe")
         self._number = next(_readers)
 
-    def beside(self, dtype: DTypeLike, *prefixes: Path) -> PairReader:
+    def with_same_lengths(self, dtype: DTypeLike, *prefixes: Path) -> PairReader:
         """Other pairs, one beside each of these, whose documents are as long as theirs; their indices are not read."""
         other = copy.copy(self)
         other.prefixes, other.dtype, other._number = prefixes, np.dtype(dtype), next(_readers)

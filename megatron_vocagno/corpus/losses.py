@@ -37,8 +37,7 @@ from megatron_vocagno.corpus.manifest import (
     write_durably,
 )
 from megatron_vocagno.errors import DatasetError
-from megatron_vocagno.files import beside, sync
-from megatron_vocagno.locks import try_lock
+from megatron_vocagno.files import beside, sync, try_lock
 
 LOSS = "teacher_loss"
 LOSS_RECORD = f"{LOSS}.json"

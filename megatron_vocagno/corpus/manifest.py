@@ -8,21 +8,16 @@ fingerprint is the one that it has without them.
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
-import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from megatron_vocagno import files
-from megatron_vocagno.command import tool
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.tokens import Tokenizer
-from megatron_vocagno.errors import DatasetError, looked_for
+from megatron_vocagno.errors import DatasetError, looked_for, tool
 
 FORMAT = 2
 CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
@@ -190,7 +185,7 @@ def read_manifest(root: Place) -> Manifest:
     if not file.is_file():
         if (root / "shards").is_dir():
             raise DatasetError(f"{file} is missing: the build of the dataset did not finish; run the same command again")
-        raise DatasetError(f"{root} is not a dataset: {_what_is_there(root)}")
+        raise DatasetError(f"{root} is not a dataset: {_what_is_there(root)}", str(root))
     data = file.read_bytes()
     try:
         fields = orjson.loads(data)
@@ -233,58 +228,6 @@ def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileR
         for shard, files in zip(manifest.shards, manifest.teacher_losses.shards, strict=True):
             for name, record in files.items():
                 yield root / shard.path / name, record
-
-
-def create(
-    out: Place,
-    student: Tokenizer,
-    teacher: Tokenizer,
-    shards: Sequence[ShardRecord],
-    nfc: bool,
-    id_key: str | None = None,
-    teacher_losses: TeacherLosses | None = None,
-) -> None:
-    """Writes the tokenizers and, last, dataset.json around finished shards. Raises DatasetError when no document is left."""
-    totals = sum((shard.totals for shard in shards), Totals())
-    if not totals.documents:
-        if not totals.empty_documents + totals.bad_lines + totals.mismatched_documents:
-            raise DatasetError("no document was read: the input files are empty")
-        raise DatasetError(
-            f"no document is left: {totals.empty_documents:,} were empty, {totals.bad_lines:,} lines were bad, "
-            f"the tokens of {totals.mismatched_documents:,} did not cover their text. Is --text-key the key of the text?"
-        )
-    manifest = Manifest(
-        format=FORMAT,
-        sha256=UNSEALED,
-        codec=CODEC,
-        nfc=nfc,
-        id_key=id_key,
-        student=_write_tokenizer(out / "tokenizers" / "student", student),
-        teacher=_write_tokenizer(out / "tokenizers" / "teacher", teacher),
-        totals=totals,
-        shards=tuple(shards),
-        teacher_losses=teacher_losses,
-    )
-    write_durably(out / DATASET, manifest.sealed())
-
-
-def _write_tokenizer(folder: Place, tokenizer: Tokenizer) -> TokenizerRecord:
-    with TemporaryDirectory() as temporary:
-        tokenizer.save(Path(temporary))
-        contents = {file.name: file.read_bytes() for file in sorted(Path(temporary).iterdir())}
-    table = io.BytesIO()
-    np.save(table, tokenizer.byte_lengths, allow_pickle=False)
-    contents["byte_lengths.npy"] = table.getvalue()
-    make_folder(folder)
-    for name, data in contents.items():
-        write_durably(folder / name, data)
-    return TokenizerRecord(
-        fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        eos_id=tokenizer.eos_id,
-        eos_token=tokenizer.eos_token,
-        files={n: FileRecord(size=len(d), sha256=hashlib.sha256(d).hexdigest()) for n, d in sorted(contents.items())},
-    )
 
 
 def check_size(file: Place, record: FileRecord) -> None:

@@ -54,7 +54,7 @@ class Spans:
         boundary: NDArray[np.bool_] = self.first == self._last_before()
         return boundary
 
-    def ended(self) -> Spans:
+    def with_eos(self) -> Spans:
         """N + 1: the spans with the student's EOS, unmapped, at the place of the teacher's."""
         end = self.last[-1:] if len(self) else np.array([self.before], np.int32)
         return Spans(np.append(self.first, end), np.append(self.last, end), self.before)

@@ -12,10 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_vocagno import hub
-from megatron_vocagno.corpus.front import FILES, read_json, tokenizer_file
-from megatron_vocagno.errors import HubError, TokenizerError, looked_for
+import orjson
 
+from megatron_vocagno import hub
+from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, looked_for, tool
+
+FILES = ("tokenizer.json", "tokenizer.model")  # in this order
 SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
 SMALL_FILES += ["chat_template.jinja"]
 # what stands between documents in pretraining; where a vocabulary has several, the first
@@ -37,6 +39,32 @@ def find_file(path_or_id: str | Path) -> Path:
         what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
         what += looked_for(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
+
+
+def tokenizer_file(path: Path) -> Path | None:
+    """The file itself, or that of a folder; None where there is none. Raises TokenizerError: it is GGUF, or of Git LFS."""
+    file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
+    if file is not None:
+        # of a model it may be gigabytes
+        with file.open("rb") as opened:
+            start = opened.read(64)
+        if start.startswith(b"GGUF"):
+            convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
+            raise TokenizerError(
+                f"{file} is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n  {convert}"
+            )
+        if pointer := lfs_pointer(start):
+            raise TokenizerError(f"{file} {pointer}")
+    return file
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """{} where there is no such file, or no object in it. Raises TokenizerError: not JSON."""
+    try:
+        content = orjson.loads(file.read_bytes()) if file.is_file() else {}
+    except orjson.JSONDecodeError as error:
+        raise TokenizerError(f"{file}: not valid JSON: {error}") from None
+    return content if isinstance(content, dict) else {}
 
 
 def _from_hub(name: str) -> Path:

@@ -16,27 +16,27 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, Schedule
-from megatron_vocagno.engine.distilling import Distiller, DistillingTrainer
-from megatron_vocagno.engine.learning import Objective
+from megatron_vocagno.engine.distilling import Distiller, DistillingEngine
+from megatron_vocagno.engine.engines import DataParallelEngine, PipelineEngine, TrainEngine
+from megatron_vocagno.engine.loss import Objective
+from megatron_vocagno.engine.pipeline import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.processes import Processes
-from megatron_vocagno.engine.settings import Settings, precision
-from megatron_vocagno.engine.stages import StudentPipeline, pipeline_layers
-from megatron_vocagno.engine.trainers import Engine, PipelineTrainer, PlainTrainer
+from megatron_vocagno.engine.settings import DeepSpeedConfig, precision
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.folder import PretrainedWeights
-from megatron_vocagno.model.student import Decoder, Student, logit_softcap
+from megatron_vocagno.model.student import DecoderLayer, Student, logit_softcap
 
 
 def build_engine(
     run: Run,
-    settings: Settings,
+    settings: DeepSpeedConfig,
     config: PretrainedConfig,
     weights: PretrainedWeights | None,
     layout: Layout,
     steps: int,
     processes: Processes,
     distiller: Distiller | None = None,
-) -> Engine:
+) -> TrainEngine:
     """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world.
 
     distiller: the teacher that stands beside it, where the objective compares their distributions.
@@ -58,7 +58,7 @@ def build_engine(
                 num_stages=stages,
                 loss_fn=objective.of_hidden_states,
                 partition_method=run.parallel.partition,
-                checkpointable_layers=[Decoder.__name__],
+                checkpointable_layers=[DecoderLayer.__name__],
             )
     else:
         module = Student(config, run.training.seed, recompute)
@@ -82,11 +82,11 @@ def build_engine(
         raise RunError(f"DeepSpeed does not take this configuration: {type(error).__name__}: {error}") from error
     documents = run.data.by_document
     if distiller is not None:
-        return DistillingTrainer(engine, objective, layout, documents, distiller)
-    return (PipelineTrainer if stages else PlainTrainer)(engine, objective, layout, documents)
+        return DistillingEngine(engine, objective, layout, documents, distiller)
+    return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, documents)
 
 
-def check_precision(settings: Settings, device: torch.device) -> None:
+def check_precision(settings: DeepSpeedConfig, device: torch.device) -> None:
     """Raises RunError where DeepSpeed would refuse with less words."""
     if precision(settings) == "fp16" and not get_accelerator().is_fp16_supported():
         raise RunError(

@@ -15,16 +15,16 @@ from torch import Tensor
 from megatron_vocagno import hub
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
 from megatron_vocagno.batch.chunked import Chunked
-from megatron_vocagno.batch.front import Front, described, front_of
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
-from megatron_vocagno.command import tool
 from megatron_vocagno.config import Guidance, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.front import describe_front, front_of
 from megatron_vocagno.corpus.losses import require_whole, unscored
 from megatron_vocagno.corpus.manifest import DATASET, Scoring
-from megatron_vocagno.errors import RunError
+from megatron_vocagno.errors import RunError, tool
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import cached_snapshot
 
@@ -152,8 +152,8 @@ def _require_front(data: AlignedDataset, scoring: Scoring, asked: Teacher, folde
     front = front_of(asked.bos, [*own, tokenizer], "teacher.bos", data.teacher_tokenizer.vocab_size)
     if front != scoring.front:
         raise RunError(
-            f"{data.path} was scored with {described(scoring.front, tokenizer)} in front of each window, "
-            f"teacher.bos = {asked.bos!r} asks for {described(front, tokenizer)}.\n"
+            f"{data.path} was scored with {describe_front(scoring.front, tokenizer)} in front of each window, "
+            f"teacher.bos = {asked.bos!r} asks for {describe_front(front, tokenizer)}.\n"
             "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
             f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'} --replace"
         )

@@ -21,7 +21,8 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.config import Run
-from megatron_vocagno.engine.agreement import Watch, from_first_rank, together
+from megatron_vocagno.engine.collectives import ErrorCollector, run_on_all_ranks, run_on_rank0
+from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
     FOLDER,
     LATEST,
@@ -31,9 +32,9 @@ from megatron_vocagno.engine.manifest import (
     RUN,
     STUDENT,
     TOKENIZER,
+    CheckpointManifest,
     EngineLayout,
     File,
-    Manifest,
     Position,
     altered,
     changes,
@@ -47,9 +48,8 @@ from megatron_vocagno.engine.manifest import (
     sha256,
     step_folder,
 )
-from megatron_vocagno.engine.settings import Settings, precision, zero_stage
+from megatron_vocagno.engine.settings import DeepSpeedConfig, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
-from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.errors import RunError, SharedError
 from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
 from megatron_vocagno.model.folder import carry_over, on_this_machine
@@ -58,15 +58,15 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
-class Keeper:
+class CheckpointManager:
     """Saves and resumes one run."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: TrainEngine,
         run: Run,
         config: PretrainedConfig,
-        settings: Settings,
+        settings: DeepSpeedConfig,
         dataset: str,
         tokenizer: Path,
         front: Front = NO_FRONT,
@@ -93,7 +93,7 @@ class Keeper:
         """
         folder = step_folder(self.root, position.step)
         first = dist.get_rank() == 0
-        disk = Watch(OSError, SafetensorError)
+        disk = ErrorCollector(OSError, SafetensorError)
         if first:
             with disk.on():
                 self._open(folder)
@@ -104,7 +104,7 @@ class Keeper:
         self._check(disk, folder)
         if first:
             with disk.on():
-                manifest = Manifest(position=position, layout=self.layout, files=files)
+                manifest = CheckpointManifest(position=position, layout=self.layout, files=files)
                 sync(self.root.parent)  # `checkpoints` itself may be new
                 write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
                 write_durably(self.root / LATEST, folder.name.encode())
@@ -139,7 +139,7 @@ class Keeper:
                 # the new one is whole: nothing to end a run for, and the next save tries again
                 log.warning("%s should go and could not be removed: %s", old, error)
 
-    def _check(self, disk: Watch, folder: Path) -> None:
+    def _check(self, disk: ErrorCollector, folder: Path) -> None:
         """Give the folder up where any rank could not write. Collective over the world."""
         failure = disk.failure()
         if failure is None:
@@ -159,14 +159,14 @@ class Keeper:
         Raises RunError: the checkpoint speaks of other data, another order of rows or another training, is of another release,
         or a rank could not read what the others could.
         """
-        folder = first_whole(from_first_rank(lambda: checkpoint_folders(self.root), OSError), _complaint, say)
+        folder = first_whole(run_on_rank0(lambda: checkpoint_folders(self.root), OSError), _complaint, say)
         if folder is None:
             self._check_nothing_is_lost()
             return self.fresh
-        manifest = from_first_rank(lambda: read_manifest(folder), RunError, OSError)
+        manifest = run_on_rank0(lambda: read_manifest(folder), RunError, OSError)
         student = orjson.loads(self.config.to_json_string())
         check_resumable(folder, manifest, self.fresh, self.layout, student, [source.path for source in self.run.data.train])
-        disk = Watch(OSError, SafetensorError)
+        disk = ErrorCollector(OSError, SafetensorError)
         self.state.read(folder, disk)
         if failure := disk.failure():
             raise SharedError(
@@ -176,14 +176,14 @@ class Keeper:
         say(f"loaded {folder}")
         if manifest.layout != self.layout:
             say(f"note: from here on with {self.layout} (was {manifest.layout})")
-        before = from_first_rank(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
+        before = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
         for change in changes(before, orjson.loads(self.run.model_dump_json())):
             say(f"note: from here on {change}")
         return manifest.position
 
     def _check_nothing_is_lost(self) -> None:
         """Raises SharedError where checkpoints are there, though none is whole: starting over would remove them."""
-        if damaged := from_first_rank(lambda: finished_checkpoints(self.root), OSError):
+        if damaged := run_on_rank0(lambda: finished_checkpoints(self.root), OSError):
             raise SharedError(
                 f"none of the {len(damaged)} checkpoints in {self.root} is whole (see above); starting over would remove them.\n"
                 "  Put a whole one back, or move them away to start from the beginning."
@@ -196,17 +196,17 @@ def _complaint(folder: Path) -> str | None:
     Raises SharedError: it is of another release, or a rank cannot read what the first one sees. A checkpoint is not passed over,
     and removed later, because one machine has lost its disk.
     """
-    found = from_first_rank(lambda: inspect(folder), RunError, OSError)
+    found = run_on_rank0(lambda: inspect(folder), RunError, OSError)
     if isinstance(found, str):
         return found
     share = dict(_share(list(found.files.items())))
-    mine = together(lambda: altered(folder, share), OSError)
+    mine = run_on_all_ranks(lambda: altered(folder, share), OSError)
     complaints: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(complaints, mine)
     return next((complaint for complaint in complaints if complaint is not None), None)
 
 
-def _describe(folder: Path, written: list[str], disk: Watch) -> dict[str, File]:
+def _describe(folder: Path, written: list[str], disk: ErrorCollector) -> dict[str, File]:
     """Size and hash of every file, on disk for good. The ranks share the work; collective over the world.
 
     written: names of the layers' files that this rank wrote
@@ -231,7 +231,7 @@ def _describe(folder: Path, written: list[str], disk: Watch) -> dict[str, File]:
 
 
 def _share(work: list[Item]) -> list[Item]:
-    """This rank's part of what all ranks do together."""
+    """This rank's part of what all ranks do run_on_all_ranks."""
     return work[dist.get_rank() :: dist.get_world_size()]
 
 

@@ -21,10 +21,10 @@ from megatron_vocagno.batch.loader import Batch, Layout
 from megatron_vocagno.batch.pack import Int32
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.engine.counts import StepCounts
-from megatron_vocagno.engine.learning import Chosen, Labels, Objective
+from megatron_vocagno.engine.engines import DataParallelEngine
+from megatron_vocagno.engine.loss import Chosen, Labels, Objective
 from megatron_vocagno.engine.scoring import plan_scoring
-from megatron_vocagno.engine.trainers import PlainTrainer
+from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import Teacher
 from megatron_vocagno.objective.distance import Kind, Reference, compared
@@ -106,7 +106,7 @@ class Distiller:
         return pad_sequence([torch.from_numpy(rows_of_batch[row]).long() for row in rows], batch_first=True).to(self.device)
 
 
-class DistillingTrainer(PlainTrainer):
+class DistillingEngine(DataParallelEngine):
     """The plain engine, with a teacher beside the student."""
 
     def __init__(

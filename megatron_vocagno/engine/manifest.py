@@ -81,7 +81,7 @@ class File(Frozen):
     sha256: str
 
 
-class Manifest(Frozen):
+class CheckpointManifest(Frozen):
     version: int = VERSION
     position: Position
     layout: EngineLayout
@@ -111,7 +111,7 @@ def first_whole(folders: Iterable[Path], complaint: Callable[[Path], str | None]
     return None
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Raises RunError: no manifest, or one of another version."""
     path = folder / MANIFEST
     try:
@@ -121,7 +121,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has version {fields.get('version')}, this release reads version {VERSION}: "
                 "go on with the release that wrote it, or from its exported weights"
             )
-        return Manifest.model_validate(fields)
+        return CheckpointManifest.model_validate(fields)
     except FileNotFoundError:
         raise RunError(f"{path} is missing: the checkpoint was never finished") from None
     except orjson.JSONDecodeError as error:
@@ -131,7 +131,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise RunError(f"{path} cannot be read: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
-def inspect(folder: Path) -> Manifest | str:
+def inspect(folder: Path) -> CheckpointManifest | str:
     """The manifest of a checkpoint whose files are all there, at their sizes; or what is wrong with it.
 
     Raises OtherVersion.
@@ -160,7 +160,12 @@ def altered(folder: Path, files: Mapping[str, File]) -> str | None:
 
 
 def check_resumable(
-    folder: Path, manifest: Manifest, fresh: Position, layout: EngineLayout, student: Mapping[str, Any], data: Sequence[Path] = ()
+    folder: Path,
+    manifest: CheckpointManifest,
+    fresh: Position,
+    layout: EngineLayout,
+    student: Mapping[str, Any],
+    data: Sequence[Path] = (),
 ) -> None:
     """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another training.
 

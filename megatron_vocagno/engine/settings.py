@@ -9,10 +9,10 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.engine.settings_file import BATCHES, read_file
 from megatron_vocagno.errors import RunError
 
-Settings = dict[str, Any]
+DeepSpeedConfig = dict[str, Any]
 
 
-def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
+def read_settings(path: Path, pipeline_stages: int, device: str) -> DeepSpeedConfig:
     """Read the file and refuse what cannot work, with the reason.
 
     Raises RunError: see read_file; or no optimizer with a learning rate, a precision or a ZeRO stage that cannot be trusted or
@@ -41,7 +41,7 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> Settings:
     return settings
 
 
-def _optimizer(path: Path, settings: Settings) -> dict[str, Any]:
+def _optimizer(path: Path, settings: DeepSpeedConfig) -> dict[str, Any]:
     optimizer = settings.get("optimizer")
     if not isinstance(optimizer, dict) or not isinstance(optimizer.get("type"), str):
         raise RunError(f"{path}: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate")
@@ -60,11 +60,11 @@ def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def zero_stage(settings: Settings) -> int:
+def zero_stage(settings: DeepSpeedConfig) -> int:
     return int((settings.get("zero_optimization") or {}).get("stage", 0))
 
 
-def precision(settings: Settings) -> Literal["bf16", "fp16", "fp32"]:
+def precision(settings: DeepSpeedConfig) -> Literal["bf16", "fp16", "fp32"]:
     """What the student computes in."""
 
     def enabled(key: str) -> bool:
@@ -75,7 +75,7 @@ def precision(settings: Settings) -> Literal["bf16", "fp16", "fp32"]:
     return "fp16" if enabled("fp16") else "fp32"
 
 
-def _check_zero(path: Path, settings: Settings, pipeline_stages: int) -> None:
+def _check_zero(path: Path, settings: DeepSpeedConfig, pipeline_stages: int) -> None:
     stage = (settings.get("zero_optimization") or {}).get("stage", 0)
     if stage not in (1, 2, 3):
         raise RunError(
@@ -90,7 +90,7 @@ def _check_zero(path: Path, settings: Settings, pipeline_stages: int) -> None:
         )
 
 
-def _check_precision(path: Path, settings: Settings) -> None:
+def _check_precision(path: Path, settings: DeepSpeedConfig) -> None:
     if precision(settings) == "bf16" and (settings.get("fp16") or {}).get("enabled"):
         raise RunError(f"{path}: bf16 and fp16 are both enabled: switch one of them off")
     accumulate = (settings.get("data_types") or {}).get("grad_accum_dtype")
@@ -98,7 +98,7 @@ def _check_precision(path: Path, settings: Settings) -> None:
         raise RunError(f"{path}: data_types.grad_accum_dtype is {accumulate!r}; use 'fp32', or leave it out")
 
 
-def _check_sums(settings: Settings, micro_batches: int) -> None:
+def _check_sums(settings: DeepSpeedConfig, micro_batches: int) -> None:
     """One rule for both engines. Sums in fp16 have three bits more: their error stays below that of bf16's own rounding."""
     accumulate = (settings.get("data_types") or {}).get("grad_accum_dtype")
     if precision(settings) == "bf16" and micro_batches > 1 and accumulate != "fp32":
@@ -108,7 +108,7 @@ def _check_sums(settings: Settings, micro_batches: int) -> None:
         )
 
 
-def batch_layout(settings: Settings, world: int, pipeline_stages: int) -> Layout:
+def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int) -> Layout:
     """How a global batch is dealt to so many processes.
 
     `train_batch_size` is the global batch on any number of GPUs; `gradient_accumulation_steps` lets it grow with them.
@@ -162,7 +162,7 @@ def _count(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
 
 
-def _number(settings: Settings, key: str) -> int | None:
+def _number(settings: DeepSpeedConfig, key: str) -> int | None:
     value = settings.get(key)
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise RunError(f"the DeepSpeed configuration has {key} = {value!r}; a whole number above 0 expected")

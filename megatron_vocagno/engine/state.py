@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from megatron_vocagno.engine.agreement import Watch, from_first_rank
+from megatron_vocagno.engine.collectives import ErrorCollector, run_on_rank0
+from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
-from megatron_vocagno.engine.trainers import Engine
 from megatron_vocagno.errors import SharedError
 from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
@@ -75,11 +75,11 @@ class Counters(BaseModel):
 class EngineState:
     """The state of one engine, as files of one folder and back."""
 
-    def __init__(self, engine: Engine, config: PretrainedConfig) -> None:
+    def __init__(self, engine: TrainEngine, config: PretrainedConfig) -> None:
         self.trainer, self.engine, self.config = engine, engine.engine, config
         self.optimizer = engine.engine.optimizer
 
-    def write(self, folder: Path, disk: Watch) -> list[str]:
+    def write(self, folder: Path, disk: ErrorCollector) -> list[str]:
         """The names of the layers' files that this rank wrote.
 
         Collective over the world: all ranks gather each layer, and take turns at keeping it; they write side by side.
@@ -128,7 +128,7 @@ class EngineState:
                     states[f"{name}.{key}"] = tensor.cpu().contiguous()
         return weights, states
 
-    def read(self, folder: Path, disk: Watch) -> None:
+    def read(self, folder: Path, disk: ErrorCollector) -> None:
         """Collective over the world: the ranks that hold a layer take turns at reading, and send the others each tensor.
 
         A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot read sends what has no meaning,
@@ -136,7 +136,7 @@ class EngineState:
 
         Raises SharedError: the states are those of another implementation of the optimizer.
         """
-        counters = from_first_rank(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
+        counters = run_on_rank0(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
         check_implementation(folder, self.optimizer.optimizer, counters)
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
@@ -264,7 +264,7 @@ def _file(index: int) -> str:
     return f"layer_{index:04d}.safetensors"
 
 
-def _write_layer(folder: Path, index: int, weights: dict[str, Tensor], states: dict[str, Tensor], disk: Watch) -> None:
+def _write_layer(folder: Path, index: int, weights: dict[str, Tensor], states: dict[str, Tensor], disk: ErrorCollector) -> None:
     for path, tensors in ((folder / STUDENT, weights), (folder / OPTIMIZER, states)):
         with disk.on(path / _file(index)):
             write_tensors(tensors, path / _file(index))

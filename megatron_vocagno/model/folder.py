@@ -19,8 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
-from megatron_vocagno.command import tool
-from megatron_vocagno.errors import HubError, looked_for, nearest  # where all that use a folder look for it
+from megatron_vocagno.errors import HubError, looked_for, nearest, tool  # where all that use a folder look for it
 from megatron_vocagno.errors import ModelError as ModelError
 from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
 
@@ -39,7 +38,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
     try:
         folder = _snapshot(path) if hub.is_id(path) else _local_folder(path)
     except OSError as error:
-        raise ModelError(f"no model at {path}: {error}") from error
+        raise ModelError(f"no model at {path}: {error}", path) from error
     if absent := _absent(folder):
         source = weight_files(folder)[0]
         raise ModelError(f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?")
@@ -49,11 +48,11 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}{looked_for(path)}")
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}{looked_for(path)}", folder)
     if folder.suffix == ".gguf" and folder.is_file():
-        raise ModelError(f"no model at {folder}: {convert_first(folder)}")
+        raise ModelError(f"no model at {folder}: {convert_first(folder)}", folder)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?")
+        raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?", folder)
     if not weight_files(folder):
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         cause = (
@@ -62,7 +61,7 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
             if pickled
             else "Was the download complete?"
         )
-        raise ModelError(f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json. {cause}")
+        raise ModelError(f"no weights in {folder}: neither model.safetensors nor model.safetensors.index.json. {cause}", folder)
     return folder
 
 
@@ -79,7 +78,7 @@ def _snapshot(name: str | os.PathLike[str]) -> Path:
         if missing:
             hub.require_unlisted(name, missing)
     except HubError as error:
-        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
+        raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}", name) from error
     if missing:
         raise ModelError(
             f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "

@@ -1,7 +1,7 @@
 """The student: a Hugging Face causal language model as a flat list of layers that a pipeline can cut anywhere, and back.
 
     layer 0        Embedding    ids_BS -> hidden_BSH
-    layers 1 .. n  Decoder      hidden_BSH -> hidden_BSH, one decoder layer of transformers
+    layers 1 .. n  DecoderLayer      hidden_BSH -> hidden_BSH, one decoder layer of transformers
     layer n + 1    FinalNorm    hidden_BSH -> hidden_BSH
     layer n + 2    Head         hidden_BSH -> (hidden_BSH, weight_VH): the loss takes these two, logits are never kept
 
@@ -10,7 +10,7 @@ and so on, until FinalNorm drops them. They are integers: DeepSpeed's pipeline e
 
 Any layer can be built, named and loaded alone, from (configuration, layer index, seed), so that each pipeline stage makes
 only its own and every split begins with the same numbers. `Student` is all of them in one module, with the loss inside.
-Nothing else crosses layers: each Decoder makes its own RoPE, and its own mask where it needs one.
+Nothing else crosses layers: each DecoderLayer makes its own RoPE, and its own mask where it needs one.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
 
 # ---- layers --------------------------------------------------------------------------------------------------------
 
-Stream = Tensor | tuple[Tensor, ...]
+LayerInput = Tensor | tuple[Tensor, ...]
 """What goes from layer to layer: a tensor alone, or with document attention (that tensor, position_BS)."""
 
 
@@ -68,7 +68,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.scale: float | None = config.hidden_size**0.5 if _parts(config.model_type).scaled_embedding else None
 
-    def forward(self, inputs: Stream) -> Stream:
+    def forward(self, inputs: LayerInput) -> LayerInput:
         ids_BS, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
         hidden_BSH = F.embedding(ids_BS, self.weight)
         if self.scale is not None:
@@ -105,7 +105,7 @@ class Rotary(nn.Module):
         return cos, sin
 
 
-class Decoder(nn.Module):
+class DecoderLayer(nn.Module):
     """A decoder layer of transformers, with RoPE and mask of its own."""
 
     recompute = False
@@ -117,7 +117,7 @@ class Decoder(nn.Module):
         self.layer = _parts(config.model_type).decoder(config, layer)
         self.positions = Rotary(config, layer)
 
-    def forward(self, inputs: Stream) -> Stream:
+    def forward(self, inputs: LayerInput) -> LayerInput:
         hidden_BSH, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
         if self.recompute:
             # nothing in a decoder layer is random
@@ -142,7 +142,7 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.norm = _parts(config.model_type).norm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, inputs: Stream) -> Tensor:
+    def forward(self, inputs: LayerInput) -> Tensor:
         out_BSH: Tensor = self.norm(inputs[0] if isinstance(inputs, tuple) else inputs)
         return out_BSH
 
@@ -205,11 +205,11 @@ def layer_count(config: PretrainedConfig) -> int:
 def build_layer(config: PretrainedConfig, i: int, seed: int, recompute: bool = False) -> nn.Module:
     """Layer i with random weights that depend on (seed, i) alone, float32 on the CPU; leaves torch's own generators alone.
 
-    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller. recompute: see Decoder.
+    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller. recompute: see DecoderLayer.
     """
     layer = _empty_layer(config, i)
     layer.to_empty(device="cpu")
-    if isinstance(layer, Decoder):
+    if isinstance(layer, DecoderLayer):
         layer.recompute = recompute
     last = layer_count(config) - 1
     numbers_of = 0 if i == last and config.tie_word_embeddings else i
@@ -230,7 +230,7 @@ def _empty_layer(config: PretrainedConfig, i: int) -> nn.Module:
         if i == 0:
             return Embedding(config)
         if i < last - 1:
-            return Decoder(config, i - 1)
+            return DecoderLayer(config, i - 1)
         if i == last - 1:
             return FinalNorm(config)
         return Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size)))
@@ -295,7 +295,7 @@ class Student(nn.Module):
     """All layers in one module, for engines without a pipeline. Its parameters are `layers.<i>.<local name>`."""
 
     def __init__(self, config: PretrainedConfig, seed: int, recompute: bool = False) -> None:
-        """recompute: see Decoder."""
+        """recompute: see DecoderLayer."""
         super().__init__()
         self.config = config
         *body, head = [build_layer(config, i, seed, recompute) for i in range(layer_count(config))]
@@ -309,7 +309,7 @@ class Student(nn.Module):
             load_layer(self.config, i, layer, weights)
 
     def forward(
-        self, inputs: Stream, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
+        self, inputs: LayerInput, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
     ) -> Tensor:
         """Losses, [B, S] float32, nats, 0 where the target is -100; with a reference [2, B, S], see LossHead.
 

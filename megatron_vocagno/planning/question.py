@@ -19,7 +19,7 @@ from megatron_vocagno.config import Bos, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
-from megatron_vocagno.engine.settings import Settings, batch_layout, read_settings, zero_stage
+from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, read_settings, zero_stage
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
 from megatron_vocagno.planning.comparison import Task, as_asked, compare
@@ -112,7 +112,7 @@ def _assumptions(options: argparse.Namespace, run: Run, datasets: Sequence[Align
     return replace(Assumptions(), **(known | given))
 
 
-def _rows(settings: Settings, gpus: int, stages: int) -> tuple[int, str]:
+def _rows(settings: DeepSpeedConfig, gpus: int, stages: int) -> tuple[int, str]:
     """Rows of a global batch; and why the run cannot start on so many GPUs as it is, if it cannot."""
     try:
         return batch_layout(settings, gpus, stages).rows, ""
@@ -124,7 +124,7 @@ def _rows(settings: Settings, gpus: int, stages: int) -> tuple[int, str]:
 
 def _task(
     run: Run,
-    settings: Settings,
+    settings: DeepSpeedConfig,
     options: argparse.Namespace,
     datasets: Sequence[AlignedDataset],
     assumed: Assumptions,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PretrainedConfig
 
-from megatron_vocagno.model.student import Decoder, Embedding, FinalNorm, Head
+from megatron_vocagno.model.student import DecoderLayer, Embedding, FinalNorm, Head
 from megatron_vocagno.planning.trace import with_sdpa
 
 Shape = tuple[int, ...]
@@ -39,7 +39,7 @@ def passage(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype
         ids_BS = torch.zeros(rows, length, dtype=torch.long)
         hidden_BSH = Embedding(config).to(dtype)(ids_BS)
         for i in range(config.num_hidden_layers):
-            hidden_BSH = Decoder(config, i).to(dtype)(hidden_BSH)
+            hidden_BSH = DecoderLayer(config, i).to(dtype)(hidden_BSH)
         head = Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)))
         hidden_BSH, head_VH = head(FinalNorm(config).to(dtype)(hidden_BSH))
         # not token_loss, whose kernels have no meta device; its shapes are these

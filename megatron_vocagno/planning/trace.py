@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
-from megatron_vocagno.model.student import Decoder
+from megatron_vocagno.model.student import DecoderLayer
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def teacher_layer(config: PretrainedConfig, rows: int, length: int, dtype: torch
     return live.peak
 
 
-def _layer(config: PretrainedConfig, dtype: torch.dtype) -> Decoder:
+def _layer(config: PretrainedConfig, dtype: torch.dtype) -> DecoderLayer:
     with torch.device("meta"):
-        return Decoder(with_sdpa(config), 0).to(dtype)
+        return DecoderLayer(with_sdpa(config), 0).to(dtype)
 
 
 def with_sdpa(config: PretrainedConfig) -> PretrainedConfig:

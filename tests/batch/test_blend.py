@@ -14,7 +14,7 @@ from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
 from megatron_vocagno.config import Source
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.errors import DatasetError, RunError
-from megatron_vocagno.opening import open_data
+from megatron_vocagno.training.setup import open_data
 from tests import tokenizers_for_tests as real
 from tests.batch.test_loader import same
 from tests.datasets import build_dataset

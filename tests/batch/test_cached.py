@@ -10,7 +10,7 @@ import torch
 
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides, combined, guides
 from megatron_vocagno.batch.loader import Batches, Layout, TrainRows
-from megatron_vocagno.batch.pack import Mapping, Rows, TeacherIds
+from megatron_vocagno.batch.pack import MappingStatus, Rows, TeacherIds
 from megatron_vocagno.objective.selection import gather_guide
 from tests.batch.test_pack import Invented, positions
 
@@ -51,7 +51,7 @@ def expected_guide(data: Scored, document: int, token: int, aggregate: str) -> f
 
 @pytest.mark.parametrize("common", [0.0, 0.3, 1.0])
 def test_a_row_has_the_losses_of_its_documents_wherever_it_starts(common: float) -> None:
-    met = dict.fromkeys(Mapping, 0)
+    met = dict.fromkeys(MappingStatus, 0)
     without_context = 0
     for seed in range(20):
         data = Scored.at_random(seed, 12, common)
@@ -67,9 +67,9 @@ def test_a_row_has_the_losses_of_its_documents_wherever_it_starts(common: float)
                 spans = data.spans(document, token, token + 1)
                 want = data.losses[document][int(spans.first[0]) : int(spans.last[0])]
                 assert row.teacher_losses[row.first[i] : row.last[i]].tobytes() == want.tobytes()
-                met[Mapping(row.mapping[i])] += 1
-            without_context += int((online[k].mapping == Mapping.NO_CONTEXT).sum())
-    assert met[Mapping.MAPPED] > 4000 and met[Mapping.NO_CONTEXT] == met[Mapping.BEYOND_TEACHER] == 0
+                met[MappingStatus(row.mapping[i])] += 1
+            without_context += int((online[k].mapping == MappingStatus.NO_CONTEXT).sum())
+    assert met[MappingStatus.MAPPED] > 4000 and met[MappingStatus.NO_CONTEXT] == met[MappingStatus.BEYOND_TEACHER] == 0
     assert (without_context > 20) == (common < 1), "online some targets have no context"
 
 
@@ -110,7 +110,7 @@ def test_several_teachers_speak_as_one_guide(aggregate: str, combine: str) -> No
                 known = [value for value in each if not np.isnan(value)]
                 want = np.float32(np.nan) if not known else np.float32(min(known) if combine == "min" else np.mean(known))
                 any_span = any(len(span_of(data, document, token)) for data in teachers)
-                assert (row.mapping[i] == Mapping.MAPPED) == any_span
+                assert (row.mapping[i] == MappingStatus.MAPPED) == any_span
                 if any_span:
                     assert (row.first[i], row.last[i]) == (i, i + 1)
                     assert np.array_equal(row.teacher_losses[i], want, equal_nan=True)

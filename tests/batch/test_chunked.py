@@ -9,7 +9,7 @@ import pytest
 
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides, guides
 from megatron_vocagno.batch.chunked import Chunked, chunk_ranges, overlap
-from megatron_vocagno.batch.pack import Mapping, Rows, TeacherIds
+from megatron_vocagno.batch.pack import MappingStatus, Rows, TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.spans import Spans, align, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokens, open_tokenizer
@@ -41,7 +41,7 @@ def test_a_target_is_covered_by_the_teacher_tokens_of_its_chunk(chunks: int, cac
             row, aligned = rows[k], plain[k]
             assert np.array_equal(row.mapping, aligned.mapping), "the same targets are mapped"
             assert np.array_equal(row.teacher_target_ids, aligned.teacher_target_ids)
-            mapped = np.flatnonzero(aligned.mapping == Mapping.MAPPED).tolist()
+            mapped = np.flatnonzero(aligned.mapping == MappingStatus.MAPPED).tolist()
             if not mapped:
                 continue
             begin, end = int(aligned.first[mapped[0]]), int(aligned.last[mapped[-1]])
@@ -75,7 +75,7 @@ def test_each_of_several_teachers_is_cut_before_they_are_combined() -> None:
         for k in range(len(rows)):
             row = rows[k]
             each = [guides(Chunked(CachedLosses(data), 5).read(rows.pieces(k)), "min") for data in teachers]
-            mapped = row.mapping == Mapping.MAPPED
+            mapped = row.mapping == MappingStatus.MAPPED
             assert np.array_equal(row.teacher_losses[mapped], np.fmin(*each)[mapped], equal_nan=True)  # type: ignore[index]
             met += int((each[0][mapped] != each[1][mapped]).sum())
     assert met > 300
@@ -101,8 +101,8 @@ def test_with_one_tokenizer_every_range_is_the_token_itself_and_so_are_fine_chun
     met = differ = 0
     for k in range(0, len(rows), 5):
         row, chunked = rows[k], fine[k]
-        mapped = row.mapping == Mapping.MAPPED
-        text = (row.mapping != Mapping.END_OF_DOCUMENT) & (row.mapping != Mapping.NO_TEXT)
+        mapped = row.mapping == MappingStatus.MAPPED
+        text = (row.mapping != MappingStatus.END_OF_DOCUMENT) & (row.mapping != MappingStatus.NO_TEXT)
         assert np.array_equal(mapped, text), "what has text is mapped"
         assert ((row.last - row.first)[mapped] == 1).all()
         if not cached:

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_vocagno.batch.front import Front, front_of
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows, collate, evaluation_batches
-from megatron_vocagno.batch.pack import SLACK, Mapping, Row, Rows, TeacherIds
+from megatron_vocagno.batch.pack import SLACK, MappingStatus, Row, Rows, TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.front import front_of
 from megatron_vocagno.engine.scoring import ReplicatedScorer
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import open_teacher
@@ -150,7 +151,7 @@ def test_the_limit_of_the_teacher_counts_the_front(dataset: AlignedDataset) -> N
         row = rows[k]
         read = len(row.teacher_lead_ids) + len(row.teacher_input_ids)
         assert read <= limit
-        met += Mapping.BEYOND_TEACHER in row.mapping
+        met += MappingStatus.BEYOND_TEACHER in row.mapping
     assert met > 10
 
 

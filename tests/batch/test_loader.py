@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows, evaluation_batches
-from megatron_vocagno.batch.pack import Mapping
+from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.corpus.dataset import AlignedDataset
 
 S = 64
@@ -64,7 +64,7 @@ def test_padding_has_no_target_and_no_guide_and_counts_agree(dataset: AlignedDat
         padded = batch.target_BS == IGNORE
         assert (batch.first_BS[padded] == batch.last_BS[padded]).all()
         assert sum(batch.mapping_counts) == int((~padded).sum()) == sum(batch.row_mapped) + sum(batch.row_unmapped)
-        assert batch.mapping_counts[Mapping.MAPPED] == int((batch.first_BS < batch.last_BS).sum()) == sum(batch.row_mapped)
+        assert batch.mapping_counts[MappingStatus.MAPPED] == int((batch.first_BS < batch.last_BS).sum()) == sum(batch.row_mapped)
         met += int(padded.sum())
     assert met > 8
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from megatron_vocagno.batch.pack import SLACK, Mapping, Row, Rows, Stream, TeacherIds
+from megatron_vocagno.batch.pack import SLACK, MappingStatus, Row, Rows, TeacherIds, TokenStream
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.spans import Spans, align
 from megatron_vocagno.corpus.tokens import Tokens
@@ -39,7 +39,8 @@ class Invented:
         self.student_lengths = np.array([len(s) + 1 for s, _ in self.documents], np.int32)
         self.teacher_lengths = np.array([len(t) + 1 for _, t in self.documents], np.int32)
         self.aligned = [
-            align(Tokens(np.zeros(len(s), np.int32), s), Tokens(np.zeros(len(t), np.int32), t)).ended() for s, t in self.documents
+            align(Tokens(np.zeros(len(s), np.int32), s), Tokens(np.zeros(len(t), np.int32), t)).with_eos()
+            for s, t in self.documents
         ]
 
     def student(self, document: int, start: int, stop: int) -> np.ndarray:
@@ -77,23 +78,23 @@ def check_row(data, places: list[tuple[int, int]], start: int, row: Row, met: di
         assert row.starts_document[i] == (token == 0)
         want = expected(data, document, token)
         got = row.teacher_target_ids[row.first[i] : row.last[i]].tolist()
-        assert (row.mapping[i] == Mapping.END_OF_DOCUMENT) == (token == data.student_lengths[document] - 1)
-        match Mapping(row.mapping[i]):
-            case Mapping.MAPPED:
+        assert (row.mapping[i] == MappingStatus.END_OF_DOCUMENT) == (token == data.student_lengths[document] - 1)
+        match MappingStatus(row.mapping[i]):
+            case MappingStatus.MAPPED:
                 assert got == want and got
                 met["mapped"] += 1
                 met["several"] += len(got) > 1
-            case Mapping.END_OF_DOCUMENT:
+            case MappingStatus.END_OF_DOCUMENT:
                 assert got == []
                 met["ends"] += 1
-            case Mapping.NO_TEXT:
+            case MappingStatus.NO_TEXT:
                 assert got == want == []
                 met["no_text"] += 1
-            case Mapping.NO_CONTEXT:
+            case MappingStatus.NO_CONTEXT:
                 assert got == [] and row.teacher_input_ids[:1].tolist() in ([], want[:1])
                 assert places[start][1] > 0, "where a row starts with a document, the teacher reads EOS first"
                 met["no_context"] += 1
-            case Mapping.BEYOND_TEACHER:
+            case MappingStatus.BEYOND_TEACHER:
                 assert got == [] and want[-1] != row.teacher_target_ids[-1]
                 met["beyond"] += 1
     assert np.array_equal(row.teacher_input_ids[1:], row.teacher_target_ids[:-1])
@@ -183,7 +184,7 @@ def test_a_span_never_leaves_its_document(dataset: AlignedDataset) -> None:
     order = np.random.default_rng(1).permutation(len(dataset))
     rows = Rows(dataset, order, 64)
     places = positions(dataset, order)
-    teacher = Stream.of(order, dataset.teacher_lengths)
+    teacher = TokenStream.of(order, dataset.teacher_lengths)
     checked = 0
     for k in range(0, len(rows), 11):
         row, start = rows[k], rows.start(k)
@@ -191,7 +192,7 @@ def test_a_span_never_leaves_its_document(dataset: AlignedDataset) -> None:
         slot = int(np.flatnonzero(order == document)[0])
         before = int(dataset.spans(document, token, token + 1).first[0]) + 1 if token else 0
         origin = int(teacher.starts[slot]) + before
-        for i in np.flatnonzero(row.mapping == Mapping.MAPPED):
+        for i in np.flatnonzero(row.mapping == MappingStatus.MAPPED):
             slot = int(np.flatnonzero(order == places[start + i + 1][0])[0])
             low, high = origin + int(row.first[i]), origin + int(row.last[i])
             assert teacher.starts[slot] <= low < high <= teacher.starts[slot + 1] - 1, "the teacher's EOS is no text"

@@ -8,7 +8,7 @@ import torch
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.cached import CachedLosses
 from megatron_vocagno.batch.loader import Batches, Layout
-from megatron_vocagno.batch.pack import Mapping, Rows
+from megatron_vocagno.batch.pack import MappingStatus, Rows
 from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tests.batch.test_cached import Scored
@@ -17,7 +17,7 @@ S = 64
 
 
 def test_the_targets_that_a_cached_teacher_has_losses_of_are_mapped_one_by_one() -> None:
-    met = dict.fromkeys(Mapping, 0)
+    met = dict.fromkeys(MappingStatus, 0)
     for seed in range(20):
         data = Scored.at_random(seed, 12, 0.2)
         order = np.random.default_rng(seed).permutation(12)
@@ -25,7 +25,7 @@ def test_the_targets_that_a_cached_teacher_has_losses_of_are_mapped_one_by_one()
         for k in range(len(guided)):
             row, zeros, draws = guided[k], plain[k], drawn[k]
             targets = np.arange(len(row.target_ids))
-            mapped = row.mapping == Mapping.MAPPED
+            mapped = row.mapping == MappingStatus.MAPPED
             for mine in (zeros, draws):
                 assert np.array_equal(mine.mapping, row.mapping) and np.array_equal(mine.target_ids, row.target_ids)
                 assert np.array_equal(mine.first, np.where(mapped, targets, 0))
@@ -34,15 +34,15 @@ def test_the_targets_that_a_cached_teacher_has_losses_of_are_mapped_one_by_one()
                 assert not len(mine.teacher_input_ids) and not len(mine.teacher_target_ids)
             assert not zeros.teacher_losses.any() and (draws.teacher_losses < 0).all() and (draws.teacher_losses >= -1).all()
             for reason in row.mapping.tolist():
-                met[Mapping(reason)] += 1
-    assert met[Mapping.MAPPED] > 4000 and met[Mapping.END_OF_DOCUMENT] > 200 and met[Mapping.NO_CONTEXT] == 0
+                met[MappingStatus(reason)] += 1
+    assert met[MappingStatus.MAPPED] > 4000 and met[MappingStatus.END_OF_DOCUMENT] > 200 and met[MappingStatus.NO_CONTEXT] == 0
 
 
 def test_dummy_prefixes_are_unmapped_for_a_baseline_too(dataset: AlignedDataset) -> None:
     rows = Rows(dataset, np.arange(len(dataset)), S, NoGuide(dataset))
     unmapped = [(rows[k].last == rows[k].first, rows[k].mapping) for k in range(0, len(rows), 3)]
-    assert all(np.array_equal(without, mapping != Mapping.MAPPED) for without, mapping in unmapped)
-    assert sum(int((mapping == Mapping.NO_TEXT).sum()) for _, mapping in unmapped) > 0
+    assert all(np.array_equal(without, mapping != MappingStatus.MAPPED) for without, mapping in unmapped)
+    assert sum(int((mapping == MappingStatus.NO_TEXT).sum()) for _, mapping in unmapped) > 0
 
 
 def test_chance_repeats_on_any_number_of_ranks_and_is_new_in_every_epoch_seed_and_dataset(dataset: AlignedDataset) -> None:

@@ -57,7 +57,7 @@ def test_a_revision_is_checked_out_whole(tmp_path: Path) -> None:
     for file in (
         "examples/quickstart.toml",
         "ds_configs/cpu_pp2.json",
-        "megatron_vocagno/train.py",
+        "megatron_vocagno/training/loop.py",
         "tools/preprocess/build_dataset.py",
     ):
         assert (tree / file).is_file()

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 
 
@@ -35,12 +35,12 @@ def texts() -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def settings(smollm2_folder) -> Settings:
+def settings(smollm2_folder) -> BuildConfig:
     """Student Mistral (SentencePiece), teacher SmolLM2 (byte-level)."""
-    return Settings(student=str(real.mistral_tokenizer_path()), teacher=str(smollm2_folder))
+    return BuildConfig(student=str(real.mistral_tokenizer_path()), teacher=str(smollm2_folder))
 
 
-def make(inputs: list[Path], out: Path, settings: Settings, **options: Any) -> AlignedDataset:
+def make(inputs: list[Path], out: Path, settings: BuildConfig, **options: Any) -> AlignedDataset:
     """`build`, opened."""
     build(inputs, out, settings, **options)
     return AlignedDataset.open(out)

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from backports import zstd
 
-from megatron_vocagno.corpus.documents import Document, read
-from megatron_vocagno.corpus.inputs import Piece, cut
+from megatron_vocagno.preprocess.documents import Document, read
+from megatron_vocagno.preprocess.inputs import InputSplit, cut
 
 
 def lines(texts: Iterable[str]) -> bytes:
@@ -136,7 +136,7 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     return file.getvalue()
 
 
-def read_all(pieces: Iterable[Piece], text_key: str = "text", id_key: str | None = None) -> tuple[list[Document], str]:
+def read_all(pieces: Iterable[InputSplit], text_key: str = "text", id_key: str | None = None) -> tuple[list[Document], str]:
     """All documents, and the sha256 of what decides them."""
     digest = hashlib.sha256()
     documents = [document for piece in pieces for document in read(piece, text_key, id_key, digest.update)]

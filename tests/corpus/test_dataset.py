@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from upath import UPath
 
+from megatron_vocagno.corpus.create import create
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
-from megatron_vocagno.corpus.manifest import PAIRS, UNSEALED, create, read_manifest
-from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.corpus.manifest import PAIRS, UNSEALED, read_manifest
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.errors import CorpusError, DatasetError
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests.corpus.conftest import make, write_jsonl
 from tests.datasets import invent_dataset
 
@@ -169,7 +170,7 @@ def test_a_control_token_beyond_the_embedding_needs_no_row(tmp_path, smollm2_fol
         added = [*raw["added_tokens"], {"id": 49_152, "content": content, "special": special, **flags}]
         (folder / "tokenizer.json").write_text(json.dumps(raw | {"added_tokens": added}))
         (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>", "pad_token": "<pad>"}')
-        own = Settings(student=str(folder), teacher=str(folder), backend="huggingface")
+        own = BuildConfig(student=str(folder), teacher=str(folder), backend="huggingface")
         data = make([corpus], tmp_path / f"{content}-data", own)
         info = data.student_tokenizer
         assert info.vocab_size == len(data.student_byte_lengths) == 49_153 and data.student(0).max() < info.rows
@@ -348,11 +349,11 @@ def test_merged_datasets_merge_and_move_together(built, settings, texts, tmp_pat
 
 def test_merge_refuses_other_tokenizers_and_settings(built, settings, texts, tmp_path):
     file = write_jsonl(tmp_path / "b.jsonl", texts[:5])
-    swapped = make([file], tmp_path / "swapped", Settings(student=settings.teacher, teacher=settings.student))
+    swapped = make([file], tmp_path / "swapped", BuildConfig(student=settings.teacher, teacher=settings.student))
     with pytest.raises(DatasetError) as error:
         merge([built.path, swapped.path], tmp_path / "merged")
     assert str(built.path) in str(error.value) and "number of tokens (49,152 and 32,000)" in str(error.value)
-    raw = make([file], tmp_path / "raw", Settings(student=settings.student, teacher=settings.teacher, nfc=False))
+    raw = make([file], tmp_path / "raw", BuildConfig(student=settings.student, teacher=settings.teacher, nfc=False))
     with pytest.raises(DatasetError, match=r"nfc is False, in .* it is True"):
         merge([built.path, raw.path], tmp_path / "merged")
     named = make([file], tmp_path / "named", replace(settings, id_key="text"))

@@ -15,12 +15,12 @@ import orjson
 import pytest
 
 from megatron_vocagno.corpus import encoders
-from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.encoders import GigatokenEncoder, HuggingFaceEncoder, Ragged, bounds_of, open_encoder
-from megatron_vocagno.corpus.shards import Job, Result, make_shard
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
-from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.errors import EncoderError, EncoderMismatch, TokenizerError
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import ShardJob, ShardResult, make_shard
+from megatron_vocagno.preprocess.workers import run_local
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 
@@ -187,7 +187,7 @@ class Forged:
 # ---- a difference in the middle of a build
 
 
-def wrong_for_one_word(job: Job) -> Result:
+def wrong_for_one_word(job: ShardJob) -> ShardResult:
     """`make_shard` with a gigatoken that gives other ids for one word."""
     genuine = gigatoken.Tokenizer
     gigatoken.Tokenizer = Forged(lambda plain: without(plain, RARE) if RARE.encode() in plain else plain)

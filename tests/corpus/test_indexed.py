@@ -53,7 +53,7 @@ def test_several_pairs_are_read_as_one(tmp_path):
 
 def test_a_pair_beside_another_needs_no_index(tmp_path):
     first = PairReader(*(write(tmp_path / f"a{k}", documents(np.int32), np.int32) for k in range(2)))
-    beside = first.beside(np.uint8, *(write(tmp_path / f"b{k}", documents(np.uint8), np.uint8) for k in range(2)))
+    beside = first.with_same_lengths(np.uint8, *(write(tmp_path / f"b{k}", documents(np.uint8), np.uint8) for k in range(2)))
     for idx in tmp_path.glob("b*.idx"):
         idx.unlink()
     for i, doc in enumerate([*documents(np.uint8), *documents(np.uint8)]):

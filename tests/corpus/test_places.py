@@ -9,10 +9,10 @@ import pytest
 import s3fs
 from moto.server import ThreadedMotoServer
 
-from megatron_vocagno.corpus.documents import read
-from megatron_vocagno.corpus.inputs import CUT_BYTES, cut, find
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.preprocess.documents import read
+from megatron_vocagno.preprocess.inputs import CUT_BYTES, cut, find
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, parquet, read_all, write
 

@@ -127,7 +127,7 @@ def long_spans(rng, n_bytes, widest) -> Spans:
     ends = np.cumsum(steps)
     ends = ends[ends < n_bytes]
     student = tokens_of([0, *ends, n_bytes])
-    return align(student, random_tokens(rng, n_bytes, 0.7, empty_prefix=True)).ended()
+    return align(student, random_tokens(rng, n_bytes, 0.7, empty_prefix=True)).with_eos()
 
 
 def test_codec_there_and_back_with_escapes_and_from_the_middle():
@@ -188,7 +188,7 @@ def test_an_empty_range_decodes_to_nothing():
 
 
 def test_eos_stands_unmapped_at_the_teachers_eos():
-    spans = align(tokens_of([2, 5]), tokens_of([1, 5])).ended()
+    spans = align(tokens_of([2, 5]), tokens_of([1, 5])).with_eos()
     assert spans.first.tolist() == [0, 1, 2] and spans.last.tolist() == [2, 2, 2]
     assert spans.mapped.tolist() == [True, True, False] and spans.common_boundary.tolist() == [True, False, True]
 

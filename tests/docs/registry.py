@@ -108,7 +108,7 @@ DATA = (
     Rule(rf"{BUILD}merge A B", Here()),
     Rule(
         rf"{BUILD}… ",
-        Checked(parse, "tests/corpus/test_ray_engine.py has a cluster", (("…", "I --student S --teacher T --out D"),)),
+        Checked(parse, "tests/preprocess/test_ray_engine.py has a cluster", (("…", "I --student S --teacher T --out D"),)),
     ),
     Rule(rf"{BUILD}corpus\.jsonl .* --out data/first --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 64", Here(((" --workers 64", " --workers 1"),))),
@@ -128,7 +128,9 @@ DATA = (
         r"python -m tools\.convert\.gguf_to_safetensors ",
         There("tests/model/test_gguf.py::test_the_command_writes_half_precision_and_never_over_a_folder", ("--out",)),
     ),
-    Rule(r"build_dataset verify$", There("tests/corpus/test_build_dataset.py::test_verify_names_what_is_damaged", ("verify",))),
+    Rule(
+        r"build_dataset verify$", There("tests/preprocess/test_build_dataset.py::test_verify_names_what_is_damaged", ("verify",))
+    ),
     Rule(
         r"build_dataset … --student$",
         Checked(
@@ -242,7 +244,7 @@ CLUSTERS = (
     Rule(
         r"examples/launch/run_forever\.sh OUTPUT deepspeed",
         There(
-            "tests/engine/test_faults.py::test_the_supervisor_passes_a_signal_on_to_the_ranks",
+            "tests/training/test_faults.py::test_the_supervisor_passes_a_signal_on_to_the_ranks",
             ("run_forever.sh", "deepspeed"),
             "benchmarks/soak.py",
         ),

@@ -44,7 +44,7 @@ PLACES = {
     "tests/objective/selection_cases.py": ["SETTINGS"],
     "tests/batch/test_cached.py": ["AGGREGATES", "expected_guide"],
     "benchmarks/compile_table.py": ["AGGREGATES"],
-    "megatron_vocagno/engine/trainers.py": ["Engine", "PlainTrainer", "PipelineTrainer", "_training_loss", "take_numbers"],
+    "megatron_vocagno/engine/engines.py": ["Engine", "PlainTrainer", "PipelineTrainer", "_training_loss", "take_numbers"],
     "megatron_vocagno/engine/build.py": ["build_engine"],
     "megatron_vocagno/engine/distilling.py": ["DistillingTrainer"],
     "megatron_vocagno/engine/state.py": ["EngineState", "_partitions", "_link_states", "_gather", "_scatter"],

@@ -15,14 +15,14 @@ from megatron_vocagno.batch.cached import CachedLosses
 from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
-from megatron_vocagno.batch.pack import Mapping, Rows
+from megatron_vocagno.batch.pack import MappingStatus, Rows
 from megatron_vocagno.batch.unguided import NoGuide, RandomRows
 from megatron_vocagno.config import Guidance, Run, Scope, Unmapped
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.engine import counts
+from megatron_vocagno.engine import step_counts
 from megatron_vocagno.engine.cached import CachedScorer, held_out_source, training_rows
-from megatron_vocagno.engine.counts import count_step
-from megatron_vocagno.engine.learning import Labels, Objective
+from megatron_vocagno.engine.loss import Labels, Objective
+from megatron_vocagno.engine.step_counts import count_step
 from megatron_vocagno.objective.statistics import STATS
 from megatron_vocagno.run_file import load_run
 from tests.batch.test_chunked import WithLosses
@@ -51,7 +51,7 @@ def labels_of(batches: list[Batch], guidance: Guidance) -> list[Labels]:
 
 @pytest.fixture(autouse=True)
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "sum_over_ranks", lambda numbers, *_: list(numbers))
+    monkeypatch.setattr(step_counts, "sum_over_ranks", lambda numbers, *_: list(numbers))
 
 
 def seen(objective: Objective) -> dict[str, float]:
@@ -179,8 +179,8 @@ def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
     met = 0
     for k in range(20):
         assert np.array_equal(a[k].mapping, b[k].mapping) and not np.array_equal(a[k].first, b[k].first)
-        assert len(np.unique(b[k].first[b[k].mapping == Mapping.MAPPED])) <= 4
-        met += len(np.unique(held_out[k].first[held_out[k].mapping == Mapping.MAPPED])) == 4
+        assert len(np.unique(b[k].first[b[k].mapping == MappingStatus.MAPPED])) <= 4
+        met += len(np.unique(held_out[k].first[held_out[k].mapping == MappingStatus.MAPPED])) == 4
     assert met > 15
 
 

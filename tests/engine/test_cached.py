@@ -17,11 +17,11 @@ from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.batch.pack import SLACK
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.engine.cached import CachedScorer, training_rows
 from megatron_vocagno.errors import RunError
-from megatron_vocagno.offline.score import Asked, score
+from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
@@ -39,12 +39,12 @@ def whole_rows(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path
 
 
 @pytest.fixture(scope="module")
-def asked(case: Case) -> Asked:
-    return Asked(case.teacher, "float32", tokens_per_batch=500)
+def asked(case: Case) -> ScoringOptions:
+    return ScoringOptions(case.teacher, "float32", tokens_per_batch=500)
 
 
 @pytest.fixture(scope="module")
-def scored(whole_rows: AlignedDataset, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(whole_rows: AlignedDataset, asked: ScoringOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = shutil.copytree(whole_rows.path, tmp_path_factory.mktemp("scored") / "dataset")
     assert score(folder, asked).teacher_losses is not None
     return folder
@@ -107,7 +107,7 @@ def test_plain_language_modeling_asks_for_no_losses(case: Case, whole_rows: Alig
 
 
 def test_losses_that_are_missing_or_another_teachers_are_refused(
-    case: Case, scored: Path, whole_rows: AlignedDataset, asked: Asked, teacher_tokenizer: Path, tmp_path: Path
+    case: Case, scored: Path, whole_rows: AlignedDataset, asked: ScoringOptions, teacher_tokenizer: Path, tmp_path: Path
 ) -> None:
     cached = 'teacher.placement="cached"'
     with pytest.raises(RunError, match=r"has no losses of its teacher.*0 of 2 shards are scored") as error:
@@ -161,7 +161,9 @@ def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and
 
 
 @pytest.fixture(scope="module")
-def second(whole_rows: AlignedDataset, asked: Asked, teacher_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def second(
+    whole_rows: AlignedDataset, asked: ScoringOptions, teacher_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The same documents and student ids, scored by another teacher; here its tokens are the first one's."""
     folder: Path = shutil.copytree(whole_rows.path, tmp_path_factory.mktemp("second") / "dataset")
     teacher = write_teacher(folder.parent / "teacher", teacher_tokenizer, scale=0.3)

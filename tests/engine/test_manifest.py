@@ -11,9 +11,9 @@ import pytest
 
 from megatron_vocagno.engine.manifest import (
     MANIFEST,
+    CheckpointManifest,
     EngineLayout,
     File,
-    Manifest,
     Position,
     changes,
     check_resumable,
@@ -39,7 +39,7 @@ def checkpoint(root: Path, step: int, finished: bool = True) -> Path:
     position = Position(step=step, rows=step * 8, dataset="d", row_length=64, seed=0)
     file = File(bytes=size, sha256=sha256(folder / "weights"))
     if finished:
-        manifest = Manifest(position=position, layout=LAYOUT, files={"weights": file})
+        manifest = CheckpointManifest(position=position, layout=LAYOUT, files={"weights": file})
         (folder / MANIFEST).write_bytes(orjson.dumps(manifest.model_dump()))
     return folder
 

@@ -18,10 +18,10 @@ from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
 from megatron_vocagno.engine.manifest import sha256
-from megatron_vocagno.engine.samples import Samples
 from megatron_vocagno.planning.sizes import given_config, read_config
 from megatron_vocagno.run_file import load_run
-from megatron_vocagno.samples import SampleStep, write_rows, write_step
+from megatron_vocagno.training.sample_files import SampleStep, write_rows, write_step
+from megatron_vocagno.training.samples import Samples
 from tests.errors.telling import refused, told
 from tests.runs import REPOSITORY, Case
 from tools.preprocess import build_dataset, console, report, score_teacher, show_document

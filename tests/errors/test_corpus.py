@@ -18,14 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 from backports import zstd
 
-from megatron_vocagno.corpus import documents, ray_engine, workers
-from megatron_vocagno.corpus.build import build, finish, locked
-from megatron_vocagno.corpus.inputs import cut, find
 from megatron_vocagno.corpus.places import place, reaching
-from megatron_vocagno.corpus.plan import Slice, plan
-from megatron_vocagno.corpus.ray_engine import run_ray
-from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.preprocess import documents, ray_engine, workers
+from megatron_vocagno.preprocess.build import build, finish, locked
+from megatron_vocagno.preprocess.inputs import cut, find
+from megatron_vocagno.preprocess.plan import Slice, plan
+from megatron_vocagno.preprocess.ray_engine import run_ray
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests.errors.telling import told
 from tests.tokenizers_for_tests import mistral_tokenizer_path
 
@@ -96,7 +96,7 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.parquet", b"PAR1"), 100)
-    settings = Settings(str(teacher_tokenizer), str(teacher_tokenizer))
+    settings = BuildConfig(str(teacher_tokenizer), str(teacher_tokenizer))
     with told("'DIR/caf\\udce9.txt': a file name that is not UTF-8 cannot be recorded; rename it", DIR=tmp_path):
         plan([write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "text")], settings)
 
@@ -162,7 +162,7 @@ def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
 
 def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"text": "two"}\n')
-    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
     with told("--force with --shards: other tasks may use what it would remove. Name another --out"):
         build([corpus], tmp_path / "out", settings, force=True, part=Slice(1, 2))
     with told("--shards 3/2: the first number goes from 1 to the second"):
@@ -191,7 +191,7 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     corpus = write(tmp_path / "corpus.jsonl", "".join(lines))
     moved = shutil.copytree(teacher_tokenizer, tmp_path / "moved")
     teacher, mistral = open_tokenizer(teacher_tokenizer), open_tokenizer(mistral_tokenizer_path())
-    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), id_key="id")
+    settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), id_key="id")
     first = plan([corpus], settings, 40)
     assert first.other_settings(plan([corpus], replace(settings, teacher=str(moved)), 40)) == ""
 
@@ -230,8 +230,8 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
 def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenizer: Path) -> None:
     text = "".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(4))
     corpus, out = write(tmp_path / "corpus.jsonl", text), tmp_path / "out"
-    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
-    other = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), nfc=False)
+    settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    other = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), nfc=False)
     names = {"DIR": tmp_path, "THIS": settings.sha256, "OTHER": other.sha256}
     os.utime(corpus, ns=(0, 5))
     build([corpus], out, settings, shard_bytes=40, part=Slice(1, 2))
@@ -280,7 +280,7 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
 
 def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"body": "two"}\n')
-    settings = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
+    settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
     with told(
         "1 of 1 shards could not be made; others are finished and stay\n"
         "shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: "
@@ -289,7 +289,7 @@ def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenize
         DIR=tmp_path,
     ):
         build([corpus], tmp_path / "out", settings)
-    lenient = Settings(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), on_bad_line="skip")
+    lenient = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), on_bad_line="skip")
     with told(
         "1 of 2 records are bad (50.00%); --max-bad-fraction allows 0.10%. Look at them (--on-bad-line "
         "quarantine keeps them), or allow more"

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import verify as verification
-from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
 from megatron_vocagno.corpus.indexed import HEADER, PairReader, PairWriter, check_pointers, write_index
 from megatron_vocagno.corpus.losses import require_whole
 from megatron_vocagno.corpus.manifest import UNSEALED, FileRecord, LossTotals, Scoring, TeacherLosses, read_manifest
-from megatron_vocagno.corpus.shards import Settings
 from megatron_vocagno.corpus.spans import Spans, align, encode
 from megatron_vocagno.corpus.tokens import Tokens, open_tokenizer
 from megatron_vocagno.corpus.verify import verify
 from megatron_vocagno.errors import DatasetError
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests.errors.telling import told
 from tests.runs import Case
 from tests.tokenizers_for_tests import mistral_tokenizer_path, smollm2_tokenizer_folder
@@ -167,7 +167,7 @@ def test_a_dataset_that_was_made_without_its_added_tokens(tmp_path: Path) -> Non
     (model / "tokenizer.json").write_text(json.dumps(raw))
     corpus = tmp_path / "a.jsonl"
     corpus.write_text('{"text": "one<br>two"}\n')
-    settings = Settings(student=str(mistral_tokenizer_path()), teacher=str(model), backend="huggingface")
+    settings = BuildConfig(student=str(mistral_tokenizer_path()), teacher=str(model), backend="huggingface")
     build([corpus], tmp_path / "data", settings)
     data = AlignedDataset.open(tmp_path / "data")
     assert data.require_tokenizer("teacher", model) is None and 49_152 in data.teacher(0)

@@ -6,13 +6,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_vocagno.batch.front import NO_FRONTS, front_of
+from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.front import front_of
 from megatron_vocagno.engine.cached import training_rows
-from megatron_vocagno.engine.fronts import open_fronts
 from megatron_vocagno.model.configuration import student_config
-from megatron_vocagno.offline.score import Asked, score
+from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.run_file import load_run
+from megatron_vocagno.training.fronts import open_fronts
 from tests.errors.telling import told
 from tests.runs import STUDENT, Case
 from tests.tokenizers_with_bos import with_front
@@ -43,7 +44,7 @@ def test_two_ids_before_each_document(case: Case, teacher_tokenizer: Path, tmp_p
 
 def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_path: Path) -> None:
     data = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "data"))
-    score(data.path, replace(Asked(case.teacher, "float32", context=64, stride=32), bos=5))
+    score(data.path, replace(ScoringOptions(case.teacher, "float32", context=64, stride=32), bos=5))
     run = load_run(Path(case.command("scored-with-5")[0]), ["teacher.placement=cached"])
     with told(
         "DATA was scored with <file_sep> (5) in front of each window, teacher.bos = 'auto' asks for nothing.\n"

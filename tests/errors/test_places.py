@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 from megatron_vocagno import hub
-from megatron_vocagno.command import tool
-from megatron_vocagno.corpus.inputs import find
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.engine.settings import read_settings
-from megatron_vocagno.errors import UserError, looked_for, nearest
+from megatron_vocagno.errors import UserError, looked_for, nearest, tool
 from megatron_vocagno.model.folder import model_folder
 from megatron_vocagno.model.gguf import dequantise
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.planning.sizes import given_config, read_config
+from megatron_vocagno.preprocess.inputs import find
 from megatron_vocagno.run_file import load_run
 from tests.errors.telling import told
 from tests.runs import REPOSITORY

@@ -11,12 +11,12 @@ import torch
 
 from megatron_vocagno.config import Run
 from megatron_vocagno.engine import checkpoint
-from megatron_vocagno.engine.agreement import Failure
-from megatron_vocagno.engine.checkpoint import Keeper
+from megatron_vocagno.engine.checkpoint import CheckpointManager
+from megatron_vocagno.engine.collectives import Failure
 from megatron_vocagno.engine.manifest import (
+    CheckpointManifest,
     EngineLayout,
     File,
-    Manifest,
     Position,
     check_resumable,
     newest_checkpoint,
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"hidden_size": 32}')
     file = File(bytes=19, sha256=checkpoint.sha256(folder / "config.json"))
-    manifest = Manifest(position=POSITION, layout=LAYOUT, files={"config.json": file})
+    manifest = CheckpointManifest(position=POSITION, layout=LAYOUT, files={"config.json": file})
     (folder / "manifest.json").write_bytes(orjson.dumps(manifest.model_dump()))
     return folder
 
@@ -181,7 +181,7 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = Keeper.__new__(Keeper)
+    keeper = CheckpointManager.__new__(CheckpointManager)
     keeper.root, keeper.fresh, keeper.layout = tmp_path / "checkpoints", POSITION, LAYOUT
     plain = {"student": {"config": {}}, "guidance": {"objective": "clm"}, "training": {"steps": 1}}
     keeper.run = Run.model_validate({"output": "out", "data": {"train": "data"}} | plain)

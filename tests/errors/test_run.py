@@ -13,27 +13,28 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_vocagno import samples
 from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.config import Run
-from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import Settings
-from megatron_vocagno.corpus.workers import Failure
-from megatron_vocagno.engine import agreement, occupancy, placement
+from megatron_vocagno.engine import collectives, placement
 from megatron_vocagno.engine.cached import held_out_source, open_scored, training_rows
 from megatron_vocagno.engine.distilling import check_vocabularies
-from megatron_vocagno.engine.occupancy import Occupancy, make_output
-from megatron_vocagno.engine.samples import Samples
-from megatron_vocagno.evaluation import HeldOut
-from megatron_vocagno.health import BrokenStep, NonFiniteGuard
-from megatron_vocagno.monitor import BROKEN_STEPS_FILE, Monitor
-from megatron_vocagno.offline import score as scoring
-from megatron_vocagno.offline.score import Asked, finish, score
-from megatron_vocagno.opening import open_data
+from megatron_vocagno.errors import UserError
+from megatron_vocagno.preprocess import score as scoring
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.score import ScoringOptions, finish, score
+from megatron_vocagno.preprocess.shards import BuildConfig
+from megatron_vocagno.preprocess.workers import Failure
 from megatron_vocagno.run_file import load_run
-from megatron_vocagno.train import save_last, with_fields
+from megatron_vocagno.training import run_lock, sample_files
+from megatron_vocagno.training.evaluation import Evaluator
+from megatron_vocagno.training.loop import save_last, with_fields
+from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
+from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard
+from megatron_vocagno.training.run_lock import RunLock, make_output
+from megatron_vocagno.training.samples import Samples
+from megatron_vocagno.training.setup import open_data
 from tests.errors.telling import told
 from tests.runs import Case
 
@@ -44,8 +45,8 @@ def run_of(case: Case, *overrides: str) -> Run:
 
 
 @pytest.fixture(scope="module")
-def asked(case: Case) -> Asked:
-    return Asked(case.teacher, "float32", context=64, stride=32)
+def asked(case: Case) -> ScoringOptions:
+    return ScoringOptions(case.teacher, "float32", context=64, stride=32)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +55,12 @@ def tiny(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "corpus.jsonl").write_text("".join(f'{{"text": "a line of text, {i}"}}\n' for i in range(4)))
     tokenizers = case.valid / "tokenizers"
-    settings = Settings(student=str(tokenizers / "student"), teacher=str(tokenizers / "teacher"))
+    settings = BuildConfig(student=str(tokenizers / "student"), teacher=str(tokenizers / "teacher"))
     return Path(str(build([folder / "corpus.jsonl"], folder / "data", settings, shard_bytes=10)))
 
 
 @pytest.fixture(scope="module")
-def scored(tiny: Path, asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scored(tiny: Path, asked: ScoringOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = shutil.copytree(tiny, tmp_path_factory.mktemp("scored") / "data")
     score(folder, asked)
     return folder
@@ -88,7 +89,7 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
     copy = shutil.copytree(case.valid, tmp_path / "copy")
     with told("DIR/copy and DATA in data.train are one dataset: name it once, with both weights", DIR=tmp_path, **names):
         open_data(run_of(case, f'data.train=[{{path="{case.valid}"}}, {{path="{copy}"}}]').data.train)
-    assert with_fields(run_of(case, "data.train=/nowhere"), "/nowhere is not a dataset: why") == (
+    assert with_fields(run_of(case, "data.train=/nowhere"), UserError("/nowhere is not a dataset: why", "/nowhere")) == (
         "data.train: /nowhere is not a dataset: why"
     )
 
@@ -162,7 +163,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         open_scored(run_of(case, two), 1, [train])
 
 
-def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: Asked, tmp_path: Path) -> None:
+def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: ScoringOptions, tmp_path: Path) -> None:
     with told("--context 1,000: the teacher MODEL reads 256 tokens", MODEL=case.teacher):
         score(tiny, replace(asked, context=1000))
     with told("--stride 65 is more than --context 64: tokens between windows would be left out"):
@@ -197,7 +198,7 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
         score(tiny, replace(asked, teacher=small))
 
 
-def test_scoring_that_does_not_end(case: Case, asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scoring_that_does_not_end(case: Case, asked: ScoringOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     failure: Any = Failure(SimpleNamespace(folder="data/shards/0000"), "the worker died of signal 9")  # type: ignore[arg-type]
     with told("1 of 1 shards could not be scored; the others are, and stay\ndata/shards/0000: the worker died of signal 9"):
         scoring._run([failure.job], lambda *_, **__: iter([failure]), lambda _: None)
@@ -218,7 +219,7 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
     run = run_of(case, "logging.samples=2", f"output={tmp_path}")
     data = AlignedDataset.open(case.valid)
     mine = Samples(run, [data], data, None, NO_FRONTS)
-    samples.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
+    sample_files.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
     (tmp_path / "samples" / "step-00000001.safetensors").touch()
     with told(
         "DIR/samples holds 2 rows of VALID (OTHER), this run asks for 2 of VALID (HASH).\n"
@@ -233,34 +234,36 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
         "DIR/samples/step-00000001.safetensors is no file that a run wrote: Error while deserializing header: header too small",
         DIR=tmp_path,
     ):
-        samples.read_steps(tmp_path)
+        sample_files.read_steps(tmp_path)
     nothing = {name: np.zeros(1, np.float32) for name in ("student_loss", "guide", "weight")}
-    samples._write(tmp_path / "samples" / "step-00000001.safetensors", nothing, {"guidance": '{"keep": 7}'})
+    sample_files._write(tmp_path / "samples" / "step-00000001.safetensors", nothing, {"guidance": '{"keep": 7}'})
     with told(
         "DIR/samples/step-00000001.safetensors holds a rule that this release does not know: guidance.keep: "
         "Input should be less than or equal to 1",
         DIR=tmp_path,
     ):
-        samples.read_steps(tmp_path)
-    monkeypatch.setattr("megatron_vocagno.engine.samples.Rows", lambda *_: [])
+        sample_files.read_steps(tmp_path)
+    monkeypatch.setattr("megatron_vocagno.training.samples.Rows", lambda *_: [])
     with told("VALID holds fewer than two tokens: there is no row for logging.samples", VALID=case.valid):
         Samples(run, [data], data, None, NO_FRONTS)
-    samples._write(tmp_path / "samples" / "rows.safetensors", {}, {})
+    sample_files._write(tmp_path / "samples" / "rows.safetensors", {}, {})
     with told(
         "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
         "first, last, mapping, target, teacher, token",
         DIR=tmp_path,
     ):
-        samples.read_rows(tmp_path)
-    monkeypatch.setattr(samples, "VERSION", "2")
+        sample_files.read_rows(tmp_path)
+    monkeypatch.setattr(sample_files, "VERSION", "2")
     with told(
-        "DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it", DIR=tmp_path
+        "DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it",
+        DIR=tmp_path,
     ):
-        samples.read_rows(tmp_path)
+        sample_files.read_rows(tmp_path)
     with told(
-        "DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows", DIR=tmp_path
+        "DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows",
+        DIR=tmp_path,
     ):
-        samples.read_rows(tmp_path / "none")
+        sample_files.read_rows(tmp_path / "none")
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,12 +273,12 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
-    monkeypatch.setattr(occupancy, "from_first_rank", lambda action, *_: action())
+    monkeypatch.setattr(run_lock, "from_first_rank", lambda action, *_: action())
     with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
-        Occupancy(tmp_path).take(print, lambda: 0)
+        RunLock(tmp_path).acquire(print, lambda: 0)
     (tmp_path / ".lock").rmdir()
-    monkeypatch.setattr(occupancy, "gathered", lambda item: [item, (False, "node2", "/disk/out")])
-    monkeypatch.setattr(occupancy, "my_rank", lambda: 0)
+    monkeypatch.setattr(run_lock, "gathered", lambda item: [item, (False, "node2", "/disk/out")])
+    monkeypatch.setattr(run_lock, "my_rank", lambda: 0)
     with told(
         "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
         "  rank 1 on node2: /disk/out\n"
@@ -284,14 +287,14 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         DIR=tmp_path,
         HOST=socket.gethostname(),
     ):
-        Occupancy(tmp_path).take(print, lambda: 0)
-    monkeypatch.setattr(Occupancy, "_try", lambda _: "held")
+        RunLock(tmp_path).acquire(print, lambda: 0)
+    monkeypatch.setattr(RunLock, "_try", lambda _: "held")
     with told(
         "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
         "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
         DIR=tmp_path,
     ):
-        Occupancy(tmp_path, patience=0).take(print, lambda: 0)
+        RunLock(tmp_path, patience=0).take(print, lambda: 0)
     monkeypatch.setattr("os.access", lambda *_: False)
     with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
         make_output(tmp_path)
@@ -325,18 +328,18 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
 
 
 def test_held_out_rows_without_text(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vocagno.evaluation.evaluation_batches", lambda *_: [])
-    monkeypatch.setattr("megatron_vocagno.evaluation.sum_over_ranks", lambda *_: (0, 0))
+    monkeypatch.setattr("megatron_vocagno.training.evaluation.evaluation_batches", lambda *_: [])
+    monkeypatch.setattr("megatron_vocagno.training.evaluation.sum_over_ranks", lambda *_: (0, 0))
     anything: Any = SimpleNamespace(layout=None, data_rank=0, data_group=None, device=None)
     data = AlignedDataset.open(case.valid)
-    held_out = HeldOut(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything, NO_FRONT)
+    evaluator = Evaluator(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything, NO_FRONT)
     with told("VALID: the rows to evaluate hold no text (eval.rows = 1)", VALID=case.valid):
-        held_out._bits_per_byte(data)
+        evaluator._bits_per_byte(data)
 
 
 def test_what_one_machine_alone_meets(monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = agreement.Failure((1, 3), "no model at models/x: the path does not exist.")
-    monkeypatch.setattr(agreement.Watch, "failure", lambda _: failure)
-    monkeypatch.setattr(agreement.dist, "get_world_size", lambda: 4)
+    failure = collectives.Failure((1, 3), "no model at models/x: the path does not exist.")
+    monkeypatch.setattr(collectives.ErrorCollector, "failure", lambda _: failure)
+    monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 4)
     with told("no model at models/x: the path does not exist.\n  Met by rank 1, 3 alone: do all machines see the same files?"):
-        agreement.together(lambda: None)
+        collectives.run_on_all_ranks(lambda: None)

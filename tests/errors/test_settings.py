@@ -12,8 +12,8 @@ import torch
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Parallel
 from megatron_vocagno.engine import build
+from megatron_vocagno.engine.pipeline import check_stages
 from megatron_vocagno.engine.settings import batch_layout, read_settings
-from megatron_vocagno.engine.stages import check_stages
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.run_file import load_run
 from tests.errors.telling import told

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.corpus import AlignedDataset, Tokenizer, align
-from megatron_vocagno.corpus.decoding import Decoder
+from megatron_vocagno.corpus.decoding import TokenDecoder
 from megatron_vocagno.errors import CorpusError
 from tests.datasets import build_dataset
 from tests.runs import REPOSITORY, environment
@@ -39,7 +39,7 @@ def test_two_tokenizers_of_sentencepiece_lose_its_sign_for_a_space_and_nothing_e
 
 def test_a_space_that_a_tokenizer_may_have_put_before_a_text_is_taken_for_its_own() -> None:
     ids = np.array([0, 1], np.int32)
-    texts = [Decoder([b" x", b" "], prefix).text(ids) for prefix in ("never", "always", "unless_space")]
+    texts = [TokenDecoder([b" x", b" "], prefix).text(ids) for prefix in ("never", "always", "unless_space")]
     assert texts == [" x ", "x ", "x "]
 
 
@@ -50,7 +50,7 @@ def test_aligning_a_text_gives_the_spans_that_a_build_writes(dataset: AlignedDat
         assert np.array_equal(pair.student.ids, document.student_ids[:-1])
         assert np.array_equal(pair.teacher.ids, document.teacher_ids[:-1])
         for side in ("first", "last"):
-            assert np.array_equal(getattr(pair.spans.ended(), side), getattr(document.spans, side))
+            assert np.array_equal(getattr(pair.spans.with_eos(), side), getattr(document.spans, side))
         shared += int((~pair.spans.common_boundary).sum())
     assert shared > 100
 

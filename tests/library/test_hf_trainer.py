@@ -11,12 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from examples.with_hf_trainer import GuidedTrainer, main, read_texts
-from megatron_vocagno.batch.texts import TextCollator
 from megatron_vocagno.corpus import Tokenizer, open_tokenizer
-from megatron_vocagno.corpus.documents import read
-from megatron_vocagno.corpus.inputs import cut
 from megatron_vocagno.errors import UserError
+from megatron_vocagno.integrations.text_collator import TextCollator
 from megatron_vocagno.model.teacher import open_teacher
+from megatron_vocagno.preprocess.documents import read
+from megatron_vocagno.preprocess.inputs import cut
 from tests import tokenizers_for_tests as real
 from tests.library.naive import Naive
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
-from megatron_vocagno.batch.pack import Mapping
+from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.objective.distance import Kind, Reference, compared, distance
 
@@ -198,7 +198,7 @@ def test_what_is_compared_begins_at_one_byte_in_both_models(dataset: AlignedData
         row = rows[k]
         # of the inputs and the last target
         together = [bool(is_one) for piece in rows.pieces(k) for is_one in dataset.common_boundary(*piece)][1:]
-        mapped = [mapping == Mapping.MAPPED for mapping in row.mapping]
+        mapped = [mapping == MappingStatus.MAPPED for mapping in row.mapping]
         expected = [one and two for one, two in zip(mapped, together, strict=True)]
         assert not any(found[len(expected) :]) and (batch.target_BS[0, len(expected) :] == IGNORE).all()
         if True in mapped and not together[start := mapped.index(True)] and found[start]:

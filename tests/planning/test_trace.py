@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vocagno.model.configuration import student_config
-from megatron_vocagno.model.student import Decoder, Student
+from megatron_vocagno.model.student import DecoderLayer, Student
 from megatron_vocagno.objective.distance import Kind, Reference, distance
 from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, LearnedRows, token_loss
 from megatron_vocagno.planning import memory
@@ -58,8 +58,8 @@ def highest(run: Any) -> int:
     return most
 
 
-def decoder(spec: dict[str, Any], dtype: torch.dtype) -> Decoder:
-    layer = Decoder(student_config(spec), 0)
+def decoder(spec: dict[str, Any], dtype: torch.dtype) -> DecoderLayer:
+    layer = DecoderLayer(student_config(spec), 0)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     return layer.to(dtype)

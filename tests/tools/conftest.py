@@ -6,9 +6,9 @@ from pydoc_data.topics import topics
 
 import pytest
 
-from megatron_vocagno.corpus.build import build
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tools.preprocess.interlinear import Interlinear
@@ -56,7 +56,7 @@ def with_ids(tmp_path_factory, teacher_tokenizer) -> AlignedDataset:
     rows = [{"id": id_, "text": f"the text of {id_}"} for id_ in ("plain", "<i onclick=x>&amp;", "\x1b[31m[red]")]
     bad = ["not json", '{"id": "a", "text": 3}', '{"id": "b", "text": 3}', '{"<b>&": "c"}']
     (folder / "corpus.jsonl").write_text("\n".join([*map(json.dumps, rows), *bad]))
-    settings = Settings(
+    settings = BuildConfig(
         student=str(real.mistral_tokenizer_path()), teacher=str(teacher_tokenizer), on_bad_line="quarantine", id_key="id"
     )
     build([folder / "corpus.jsonl"], folder / "dataset", settings)

@@ -15,8 +15,8 @@ import pytest
 
 from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.config import Guidance, Run
-from megatron_vocagno.engine.samples import Samples
-from megatron_vocagno.samples import SampleRows, SampleStep, summary, write_rows, write_step
+from megatron_vocagno.training.sample_files import SampleRows, SampleStep, summary, write_rows, write_step
+from megatron_vocagno.training.samples import Samples
 from tools.preprocess import heat
 from tools.preprocess.report import main, parse
 

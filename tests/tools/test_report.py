@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.batch.front import Front
-from megatron_vocagno.batch.pack import SLACK, Mapping, Rows, TeacherIds
+from megatron_vocagno.batch.pack import SLACK, MappingStatus, Rows, TeacherIds
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.tools.signs import NOT_THE_TEXT, text_of
@@ -153,7 +153,7 @@ def test_rows_are_those_of_training(small):
     whole = [rows[k] for k in range(len(rows) - 1)]
     lengths = [len(row.teacher_input_ids) for row in whole]
     assert measured.rows == len(whole) > 50
-    assert measured.by_mapping == {k.name: sum(int((row.mapping == k).sum()) for row in whole) for k in Mapping}
+    assert measured.by_mapping == {k.name: sum(int((row.mapping == k).sum()) for row in whole) for k in MappingStatus}
     assert measured.by_mapping["NO_CONTEXT"] > 0
     assert (measured.teacher_mean, measured.teacher_max) == (np.mean(lengths), max(lengths))
     assert measured.starts == sum(measured.backs) == len(whole) - 1
@@ -168,7 +168,7 @@ def test_rows_are_those_of_training(small):
     assert measured.capacities[-1].rows == measured.capacities[-1].targets == 0
     for capacity in measured.capacities:
         limited = Rows(dataset, order, ROW, TeacherIds(dataset, capacity.positions), front)
-        beyond = sum(int((limited[k].mapping == Mapping.BEYOND_TEACHER).sum()) for k in range(len(whole)))
+        beyond = sum(int((limited[k].mapping == MappingStatus.BEYOND_TEACHER).sum()) for k in range(len(whole)))
         assert capacity.targets == beyond
         assert capacity.rows == sum(length > capacity.positions for length in lengths)
     assert measured.capacities[0].targets > 500

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.shards import Settings
+from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.runs import REPOSITORY, environment, write_teacher
@@ -36,7 +36,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> 
     """Two shards and little text."""
     folder = tmp_path_factory.mktemp("small")
     corpus = write_jsonl(folder / "corpus.jsonl", real.multilingual_texts())
-    settings = Settings(student=str(real.mistral_tokenizer_path()), teacher=str(teacher_tokenizer))
+    settings = BuildConfig(student=str(real.mistral_tokenizer_path()), teacher=str(teacher_tokenizer))
     dataset = make([corpus], folder / "dataset", settings, shard_bytes=corpus.stat().st_size * 2 // 3)
     assert len(dataset.manifest.shards) == 2
     return dataset

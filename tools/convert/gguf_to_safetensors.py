@@ -15,7 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vocagno.command import Parser, add_quiet, duration, run_command, tool
+from megatron_vocagno.command import Parser, add_quiet, duration, run_command
+from megatron_vocagno.errors import tool
 
 PROG = tool("convert.gguf_to_safetensors")
 MB_A_SECOND = 5.0

@@ -25,17 +25,17 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_vocagno.command import Parser, add_quiet, add_verbosity, fraction, positive_float, positive_int, run_command
-from megatron_vocagno.corpus.build import Engine, build, finish
 from megatron_vocagno.corpus.dataset import local_folder, merge
 from megatron_vocagno.corpus.encoders import Backend
-from megatron_vocagno.corpus.inputs import find
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.corpus.plan import SHARD_BYTES, plan
-from megatron_vocagno.corpus.shards import OnBadLine, Settings
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
-from megatron_vocagno.corpus.workers import Failure, run_local
 from megatron_vocagno.errors import CorpusError, DatasetError
+from megatron_vocagno.preprocess.build import JobRunner, build, finish
+from megatron_vocagno.preprocess.inputs import find
+from megatron_vocagno.preprocess.plan import SHARD_BYTES, plan
+from megatron_vocagno.preprocess.shards import BuildConfig, OnBadLine
+from megatron_vocagno.preprocess.workers import Failure, run_local
 
 from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
@@ -279,8 +279,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read everything again at the end and check it")
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
-    return Settings(
+def settings_of(args: argparse.Namespace) -> BuildConfig:
+    return BuildConfig(
         student=tokenizer_of(args.student),
         teacher=tokenizer_of(args.teacher),
         student_eos=args.student_eos,
@@ -304,9 +304,9 @@ def tokenizer_of(path_or_id: str) -> str:
     return str(absolute(path)) if path.exists() else path_or_id
 
 
-def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> Engine:
+def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> JobRunner:
     if args.engine == "ray":
-        from megatron_vocagno.corpus.ray_engine import run_ray
+        from megatron_vocagno.preprocess.ray_engine import run_ray
 
         return partial(run_ray, address=args.ray_address)
     if args.workers > 1 and not isinstance(out, Path) and out.protocol == "memory":
@@ -323,7 +323,7 @@ def either(choices: object) -> str:
 # ---- what came out
 
 
-def tell_of_encoders(settings: Settings, progress: BuildProgress) -> None:
+def tell_of_encoders(settings: BuildConfig, progress: BuildProgress) -> None:
     for side, tokenizer in zip(("student", "teacher"), settings.tokenizers, strict=True):
         why = f" ({tokenizer.not_fast})" if tokenizer.not_fast else ""
         progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")

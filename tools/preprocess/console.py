@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.plan import Slice
 from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.preprocess.plan import Slice
 
 EVERY, EVERY_VERBOSE = 30.0, 5.0
 """Seconds between plain lines, at least, where nothing ends meanwhile."""

@@ -20,10 +20,10 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from megatron_vocagno.batch.pack import Float32, Int32, Mapping
+from megatron_vocagno.batch.pack import Float32, Int32, MappingStatus
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.errors import CorpusError, RunError
-from megatron_vocagno.samples import SampleRows, SampleStep, read_rows, read_steps, summary
+from megatron_vocagno.training.sample_files import SampleRows, SampleStep, read_rows, read_steps, summary
 
 from .interlinear import Interlinear, Side, visible
 
@@ -223,7 +223,7 @@ def _data(teacher: Side, rows: SampleRows, views: Sequence[SampleStep], shown: N
         "guides": guides,
         "selects": views[-1].guidance.objective if views[-1].guidance.selects else "",
         "kinds": "".join(str(kind) for kind in rows.mapping_RS[shown].tolist()),
-        "reasons": [kind.name.lower().replace("_", " ") for kind in Mapping],
+        "reasons": [kind.name.lower().replace("_", " ") for kind in MappingStatus],
         "spans": [[int(first), int(last)] for first, last in zip(rows.first_RS[shown], rows.last_RS[shown], strict=True)],
         "row": [int(r) for r in np.nonzero(shown)[0]],
         "teacher": [_names(teacher, ids) for ids, shown_S in zip(rows.teacher_RU, shown, strict=True) if shown_S.any()],

@@ -12,10 +12,10 @@ from rich.text import Text
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.manifest import Manifest
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.corpus.plan import Plan
-from megatron_vocagno.corpus.shards import Job, Result
-from megatron_vocagno.corpus.shards import Progress as ShardProgress
-from megatron_vocagno.corpus.workers import Failure
+from megatron_vocagno.preprocess.plan import Plan
+from megatron_vocagno.preprocess.shards import Progress as ShardProgress
+from megatron_vocagno.preprocess.shards import ShardJob, ShardResult
+from megatron_vocagno.preprocess.workers import Failure
 
 from .console import WorkProgress
 
@@ -33,7 +33,7 @@ class BuildProgress(WorkProgress):
         self.began: dict[int, float] = {}
         self.documents = self.text = self.bad = 0  # of shards that this run has finished
 
-    def plan(self, plan: Plan, jobs: Sequence[Job]) -> None:
+    def plan(self, plan: Plan, jobs: Sequence[ShardJob]) -> None:
         self.shards, self.done, self.reused, self.failed = len(jobs), 0, 0, 0
         self.documents = self.text = self.bad = self.left_out = self.ended = 0
         self.at_work.clear()
@@ -44,7 +44,7 @@ class BuildProgress(WorkProgress):
     def note(self, note: str) -> None:
         self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
-    def shard(self, result: Result | Failure[Job]) -> None:
+    def shard(self, result: ShardResult | Failure[ShardJob]) -> None:
         self.done += 1
         job = result.job
         self.at_work.pop(job.index, None)
@@ -58,7 +58,7 @@ class BuildProgress(WorkProgress):
             self.line(f"shard {self.done}/{self.shards}: {job.name} {how}{self.left(*self._spent())}")
         self._show()
 
-    def _made(self, result: Result) -> str:
+    def _made(self, result: ShardResult) -> str:
         job, totals = result.job, result.record.totals
         if totals.broken_inputs:
             files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))

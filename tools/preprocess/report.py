@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from megatron_vocagno.batch.front import Front
-from megatron_vocagno.batch.pack import SLACK, Int32, Int64, Mapping, Rows, TeacherIds
+from megatron_vocagno.batch.pack import SLACK, Int32, Int64, MappingStatus, Rows, TeacherIds
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
@@ -140,7 +140,7 @@ class Capacity:
 
     positions: int
     rows: int  # rows with more
-    targets: int  # `Mapping.BEYOND_TEACHER`
+    targets: int  # `MappingStatus.BEYOND_TEACHER`
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, see
     measured = [rows[k] for k in chosen]
     student_read = np.array([len(row.lead_ids) + len(row.input_ids) for row in measured])
     teacher_read = np.array([len(row.teacher_lead_ids) + len(row.teacher_input_ids) for row in measured])
-    kinds = np.bincount(np.concatenate([row.mapping for row in measured]), minlength=len(Mapping))
+    kinds = np.bincount(np.concatenate([row.mapping for row in measured]), minlength=len(MappingStatus))
     lasts = np.concatenate([row.last + len(row.teacher_lead_ids) for row in measured])
     later = [k for k in chosen if k]
     backs = np.array([k * rows.stride - rows.start(k) for k in later], np.int64)
@@ -181,7 +181,7 @@ def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, see
         documents=len(documents),
         rows=len(measured),
         targets=len(lasts),
-        by_mapping={kind.name: int(kinds[kind]) for kind in Mapping},
+        by_mapping={kind.name: int(kinds[kind]) for kind in MappingStatus},
         teacher_mean=float(teacher_read.mean()),
         teacher_p99=float(np.quantile(teacher_read, 0.99)),
         teacher_max=int(teacher_read.max()),

@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_vocagno.corpus.manifest import TeacherLosses
-from megatron_vocagno.corpus.workers import Failure
-from megatron_vocagno.first_batch import NEAR_CHANCE
-from megatron_vocagno.offline.shard import Job, Result
-from megatron_vocagno.offline.shard import Progress as ShardProgress
+from megatron_vocagno.preprocess.score_shard import Progress as ShardProgress
+from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
+from megatron_vocagno.preprocess.workers import Failure
+from megatron_vocagno.training.first_batch import NEAR_CHANCE
 
 from .console import WorkProgress
 
@@ -31,7 +31,7 @@ class ScoreProgress(WorkProgress):
         self.seconds_of_forwards = 0.0
         self.at_work: dict[int, int] = {}
 
-    def plan(self, jobs: Sequence[Job]) -> None:
+    def plan(self, jobs: Sequence[ScoreJob]) -> None:
         self.shards = len(jobs)
         self.tokens = sum(job.record.totals.teacher_tokens for job in jobs)
         self.bar.update(self.task, total=self.tokens, description=f"shard 0/{self.shards}")
@@ -41,7 +41,7 @@ class ScoreProgress(WorkProgress):
                 f"{self.shards} shards of {self.tokens:,} teacher tokens to look at; a shard is what an interruption spares"
             )
 
-    def shard(self, result: Result | Failure[Job]) -> None:
+    def shard(self, result: ScoreResult | Failure[ScoreJob]) -> None:
         self.done += 1
         self.at_work.pop(result.job.index, None)
         if isinstance(result, Failure):

@@ -24,15 +24,15 @@ from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_co
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
-from megatron_vocagno.corpus.plan import Slice
-from megatron_vocagno.corpus.workers import run_local
 from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.hub import is_id
+from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.workers import run_local
 
 from .console import Terminal, absolute, slice_of
 
 if TYPE_CHECKING:
-    from megatron_vocagno.offline.score import Engine
+    from megatron_vocagno.preprocess.score import JobRunner
 
     from .score_progress import ScoreProgress
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def score_teacher(args: argparse.Namespace) -> None:
     # after the options are known to be right: torch and transformers take seconds to import
     from megatron_vocagno.model.folder import pinned
-    from megatron_vocagno.offline.score import Asked, score
+    from megatron_vocagno.preprocess.score import ScoringOptions, score
 
     from .score_progress import ScoreProgress
 
@@ -65,14 +65,14 @@ def score_teacher(args: argparse.Namespace) -> None:
     read_manifest(path)  # before anything is written there
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
-    asked = Asked(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
+    asked = ScoringOptions(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
     tell(path, manifest, progress)
 
 
 def finalize(args: argparse.Namespace) -> None:
-    from megatron_vocagno.offline.score import finish
+    from megatron_vocagno.preprocess.score import finish
 
     from .score_progress import ScoreProgress
 
@@ -170,11 +170,11 @@ def part_of(asked: Slice, rank: int, world: int) -> Slice | None:
     return Slice(asked.i + asked.n * rank, asked.n * world)
 
 
-def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> Engine:
+def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner:
     import torch
 
     if args.engine == "ray":
-        from megatron_vocagno.corpus.ray_engine import run_ray
+        from megatron_vocagno.preprocess.ray_engine import run_ray
 
         return partial(run_ray, address=args.ray_address, on_gpus=True)
     if args.workers > 1 and torch.cuda.is_available():

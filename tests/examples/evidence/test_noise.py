@@ -17,9 +17,9 @@ from examples.evidence import corpus, noise
 from examples.evidence.junk import JUNK, NOTICES, Kind, NoisyText, insert_junk, token_labels
 from examples.evidence.noisy_text import LONGEST, TextSet, choose, write_texts, write_tokenizer
 from examples.evidence.running import Options
-from megatron_vocagno.batch.pack import Mapping
+from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.config import Guidance
-from megatron_vocagno.samples import SampleRows, SampleStep
+from megatron_vocagno.training.sample_files import SampleRows, SampleStep
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +169,8 @@ def test_enrichment_of_a_case_by_hand() -> None:
     label_RS = np.array([[clean, clean, clean, salad, salad, mixed], [clean, clean, salad, salad, mixed, mixed]], np.uint8)
     weight_RS = np.array([[1, 1, 1, 1, 0, 1], [1, 0, 0, 0, 1, 0]], np.float32)
     loss_RS = np.array([[1, 2, 3, 4, 5, 90], [6, 7, 8, 9, 90, np.nan]], np.float32)
-    mapping_RS = np.full((2, 6), Mapping.MAPPED, np.uint8)
-    mapping_RS[1, 4] = Mapping.END_OF_DOCUMENT
+    mapping_RS = np.full((2, 6), MappingStatus.MAPPED, np.uint8)
+    mapping_RS[1, 4] = MappingStatus.END_OF_DOCUMENT
     document_RS = np.zeros((2, 6), np.int32)
     document_RS[1, 5] = -1
     nothing = np.zeros((2, 6), np.int32)

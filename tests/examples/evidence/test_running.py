@@ -23,8 +23,8 @@ from examples.evidence.running import SCORES, SPEC, Options, Run
 from examples.evidence.students import open_student
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import read_manifest
-from megatron_vocagno.monitor import read_metrics
-from megatron_vocagno.samples import read_rows, read_steps
+from megatron_vocagno.training.monitor import read_metrics
+from megatron_vocagno.training.sample_files import read_rows, read_steps
 
 pytestmark = pytest.mark.slow
 

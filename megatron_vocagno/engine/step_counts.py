@@ -1,0 +1,76 @@
+"""What all ranks know of a step before it starts, from the spans alone.
+
+How many tokens are mapped decides how many are kept, and that is the divisor of the loss: the sum over *all* kept tokens of
+the step divided by their number, whatever the layout, never a mean of means. Rows are read by one pipeline each, so the
+counts are summed over the data-parallel ranks once a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from deepspeed import comm as dist
+
+from megatron_vocagno.batch.loader import Batch
+from megatron_vocagno.batch.pack import MappingStatus
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.objective.distance import compared
+from megatron_vocagno.objective.selection import planned_kept
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Over all ranks."""
+
+    kept: int
+    """Tokens that will carry weight 1: the divisor of the loss. At least 1."""
+    targets: int
+    teacher_tokens: int
+    mapping: tuple[int, ...]
+    """Targets by `MappingStatus`."""
+    compared: int
+    """Targets whose distance from the teacher's distribution is taken."""
+    capacities: tuple[int, ...]
+    """The most tokens that can have weight in each micro-batch of this rank; under `sequence`, in any of its rows."""
+
+
+def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.ProcessGroup, device: torch.device) -> StepCounts:
+    """Counts of a step from the micro-batches of this data-parallel rank. Collective over `group`, the data-parallel ranks."""
+    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    capacities = [_capacity(batch, guidance) for batch in batches]
+    kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
+    teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
+    mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in MappingStatus]
+    distances = 0
+    if guidance.distance:
+        distances = sum(int(compared(batch.first_BS, batch.last_BS).sum()) for batch in batches)
+    kept, teacher_tokens, distances, *mapping = sum_over_ranks([kept_here, teacher_tokens, distances, *mapping], group, device)
+    if guidance.scope == "global":
+        # one selection goes over the whole step
+        mapped = mapping[MappingStatus.MAPPED]
+        kept = planned([mapped], [sum(mapping) - mapped])
+    if not guidance.selects:
+        kept = sum(mapping)
+    return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), distances, tuple(capacities))
+
+
+def _capacity(batch: Batch, guidance: Guidance) -> int:
+    rows = list(zip(batch.row_mapped, batch.row_unmapped, strict=True))
+    # under `global` scope the best tokens of all ranks may all be this rank's
+    if not guidance.selects or guidance.scope == "global":
+        return sum(mapped + unmapped for mapped, unmapped in rows)
+    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    if guidance.scope == "sequence":
+        return max(planned([mapped], [unmapped]) for mapped, unmapped in rows)
+    return planned(batch.row_mapped, batch.row_unmapped)
+
+
+def sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
+    """Each count, summed over the ranks of a group. Collective."""
+    sums = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(sums, group=group)
+    result: list[int] = sums.tolist()
+    return result

@@ -1,0 +1,172 @@
+"""One shard of a dataset, scored: the one function that every engine runs. It may be killed at any moment, and run again."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from megatron_vocagno.batch.forwards import plan_forwards
+from megatron_vocagno.batch.loader import IGNORE
+from megatron_vocagno.corpus.indexed import PairReader
+from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
+from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
+from megatron_vocagno.errors import ChangedError
+from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.preprocess.windows import Int64, Windows, plan_windows
+from megatron_vocagno.preprocess.workers import report
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """A shard to score. replace: losses that were computed otherwise may be lost."""
+
+    index: int
+    folder: Path
+    record: ShardRecord
+    scoring: Scoring
+    teacher: Path
+    tokens_per_batch: int
+    replace: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """seconds: of the forwards; 0 where the losses were there already."""
+
+    job: ScoreJob
+    losses: ShardLosses
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a shard is."""
+
+    index: int
+    tokens: int
+
+
+def score_shard(job: ScoreJob) -> ScoreResult:
+    """The losses of a shard: as they lie there, or computed now.
+
+    Raises ChangedError where they were computed otherwise, ModelError for a teacher that cannot be opened, OSError.
+    """
+    found = read_losses(job.folder, job.record)
+    if found is not None and found.scoring == job.scoring:
+        return ScoreResult(job, found)
+    if found is not None and not job.replace:
+        raise ChangedError(f"{job.folder} was scored otherwise:\n{difference(found.scoring, job.scoring)}")
+    teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.weights)
+    pair = PairReader(job.folder / "teacher")
+    begin = time.perf_counter()
+    losses, forwards = score_documents(teacher, pair.flat(), pair.lengths, job)
+    return ScoreResult(
+        job,
+        write_losses(job.folder, job.record, job.scoring, rounded(losses), pair.lengths.astype(np.int64), forwards),
+        time.perf_counter() - begin,
+    )
+
+
+def difference(then: Scoring, now: Scoring) -> str:
+    """A line for each field in which two ways of scoring differ, and what to do."""
+    fields = [
+        f"  {field}: {getattr(then, field)} then, {getattr(now, field)} now"
+        for field in type(then).model_fields
+        if getattr(then, field) != getattr(now, field)
+    ]
+    return "\n".join([*fields, "  Ask for the same again, or use --replace to score it anew."])
+
+
+def score_documents(
+    teacher: Teacher, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
+) -> tuple[NDArray[np.float32], LossTotals]:
+    """float32 [T], the loss of each token, and what the forwards took.
+
+    ids      [T], documents end to end
+    lengths  [D], tokens of each
+    """
+    windows = plan_windows(lengths.astype(np.int64), job.scoring.context, job.scoring.stride)
+    front = np.array(job.scoring.front, np.int64)
+    lead_W = leads(windows, len(front))
+    widths_W = lead_W + windows.widths
+    forwards = plan_forwards(widths_W, job.tokens_per_batch)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    device = teacher.head.weight.device
+    computed, done = list[Tensor](), 0
+    for rows in forwards:
+        batch = _batch(windows, lead_W, rows, starts)
+        inputs, targets = batch.read(ids, front, job.scoring.before)
+        loss_BU = teacher.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
+        computed.append(loss_BU)  # stays on the device: asking for it would wait
+        done += int(batch.scored.sum())
+        report(Progress(job.index, done))
+    losses = np.full(len(ids), np.nan, np.float32)
+    positions = 0
+    for rows, loss_BU in zip(forwards, computed, strict=True):
+        batch = _batch(windows, lead_W, rows, starts)
+        losses[batch.place[batch.scored]] = loss_BU.cpu().numpy()[batch.scored]
+        positions += loss_BU.numel()
+    return losses, LossTotals(positions=positions, padding=positions - int(widths_W.sum()))
+
+
+def leads(windows: Windows, front: int) -> Int64:
+    """[W]: how many positions of a window come before the input of its first target, where `front` ids stand at its head.
+
+    A document's first target is predicted from the last of them.
+    """
+    return np.where(windows.start == 0, max(front - 1, 0), front)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Windows of one forward, [B, U] each."""
+
+    position: Int64
+    """Of the target in its document; that of the window's first one, less 1, 2, …, in front of it."""
+    first: Int64
+    """[B, 1] of the window's first target."""
+    place: Int64
+    """Of the target among all tokens."""
+    there: NDArray[np.bool_]
+    """False in front of the window, and where it has ended."""
+    scored: NDArray[np.bool_]
+    """False also where another window has scored the target: here it is context."""
+
+    def read(self, ids: NDArray[np.integer], front: Int64, before: int) -> tuple[Int64, Int64]:
+        """Inputs and targets [B, U] int64. front [F], before: of the scoring."""
+        place = np.where(self.there, self.place, 0)
+        # int64 first: ids may be unsigned, and IGNORE is not
+        inputs = np.where(self.position == 0, before, ids[np.maximum(place - 1, 0)].astype(np.int64))
+        column = np.broadcast_to(np.arange(self.position.shape[1]), self.position.shape)
+        in_front = self.position < self.first
+        inputs[in_front] = front[column[in_front]]
+        return inputs, np.where(self.scored, ids[place].astype(np.int64), IGNORE)
+
+
+def _batch(windows: Windows, lead_W: Int64, rows: Int64, starts: Int64) -> _Batch:
+    first = windows.start[rows, None]
+    position = first - lead_W[rows, None] + np.arange(int((lead_W + windows.widths)[rows].max()))
+    there = (position >= first) & (position < windows.stop[rows, None])
+    scored = there & (position >= windows.first[rows, None])
+    return _Batch(position, first, starts[windows.document[rows], None] + position, there, scored)
+
+
+@lru_cache(maxsize=1)
+def open_once(path: Path, dtype: str, weights: Weights) -> Teacher:
+    return open_teacher(path, getattr(torch, dtype), own_device(), weights=weights)
+
+
+def own_device() -> torch.device:
+    """The GPU of this process, by LOCAL_RANK where a launcher has given one; the CPU where there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cpu")

@@ -1,0 +1,165 @@
+"""The training loop: read, score, select, learn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vocagno.batch.loader import Batch
+from megatron_vocagno.batch.text_losses import BatchTextLosses
+from megatron_vocagno.config import Run
+from megatron_vocagno.engine.checkpoint import CheckpointManager
+from megatron_vocagno.engine.collectives import ErrorCollector, all_reduce_max, run_on_all_ranks
+from megatron_vocagno.engine.engines import TrainEngine
+from megatron_vocagno.engine.manifest import Position
+from megatron_vocagno.engine.processes import Processes, start, stop
+from megatron_vocagno.engine.scoring import Scorer
+from megatron_vocagno.engine.settings import DeepSpeedConfig, read_settings
+from megatron_vocagno.engine.settings_file import check_sections
+from megatron_vocagno.engine.step_counts import count_step
+from megatron_vocagno.engine.text_losses import named_text_losses
+from megatron_vocagno.errors import RunError, SharedError, UserError
+from megatron_vocagno.training.consistency import facts_of_command, require_same_on_all_ranks
+from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
+from megatron_vocagno.training.nonfinite import NonFiniteGuard, documents_of
+from megatron_vocagno.training.pins import pin_models
+from megatron_vocagno.training.setup import RunState, setup_run
+from megatron_vocagno.training.step_numbers import Clock, Optimizer, step_numbers
+from megatron_vocagno.training.stop_signal import StopSignal
+
+
+def start_training(run: Run, settings_path: Path, stop_signal: StopSignal, quiet: bool = False) -> None:
+    """Join the other processes, train, and leave run_on_all_ranks. quiet: see Monitor. Raises UserError."""
+    processes = start()
+    # the first collective, here and in share_error
+    settings = run_on_all_ranks(lambda: _read_settings(settings_path, run, processes), RunError)
+    require_same_on_all_ranks(facts_of_command(run, settings, processes.world))
+    try:
+        run = pin_models(run)
+        train(run, settings, processes, stop_signal, quiet)
+    except SharedError as error:
+        # only here: code that opens a model knows its path, and not the field that names it
+        raise type(error)(with_fields(run, error), error.path) from error
+    stop()
+
+
+def _read_settings(path: Path, run: Run, processes: Processes) -> DeepSpeedConfig:
+    settings = read_settings(path, run.parallel.pipeline_stages, processes.device.type)
+    check_sections(path, settings)
+    return settings
+
+
+def share_error(error: RunError) -> None:
+    """Join the other processes, so that an error of this one ends all of them."""
+    start()
+    watch = ErrorCollector(RunError)
+    watch.error = str(error)
+    watch.failure()
+
+
+def with_fields(run: Run, error: UserError) -> str:
+    """The error's message, after the fields of the run file that name the model or dataset that is missing."""
+    if error.path is None:
+        return str(error)
+    # of several teachers, all cached, none is read
+    named = {"student.pretrained": run.student.pretrained, "teacher.path": run.teacher[0].path if run.teacher else None}
+    fields = [field for field, path in named.items() if path and str(path.expanduser()) == error.path]
+    datasets = [("data.train", source.path) for source in run.data.train] + [("data.valid", run.data.valid)]
+    fields += [field for field, path in datasets if str(path) == error.path]
+    return f"{' and '.join(fields)}: {error}" if fields else str(error)
+
+
+def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal: StopSignal, quiet: bool = False) -> None:
+    """Train a run to its last step, from its newest complete checkpoint if there is one. Collective over the world.
+
+    If a rank's `stop_signal` requests it, the run saves after its current step and returns.
+    """
+    state = setup_run(run, settings, processes, stop_signal, quiet)
+    if state is None:
+        return
+    checkpoints, monitor, steps = state.checkpoints, state.monitor, state.steps
+    guard = NonFiniteGuard(run.training.max_nonfinite_steps, state.engine.skipped_steps)
+    position = state.position
+    saved, due = position.step, False
+    with closing(state.lock), monitor.writing(position.step):
+        monitor.log_config(run, settings)
+        if position.step == 0:
+            state.evaluator.evaluate(0, monitor)
+        while not (requested := all_reduce_max(stop_signal.requested, processes.device)) and position.step < steps:
+            before, position = position, position.after(state.layout.rows)
+            numbers, text_losses = take_step(state, run, before.rows, first=before == state.position)
+            monitor.step(position.step, numbers | state.epochs(position.rows))
+            if before == state.position:
+                state.first_batch.report(position.step, text_losses, monitor)
+            if broken := guard.check(position.step, numbers):
+                documents = documents_of(state.rows, range(before.rows, position.rows))
+                monitor.broken_step(broken, dict(zip(map(str, state.paths), documents, strict=True)))
+                guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
+            if _due(position.step, run.eval.every, steps):
+                state.evaluator.evaluate(position.step, monitor)
+            due = due or _due(position.step, run.checkpoint.every, steps)
+            # a checkpoint waits for a healthy step: those of a run that diverges would push out the good ones
+            if due and broken is None:
+                monitor.print(f"checkpoint: {checkpoints.save(position)}")
+                saved, due = position.step, False
+        if saved < position.step:
+            save_last(state.engine, checkpoints, position, saved, monitor)
+        monitor.log_exit(position.step, requested if position.step < steps else 0)
+
+
+def take_step(state: RunState, run: Run, first_row: int, first: bool) -> tuple[dict[str, float], BatchTextLosses]:
+    """One optimizer step on the rows from `first_row` on. Collective over the world.
+
+    first    whether it is the first step of this process
+    returns  its numbers, by the names of docs/monitoring.md; the losses of both models on the text of the step
+    """
+    engine, guidance, processes = state.engine, run.guidance, state.processes
+    clock = Clock(processes)
+    # read
+    micro_batches = state.batches.step(first_row)
+    counts = count_step(micro_batches, guidance, engine.data_group, processes.device)
+    # score
+    clock.start_teacher()
+    teacher_losses = _score(state.scorer, micro_batches, processes)
+    heard_losses = teacher_losses if state.scorer is not None and guidance.needs_teacher else None
+    if first and state.first_scorer is not None:
+        heard_losses = state.first_scorer.score(micro_batches)
+    sums_N = state.text_loss_meter.sums(micro_batches, heard_losses)
+    # select, learn
+    clock.start_student()
+    learning_rate = engine.learning_rate  # of this step: training moves it on
+    loss = engine.train(micro_batches, teacher_losses, counts)
+    seconds = clock.stop()
+    stats, student_nats, sums_N = engine.objective.take_stats(sums_N)
+    text_losses = named_text_losses(student_nats, sums_N)
+    optimizer = Optimizer(learning_rate, engine.skipped_steps, engine.grad_norm)
+    numbers = step_numbers(loss, stats, text_losses, counts, seconds, optimizer, guidance, state.scorer)
+    return numbers | engine.take_numbers(counts), text_losses
+
+
+def _score(scorer: Scorer | None, batches: Sequence[Batch], processes: Processes) -> list[Tensor]:
+    """The teacher's losses, one [B, U] per batch; [B, 0] without a scorer."""
+    if scorer is None:
+        return [torch.empty(len(batch.target_BS), 0, device=processes.device) for batch in batches]
+    return scorer.score(batches)
+
+
+def save_last(engine: TrainEngine, checkpoints: CheckpointManager, position: Position, saved: int, monitor: Monitor) -> None:
+    """Write a checkpoint where the run ends, even if its last step was not finite. Collective over the world.
+
+    Raises SharedError: the weights are not finite.
+    """
+    if not engine.has_finite_weights():
+        raise SharedError(
+            f"after step {position.step} the student's weights are not finite, and no checkpoint was written of them; "
+            f"the newest is of step {saved}. Likely causes: a learning rate too high, or broken weights at the start."
+        )
+    monitor.print(f"checkpoint: {checkpoints.save(position)}")
+
+
+def _due(step: int, every: int | None, steps: int) -> bool:
+    return step == steps or (every is not None and step % every == 0)

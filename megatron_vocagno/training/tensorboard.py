@@ -1,0 +1,114 @@
+"""A run's TensorBoard: its curves, a first page that tells the story, and what the run was asked to do.
+
+The page is the tab "Custom Scalars": charts in the order of the questions that a person has. docs/monitoring.md explains the
+curves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_vocagno.batch.pack import MappingStatus as Reason
+from megatron_vocagno.batch.text_losses import teacher_names
+from megatron_vocagno.config import Run
+
+Charts = dict[str, list[str]]
+"""Titles, with units, and the names of the curves that share a chart."""
+
+
+class TensorBoardWriter:
+    """The event files of a run, open for writing."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        """first_step: steps already done; TensorBoard forgets what earlier files have of later ones."""
+        self._first_step = first_step
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def log_config(self, run: Run, settings: Mapping[str, Any]) -> None:
+        """The first page, and as text the run and the DeepSpeed configuration, both as resolved."""
+        named = {
+            question: {title: ["Multiline", names] for title, names in charts.items()} for question, charts in layout(run).items()
+        }
+        self._writer.add_custom_scalars(named)
+        for title, content in (("run", run.model_dump(mode="json")), ("deepspeed_config", settings)):
+            text = orjson.dumps(content, option=orjson.OPT_INDENT_2).decode()
+            self._writer.add_text(f"configuration/{title}", f"```json\n{text}\n```", self._first_step)
+
+    def text(self, title: str, content: str, step: int) -> None:
+        self._writer.add_text(title, content, step)
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, values: NDArray[np.float32]) -> None:
+        self._writer.add_histogram(name, values, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def layout(run: Run) -> dict[str, Charts]:
+    """The first page: questions, and the charts that answer them. It names what a run of this kind has, and no more."""
+    page: dict[str, Charts] = {"1. Is it learning?": _learning(run)}
+    if run.guidance.selects:
+        page["2. Does guidance do what it should?"] = _guidance(run)
+    page["3. What does it cost?"] = _cost(run)
+    page["4. Is it healthy?"] = {
+        "gradient norm, before clipping": ["optimizer/grad_norm"],
+        "learning rate": ["optimizer/learning_rate"],
+        "not finite: tokens of a step, skipped steps so far": ["loss/nonfinite_tokens", "optimizer/skipped_steps"],
+    }
+    return page
+
+
+def _learning(run: Run) -> Charts:
+    names = teacher_names(len(run.teacher)) if run.guidance.objective == "guided" else []
+    teachers, beside = [f"loss/{name}_all_tokens" for name in names], ", teacher" if names else ""
+    charts = {
+        f"training loss (nats): learned, all tokens{beside}": ["loss/train", "loss/all_tokens", *teachers],
+        f"training text (bits per byte): student{beside}": [
+            "loss/bits_per_byte",
+            *(f"loss/{name}_bits_per_byte" for name in names),
+        ],
+    }
+    if run.data.valid is not None:
+        charts["held-out text (bits per byte)"] = ["eval/bits_per_byte"]
+    if run.guidance.distance:
+        charts["distance from the teacher"] = ["distance/mean"]
+        charts["targets whose distance is taken (share)"] = ["distance/share_compared"]
+    return charts
+
+
+def _guidance(run: Run) -> Charts:
+    student = [f"guidance/student_loss_{group}" for group in ("kept", "dropped")]
+    reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in Reason if reason != Reason.MAPPED]
+    charts = {
+        "share of mapped tokens kept": ["guidance/share_kept"],
+        "share of tokens unmapped, by reason": ["guidance/share_unmapped", *reasons, "guidance/unmapped_nan"],
+    }
+    if not run.guidance.needs_teacher:
+        return {"student's loss (nats): kept, dropped": student, **charts}
+    return {
+        "loss (nats): student and guide, kept and dropped": [*student, "guidance/guide_kept", "guidance/guide_dropped"],
+        "excess (nats): kept, dropped, threshold": ["guidance/excess_kept", "guidance/excess_dropped", "guidance/threshold"],
+        **charts,
+    }
+
+
+def _cost(run: Run) -> Charts:
+    seconds, rates = ["throughput/step_seconds", "throughput/student_seconds"], ["throughput/student_tokens_per_second"]
+    if not (run.guidance.selects and run.guidance.needs_teacher):
+        return {"seconds of a step: whole, student": seconds, "student tokens a second": rates}
+    return {
+        "seconds of a step: whole, student, teacher": [*seconds, "teacher/seconds"],
+        "tokens a second: student, teacher": [*rates, "teacher/tokens_per_second"],
+        "teacher's share of the time": ["teacher/share_of_time"],
+    }

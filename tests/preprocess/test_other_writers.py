@@ -1,0 +1,329 @@
+"""Files as others write them: what is whole is read, whatever wrote it, and what is not read is called what it is."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import zlib
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pyarrow.parquet.encryption as pe
+import pytest
+
+from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.preprocess.documents import Document
+from megatron_vocagno.preprocess.inputs import cut
+from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
+
+MARK = b"\xef\xbb\xbf"
+
+# ---- byte order marks
+
+
+@pytest.mark.parametrize(("name", "suffix"), [key for key in CONTAINERS if key[0] in ("plain", "gzip", "zstd", "gzip of mgzip")])
+def test_marks_between_files_put_together_are_no_part_of_a_record(name, suffix, tmp_path):
+    texts = [f"words {i} \ufeff within" for i in range(20)] + ["\ufeffin front"]
+    one = MARK + lines(texts)
+    whole = one + one + MARK + b"\n" + MARK + one + MARK + b"\r\n" + MARK
+    for data in (whole, whole.replace(b"\n", b"\r\n")):
+        pieces = cut(write(tmp_path / f"a.jsonl{suffix}", CONTAINERS[name, suffix](data)), 200)
+        assert (len(pieces) > 10) == (not suffix)
+        documents = read_all(pieces)[0]
+        assert [d.text for d in documents] == texts * 3
+        for document in documents:
+            line, byte = map(int, str(document).rsplit(":", 2)[1:])
+            at = data[byte:]
+            while at.startswith(MARK):
+                at = at.removeprefix(MARK)
+            assert at.startswith(document.raw) and line == 1 + data[:byte].count(b"\n")
+
+
+def test_marks_in_a_text_file_stand_for_nothing_at_the_beginnings_of_lines(tmp_path):
+    for text, expected in (
+        ("\ufeffone\n\ufefftwo\r\n\ufeff\ufeffthree\ufeff, four\n", "one\ntwo\r\nthree\ufeff, four\n"),
+        ("\ufeff\nblank first", "\nblank first"),
+        ("\ufeff", ""),
+        ("none\u2028\ufeffhere", "none\u2028\ufeffhere"),
+    ):
+        assert [d.text for d in of(tmp_path / "a.txt", text.encode())] == [expected]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a"])
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+def test_wide_encodings_are_refused_by_name(name, suffix, encoding, tmp_path):
+    pack = CONTAINERS[next(key for key in CONTAINERS if key[1] == suffix)]
+    bodies = [
+        lines(["zwölf", "two"]).decode(),
+        "[1]\n",
+        "\n\n" + lines(["one " * 9]).decode(),
+        "A text of some words, für alle.\n" * 3,
+    ]
+    for body in bodies if "-" not in encoding[4:] else bodies[::2]:
+        with pytest.raises(
+            CorpusError,
+            match=rf"is {encoding[:6].upper()} text, .*iconv -f {encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')} ",
+        ):
+            cut(write(tmp_path / (name + suffix), pack(body.encode(encoding))), 100)
+
+
+# ---- JSON
+
+# what a line holds -> its text
+READ = {
+    b'{"text": "a", "x": [NaN, Infinity, -Infinity]}': "a",
+    b'{"text": "a", "x": 123456789012345678901234567890, "y": 1e400, "z": -0.0}': "a",
+    b'{"text": "a", "text": "the last one"}': "the last one",
+    b'\x1e{"text": "RFC 7464"}': "RFC 7464",
+    b'\x1e{"text": "RFC 7464", "x": NaN}': "RFC 7464",
+    b'{"text": "\xc2\x85 \xe2\x80\xa8 \xe2\x80\xa9 \x7f"}': "\x85 \u2028 \u2029 \x7f",
+    b'{"text": "\\u0000\\u001e\\r\\n\\ufeff"}': "\0\x1e\r\n\ufeff",
+    b'  {"text":"spaces"}\t': "spaces",
+    b'{"text": "' + b"long " * 500_000 + b'"}': "long " * 500_000,
+}
+# what is none -> what its reason says
+REFUSED = {
+    b'{"text": "a"}{"text": "b"}': "several objects on one line? jq -c . FILE > FILE.jsonl parts them",
+    b'{"text": "a"}\xef\xbb\xbf{"text": "b"}': "several objects on one line",
+    b'{"text": "a"} {"text": "b"} {"text": "c"}': "several objects on one line",
+    b'{"text": "a"}\r{"text": "b"}\r': "end in CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl",
+    b'{"text": "a"},': "a comma behind the object",
+    b'{"text": "a"': "cut off, or one object over several lines? Then jq -c . FILE",
+    b'{"text": "a",': "cut off, or one object over several lines",
+    b"\0" * 1000: "nothing but zero bytes: space that was set aside and never written?",
+    b'{"text": "a"}' + bytes(100): "zero bytes behind the object",
+    b'{"text": "a\0b"}': "Invalid control character",
+    b"Some words.": "plain text? That is read from files that are called *.txt",
+    '{"text": "a"}'.encode("utf-16"): "UTF-16 text begins here",
+    b"{'text': 'a'}": "invalid JSON",
+    b'{"text": "\\ud800"}': "a lone surrogate at character 0 of 'text'",
+    b'["a", "b"]': "a list, not a JSON object",
+}
+
+
+def test_a_line_that_another_writer_made_is_read_or_told_apart(tmp_path):
+    good = b'{"text": "between"}'
+    met = 0
+    for end in (b"\n", b"\r\n"):
+        found = of(tmp_path / "a", end.join(itertools.chain(*((good, line) for line in (*READ, *REFUSED)))) + end)
+        assert [d.text for d in found[::2]] == ["between"] * len(found[::2])
+        for document, line in zip(found[1::2], (*READ, *REFUSED), strict=True):
+            assert document.raw == line.rstrip(b"\r") and document.text == READ.get(line)
+            assert REFUSED.get(line, "") in document.reason, (line[:50], document.reason)
+            met += 1
+    assert met == 2 * (len(READ) + len(REFUSED))
+
+
+@pytest.mark.parametrize("size", [100, 70_000, 2_000_000])
+def test_the_reason_of_a_long_line_is_found_at_once(size, tmp_path):
+    """Lines on which a pattern could go back and forth for hours."""
+    for line in (
+        b"{}" * size,
+        b"{" + b"}{" * size,
+        b"{}" + b" " * size,
+        b"{" + b"}," * size,
+        b'{"a":1} \r' * size,
+        b"{" + bytes(size),
+    ):
+        for end in (b"", b"x", b"{", b" "):
+            (document,) = of(tmp_path / "a", line + end)
+            assert document.text is None
+
+
+def test_layouts_of_json_come_with_the_command_that_helps(tmp_path):
+    rows = [{"id": i, "text": f"words {i}"} for i in range(30)]
+    array, seq = r"one JSON array.*jq -c '\.\[\]'", r"a JSON text sequence over several lines.*jq -c --seq \. "
+    several = r"JSON over several lines.*jq -c \. "
+    layouts = {
+        json.dumps(rows): array,
+        json.dumps(rows, indent=4): array,
+        "\ufeff[\r\n" + ",\r\n".join(map(json.dumps, rows)) + "\r\n]": array,
+        "[": array,
+        "\n".join(json.dumps(row, indent=1) for row in rows): several,
+        json.dumps({"data": rows}, indent="\t"): several,
+        json.dumps(rows[0], indent=2).replace("\n", "\r"): several,
+        "".join("\x1e" + json.dumps(row, indent=2) + "\n" for row in rows): seq,
+    }
+    for data, reason in layouts.items():
+        for suffix, command in (("", " FILE > FILE.jsonl"), (".gz", "gzip -dc FILE | jq"), (".zst", "zstd -dc FILE | jq")):
+            pack = CONTAINERS[next(key for key in CONTAINERS if key[1] == suffix)]
+            with pytest.raises(CorpusError, match=reason) as error:
+                cut(write(tmp_path / f"a.json{suffix}", pack(data.encode())), 100)
+            assert command in str(error.value)
+
+
+def test_names_tell_where_bytes_do_not(tmp_path):
+    refused = {
+        "a.csv": (b"text,id\none,1\n", r"a table as text.*read_csv\(FILE\)\.to_parquet"),
+        "a.tsv": (b"text\tid\none\t1\n", "a table as text.*read_table"),
+        "a.tar": (b"a.txt" + bytes(600), "a tar archive.*unpack"),
+        "a.jsonl.br": (b"\x1b\x2c\x01", "packed in a way that is not read"),
+        "a.jsonl.snappy": (b"\x64\x30{", "packed in a way that is not read"),
+        "a.tfrecord": (b"\x05" + bytes(11) + b"words", "binary, to go by its name"),
+        "a.md": (b"# A heading\n", r"plain text under another name.*\*\.txt"),
+        "a.html": (b"<p>words", "a marked-up page"),
+        "a.jsonl": (b"<!DOCTYPE html>\n<html><title>404", "a web page or XML.*did a download go wrong"),
+    }
+    for name, (data, reason) in refused.items():
+        for suffix, pack in (("", bytes), (".gz", CONTAINERS["gzip", ".gz"]), (".zst", CONTAINERS["zstd", ".zst"])):
+            with pytest.raises(CorpusError, match=reason):
+                cut(write(tmp_path / (name + suffix), pack(data)), 100)
+        # a name alone decides nothing
+        assert [d.text for d in of(tmp_path / name, lines(["one"]))] == ["one"]
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for name in ("a.jsonl", "a.txt", "a.parquet", "a.jsonl.gz"):
+        with pytest.raises(CorpusError, match=r"a pointer of Git LFS, not the file.*git lfs pull"):
+            cut(write(tmp_path / name, pointer), 100)
+
+
+def test_packed_formats_that_are_not_read_are_named(tmp_path):
+    heads = {
+        b"\x04\x22\x4d\x18\x64\x40": "lz4",
+        b"\x02\x21\x4c\x18": "lz4",
+        b"\xff\x06\x00\x00sNaPpY": "snappy",
+        b"\x5d\x00\x00\x80\x00" + b"\xff" * 8: "lzma, the format before xz",
+        b"\x1f\x9d\x90": "packed by compress",
+        b"LZIP\x01": "lzip",
+        b"\x89LZO\x00\r\n": "lzop",
+        **{bytes([n]) + b"\xb5\x2f\xfd": "zstd of before version 0.8" for n in (0x1E, *range(0x22, 0x28))},
+        b"FEA1": "a Feather file, version 1",
+    }
+    for head, what in heads.items():
+        for name in ("a.jsonl", "a.zst", "a.txt", "a.parquet"):
+            with pytest.raises(CorpusError, match=f"is {what}, not JSON lines, parquet or plain text: "):
+                cut(write(tmp_path / name, head + bytes(50)), 100)
+
+
+# ---- parquet
+
+TEXTS = ["one", "zwölf \u2028 x", "", "x" * 5000, None, "one", "last"]
+IDS = [str(i) for i in range(len(TEXTS))]
+ENCODINGS = ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"]
+
+
+def check(found: list[Document], kept: range = range(len(TEXTS))) -> None:
+    assert [(d.text, d.id if d.text is not None else d.reason) for d in found] == [
+        (TEXTS[i], "'text' is null" if TEXTS[i] is None else IDS[i]) for i in kept
+    ]
+
+
+def test_parquet_of_any_encoding_is_read(tmp_path):
+    codecs = ["none", "snappy", "gzip", "brotli", "zstd", "lz4"]
+    met = 0
+    for codec, encoding, version in itertools.product(codecs, [*ENCODINGS, "dictionary"], ["1.0", "2.0"]):
+        how = (
+            {}
+            if encoding == "dictionary"
+            else {"use_dictionary": False, "column_encoding": dict.fromkeys(("text", "id"), encoding)}
+        )
+        data = parquet(
+            {"text": TEXTS, "id": IDS},
+            compression=codec,
+            data_page_version=version,
+            data_page_size=50,
+            write_page_checksum=True,
+            **how,
+        )
+        check(of(tmp_path / "a", data, id_key="id"))
+        met += 1
+    assert met == 48
+
+
+@pytest.mark.parametrize("kind", [pa.uint8(), pa.int16(), pa.uint64(), pa.dictionary(pa.int8(), pa.int64())], ids=str)
+def test_integers_of_any_width_are_ids(kind, tmp_path):
+    ids = pa.array(map(int, IDS), pa.int64())
+    column = ids.dictionary_encode().cast(kind) if pa.types.is_dictionary(kind) else ids.cast(kind)
+    check(of(tmp_path / "a", parquet({"text": TEXTS, "id": column}), id_key="id"))
+    huge = of(tmp_path / "b", parquet({"text": ["a"], "id": pa.array([2**64 - 1], pa.uint64())}), id_key="id")
+    assert huge[0].id == str(2**64 - 1)
+
+
+def test_columns_of_unusual_kinds_are_texts(tmp_path):
+    check(of(tmp_path / "a", parquet({"text": pa.array(TEXTS).dictionary_encode(), "id": IDS}), id_key="id"))
+    (found,) = of(tmp_path / "b", parquet({"text": pa.array(['{"a": 1}']).cast(pa.json_())}))
+    assert found.text == '{"a": 1}'
+    nothing = of(tmp_path / "c", parquet({"text": pa.nulls(3)}))
+    assert [(d.text, d.reason) for d in nothing] == [(None, "'text' is null")] * 3
+
+
+def test_row_groups_without_rows_are_no_records(tmp_path):
+    table = pa.table({"text": TEXTS, "id": IDS})
+    for sizes in ((0,), (0, 3, 0, 0, 4, 0), (7, 0), (0, 7)):
+        with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
+            at = 0
+            for size in sizes:
+                writer.write_table(table.slice(at, size))
+                at += size
+        for shard_bytes in (1, 10**9):
+            check(read_all(cut(tmp_path / "a.parquet", shard_bytes), id_key="id")[0], range(sum(sizes)))
+
+
+class OpenKeys(pe.KmsClient):
+    """Keeps keys as they are."""
+
+    def wrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64encode(key)
+
+    def unwrap_key(self, key: bytes, _: str) -> bytes:
+        return base64.b64decode(key)
+
+
+def encrypted(file: Path, plaintext_footer: bool) -> Path:
+    factory = pe.CryptoFactory(lambda _: OpenKeys())
+    how = pe.EncryptionConfiguration(footer_key="f", column_keys={"k": ["text"]}, plaintext_footer=plaintext_footer)
+    table = pa.table({"text": ["one"], "id": ["1"]})
+    properties = factory.file_encryption_properties(pe.KmsConnectionConfig(), how)
+    with pq.ParquetWriter(file, table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    return file
+
+
+def test_encrypted_parquet_is_called_so(tmp_path):
+    with pytest.raises(CorpusError, match=r"is encrypted parquet, .*write it without encryption"):
+        cut(encrypted(tmp_path / "a.parquet", False), 100)
+    (found,) = read_all(cut(encrypted(tmp_path / "b.parquet", True), 100))[0]
+    assert found.reason.startswith("broken input: encrypted parquet data (") and "write it without encryption" in found.reason
+
+
+def test_parquet_that_pyarrow_cannot_read_is_not_called_damaged(tmp_path):
+    """LZO, which nobody here can write: snappy's pages under its number."""
+    (snappy, gzip) = (parquet({"text": ["one"]}, compression=codec, use_dictionary=False) for codec in ("snappy", "gzip"))
+    footers = [data[-8 - int.from_bytes(data[-8:-4], "little") :] for data in (snappy, gzip)]
+    at = next(i for i, pair in enumerate(zip(*footers, strict=False)) if pair == (2, 4))
+    data = bytearray(snappy)
+    data[len(snappy) - len(footers[0]) + at] = 6
+    (found,) = read_all(cut(write(tmp_path / "a.parquet", bytes(data)), 100))[0]
+    assert (
+        found.reason.startswith(f"broken input: parquet data that pyarrow {pa.__version__} cannot read (")
+        and "LZO" in found.reason
+    )
+
+
+def test_columns_that_are_no_ids_are_refused_by_name(tmp_path):
+    for column, kind in (
+        (pa.array([b"0" * 16], pa.binary(16)).cast(pa.uuid()), r"extension<arrow\.uuid>"),
+        (pa.array([1], pa.decimal128(38, 0)), "decimal128"),
+        (pa.array([1.0]), "double"),
+        (pa.array([True]), "bool"),
+        (pa.array([[1]]), "list"),
+    ):
+        file = write(tmp_path / "a.parquet", parquet({"text": ["a"], "id": column}))
+        with pytest.raises(CorpusError, match=f"column 'id' is {kind}.*, not strings or integers"):
+            cut(file, 100, "text", "id")
+
+
+# ---- more than 4 GiB
+
+
+@pytest.mark.long
+def test_gzip_counts_bytes_modulo_two_to_the_32(tmp_path):
+    packer = zlib.compressobj(1, wbits=31)
+    with (tmp_path / "a.jsonl.gz").open("wb") as file:
+        for _ in range(4300):
+            file.write(packer.compress(b" " * ((1 << 20) - 1) + b"\n"))
+        file.write(packer.compress(lines(["last"])) + packer.flush())
+    (found,) = read_all(cut(tmp_path / "a.jsonl.gz", 10**9))[0]
+    assert found.text == "last" and found.offset == 4300 << 20
