@@ -1,6 +1,7 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite; make test-long: the long ones that it leaves out
 # make lint   ruff and mypy
+# make prose  the English of docs, docstrings, comments and messages against the patterns of .ci/prose.toml
 # make evidence  does the guidance work: three small experiments, into docs/evidence.md
 # make docs   the documentation as a site, into site/
 # make docs-links  the links of the documentation that lead out of it: do they answer? Needs a network
@@ -15,7 +16,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_MANY := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint evidence docs docs-links prove-same-loss no-revision soak gpu-test gpu-bench install clean
+.PHONY: demo test test-long lint prose evidence docs docs-links prove-same-loss no-revision soak gpu-test gpu-bench install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -31,6 +32,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+prose:
+	@$(PYTHON) .ci/prose.py
 
 evidence: install
 	$(BIN)/python -m examples.evidence
