@@ -1,4 +1,4 @@
-"""Documents -> the pairs of one shard.
+"""Records -> the files of one shard.
 
 Documents are tokenized and aligned in batches of some megabytes, end to end; a document whose bytes do not add up is
 done again alone, by the tokenizer's own offsets, or quarantined; a document of many megabytes is done in parts, so that
@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import orjson
@@ -26,6 +26,7 @@ from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
 from megatron_vocagno.corpus.manifest import PAIRS, Totals
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.files import sync
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Side, align_texts, append_to_each
 from megatron_vocagno.preprocess.documents import Document
@@ -34,6 +35,7 @@ from megatron_vocagno.preprocess.long_texts import PART, aligned_parts
 
 BATCH_BYTES = 2 << 20  # of text, tokenized and aligned at once: a call of gigatoken begins with some 3 ms
 QUARANTINE = "quarantine.jsonl"
+OnBadLine = Literal["error", "skip", "quarantine"]
 CHECK_EVERY = 1000  # documents: one of so many is compared with Hugging Face's tokenizers
 
 
@@ -51,7 +53,7 @@ class Text:
 
 
 class ShardWriter:
-    """`write` takes a shard's documents, in order; the pairs lie in `folder` when it returns."""
+    """`write` takes the records of a shard, in order; its files are in `folder` when it returns."""
 
     def __init__(
         self,
@@ -61,9 +63,11 @@ class ShardWriter:
         nfc: bool,
         with_ids: bool,
         name_of: Callable[[InputSplit], str],
+        on_bad_line: OnBadLine = "error",
     ) -> None:
-        """name_of: what an input file is called in the quarantine."""
+        """name_of: the name of an input file in the quarantine. on_bad_line: what happens to a record without a text."""
         self.folder, self.student, self.teacher, self.nfc, self.name_of = folder, student, teacher, nfc, name_of
+        self.on_bad_line = on_bad_line
         self.dtypes: dict[str, np.dtype[Any]] = {
             "student": token_dtype(student.vocab_size),
             "teacher": token_dtype(teacher.vocab_size),
@@ -77,11 +81,11 @@ class ShardWriter:
         self.quarantined: BinaryIO | None = None
         self.stack = ExitStack()
 
-    def write(self, documents: Iterable[Document], on_batch: Callable[[Counter[str]], object]) -> Totals:
-        """on_batch: called with the counts so far."""
+    def write(self, records: Iterable[Document], on_batch: Callable[[Counter[str]], object]) -> Totals:
+        """on_batch: called with the counts so far. Raises CorpusError: a bad record, if those are errors."""
         with self.stack as stack:
             self.pairs = {name: stack.enter_context(PairWriter(self.folder / name, d)) for name, d in self.dtypes.items()}
-            for batch in batches(self._texts(documents)):
+            for batch in batches(self._texts(records)):
                 if len(batch) == 1 and len(batch[0].text) > PART:
                     self._add_long(batch[0])
                 else:
@@ -110,15 +114,33 @@ class ShardWriter:
             self.quarantined = self.stack.enter_context((self.folder / QUARANTINE).open("wb"))
         self.quarantined.write(orjson.dumps(row) + b"\n")
 
-    def _texts(self, documents: Iterable[Document]) -> Iterator[Text]:
-        for number, document in enumerate(documents):
+    def _texts(self, records: Iterable[Document]) -> Iterator[Text]:
+        """The records with a text, numbered. The others are counted, and refused, skipped or quarantined."""
+        number = 0
+        for document in records:
             text = document.text
-            assert text is not None, "bad records are the caller's"
+            if not text:
+                self._leave_out(document)
+                continue
             if text.isascii() or len(text) > PART:
                 yield Text(document, text, number, len(text))
             else:
                 text = unicodedata.normalize("NFC", text) if self.nfc else text
                 yield Text(document, text, number, len(text.encode()))
+            number += 1
+
+    def _leave_out(self, document: Document) -> None:
+        if document.text is not None:
+            self.counts["empty_documents"] += 1
+            return
+        if self.on_bad_line == "error":
+            shown = f": {document.raw[:80]!r}" if document.raw else ""
+            raise CorpusError(
+                f"{document}: {document.reason}{shown}\n  --on-bad-line skip leaves such records out, quarantine keeps them aside"
+            )
+        self.counts["broken_inputs" if document.reason.startswith("broken input") else "bad_lines"] += 1
+        if self.on_bad_line == "quarantine":
+            self.quarantine(document, document.reason)
 
     # ---- a batch
 

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import orjson
 from pydantic import ValidationError
@@ -38,14 +37,12 @@ from megatron_vocagno.corpus.manifest import (
 )
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
-from megatron_vocagno.errors import ChangedError, CorpusError, DatasetError
+from megatron_vocagno.errors import ChangedError, DatasetError
 from megatron_vocagno.files import beside, sync
 from megatron_vocagno.preprocess.documents import Document, read
 from megatron_vocagno.preprocess.inputs import InputSplit, names
-from megatron_vocagno.preprocess.shard_writer import ShardWriter
+from megatron_vocagno.preprocess.shard_writer import OnBadLine, ShardWriter
 from megatron_vocagno.preprocess.workers import report
-
-OnBadLine = Literal["error", "skip", "quarantine"]
 
 
 @dataclass(frozen=True)
@@ -198,12 +195,13 @@ def make_shard(job: ShardJob) -> ShardResult:
 def _write(job: ShardJob, folder: Path) -> ShardFile:
     student, teacher = job.settings.tokenizers
     digest = hashlib.sha256()
-    writer = ShardWriter(folder, student, teacher, job.settings.nfc, bool(names(job.settings.id_key)), job.file)
+    settings = job.settings
+    writer = ShardWriter(folder, student, teacher, settings.nfc, bool(names(settings.id_key)), job.file, settings.on_bad_line)
 
     def tell(counts: Counter[str]) -> None:
         report(Progress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))
 
-    totals = writer.write(_good_documents(job, digest, writer), tell)
+    totals = writer.write(_read(job, digest), tell)
     files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
     made = ShardFile(
         settings=job.settings_sha256,
@@ -220,25 +218,6 @@ def _read(job: ShardJob, digest: hashlib._Hash) -> Iterator[Document]:
     for piece in job.pieces:
         digest.update(b"\0piece\0")
         yield from read(piece, job.settings.text_key, job.settings.id_key, digest.update)
-
-
-def _good_documents(job: ShardJob, digest: hashlib._Hash, writer: ShardWriter) -> Iterator[Document]:
-    """Those with a text; the others are refused, counted, kept aside."""
-    for document in _read(job, digest):
-        if document.text:
-            yield document
-        elif document.text is not None:
-            writer.counts["empty_documents"] += 1
-        else:
-            if job.settings.on_bad_line == "error":
-                shown = f": {document.raw[:80]!r}" if document.raw else ""
-                raise CorpusError(
-                    f"{document}: {document.reason}{shown}\n"
-                    "  --on-bad-line skip leaves such records out, quarantine keeps them aside"
-                )
-            writer.counts["broken_inputs" if document.reason.startswith("broken input") else "bad_lines"] += 1
-            if job.settings.on_bad_line == "quarantine":
-                writer.quarantine(document, document.reason)
 
 
 # ---- done, or not

@@ -34,7 +34,8 @@ from megatron_vocagno.errors import CorpusError, DatasetError
 from megatron_vocagno.preprocess.build import JobRunner, build, finish
 from megatron_vocagno.preprocess.inputs import find
 from megatron_vocagno.preprocess.plan import SHARD_BYTES, plan
-from megatron_vocagno.preprocess.shards import BuildConfig, OnBadLine
+from megatron_vocagno.preprocess.shard_writer import OnBadLine
+from megatron_vocagno.preprocess.shards import BuildConfig
 from megatron_vocagno.preprocess.workers import Failure, run_local
 
 from .console import Terminal, absolute, slice_of
