@@ -1,9 +1,15 @@
-"""Results -> docs/evidence.md, its plots, and the results beside them. The page's words are in templates/.
+"""Write docs/evidence.md from stored results, and the tables and plots next to it.
 
-What the numbers mean is said in conclusions/NAME-DIGEST.md, by a person, of the numbers that have this digest. Other results, of
-another machine or after a change, get a page without conclusions.
+    docs/evidence.md              one page: the results and the experiments, from templates/evidence.md
+    docs/evidence/NAME.md         all tables, plots and findings of one experiment, from templates/NAME.md
+    docs/evidence/arms.md         how to read the tables, and every arm, from templates/arms.md
+    docs/evidence/NAME.jsonl      the scores of all runs of the experiment; NAME.json: when and how they were made
+    docs/evidence/*.svg           the plots
 
-Functions that a template calls return Markdown: a table, a line of text, or the link to a plot that they have drawn.
+A person writes the findings, in conclusions/NAME-DIGEST.md, for the numbers that have this digest.
+Results of another machine, or of changed code, have another digest, and their pages have no findings.
+
+The functions that a template calls return Markdown: a table, a number, or the link to a plot that they draw.
 """
 
 from __future__ import annotations
@@ -27,26 +33,29 @@ PAGE = HERE.parent.parent / "docs" / "evidence.md"
 CONCLUSIONS = HERE / "conclusions"
 NOTHING = "–"
 OF_ANOTHER_SHARE = {"keep-0.2": "random-0.2", "keep-0.6": "random-0.6", "keep-0.8": "random-0.8"}
-"""The control that keeps as many as an arm, where that is not `random`. Not every experiment has it."""
+"""The control that keeps the same share as an arm, if it is not `random`. Not every experiment has it."""
 
 
 class NoResults(UserError):
     """There is nothing to report."""
 
 
-def write(root: Path, page: Path) -> list[Path]:
-    """The page from the results of all experiments that have some.
+def write(source: Path, page: Path) -> list[Path]:
+    """Write the page, and the files in the folder of the same name, from the results in `source`.
 
-    Returns where conclusions would be, of results that have none. Raises NoResults; the page that was there stays.
+    source: a folder with NAME.jsonl and NAME.json for at least one experiment, such as .evidence/results or docs/evidence
+
+    Returns the missing files of conclusions: one per set of results that nobody has written about.
+    Raises NoResults, and then leaves an existing page as it is.
     """
-    files = [path for name in EXPERIMENTS if (path := root / "results" / f"{name}.jsonl").exists()]
+    files = [path for name in EXPERIMENTS if (path := source / f"{name}.jsonl").exists()]
     if not files:
-        raise NoResults(f"{root / 'results'} has no results: run the experiments first")
+        raise NoResults(f"{source} has no results: run the experiments first")
     results = Results({path.stem: load(path) for path in files}, page.parent / page.stem)
     conclusions = {name: CONCLUSIONS / f"{name}-{digest(rows)}.md" for name, rows in results.rows.items()}
     everything = digest([row for rows in results.rows.values() for row in rows])
     conclusions["summary"] = CONCLUSIONS / f"summary-{everything}.md"
-    notes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (root / "results").glob("*.json")}
+    notes = {path.stem: json.loads(path.with_suffix(".json").read_text(encoding="utf-8")) for path in files}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([HERE / "templates", CONCLUSIONS]),
         undefined=jinja2.StrictUndefined,
@@ -54,20 +63,23 @@ def write(root: Path, page: Path) -> list[Path]:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    words = {"arms": arms_table(), "notes": notes, "experiments": list(results.rows)}
-    words["conclusions"] = {name: path.name for name, path in conclusions.items()}
-    functions = {name: getattr(results, name) for name in ("comparison", "value", "curves", "bars", "shares", "points", "has")}
-    text = environment.get_template("evidence.md").render(words | functions)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text, encoding="utf-8")
-    results.plots.mkdir(exist_ok=True)
-    for path in files:
-        shutil.copyfile(path, results.plots / path.name)
+    functions = {name: getattr(results, name) for name in FUNCTIONS}
+    given = functions | {"arms": arms_table(), "notes": notes, "experiments": list(results.rows)}
+    given["conclusions"] = {name: path.name for name, path in conclusions.items()}
+    results.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("arms", *results.rows):
+        text = environment.get_template(f"{name}.md").render(given, name=name)
+        (results.folder / f"{name}.md").write_text(text, encoding="utf-8")
+    page.write_text(environment.get_template("evidence.md").render(given), encoding="utf-8")
+    if source.resolve() != results.folder.resolve():
+        for path in files:
+            shutil.copyfile(path, results.folder / path.name)
+            shutil.copyfile(path.with_suffix(".json"), results.folder / f"{path.stem}.json")
     return [path for path in conclusions.values() if not path.exists()]
 
 
 def digest(rows: Sequence[Row]) -> str:
-    """Of all that was measured, whatever it has cost."""
+    """Digest of all scores. The costs do not count."""
     measured = [{name: value for name, value in row.items() if name != "costs"} for row in rows]
     return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()[:8]
 
@@ -77,8 +89,8 @@ def load(path: Path) -> list[Row]:
 
 
 def arms_table() -> str:
-    """Every arm, in the words of its file, and what it changes."""
-    rows = ["| arm | | its run file says |", "|---|---|---|"]
+    """Every arm, with the first line of its run file and the fields that it sets."""
+    rows = ["| arm | | fields of its run file |", "|---|---|---|"]
     for path in sorted(ARMS.glob("*.toml")):
         text = path.read_text(encoding="utf-8")
         fields = tomllib.loads(text)
@@ -90,10 +102,10 @@ def arms_table() -> str:
 
 @dataclass(frozen=True)
 class Results:
-    """rows: of each experiment. plots: the folder for the plots, beside the page."""
+    """rows: by experiment. folder: for the pages of tables and their plots."""
 
     rows: Mapping[str, Sequence[Row]]
-    plots: Path
+    folder: Path
 
     def has(self, experiment: str, setting: str, arm: str = "clm") -> bool:
         return bool(self._of(experiment, setting, arm))
@@ -108,10 +120,13 @@ class Results:
         arms: Sequence[str] | None = None,
         form: str = ".3f",
     ) -> str:
-        """The arms of a setting: their judge at the last step, its differences to clm and to as many at random, seed by seed,
-        other scores, and what it took to reach clm's last score.
+        """A table of the arms of a setting.
 
-        others: score -> title of its column; arms: by default all, in the order in which they ran
+        The columns are the judge at the last step, its paired differences to `clm` and to the random control, other scores,
+        and the cost of reaching clm's last score.
+
+        others: score -> title of its column
+        arms:   by default all, in the order in which they ran
         """
         others = others or {}
         clm = final(self._of(experiment, setting, "clm"), judge)
@@ -141,11 +156,19 @@ class Results:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def value(self, experiment: str, setting: str, arm: str, score: str, form: str = ".3f") -> str:
-        """At the last step: mean ± sd (n)."""
+        """A score at the last step: mean ± sd (n)."""
         return _shown(final(self._of(experiment, setting, arm), score), form)
 
+    def mean(self, experiment: str, setting: str, arm: str, score: str, form: str = ".3f") -> str:
+        """A score at the last step: its mean over seeds, and n if it is a single seed."""
+        values = final(self._of(experiment, setting, arm), score)
+        if not values:
+            return NOTHING
+        found = sample([*values.values()])
+        return f"{found.mean:{form}}".replace("%", " %") + (" (n=1)" if found.n == 1 else "")
+
     def curves(self, experiment: str, setting: str, score: str, title: str, arms: Sequence[str] | None = None) -> str:
-        """A score over the steps, of each arm."""
+        """A plot of a score over the steps, with one line per arm."""
         drawn = {}
         for arm in arms or self._arms(experiment, setting):
             if found := _over_steps(self._of(experiment, setting, arm), score):
@@ -155,7 +178,7 @@ class Results:
     def bars(
         self, experiment: str, setting: str, scores: Mapping[str, str], title: str, arms: Sequence[str] | None = None
     ) -> str:
-        """Several scores at the last step, of each arm. scores: score -> its name in the legend."""
+        """A plot of several scores at the last step, with one group of bars per arm. scores: score -> its name in the legend."""
         drawn: dict[str, dict[str, Sample]] = {}
         for arm in arms or self._arms(experiment, setting):
             found = {name: final(self._of(experiment, setting, arm), score) for score, name in scores.items()}
@@ -167,7 +190,7 @@ class Results:
     def shares(
         self, experiment: str, settings: Mapping[str, float], score: str, title: str, along: str, arms: Sequence[str]
     ) -> str:
-        """A score at the last step of each arm, over settings that differ in one number. settings: name -> that number."""
+        """A plot of a score at the last step over settings that differ in one number. settings: name -> that number."""
         drawn: dict[str, dict[float, Sample]] = {}
         for arm in arms:
             for setting, x in settings.items():
@@ -177,7 +200,7 @@ class Results:
         return self._plot(name, title, plots.draw_curves, drawn, along)
 
     def points(self, experiment: str, setting: str, along: str, score: str, title: str, arms: Sequence[str]) -> str:
-        """One score of each arm over another one."""
+        """A plot of one score over another, with one point per arm."""
         drawn = []
         for arm in arms:
             rows = self._of(experiment, setting, arm)
@@ -194,12 +217,16 @@ class Results:
         return list(dict.fromkeys(row["arm"] for row in self.rows.get(experiment, ()) if row["setting"] == setting))
 
     def _plot(self, name: str, title: str, draw: Callable[..., None], drawn: object, *more: str) -> str:
-        """The link to a plot; nothing where there is nothing to draw."""
+        """The link to a plot, or nothing if there is nothing to draw."""
         if not drawn:
             return ""
-        path = self.plots / f"{name}.svg"
+        path = self.folder / f"{name}.svg"
         draw(path, drawn, title, *more)
-        return f"![{title}]({self.plots.name}/{path.name})"
+        return f"![{title}]({path.name})"
+
+
+FUNCTIONS = ("comparison", "value", "mean", "curves", "bars", "shares", "points", "has")
+"""The methods of Results that templates call."""
 
 
 def _over_steps(rows: Sequence[Row], score: str) -> dict[float, Sample]:
@@ -217,7 +244,7 @@ def _rates(rows: Sequence[Row]) -> str:
 
 
 def _reached(rows: Sequence[Row], judge: str, goals: dict[int, float], higher_is_better: bool) -> str:
-    """Steps and FLOPs of the first checkpoints that are as good as clm's last one, a mean over the seeds that have one."""
+    """Steps and FLOPs up to the first checkpoint that is as good as clm's last one: means over the seeds that have one."""
     found = reached(rows, judge, goals, higher_is_better)
     there = [one for one in found.values() if one is not None]
     if not found:
