@@ -1,4 +1,4 @@
-"""Every arm is a run file, and arms differ in guidance and teacher alone."""
+"""Arms differ only in guidance and teacher, learn from the same data, and have rates that no table's data chose."""
 
 from __future__ import annotations
 
@@ -23,32 +23,15 @@ def load(arm: str) -> Run:
     return with_teacher if with_teacher.guidance.needs_teacher else load_run(ARMS / f"{arm}.toml", GIVEN)
 
 
-def test_every_arm_of_the_comparison_is_there() -> None:
-    methods = {"guided", "guided-mean", "guided-sum", "keep-0.2", "keep-0.6", "keep-0.8", "unmapped-exclude"}
-    methods |= {"scope-sequence", "scope-global", "chunk", "rho1", "oracle"}
-    assert set(NAMES) == {"clm", "random", "student", "uld", "kld"} | methods
-
-
-@pytest.mark.parametrize("arm", NAMES)
-def test_an_arm_differs_from_the_method_in_guidance_and_teacher_alone(arm: str) -> None:
-    fields, method = load(arm).model_dump(), load("guided").model_dump()
-    different = {name for name in method if fields[name] != method[name]}
-    assert different <= {"guidance", "teacher"}
-    # rho1 is the method with another teacher, which its data bring along
-    assert "guidance" in different or arm in ("guided", "rho1")
-
-
-def test_no_two_arms_are_the_same() -> None:
-    seen = {load(arm).model_dump_json(): arm for arm in NAMES if arm != "rho1"}
-    assert len(seen) == len(NAMES) - 1
-
-
-def test_arms_keep_what_their_names_say() -> None:
-    rule = {arm: load(arm).guidance for arm in NAMES}
-    assert [rule[f"keep-{keep}"].keep for keep in (0.2, 0.6, 0.8)] == [0.2, 0.6, 0.8] and rule["guided"].keep == 0.4
-    assert rule["random"].keep == rule["student"].keep == rule["guided"].keep
-    assert (rule["guided"].aggregate, rule["guided-mean"].aggregate, rule["guided-sum"].aggregate) == ("max", "mean", "sum")
-    assert rule["oracle"].keep == 1.0 and rule["oracle"].require_positive
+def test_arms_differ_only_in_guidance_and_teacher() -> None:
+    method, guidance = load("guided").model_dump(), set()
+    for arm in NAMES:
+        fields = load(arm).model_dump()
+        different = {name for name in method if fields[name] != method[name]}
+        assert different <= {"guidance", "teacher"}, arm
+        guidance.add(json.dumps(fields["guidance"]))
+    # rho1 is the method with another teacher, which comes with its dataset
+    assert len(guidance) == len(NAMES) - 1
 
 
 def specs(seeds: int) -> list[Spec]:
@@ -56,20 +39,11 @@ def specs(seeds: int) -> list[Spec]:
     return [*mechanism.runs(options), *mechanism.tuning(options)]
 
 
-def test_runs_are_told_apart_and_their_settings_load() -> None:
-    found = specs(3)
-    assert len({spec.output(Path("root")) for spec in found}) == len(found) > 60
-    for spec in found:
-        run = load_run(ARMS / f"{spec.arm}.toml", spec.overrides)
-        assert run.data.attention == "document" and run.logging.samples
-        assert run.guidance.needs_teacher == bool(run.teacher)
-
-
 def test_arms_of_a_setting_and_seed_learn_from_the_same_lines_for_as_long() -> None:
     groups: dict[tuple[str, int], set[tuple[object, ...]]] = {}
     for spec in specs(3):
         run = load_run(ARMS / f"{spec.arm}.toml", spec.overrides)
-        # the folder's name says which teacher's tokens lie beside the student's
+        # the folder's name has the teacher whose tokens are stored with the student's
         corpus, tokens = run.data.train[0].path.parent.parent, run.data.train[0].path.parent.name.split("-")[0]
         same = (corpus, tokens, run.training.steps, run.data.row_length, str(run.student), tuple(spec.batch.items()))
         groups.setdefault((spec.setting, spec.seed), set()).add(same)
@@ -110,7 +84,3 @@ def test_every_experiment_has_a_rate_for_each_of_its_arms_and_has_tuned_its_main
         assert {spec.learning_rate for spec in shown} <= set(rates[name].values())
         assert {spec.name for spec in module.tuning(Options())} == set(rates[name])
         assert {spec.name for spec in shown if spec.seed == 2} <= set(rates[name])
-
-
-def test_every_experiment_that_the_command_knows_is_a_module() -> None:
-    assert EXPERIMENTS == ("mechanism", "noise", "continued")

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import orjson
 import pytest
 import torch
 from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from examples.evidence import continued, mixture, warm_student
 from examples.evidence.corpus import PARTS
-from examples.evidence.held_out import HeldOut
 from examples.evidence.problems import NAMES, TEMPLATES, THINGS, invent_problems
 from examples.evidence.quiz import Quiz
 from examples.evidence.running import ARMS, Options
@@ -75,18 +73,6 @@ def test_no_story_with_its_numbers_is_in_two_parts_but_the_numbers_are_known_fro
     assert len(facts["test"] & facts["train"]) > 0.8 * len(facts["test"])
 
 
-def test_other_seeds_ask_other_problems_and_the_same_seed_the_same():
-    first, again, other = (invent_problems(100, "test", seed) for seed in (1, 1, 2))
-    assert first == again and len({problem.text for problem in first} & {problem.text for problem in other}) < 50
-
-
-def test_more_problems_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("examples.evidence.problems.TEMPLATES", (("*", "How much is {a} times {b}?"),))
-    assert [len(invent_problems(count, part, seed=0)) for count, part in ((12, "train"), (2, "tune"), (2, "test"))] == [12, 2, 2]
-    with pytest.raises(ValueError, match=r"100 different problems asked for, 12 found: .* has no more"):
-        invent_problems(100, "train", seed=0)
-
-
 # ---- texts
 
 
@@ -140,16 +126,6 @@ def test_held_out_text_shares_no_long_line_with_training_text_of_any_domain(tmp_
     assert [text for text, _ in mixture.compose("mathematics-test", tmp_path)] == ["something else"]
 
 
-def test_a_text_is_cut_between_lines_and_loses_nothing():
-    lines = [f"line {i} {'x' * (i * 37 % 400)}\n" for i in range(60)]
-    text = SimpleNamespace(text="".join(lines))
-    pieces = mixture.cut(text)
-    assert len(pieces) > 5 and max(len(piece) for piece in pieces) <= mixture.LONGEST
-    assert "\n".join(pieces) + "\n" == text.text
-    too_long = SimpleNamespace(text="first\n" + "y" * 2000 + "\nlast\n")
-    assert mixture.cut(too_long) == ["first", "last"]
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -179,28 +155,7 @@ def test_a_problems_tokens_are_labelled_to_the_digit(tokenizer: Tokenizer):
     assert min(met[1], met[2]) > 30
 
 
-def test_the_code_tokens_of_a_spoiled_text_are_its_code(tokenizer: Tokenizer):
-    random, met = np.random.default_rng(0), 0
-    for _ in range(20):
-        text = mixture.spoiled(CODE * 3, [CODE], random)
-        ids, lengths = read(tokenizer, text.text)
-        kinds = mixture.kinds_of(text, ids, lengths)
-        assert tokenizer.decode(ids[kinds == "code"].tolist()) == CODE * 3
-        met += int((kinds == "junk").sum())
-    assert met > 1000
-
-
 # ---- scores
-
-
-def test_easy_and_hard_are_halves_by_the_teacher(tmp_path: Path):
-    random = np.random.default_rng(2)
-    guide = random.exponential(size=(12, 64)).astype(np.float32)
-    size = random.integers(0, 4, (12, 64))
-    held_out = HeldOut(torch.zeros(12, 64, dtype=torch.int64), torch.zeros(12, 64, dtype=torch.int64), guide, size)
-    easy, text = held_out.easy_RS, held_out.text_RS
-    assert abs(int(easy.sum()) - int((text & ~easy).sum())) <= 1 and not easy[size == 0].any()
-    assert guide[easy].max() < guide[text & ~easy].min()
 
 
 def test_a_quiz_read_in_padded_batches_is_each_problem_read_alone(tokenizer: Tokenizer):
@@ -233,29 +188,6 @@ def test_a_quiz_read_in_padded_batches_is_each_problem_read_alone(tokenizer: Tok
     assert scores["accuracy"] == np.mean(right)
 
 
-def test_who_says_every_result_is_always_right_and_a_false_digit_counts_as_one_too_many_does(tokenizer: Tokenizer):
-    problems = invent_problems(60, "test", seed=1)
-    quiz = Quiz.of(problems, tokenizer, tokenizer.token_to_id(warm_student.EOS), read(tokenizer, "")[1])
-
-    class Knowing:
-        """False about the last digit of some problems, and about where the result ends in as many more."""
-
-        def __init__(self, mistakes: int) -> None:
-            self.mistakes = mistakes
-
-        def __call__(self, input_NL: torch.Tensor) -> SimpleNamespace:
-            rows = [torch.nonzero((quiz.input_NL == row).all(1))[0].item() for row in input_NL]
-            said = quiz.target_NL[rows].clone()
-            for number, row in enumerate(rows):
-                if row < 2 * self.mistakes:
-                    kind = "result" if row < self.mistakes else "point"
-                    said[number, int(np.flatnonzero(quiz.kind_NL[row] == kind)[-1])] = 0
-            return SimpleNamespace(logits=100.0 * one_hot(said, tokenizer.get_vocab_size()).float())
-
-    assert Quiz.scores(quiz, Knowing(0))["accuracy"] == 1 and Quiz.scores(quiz, Knowing(0))["result_nats"] < 1e-6
-    assert Quiz.scores(quiz, Knowing(15))["accuracy"] == 0.5
-
-
 # ---- runs
 
 
@@ -277,11 +209,3 @@ def test_tuning_is_judged_by_no_text_that_tables_are_made_of(tmp_path: Path):
         assert run.data.valid.parts[-2] == "mixed-tune" and spec.seed == 100
     for spec in continued.runs(Options(tmp_path, quick=True)):
         assert load_run(ARMS / f"{spec.arm}.toml", spec.overrides).data.valid.parts[-2] == "mixed-test" and spec.seed != 100
-
-
-def test_two_ranks_of_the_warm_student_read_the_rows_of_one_step(tmp_path: Path):
-    arguments = warm_student.command(tmp_path, 1000)
-    run = load_run(Path(arguments[0]), arguments[4::2])
-    settings = orjson.loads(Path(arguments[2]).read_bytes())
-    assert run.guidance.objective == "clm" and not run.teacher and run.training.steps == 1000
-    assert settings["train_batch_size"] == 2 * settings["train_micro_batch_size_per_gpu"] and settings["bf16"]["enabled"]

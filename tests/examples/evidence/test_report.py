@@ -1,18 +1,19 @@
-"""The page: it renders from recorded rows, says of how many seeds it speaks, and knows no NaN."""
+"""The pages are those that the writer gives for the stored results, and findings belong to one set of numbers."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from examples.evidence import __main__ as command
-from examples.evidence import report
-from examples.evidence.report import Results, arms_table
-from examples.evidence.running import ARMS, EXPERIMENTS
+from examples.evidence import plots, report
+from examples.evidence.report import Results
+from examples.evidence.running import EXPERIMENTS
 
 PUBLISHED = report.PAGE.with_suffix("")
 KEPT = {"kept_clean": 0.9, "kept_wrong": 0.1, "kept_key": 0.2, "kept_sign": 0.3, "IoS": 1.0, "IoU": 0.7}
@@ -44,34 +45,43 @@ ROWS = [
 ROWS += [row("chunk-16", 1, 20, 1.9), row("keep-0.2", 1, 20, 1.5)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plots_of_one_line() -> Iterator[None]:
+    """Drawing takes most of the time; test_running looks at real plots."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_curves", "draw_bars", "draw_points"):
+            patch.setattr(plots, name, lambda path, *_: path.write_text("<svg"))
+        yield
+
+
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("evidence")
-    (root / "results").mkdir()
-    (root / "results" / "mechanism.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    words = {"teacher": "600 steps", "lines": "68,266", "facts": "200", "steps": "600"}
-    note = {"command": "python -m examples.evidence run mechanism", "runs": 11, "circumstances": "2026.", "words": words}
-    (root / "results" / "mechanism.json").write_text(json.dumps(note))
-    report.write(root, root / "docs" / "evidence.md")
-    return root / "docs" / "evidence.md"
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page that the writer gives for the results in the repository."""
+    page = tmp_path_factory.mktemp("docs") / report.PAGE.name
+    assert report.write(PUBLISHED, page) == [], "results without findings"
+    return page
 
 
-def test_the_page_renders_without_a_number_that_is_none(page: Path) -> None:
-    text = page.read_text()
-    assert "## 1. Mechanism" in text and "make evidence" in text and "python -m examples.evidence run mechanism" in text
-    assert not re.search(r"\b[nN]a[nN]\b|\bNone\b|\binf\b", text)
-    for arm in ARMS.glob("*.toml"):
-        assert f"| `{arm.stem}` |" in text
+def test_the_pages_in_the_repository_are_those_of_the_stored_results(written: Path) -> None:
+    assert report.PAGE.read_text() == written.read_text()
+    folder = written.with_suffix("")
+    assert {path.name for path in PUBLISHED.iterdir()} == {path.name for path in folder.iterdir()}
+    for path in folder.iterdir():
+        if path.suffix != ".svg":
+            assert path.read_bytes() == (PUBLISHED / path.name).read_bytes(), f"{path.name}: run the report"
+    findings = {path.name for path in report.CONCLUSIONS.glob("*.md")}
+    assert len(findings) == len(EXPERIMENTS) + 1, "findings for numbers that are not in the repository"
 
 
-def test_every_link_leads_to_a_plot_that_is_no_accident(page: Path) -> None:
-    links = re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
-    assert len(links) == 4
-    for link in links:
-        assert "<svg" in (page.parent / link).read_text()
-    before = {link: (page.parent / link).read_bytes() for link in links}
-    report.write(page.parent.parent, page)
-    assert {link: (page.parent / link).read_bytes() for link in links} == before
+def test_the_page_is_short_and_every_number_is_finite(written: Path) -> None:
+    assert len(written.read_text().split()) <= 1200
+    pages = [report.PAGE, *report.PAGE.with_suffix("").glob("*.md")]
+    assert len(pages) == 2 + len(EXPERIMENTS)
+    for page in pages:
+        text = page.read_text()
+        assert not re.search(r"\b[nN]a[nN]\b|\bNone\b|\binf\b|no written findings", text)
+        for link in re.findall(r"!\[.*?\]\((.*?)\)", text):
+            assert "<svg" in (page.parent / link).read_text()
 
 
 def test_a_table_says_n_and_pairs_seeds(tmp_path: Path) -> None:
@@ -95,60 +105,6 @@ def test_what_was_not_measured_is_a_dash(tmp_path: Path) -> None:
     assert results.curves("mechanism", "random-0.6", "never_scored", "nothing") == "" and not list(tmp_path.iterdir())
 
 
-def test_conclusions_stand_on_the_page_of_the_numbers_that_they_speak_of_alone(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(report, "CONCLUSIONS", tmp_path / "conclusions")
-    root = page.parent.parent
-    assert page.read_text().count("Nothing has been concluded of these results") == 2
-    for path in report.write(root, page):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"It works, says {path.stem}.\n")
-    assert report.write(root, page) == []
-    text = page.read_text()
-    assert "It works, says summary-" in text and "It works, says mechanism-" in text and "Nothing has been concluded" not in text
-
-    def others(field: str, value: Any) -> int:
-        """How many conclusions are lacking where one number is another one."""
-        (tmp_path / "results").mkdir(exist_ok=True)
-        changed = [*ROWS[:-1], ROWS[-1] | {field: {**ROWS[-1][field], **value}}]
-        (tmp_path / "results" / "mechanism.jsonl").write_text("".join(json.dumps(row) + "\n" for row in changed))
-        (tmp_path / "results" / "mechanism.json").write_bytes((root / "results" / "mechanism.json").read_bytes())
-        return len(report.write(tmp_path, tmp_path / "evidence.md"))
-
-    assert others("scores", {"answer_nats": 1.4999}) == 2 and "It works" not in (tmp_path / "evidence.md").read_text()
-    assert others("costs", {"teacher_flops": 1.0}) == 0 and "It works" in (tmp_path / "evidence.md").read_text()
-
-
-def test_conclusions_in_the_repository_speak_of_the_numbers_in_the_repository() -> None:
-    results = {path.stem: report.load(path) for name in EXPERIMENTS if (path := PUBLISHED / f"{name}.jsonl").exists()}
-    expected = {f"{name}-{report.digest(rows)}.md" for name, rows in results.items()}
-    expected.add(f"summary-{report.digest([row for rows in results.values() for row in rows])}.md")
-    assert {path.name for path in report.CONCLUSIONS.glob("*.md")} == expected
-    assert "Nothing has been concluded" not in report.PAGE.read_text()
-
-
-def test_without_results_there_is_no_page_and_the_old_one_stays(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    page = tmp_path / "evidence.md"
-    page.write_text("what was found before")
-    with pytest.raises(report.NoResults, match=r"typo/results has no results"):
-        report.write(tmp_path / "typo", page)
-    assert page.read_text() == "what was found before"
-    monkeypatch.setattr(report, "PAGE", page)
-    assert command.main(["report", "--root", str(tmp_path / "typo")]) == 2
-    assert "typo/results has no results" in capsys.readouterr().err and page.read_text() == "what was found before"
-
-
-@pytest.mark.parametrize("option", ["--workers", "--seeds"])
-@pytest.mark.parametrize("value", ["0", "-1", "two"])
-def test_no_workers_or_seeds_are_refused(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["run", option, value])
-    assert f"argument {option}: a number of at least 1, not {value!r}" in capsys.readouterr().err
-
-
 def test_an_arm_is_compared_with_the_control_that_keeps_as_many(tmp_path: Path) -> None:
     rows = [
         *ROWS,
@@ -161,7 +117,27 @@ def test_an_arm_is_compared_with_the_control_that_keeps_as_many(tmp_path: Path) 
     assert cells["guided"] == "−0.800 ± 0.000 (n=3; 3 of 3 −)"
 
 
-def test_the_table_of_arms_quotes_their_files() -> None:
-    table = arms_table()
-    assert "| `keep-0.2` | A fifth is kept. | `keep = 0.2`, teacher `cached` |" in table
-    assert len(table.splitlines()) == 2 + len(list(ARMS.glob("*.toml")))
+def test_findings_are_left_out_if_a_score_changes_but_not_if_a_cost_does(tmp_path: Path) -> None:
+    def without_findings(field: str, value: dict[str, float]) -> int:
+        rows = report.load(PUBLISHED / "noise.jsonl")
+        rows[-1][field] |= value
+        (tmp_path / "noise.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "noise.json").write_bytes((PUBLISHED / "noise.json").read_bytes())
+        missing = report.write(tmp_path, tmp_path / "page.md")
+        page, tables = (tmp_path / name for name in ("page.md", "page/noise.md"))
+        assert "no written findings" in page.read_text(), "its summary is of all experiments"
+        assert ("no written findings" in tables.read_text()) == (len(missing) == 2)
+        return len(missing)
+
+    assert without_findings("costs", {"teacher_flops": 1.0}) == 1
+    assert without_findings("scores", {"bits_per_byte": 1.4999}) == 2
+
+
+def test_without_results_there_is_no_page_and_the_old_one_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "evidence.md"
+    page.write_text("an older page")
+    monkeypatch.setattr(report, "PAGE", page)
+    assert command.main(["report", "--root", str(tmp_path / "typo")]) == 2
+    assert "typo/results has no results" in capsys.readouterr().err and page.read_text() == "an older page"

@@ -1,9 +1,14 @@
-"""The smallest real experiment, from facts to results: two seconds of training an arm, by the training command itself."""
+"""The smallest real experiment, from facts to the page of results, with two seconds of training per arm.
+
+All tests of this module share one run, and the process that its jobs are forked from.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +21,9 @@ from examples.evidence import __main__ as command
 from examples.evidence import facts as task
 from examples.evidence import mechanism
 from examples.evidence.costs import Costs
-from examples.evidence.lessons import PARTS, Files, known_facts, open_tokenizer
-from examples.evidence.mechanism import QUICK, Recall, kinds
+from examples.evidence.jobs import Job, JobFailed, work
+from examples.evidence.lessons import Files, known_facts, open_tokenizer
+from examples.evidence.mechanism import QUICK, Recall
 from examples.evidence.recall import recall
 from examples.evidence.running import SCORES, SPEC, Options, Run
 from examples.evidence.students import open_student
@@ -25,6 +31,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.training.monitor import read_metrics
 from megatron_vocagno.training.sample_files import read_rows, read_steps
+from tests.examples.evidence.test_jobs import fail_beside, is_running, say, sleep_after_writing_pid
 
 pytestmark = pytest.mark.slow
 
@@ -37,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path) -> int:
-    return command.main(["run", "mechanism", "--quick", "--workers", "2", "--root", str(root)])
+    return command.main(["run", "report", "mechanism", "--quick", "--workers", "2", "--root", str(root)])
 
 
 def rows(root: Path) -> list[dict[str, Any]]:
@@ -61,12 +68,17 @@ def test_every_arm_has_a_row_for_each_checkpoint(root: Path) -> None:
     last = {row["arm"]: row["scores"]["answer_nats"] for row in found if row["step"] == 20}
     first = {row["arm"]: row["scores"]["answer_nats"] for row in found if row["step"] == 4}
     assert all(last[arm] < first[arm] for arm in last)
+    # the alignment is exact, and the teacher's tokens are wider than the student's
+    guided = [row["scores"] for row in found if row["arm"] == "guided"]
+    assert all(scores["IoS"] == 1 and 0.5 < scores["IoU"] < 0.9 for scores in guided)
 
 
-def test_the_exact_alignment_covers_its_tokens_whole(root: Path) -> None:
-    guided = [row["scores"] for row in rows(root) if row["arm"] == "guided"]
-    # the teacher's tokens are wider than the student's, so the union is more than the token
-    assert {scores["IoS"] for scores in guided} == {1.0} and all(0.5 < scores["IoU"] < 0.9 for scores in guided)
+def test_the_report_has_a_table_and_plots_of_the_run(root: Path) -> None:
+    assert "[experiment 1](evidence/mechanism.md)" in (root / "evidence.md").read_text()
+    text = (root / "evidence" / "mechanism.md").read_text()
+    assert all(f"| `{arm}` | " in text for arm in ("clm", "guided", "oracle"))
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(plots) == 3 and all("<svg" in (root / "evidence" / plot).read_text() for plot in plots)
 
 
 def test_the_oracle_keeps_what_is_clean_and_all_of_it_and_clm_keeps_everything(root: Path) -> None:
@@ -78,23 +90,6 @@ def test_the_oracle_keeps_what_is_clean_and_all_of_it_and_clm_keeps_everything(r
         if row["arm"] == "oracle":
             assert {name for name, value in kept.items() if value == 0} == {"kept_wrong"}
             assert {value for name, value in kept.items() if name != "kept_wrong"} == {1.0}
-
-
-def test_the_losses_of_the_oracle_lie_on_the_wrong_answers_and_nowhere_else(root: Path) -> None:
-    spec = runs(root)["oracle"].spec
-    assert isinstance(spec, Recall)
-    files, met = Files(root, "tables", QUICK), 0
-    for part in PARTS:
-        data = AlignedDataset.open(files.dataset(spec.reads, spec.seed, part, "oracle"))
-        lines = task.load_corpus(files.corpus(spec.reads, spec.seed, part))
-        tokenizer = open_tokenizer(files.tokenizer("pairs"))
-        assert len(lines) == len(data)
-        for document, line in enumerate(lines):
-            assert tokenizer.encode(line.text).ids == data.teacher(document)[:-1].tolist()
-            wrong = data.teacher_losses(document) == np.inf
-            assert wrong.tolist() == [kind == "wrong" for kind in kinds(line, tokenizer)]
-            met += int(wrong.any())
-    assert met > 100
 
 
 def test_a_checkpoint_opened_outside_has_the_losses_that_its_run_saw(root: Path) -> None:
@@ -179,3 +174,17 @@ def test_a_second_start_makes_good_what_a_killed_one_left_and_does_nothing_again
     again = {path for path in changed if not path.is_relative_to(unfinished) and path.suffix != ".log"}
     assert again == {unscored / SPEC, unscored / SCORES}
     assert not [path for path in changed if "oracle" in str(path)]
+
+
+def test_each_job_writes_its_own_log_and_the_first_failure_ends_the_others(tmp_path: Path) -> None:
+    told: list[str] = []
+    words = [Job(word, tmp_path / f"{word}.log", partial(say, word)) for word in ("one", "two", "three")]
+    work(words, 2, told.append)
+    assert [(tmp_path / f"{job.name}.log").read_text().splitlines()[0] for job in words] == ["one", "two", "three"]
+    assert sorted(line.split()[1] for line in told) == ["one", "three", "two"] and told[-1].startswith("3/3")
+    sleeper = tmp_path / "pid"
+    jobs = [Job("sleeps", tmp_path / "sleeps.log", partial(sleep_after_writing_pid, sleeper))]
+    jobs.append(Job("fails", tmp_path / "fails.log", partial(fail_beside, sleeper)))
+    with pytest.raises(JobFailed, match=r"(?s)fails ended with exit code 3; .*fails\.log ends:\nreading the corpus"):
+        work(jobs, 2, told.append)
+    assert not is_running(int(sleeper.read_text()))

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 
-from examples.evidence.statistics import curve, final, paired, reached, sample
+from examples.evidence.statistics import curve, final, paired, reached
 
 
 def row(seed: int, step: int, value: float, flops: float = 0.0) -> dict[str, Any]:
     return {"seed": seed, "step": step, "scores": {"nats": value}, "costs": {"student_flops": flops, "teacher_flops": 7.0}}
-
-
-def test_mean_and_spread_are_those_of_a_sample() -> None:
-    found = sample([1.0, 2.0, 6.0])
-    assert (found.mean, found.n) == (3.0, 3)
-    assert found.sd == pytest.approx(math.sqrt(7))  # (4 + 1 + 9) / 2
-    assert found.show(".1f") == "3.0 ± 2.6 (n=3)"
-
-
-def test_one_seed_has_no_spread_and_says_that_it_is_one() -> None:
-    assert sample([0.5]).sd is None
-    assert sample([0.5]).show() == "0.500 (n=1)"
-
-
-def test_no_seed_has_no_mean() -> None:
-    with pytest.raises(ValueError, match="no seeds"):
-        sample([])
 
 
 def test_differences_are_taken_seed_by_seed() -> None:
@@ -43,10 +25,6 @@ def test_differences_are_taken_seed_by_seed() -> None:
 def test_a_difference_of_one_seed_claims_no_agreement() -> None:
     found = paired({1: 2.0}, {1: 1.5})
     assert found is not None and found.show(".1f") == "+0.5 (n=1)"
-
-
-def test_arms_without_a_common_seed_have_no_difference() -> None:
-    assert paired({1: 1.0}, {2: 1.0}) is None
 
 
 def test_the_last_step_of_each_seed_counts() -> None:
