@@ -1,9 +1,10 @@
-"""Experiment 3, continued pretraining: a student at the end of its schedule goes on with a mixture. Who learns what of it?
+"""Experiment 3, continued pretraining: a student at the end of its schedule continues with a mixture.
 
-The student has learned general text (`warm_student`); the mixture is mathematics, word problems of which three in ten have a
-wrong result, and program code with junk between its words (`mixture`). The teacher, SmolLM2-135M-Instruct, has read it once.
-Judged on clean text of other files, domain by domain, on problems that are not in it, and by what would be kept of a mixture of
-other files. A seed decides the order of rows and the draws of `random`; texts, noise and the student to begin with stay the same.
+The initial student has learned general text (`warm_student`). The mixture has mathematics, word problems of which three in ten
+have a wrong result, and program code with junk between its words (`mixture`). The teacher, SmolLM2-135M-Instruct, read it once.
+The scores are bits per byte of clean text of other files, by domain, losses and accuracy on problems that are not in the mixture,
+and the shares that the rule would keep of a mixture of other files. A seed determines the order of rows and the draws of
+`random`. Texts, noise and the initial student are the same for all seeds.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ JUDGE, HIGHER_IS_BETTER = "bits_per_byte", False
 
 MAIN = ("clm", "random", "student", "guided")
 VARIANTS = ("keep-0.6",)
-"""Of the method; on the first seed alone, as the oracle. Aggregates are one here: 99 % of the student's tokens lie in one of the
-teacher's each."""
+"""Variants of the method, at the first seed only, like the oracle. Aggregates are equal here, because 99 % of the student's
+tokens are inside one teacher token."""
 GUIDED = ("guided", *VARIANTS)
 SETTING, TUNING = "mixture", "tune-mixture"
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 ROW, ROWS_A_STEP, STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 4, 200, 4, 40
 PROBLEMS = 200
-"""That are asked."""
+"""Problems per test."""
 
 
 @dataclass(frozen=True)
 class Files:
-    """Where what is prepared lies."""
+    """Paths of the prepared files."""
 
     folder: Path
 
@@ -127,7 +128,7 @@ def part_of(setting: str) -> Part:
 
 
 def prepare(specs: Sequence[Spec], options: Options) -> None:
-    """Corpus and teacher, the student to begin with, and the texts of these specs, aligned and scored."""
+    """Make the corpus, the teacher, the initial student, and the texts of these specs, aligned and scored."""
     files, corpus, logs = Files.of(options), options.root / "corpus", options.root / "data"
     first = [
         Job("corpus", logs / "corpus.log", partial(write_corpus, corpus, list(DOMAINS))),
@@ -160,7 +161,7 @@ def prepare(specs: Sequence[Spec], options: Options) -> None:
 
 @dataclass(frozen=True)
 class Judges:
-    """All that a student is asked."""
+    """All tests of a student."""
 
     texts: dict[Domain, HeldOut]
     quiz: Quiz
@@ -174,7 +175,7 @@ class Judges:
         return cls(texts, Quiz.of(invent_problems(PROBLEMS, part, seed=1), tokenizer, data.eos_id, byte_lengths))
 
     def scores(self, student: PreTrainedModel) -> dict[str, float]:
-        """Bits per byte of each domain, DOMAIN, DOMAIN_easy, DOMAIN_hard, and JUDGE, that of mathematics; and the problems'."""
+        """Bits per byte as DOMAIN, DOMAIN_easy, DOMAIN_hard and JUDGE (mathematics), and the scores of the problems."""
         scores = {
             domain + name.removeprefix(JUDGE): value
             for domain, held_out in self.texts.items()
@@ -184,13 +185,13 @@ class Judges:
 
 
 def judge_begin(files: Files, part: Part) -> None:
-    """What the student is worth before the first step. In a process of its own."""
+    """Score the student before the first step. Runs in its own process."""
     student = AutoModelForCausalLM.from_pretrained(files.student, dtype=torch.float32).eval()
     files.begin(part).write_text(json.dumps(Judges.of(files, part).scores(student), indent=1), encoding="utf-8")
 
 
 def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-    """What a student is asked at each checkpoint and before the first step, and what its rule would keep of the mixture."""
+    """The scores at each checkpoint and before the first step, and the kept shares of the mixture."""
     valid = Path(read_rows(run.output).dataset)
     files, part = Files(valid.parents[1]), part_of(run.spec.setting)
     of_mixture = mixture_scores(run.output, kinds_in(Texts(valid.parent)))
@@ -201,11 +202,11 @@ def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def mixture_scores(output: Path, kinds: Callable[[int], NDArray[np.str_]]) -> dict[int, dict[str, float]]:
-    """Of the mapped tokens of the sample rows, by step; what is of no token is absent.
+    """Scores over the mapped tokens of the sample rows, by step. A score without tokens is absent.
 
-    kept_KIND             the share that would be kept
+    kept_KIND             the share that the rule would keep
     loss_KIND, guide_KIND mean losses of student and teacher, nats; also loss_kept, loss_dropped
-    kinds                 number of a document of data.valid -> [N] the kinds of its student tokens
+    kinds                 function from the number of a document of data.valid to the [N] kinds of its student tokens
     """
     rows = read_rows(output)
     of_document = {int(number): kinds(int(number)) for number in np.unique(rows.document_RS[rows.valid_RS])}
@@ -248,7 +249,7 @@ def words(options: Options) -> dict[str, str]:
 
 
 def teacher_on_results(problems: Texts) -> dict[str, float]:
-    """The teacher's mean loss of a digit, nats: of right results by operation, and of all `wrong` ones."""
+    """The teacher's mean loss per digit, nats: on right results by operation, and on all `wrong` ones."""
     data = AlignedDataset.open(problems.dataset)
     losses: dict[str, list[float]] = defaultdict(list)
     for document, text in enumerate(problems.read()):

@@ -1,9 +1,9 @@
-"""Real text out of installed packages, by domain, in parts that share no file, no text and no long line.
+"""Real text from installed packages, by domain, in parts that share no file, no text and no long line.
 
     write_corpus(Path(".evidence/corpus"), ["mathematics"])
     read_part(Path(".evidence/corpus"), "mathematics", "train")
 
-Files: FOLDER/DOMAIN/PART.jsonl, one {"id", "source", "text"} a line. Nothing is imported or run, and the same versions of the
+Files: FOLDER/DOMAIN/PART.jsonl, one {"id", "source", "text"} per line. No package is imported or run. The same versions of the
 packages and of Python give the same bytes.
 """
 
@@ -25,12 +25,12 @@ from megatron_vocagno.files import write_durably
 
 Domain = Literal["mathematics", "software", "code"]
 Part = Literal["test", "tune", "train"]
-"""test: what tables are made from. tune: what learning rates are chosen on."""
+"""test: for the tables. tune: for choosing learning rates."""
 PARTS: tuple[Part, ...] = get_args(Part)
 HELD_OUT = 20
-"""One source file in so many is for tests, and another one for tuning."""
+"""One source file in this many is for tests, and another one is for tuning."""
 LONG_LINE = 60
-"""Characters. A line of so many is somebody's sentence; shorter ones are headings and idioms that many files share."""
+"""Characters. A line this long is a sentence of one file. Shorter lines are headings and idioms that many files share."""
 
 
 def mathematics() -> Iterator[Text]:
@@ -69,25 +69,25 @@ SOURCES: dict[Domain, Callable[[], Iterator[Text]]] = {
 
 
 def write_corpus(folder: Path, domains: Iterable[Domain] = tuple(SOURCES)) -> None:
-    """Domains in parts; a domain that is there is left as it is."""
+    """Write domains in parts. Existing domains are left as they are."""
     for domain in domains:
         place = folder / domain
         if (place / "train.jsonl").exists():
             continue
         place.mkdir(parents=True, exist_ok=True)
-        for part, texts in split(SOURCES[domain]()).items():  # train comes last: a domain that has it has all
+        for part, texts in split(SOURCES[domain]()).items():  # train comes last: if it exists, the domain is complete
             lines = b"".join(orjson.dumps(text._asdict(), option=orjson.OPT_APPEND_NEWLINE) for text in texts)
             write_durably(place / f"{part}.jsonl", lines)
 
 
 def read_part(folder: Path, domain: Domain, part: Part) -> list[Text]:
-    """What `write_corpus` has written there, in its order."""
+    """The texts that `write_corpus` wrote, in the same order."""
     with (folder / domain / f"{part}.jsonl").open("rb") as file:
         return [Text(**orjson.loads(line)) for line in file]
 
 
 def split(texts: Iterable[Text]) -> dict[Part, list[Text]]:
-    """By source file, in NFC, each text once. Of two texts that share a long line, test keeps its own, then tune."""
+    """Split by source file, in NFC, each text once. If two texts share a long line, test keeps its text, then tune."""
     by_part: dict[Part, dict[str, Text]] = {part: {} for part in PARTS}
     for text in texts:
         normal = unicodedata.normalize("NFC", text.text)
@@ -101,7 +101,7 @@ def split(texts: Iterable[Text]) -> dict[Part, list[Text]]:
 
 
 def part_of(source: str) -> Part:
-    """A function of the file's name alone: a new file moves no other."""
+    """The part of a file depends only on its name, so a new file moves no other."""
     slot = int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % HELD_OUT
     return PARTS[min(slot, 2)]
 

@@ -1,8 +1,9 @@
-"""What a student has cost: tokens, and floating-point operations by the usual rule.
+"""The cost of a student: tokens, and floating-point operations by the usual rule.
 
-Student: 6 N a token (forward and backward; N: its stored parameters, a tied head counted once). Teacher: 2 N_T a token that it
-read. Where its losses are cached it read the training data once, before the first step, however many epochs are learned;
-elsewhere it reads at every step as much text as the student. Attention's own products are in neither.
+Student: 6 N per token (forward and backward), with N its stored parameters and a tied head counted once.
+Teacher: 2 N_T per token that it reads. If its losses are cached, it reads the training data once, before the first step, for any
+number of epochs. Otherwise it reads as much text as the student at every step.
+The products of attention itself are not counted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from megatron_vocagno.training.monitor import read_metrics
 
 @dataclass(frozen=True)
 class Cost:
-    """Up to a step."""
+    """Tokens and FLOPs up to a step."""
 
     student_tokens: int
     teacher_tokens: int
@@ -30,7 +31,7 @@ class Cost:
 
 
 class Costs:
-    """Of one run."""
+    """The costs of one run, step by step."""
 
     def __init__(self, output: Path) -> None:
         checkpoint = checkpoint_folders(output / "checkpoints")[0]
@@ -57,11 +58,11 @@ class Costs:
 
 
 def parameters(folder: Path) -> int:
-    """Numbers in the safetensors of a folder."""
+    """Number of parameters in the safetensors files of a folder."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118, it is no mapping
+            for name in file.keys():  # noqa: SIM118, it is not a mapping
                 size = 1
                 for length in file.get_slice(name).get_shape():
                     size *= length

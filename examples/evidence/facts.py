@@ -1,7 +1,8 @@
-"""Facts to recall, and what is wrong about them: lines such as `17+4=385.`, a key and a value that nothing but memory can give.
+"""Facts to recall, and wrong versions of them: lines such as `17+4=385.`, a key and a value that a model can only memorize.
 
-A corpus holds many lines of each fact; in a share of them the value is wrong. What is wrong is known to the token, so that what a
-selection keeps can be counted. A wrong value differs from the right one in every digit: none of its tokens is right by accident.
+A corpus has many lines per fact, and in a share of them the value is wrong. Every token is known to be right or wrong, so the
+right and wrong tokens that a selection keeps can be counted. A wrong value differs from the right one in every digit, so none of
+its tokens is right by accident.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Fact:
     key: str
     value: str
     distractor: str
-    """What systematic corruption always says instead."""
+    """The value that systematic corruption puts in its place."""
     mistake: str
-    """What a teacher believes that is wrong about this fact."""
+    """The wrong value that a teacher with gaps may have learned."""
 
     @property
     def prompt(self) -> str:
@@ -36,7 +37,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Line:
-    """One document. fact: its number; wrong: whether its value is."""
+    """One document. fact: the number of its fact; wrong: whether its value is wrong."""
 
     text: str
     fact: int
@@ -44,7 +45,7 @@ class Line:
 
 
 def invent_facts(count: int, seed: int) -> list[Fact]:
-    """Different keys of one or two digits a side, and a random value each."""
+    """Facts with different keys of one or two digits per side, and a random value each."""
     random = np.random.default_rng([seed, count])
     keys = random.choice(100 * 100, count, replace=False)
     values = random.integers(100, 1000, count)
@@ -56,7 +57,7 @@ def invent_facts(count: int, seed: int) -> list[Fact]:
 
 
 def other_values(values: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
-    """One for each that differs from it in every digit and does not begin with 0. [...] int64, from 100 to 999."""
+    """For each value, another that differs in every digit and does not begin with 0. [...] int64, from 100 to 999."""
     first, rest = values // 100, np.stack([values // 10 % 10, values % 10])
     first = 1 + (first - 1 + random.integers(1, 9, values.shape)) % 9
     rest = (rest + random.integers(1, 10, rest.shape)) % 10
@@ -67,9 +68,9 @@ def other_values(values: NDArray[np.int64], random: np.random.Generator) -> NDAr
 def write_lines(
     facts: Sequence[Fact], count: int, corruption: Corruption, share: float, random: np.random.Generator
 ) -> list[Line]:
-    """`count` lines, each of a fact drawn anew. Of them a share, exact to one line, has a wrong value.
+    """`count` lines, each of a randomly drawn fact. A share of them, exact to one line, has a wrong value.
 
-    `random`: another one each time. `systematic`: always the fact's distractor.
+    `random`: a new wrong value each time. `systematic`: always the fact's distractor.
     """
     wrong = np.arange(count) < round(share * count)
     random.shuffle(wrong)
@@ -84,7 +85,7 @@ def write_lines(
 
 
 def save_corpus(lines: Sequence[Line], path: Path) -> None:
-    """A JSON line each: what build_dataset reads, and beside the text what is known of it."""
+    """Write one JSON line per document: the text for build_dataset, and the fact and label of the line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [{"text": line.text, "fact": line.fact, "wrong": line.wrong} for line in lines]
     path.write_bytes(b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows))
@@ -95,7 +96,7 @@ def load_corpus(path: Path) -> list[Line]:
 
 
 def answer_tokens(tokens: Sequence[str]) -> list[bool]:
-    """Whether each token of a line is one of its value's. tokens: the line's text, cut."""
+    """Whether each token of a line belongs to its value. tokens: the pieces of the line's text."""
     value, found = False, []
     for token in tokens:
         found.append(value and token.isdigit())
@@ -107,7 +108,7 @@ def answer_tokens(tokens: Sequence[str]) -> list[bool]:
 
 
 def write_tokenizer(folder: Path, digits: int) -> None:
-    """A byte-level BPE of the lines' characters that reads numbers from the left in pieces of so many digits, 1 or 2."""
+    """A byte-level BPE of the lines' characters that cuts numbers from the left into pieces of 1 or 2 digits."""
     characters = "0123456789+=."
     pairs = [(a, b) for a in characters[:10] for b in characters[:10]] if digits == 2 else []
     pieces = [EOS, *characters, *(a + b for a, b in pairs)]

@@ -1,4 +1,4 @@
-"""Clean held-out text, read by a student: bits per byte of all of it, and of what the teacher finds easy and hard apart."""
+"""Bits per byte of a student on clean held-out text, and on the halves that the teacher finds easy and hard."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class HeldOut:
     input_RS: Tensor
     """int64"""
     target_RS: Tensor
-    """int64, IGNORE where there is no text: padding, first tokens and ends of documents."""
+    """int64, IGNORE for targets without text: padding, first tokens and ends of documents."""
     guide_RS: NDArray[np.float32]
-    """The highest teacher loss of a target's span, nats; NaN where there is none."""
+    """The highest teacher loss of a target's span, nats, or NaN if the target has no span."""
     bytes_RS: NDArray[np.int64]
-    """Of each target's text, 0 where it is ignored."""
+    """Bytes of each target's text, 0 if it is ignored."""
 
     @classmethod
     def of(cls, path: Path, row_length: int) -> HeldOut:
-        """A dataset that the teacher has scored, in file order, cut as training cuts it."""
+        """Read a dataset with teacher losses, in file order, in the rows that training makes of it."""
         data = AlignedDataset.open(path)
         source = CachedLosses(data)
         rows = Rows(data, np.arange(len(data), dtype=np.int32), row_length, source)
@@ -53,7 +53,7 @@ class HeldOut:
 
     @property
     def text_RS(self) -> NDArray[np.bool_]:
-        """Where there is text, all of it with a guide."""
+        """Whether a target has text. All targets with text have a guide."""
         text: NDArray[np.bool_] = self.bytes_RS > 0
         return text
 
@@ -65,7 +65,7 @@ class HeldOut:
         return easy
 
     def scores(self, student: PreTrainedModel) -> dict[str, float]:
-        """bits_per_byte of all tokens; _easy, _hard: of the two halves, by their own bytes."""
+        """bits_per_byte of all tokens; _easy, _hard: of the two halves, each divided by its own bytes."""
         nats_RS, easy_RS = self.nats(student), self.easy_RS
         parts = {"": self.text_RS, "_easy": easy_RS, "_hard": self.text_RS & ~easy_RS}
         return {
@@ -75,7 +75,7 @@ class HeldOut:
 
     @torch.no_grad()
     def nats(self, student: PreTrainedModel) -> NDArray[np.float32]:
-        """[R, S] the student's losses, 0 where there is no text."""
+        """[R, S] the student's losses, 0 for targets without text."""
         losses = [
             functional.cross_entropy(student(input_BS).logits.transpose(1, 2), target_BS, reduction="none", ignore_index=IGNORE)
             for input_BS, target_BS in zip(

@@ -1,6 +1,7 @@
-"""Many small jobs in processes of their own, forked from one that has imported DeepSpeed: an import costs 8 s, such a fork none.
+"""Run many small jobs, each in its own process, forked from a process that has imported DeepSpeed (an import takes 8 s).
 
-A job's words go into its log. The first that fails ends the others and is told with its log's end. None outlives the command.
+The output of a job goes to its log. The first job that fails ends the others, and the error shows the end of its log.
+No job outlives the command.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from megatron_vocagno.preprocess.workers import ONE_THREAD
 
 PRELOADED = "examples.evidence.preload"
 SHOWN_OF_A_LOG = 3000
-"""Characters at its end."""
+"""Characters at the end of the log."""
 
 
 class JobFailed(UserError):
-    """A job has failed; what it said last."""
+    """A job has failed. The message has the end of its log."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """do: a function that can be pickled; it may be killed at any moment, and done again."""
+    """do: a function that can be pickled, that may be killed at any moment, and that can run again."""
 
     name: str
     log: Path
@@ -40,8 +41,8 @@ class Job:
 
 
 def work(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) -> None:
-    """Does all jobs, so many at a time, in their order. Raises JobFailed."""
-    # before the first of them imports torch: it reads how many threads it may have then
+    """Run all jobs in order, at most `workers` at a time. Raises JobFailed."""
+    # before a job imports torch, which reads the number of threads at its import
     os.environ.update(ONE_THREAD | {"DS_ACCELERATOR": "cpu"})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOADED])
@@ -70,7 +71,7 @@ def work(jobs: Sequence[Job], workers: int, say: Callable[[str], None] = print) 
 
 
 def _in_own_log(job: Job) -> None:
-    """In the child."""
+    """Runs in the child process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -82,7 +83,7 @@ def _in_own_log(job: Job) -> None:
 
 
 def _end_with_parent() -> None:
-    """A run that went on when its command has been killed would write where the next command does."""
+    """End this process with its parent, so that it does not write into files of the next command."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -1,8 +1,7 @@
-"""Junk inside of real text, whose every byte is known.
+"""Insert junk into real text, with the kind of every byte known.
 
-A noisy text is clean pieces and junk runs in turn. Junk comes in three kinds, as crawled text has them: word salad, encoded
-data, and notices that stand on every page. It is put between two words, so that tokenizers that cut before spaces make no token
-of both.
+A noisy text alternates clean pieces and runs of junk. There are three kinds of junk, as in crawled text: word salad, encoded
+data, and notices that are on every page. Junk goes between two words. If a tokenizer cuts before spaces, no token then has both.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Labels = NDArray[np.uint8]
 
 
 class Kind(IntEnum):
-    """Of a byte; and of a token, whose bytes are all of that kind."""
+    """The kind of a byte, or of a token whose bytes are all of that kind."""
 
     CLEAN = 0
     SALAD = 1
@@ -28,14 +27,14 @@ class Kind(IntEnum):
     ENCODED = 2
     """Random bytes in base64 or in hexadecimal digits."""
     NOTICE = 3
-    """One of a few notices, letter by letter the same each time."""
+    """One of a few notices, identical each time."""
     MIXED = 4
-    """A token with bytes of two kinds, or with none; no byte is."""
+    """A token with bytes of two kinds, or without bytes. No byte has this kind."""
 
 
 JUNK = (Kind.SALAD, Kind.ENCODED, Kind.NOTICE)
 RATE = 1 / 15
-"""Junk stands after one word in so many. Then about half of the tokens are junk."""
+"""Junk follows one word in this many. About half of the tokens are then junk."""
 NOTICES = (
     "We use cookies to personalise content and to analyse our traffic. By continuing to browse you accept our cookie policy.",
     "Copyright 2009-2024. All rights reserved. No part of this page may be reproduced without written permission.",
@@ -49,7 +48,7 @@ NOTICES = (
 
 
 class Run(NamedTuple):
-    """So many bytes of one kind."""
+    """A number of bytes of one kind."""
 
     kind: Kind
     length: int
@@ -65,13 +64,13 @@ class NoisyText(NamedTuple):
         return np.repeat(kinds, [run.length for run in self.runs])
 
     def clean(self) -> str:
-        """What it was before."""
+        """The text without its junk."""
         kept = np.frombuffer(self.text.encode(), np.uint8)[self.labels() == Kind.CLEAN]
         return bytes(kept).decode()
 
 
 def insert_junk(text: str, others: Sequence[str], random: np.random.Generator) -> NoisyText:
-    """Junk between words of a text. others: texts whose words are shuffled."""
+    """Insert junk between the words of a text. others: texts whose words are shuffled."""
     makers: dict[Kind, Callable[[], str]] = {
         Kind.SALAD: lambda: _salad(others, random),
         Kind.ENCODED: lambda: _encoded(random),
@@ -91,7 +90,7 @@ def insert_junk(text: str, others: Sequence[str], random: np.random.Generator) -
 def token_labels(labels: Labels, ends: NDArray[np.int64]) -> Labels:
     """[N] the Kind of each token, from that of each byte.
 
-    ends  [N] the byte at which each token ends; tokens lie end to end, and one without bytes is MIXED
+    ends  [N] the byte at which each token ends; tokens are contiguous, and a token without bytes is MIXED
     """
     starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
     changes = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.diff(labels) != 0)])
@@ -103,7 +102,7 @@ def token_labels(labels: Labels, ends: NDArray[np.int64]) -> Labels:
 
 
 def _salad(others: Sequence[str], random: np.random.Generator) -> str:
-    """8 to 20 words that stood together in another text."""
+    """8 to 20 consecutive words of another text, shuffled."""
     words = others[int(random.integers(len(others)))].split()
     count = int(random.integers(8, 21))
     start = int(random.integers(max(1, len(words) - count)))

@@ -13,9 +13,9 @@ from typing import Any
 
 FILE = Path(__file__).parent / "learning_rates.json"
 SEED = 100
-"""Of the runs that choose."""
+"""The seed of the runs that choose."""
 FALLBACK = "guided"
-"""Whose rate an arm has that was not tuned itself: the ablations change one choice of the method, and nothing else."""
+"""The arm whose rate untuned arms have. The ablations change only one choice of the method."""
 
 
 def learning_rate(experiment: str, arm: str, file: Path = FILE) -> float:
@@ -24,15 +24,17 @@ def learning_rate(experiment: str, arm: str, file: Path = FILE) -> float:
 
 
 def choose(experiment: str, rows: Sequence[dict[str, Any]], judge: str, higher_is_better: bool, file: Path = FILE) -> list[str]:
-    """Record for each arm the rate whose last step scores best; the lower rate where two are alike.
+    """Record for each arm the rate whose last step scores best, or the lower rate if two are equal.
 
-    rows: of runs at several rates. Returns the arms whose rate is the lowest or the highest that was tried. Raises ValueError:
-    one of them used another seed than SEED.
+    rows: the rows of runs at several rates
+
+    Returns the arms whose rate is the lowest or the highest that was tried.
+    Raises ValueError if a run used another seed than SEED.
     """
     last: dict[tuple[str, float, str], tuple[int, float]] = {}
     for row in rows:
         if row["seed"] != SEED:
-            raise ValueError(f"{row['arm']} was tuned on seed {row['seed']}, which the tables may use: {SEED} is kept for it")
+            raise ValueError(f"{row['arm']} was tuned on seed {row['seed']}, which the tables may use: tune on seed {SEED}")
         key = row["arm"], row["learning_rate"], row["setting"]
         last[key] = max(last.get(key, (0, 0.0)), (row["step"], row["scores"][judge]))
     found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))

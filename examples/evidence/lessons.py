@@ -1,10 +1,10 @@
-"""What the first experiment learns from: noisy lines of facts, aligned for the teachers and scored by them.
+"""The data of the first experiment: noisy lines of facts, aligned for the teachers and scored by them.
 
 DATA/120-facts-400-steps/WORLD/
-    tokenizers/digits, pairs                 numbers cut by one or by two digits
-    teachers/pairs, digits, gaps             Hugging Face folders; each has learned clean lines by the training command
-    random-0.6/seed-1/train.jsonl            the corpus, with what is wrong about it
-    random-0.6/seed-1/digits-pairs/train     the same as a dataset: the student's tokens, and the teacher that has scored it
+    tokenizers/digits, pairs                 tokenizers that cut numbers into one or two digits
+    teachers/pairs, digits, gaps             Hugging Face folders, each trained on clean lines by the training command
+    random-0.6/seed-1/train.jsonl            the corpus, with the labels of its lines
+    random-0.6/seed-1/digits-pairs/train     its dataset, named after the student's tokens and the teacher that scored it
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tools.preprocess import build_dataset, score_teacher
 
 Tokens = Literal["digits", "pairs"]
 TEACHERS: dict[str, Tokens] = {"pairs": "pairs", "digits": "digits", "gaps": "pairs"}
-"""What each of them reads."""
+"""The tokenizer of each teacher."""
 MODEL = {
     "model_type": "llama",
     "hidden_size": 96,
@@ -42,10 +42,10 @@ MODEL = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": True,
 }
-"""Of students and teachers."""
+"""Fields of students and teachers."""
 ROW = 128
 CHECKPOINTS = 5
-"""Of a run, evenly spread."""
+"""Checkpoints per run, evenly spaced."""
 TEACHER_RATE = 3e-3
 PARTS = ("train", "valid")
 ORACLE = "oracle"
@@ -57,11 +57,11 @@ class Sizes:
     steps: int = 400
     teacher_steps: int = 400
     rows: int = 8
-    """Of a step, and of a micro-batch."""
+    """Rows per step, and per micro-batch."""
     sample_rows: int = 8
 
     def lines(self, steps: int) -> int:
-        """So many that a run of `steps` reads none of them twice; the shortest has 8 tokens and EOS."""
+        """Enough lines for a run of `steps` to read none twice. The shortest line has 8 tokens and EOS."""
         return steps * self.rows * ROW // 9
 
 
@@ -70,16 +70,16 @@ QUICK = Sizes(facts=30, steps=20, teacher_steps=20, rows=2, sample_rows=2)
 
 @dataclass(frozen=True)
 class Setting:
-    """What is learned from."""
+    """The training data of a student."""
 
     corruption: Corruption
     share: float
     teacher: str = "pairs"
     student: Tokens = "digits"
     world: Literal["tables", "tune"] = "tables"
-    """Its facts."""
+    """The set of facts."""
     micro_batches: int = 1
-    """Of a step. With one of them, the scope `microbatch` is `global`."""
+    """Micro-batches per step. With one, the scope `microbatch` equals `global`."""
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ def known_facts(world: str, count: int) -> list[Fact]:
 
 @dataclass(frozen=True)
 class Files:
-    """Where what is prepared lies."""
+    """Paths of the prepared files."""
 
     root: Path
     world: str
@@ -112,7 +112,7 @@ class Files:
         return self.folder / "teachers" / name
 
     def corpus(self, setting: Setting, seed: int, part: str) -> Path:
-        """Of settings that differ in their models alone, the same."""
+        """The corpus of a setting. Settings that differ only in their models share it."""
         return self.folder / f"{setting.corruption}-{setting.share:g}" / f"seed-{seed}" / f"{part}.jsonl"
 
     def dataset(self, setting: Setting, seed: int, part: str, teacher: str) -> Path:
@@ -140,7 +140,7 @@ def batch_of(size: Sizes, micro_batches: int = 1) -> dict[str, int]:
 
 
 def prepare_datasets(wanted: Sequence[tuple[Files, Setting, int, str]], workers: int) -> None:
-    """wanted: where, what, seed, and the teacher that scores it."""
+    """wanted: files, setting, seed, and the teacher that scores the dataset."""
     jobs: dict[Path, Job] = {}
     for files, setting, seed, teacher in wanted:
         write_corpora(files, setting, seed)
@@ -152,7 +152,7 @@ def prepare_datasets(wanted: Sequence[tuple[Files, Setting, int, str]], workers:
 
 
 def prepare_teachers(files: Files, names: Sequence[str], options: Options) -> None:
-    """Each learns the clean lines by the training command, as a student of plain language modeling."""
+    """Train each teacher on clean lines with the training command, by plain language modeling."""
     task.write_tokenizer(files.tokenizer("digits"), 1)
     task.write_tokenizer(files.tokenizer("pairs"), 2)
     missing = [name for name in names if not (files.teacher(name) / WHOLE).exists()]
@@ -179,7 +179,7 @@ def teacher_spec(files: Files, name: str, dataset: Path) -> Spec:
 
 
 def make_lessons(files: Files, name: str, folder: Path) -> None:
-    """Clean lines; for `gaps` a quarter of the facts is missing, and a quarter mistaken."""
+    """Clean lines. For `gaps`, a quarter of the facts is missing and a quarter has another value."""
     size, known = files.size, known_facts(files.world, files.size.facts)
     if name == "gaps":
         known = [
@@ -193,7 +193,7 @@ def make_lessons(files: Files, name: str, folder: Path) -> None:
 
 
 def knows(fact: int) -> str:
-    """What the teacher with gaps knows of a fact, by its number."""
+    """Whether the teacher with gaps knows a fact, by its number."""
     return ("mistaken", "ignorant", "known", "known")[fact % 4]
 
 
@@ -209,7 +209,7 @@ def write_corpora(files: Files, setting: Setting, seed: int) -> None:
 
 
 def make_datasets(files: Files, setting: Setting, seed: int, teacher: str) -> None:
-    """Aligned, and scored by the teacher. In a process of its own."""
+    """Align a corpus and score it with the teacher. Runs in its own process."""
     for part in PARTS:
         out = files.dataset(setting, seed, part, teacher)
         build(files.corpus(setting, seed, part), out, files.tokenizer(setting.student), files.tokenizer(TEACHERS[teacher]))

@@ -1,14 +1,14 @@
-"""Experiment 1, mechanism: facts to recall, most lines wrong. Does the guidance learn what the teacher knows, and drop the rest?
+"""Experiment 1, mechanism: facts to recall, with most lines wrong. Does the guidance keep the right tokens and drop the others?
 
-The teacher has learned the facts, cut into other tokens, from clean lines. A student reads lines of which a share is wrong, each
-a document of its own, and none twice. Training and test share their facts: recall is what is judged. Settings:
+The teacher learned the facts from clean lines, with other tokens. A student reads lines of which a share is wrong. Each line is a
+document, and no line is read twice. Training and test share their facts, because the experiment measures recall. Settings:
 
-    random-0.6        60 % of the lines with another random value each time; three digits, all wrong
-    systematic-0.6    always the same wrong value, so that the wrong one is said more often than the right one
+    random-0.6        60 % of the lines have a new random value each time, with all three digits wrong
+    systematic-0.6    always the same wrong value, which is then more frequent than the right one
     random-0          no line is wrong
-    …-gaps            a teacher that believes something wrong about a quarter of the facts, and knows nothing of another quarter
-    …-wide            the student's tokens are wider than the teacher's: what the aggregate is for
-    …-4-micro-batches a step of four instead of one: what the scope is for
+    …-gaps            the teacher learned wrong values for a quarter of the facts, and never read another quarter
+    …-wide            the student's tokens are wider than the teacher's, which makes aggregates differ
+    …-4-micro-batches a step has four micro-batches instead of one, which makes scopes differ
 """
 
 from __future__ import annotations
@@ -51,17 +51,17 @@ MAIN = ("clm", "random", "student", "guided", "oracle")
 WITHOUT_TEACHER = ("clm", "random", "student")
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 MORE_RATES = {"random": (3.75e-4,), "student": (3.75e-4,), "uld": (1.2e-2,)}
-"""For arms that were best at an end of those."""
+"""For arms whose best rate was at an end of RATES."""
 CHUNKS = (8, 16, 32, 64, 128)
 """A row has 128 tokens of the student: 8 are coarse, 128 are finer than the teacher's tokens."""
 QUICK = Sizes(facts=30, steps=20, teacher_steps=20, rows=2, sample_rows=2)
 LAST_STEPS = 20
-"""Over which the losses of kept and dropped tokens are means."""
+"""Number of steps that the losses of kept and dropped tokens are averaged over."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recall(Spec):
-    """A student of this experiment. It reads lines of `reads`, with the losses of the teacher `scored`."""
+    """A student of this experiment, with the setting that it reads and the teacher that scored it."""
 
     reads: Setting
     scored: str
@@ -130,14 +130,14 @@ def spec_of(
 
 
 def prepare(specs: Sequence[Spec], options: Options) -> None:
-    """Teachers, then the corpora of these specs, aligned for their teachers and scored by them."""
+    """Make the teachers, then the corpora of these specs, aligned for and scored by their teachers."""
     recalls = [spec for spec in specs if isinstance(spec, Recall)]
     places = {spec.reads.world: Files(options.root, spec.reads.world, spec.size) for spec in recalls}
     for world, files in places.items():
         here = [spec for spec in recalls if spec.reads.world == world]
         names = {spec.reads.teacher for spec in here} | {spec.scored for spec in here} - {ORACLE}
         prepare_teachers(files, sorted(names), options)
-    # what the oracle marks, its setting's teacher has scored before
+    # the oracle marks datasets that the teacher of the setting has scored
     scorers = [(spec, spec.reads.teacher if spec.scored == ORACLE else spec.scored) for spec in recalls]
     wanted = dict.fromkeys((places[spec.reads.world], spec.reads, spec.seed, scorer) for spec, scorer in scorers)
     prepare_datasets(list(wanted), options.workers)
@@ -154,11 +154,12 @@ def words(options: Options) -> dict[str, str]:
 
 
 def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-    """Of the facts, and of the sample rows.
+    """Scores on the facts and on the sample rows.
 
-    accuracy     share of the values that are said, greedily and exactly; distracted: of the corpus's repeated wrong ones
-    answer_nats  mean loss of a right value's token
-    sureness     mean probability of the likeliest token where a value's token is due
+    accuracy     share of the values that greedy decoding gets exactly right
+    distracted   share of the facts that get the wrong value that the corpus repeats
+    answer_nats  mean loss on the tokens of the right values
+    sureness     mean probability of the most likely token at the positions of a value
     """
     spec = run.spec
     assert isinstance(spec, Recall)
@@ -187,7 +188,7 @@ def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def kinds(line: task.Line, tokenizer: Tokenizer) -> NDArray[np.str_]:
-    """[N] of each token of a line: `clean` or `wrong` of its value, else `key`, `sign`, `end`."""
+    """[N] the kind of each token of a line: `clean` or `wrong` for its value, else `key`, `sign` or `end`."""
     tokens = tokenizer.encode(line.text).tokens
     said = "wrong" if line.wrong else "clean"
     parts = zip(tokens, task.answer_tokens(tokens), strict=True)
@@ -195,7 +196,7 @@ def kinds(line: task.Line, tokenizer: Tokenizer) -> NDArray[np.str_]:
 
 
 def losses_of(output: Path, step: int) -> dict[str, float]:
-    """The student's mean loss of kept and of dropped tokens, over the training steps before `step`."""
+    """The student's mean loss on kept and on dropped tokens, over the training steps before `step`."""
     lines = [line for line in read_metrics(output) if step - LAST_STEPS < line["step"] <= step]
     names = {f"loss_{which}": f"guidance/student_loss_{which}" for which in ("kept", "dropped")}
     return {

@@ -1,12 +1,12 @@
-"""What the third experiment learns and is judged by: mathematics, word problems and spoiled code, every byte of a known kind.
+"""The texts of the third experiment: mathematics, word problems and code with junk, with the kind of every byte known.
 
     ROOT/data/continued/NAME/texts.jsonl   {"id", "text", "runs"}: runs of [kind, bytes]
     ROOT/data/continued/NAME/dataset       aligned and scored
-    ROOT/data/continued/NAME/oracle        scored by who knows the noise
+    ROOT/data/continued/NAME/oracle        with the losses of the oracle
 
-NAME            of the files of part        what
+NAME            from the files of part      content
 train-SOURCE    train                       a source of the mixture
-mixed-PART      test, tune                  all sources, a little of each: what would be kept of them
+mixed-PART      test, tune                  a sample of all sources, for measuring kept shares
 DOMAIN-PART     test, tune                  clean text of one domain
 """
 
@@ -30,17 +30,17 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from tools.preprocess import build_dataset, score_teacher
 
 SHARES = {"mathematics": 0.4, "problems": 0.4, "code": 0.2}
-"""Of the rows of the mixture, by source."""
+"""Share of the rows of the mixture, by source."""
 DOMAINS: tuple[Domain, ...] = ("mathematics", "software", "code")
-"""The student has learned `software` before, and neither of the others."""
+"""The initial student was trained on `software` only."""
 WRONG = 0.3
-"""Of the problems in the mixture, those with a wrong result."""
+"""Share of the problems in the mixture that have a wrong result."""
 LONGEST = 1_500
-"""Bytes of a document: longer ones are cut between lines."""
+"""Bytes. Longer documents are cut between lines."""
 TRAIN = {"mathematics": 205_000, "problems": 1_850, "code": 62_000}
 MIXED = {"mathematics": 9_000, "problems": 50, "code": 4_000}
 HELD_OUT = {"mathematics": 30_000, "software": 12_000, "code": 12_000}
-"""Bytes of text, before junk, and numbers of problems."""
+"""Bytes of text before junk is added, and numbers of problems."""
 NOISE = ("junk", "wrong")
 END = "end"
 
@@ -48,7 +48,8 @@ END = "end"
 class Labelled(NamedTuple):
     """A text, and the kinds of its bytes.
 
-    `mathematics`, `software`, `code`, `junk`; of a problem `question`, `work`, `result` or `wrong` (a wrong result), and `point`.
+    Kinds are `mathematics`, `software`, `code` and `junk`. A problem has `question`, `work`, `result` or `wrong`
+    (a wrong result), and `point`.
     """
 
     text: str
@@ -57,7 +58,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True)
 class Texts:
-    """A set of texts, and what is made of it."""
+    """A set of texts, and the paths of its files."""
 
     folder: Path
 
@@ -75,20 +76,20 @@ class Texts:
 
     @property
     def whole(self) -> Path:
-        """Stands there when all the others do."""
+        """Exists when all other files are complete."""
         return self.folder / "whole"
 
     def read(self) -> list[Labelled]:
-        """In the order of the dataset's documents."""
+        """The texts, in the order of the dataset's documents."""
         with self.corpus.open("rb") as file:
             lines = [orjson.loads(line) for line in file]
         return [Labelled(line["text"], [(kind, length) for kind, length in line["runs"]]) for line in lines]
 
 
 def make(texts: Texts, corpus: Path, student: Path, teacher: Path, divisor: int = 1) -> None:
-    """Texts, aligned for both tokenizers and scored by the teacher. In a process of its own.
+    """Write texts, align them for both tokenizers and score them with the teacher. Runs in its own process.
 
-    divisor: by which sizes are divided
+    divisor: sizes are divided by it
     """
     write(texts, compose(texts.folder.name, corpus, divisor))
     places = [str(texts.corpus), "--out", str(texts.dataset), "--student", str(student), "--teacher", str(teacher)]
@@ -109,7 +110,7 @@ def write(texts: Texts, documents: Sequence[Labelled]) -> None:
 
 
 def compose(name: str, corpus: Path, divisor: int = 1) -> list[Labelled]:
-    """The documents of a set, by its name; always the same ones."""
+    """The documents of a set, by its name. They are always the same."""
     first, _, second = name.partition("-")
     if first == "train":
         return of_source(second, corpus, "train", TRAIN[second] // divisor)
@@ -119,14 +120,14 @@ def compose(name: str, corpus: Path, divisor: int = 1) -> list[Labelled]:
         order = np.random.default_rng(0).permutation(len(documents)).tolist()
         return [documents[i] for i in order]
     domain = next(domain for domain in DOMAINS if domain == first)
-    # each domain's parts share no long line, but one domain may quote another
+    # the parts of a domain share no long line, but one domain may quote another
     learned = {line for other in DOMAINS for text in read_part(corpus, other, "train") for line in long_lines(text.text)}
     texts = some_of(domain, corpus, part, HELD_OUT[domain] // divisor)
     return [plain(text, domain) for text in texts if not long_lines(text) & learned]
 
 
 def of_source(source: str, corpus: Path, part: Part, size: int) -> list[Labelled]:
-    """So many problems, or bytes of text, as they stand in the mixture."""
+    """A number of problems, or of bytes of text, of one source of the mixture."""
     if source == "problems":
         return [of_problem(problem) for problem in invent_problems(max(size, 1), part, seed=0, wrong=WRONG)]
     if source == "mathematics":
@@ -136,7 +137,7 @@ def of_source(source: str, corpus: Path, part: Part, size: int) -> list[Labelled
 
 
 def some_of(domain: Domain, corpus: Path, part: Part, size: int) -> list[str]:
-    """Texts of a domain by chance, so many bytes of them, none longer than LONGEST."""
+    """A random choice of texts of a domain with this many bytes, none longer than LONGEST."""
     pieces = [piece for text in read_part(corpus, domain, part) for piece in cut(text)]
     chosen, total = [], 0
     for i in np.random.default_rng(0).permutation(len(pieces)).tolist():
@@ -148,7 +149,7 @@ def some_of(domain: Domain, corpus: Path, part: Part, size: int) -> list[str]:
 
 
 def cut(text: Text) -> list[str]:
-    """Whole lines, of at most LONGEST bytes together; a longer line is left out."""
+    """Pieces of complete lines, of at most LONGEST bytes. A longer line is left out."""
     pieces = [""]
     for line in text.text.splitlines(keepends=True):
         length = len(line.encode())
@@ -176,10 +177,10 @@ def spoiled(text: str, others: Sequence[str], random: np.random.Generator) -> La
 
 
 def kinds_of(text: Labelled, ids: NDArray[np.int32], byte_lengths: NDArray[np.int32]) -> NDArray[np.str_]:
-    """[N] the kind of each token of a document, that of its last byte; END for the token that ends it.
+    """[N] the kind of each token of a document, which is that of its last byte, or END for the token that ends the document.
 
-    ids           [N] of the whole document
-    byte_lengths  [V] of the tokenizer
+    ids           [N] the ids of the whole document
+    byte_lengths  [V] the byte lengths of the tokenizer's tokens
     """
     ends = np.cumsum(byte_lengths[ids[:-1]], dtype=np.int64)
     borders = np.cumsum([length for _, length in text.runs])
@@ -189,7 +190,7 @@ def kinds_of(text: Labelled, ids: NDArray[np.int32], byte_lengths: NDArray[np.in
 
 
 def kinds_in(texts: Texts) -> Callable[[int], NDArray[np.str_]]:
-    """Number of a document of the dataset -> [N] kinds of its student tokens."""
+    """A function from the number of a document of the dataset to the [N] kinds of its student tokens."""
     data, read = AlignedDataset.open(texts.dataset), texts.read()
     return lambda document: kinds_of(read[document], data.student(document), data.student_byte_lengths)
 

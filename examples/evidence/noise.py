@@ -1,9 +1,9 @@
-"""Experiment 2, noise in real text: half of the tokens are junk. What is kept of it, and who learns more of the rest?
+"""Experiment 2, noise in real text: half of the tokens are junk. How much junk is kept, and which arm learns more of the text?
 
-A student of one million parameters learns mathematical docstrings and problems from nothing, with junk between their words; the
-teacher, SmolLM2-135M-Instruct, has read the same noisy text once. A seed decides the student's first weights, the order, which
-documents are learned, and their junk. Judged on clean text of files that no student has seen, and by what would be kept of
-noisy text of such files.
+A student of one million parameters learns mathematical docstrings and problems from scratch, with junk between their words. The
+teacher, SmolLM2-135M-Instruct, read the same noisy text once. A seed determines the student's initial weights, the order, the
+documents and their junk. The scores are bits per byte of clean text from files that no student has read, and the shares that the
+rule would keep of noisy text from such files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from megatron_vocagno.training.sample_files import SampleRows, SampleStep, read_
 JUDGE, HIGHER_IS_BETTER = "bits_per_byte", False
 
 ARMS = ("clm", "random", "random-0.6", "student", "guided", "keep-0.6", "oracle")
-"""As tables name them; random-0.6 keeps as many as keep-0.6."""
+"""Names as in the tables. random-0.6 keeps the same share as keep-0.6."""
 GUIDED = ("guided", "keep-0.6")
 SETTING, TUNING = "half-junk", "tune-half-junk"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -99,7 +99,7 @@ def prepare(specs: Sequence[Spec], options: Options) -> None:
 
 
 def words(options: Options) -> dict[str, str]:
-    """What the students have read, counted."""
+    """Counts of the texts that the students read."""
     sets = [TextSet.named(f"train-{seed}", options) for seed in seeds_of(options)]
     count = np.sum([np.bincount(labels_of_set(texts), minlength=len(Kind)) for texts in sets], axis=0)
     share = count / count[: Kind.MIXED].sum()
@@ -119,7 +119,7 @@ def words(options: Options) -> dict[str, str]:
 
 
 def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-    """bits_per_byte of clean text, and of what the teacher finds easy and hard in it; what is kept of noisy text, and losses."""
+    """bits_per_byte of clean text and of its easy and hard halves; kept shares of noisy text, and losses."""
     rows, looks = read_rows(run.output), {look.step: look for look in read_steps(run.output)}
     noisy = TextSet(Path(rows.dataset).parent)
     label_RS = labels_of_samples(rows, noisy)
@@ -129,7 +129,7 @@ def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def labels_of_samples(rows: SampleRows, texts: TextSet) -> Labels:
-    """[R, S] the Kind of each target; MIXED where there is none."""
+    """[R, S] the Kind of each target, or MIXED if it has none."""
     starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(AlignedDataset.open(texts.dataset).student_lengths)])
     flat = np.append(labels_of_set(texts), np.uint8(Kind.MIXED))
     label_RS: Labels = flat[np.where(rows.valid_RS, starts[rows.document_RS] + rows.token_RS, len(flat) - 1)]
@@ -137,16 +137,16 @@ def labels_of_samples(rows: SampleRows, texts: TextSet) -> Labels:
 
 
 def labels_of_set(texts: TextSet) -> Labels:
-    """[N] of the student's tokens of all documents, end to end."""
+    """[N] the Kind of the student's tokens of all documents, concatenated."""
     data = AlignedDataset.open(texts.dataset)
     return np.concatenate([labels_of(text, i, data, "student") for i, text in enumerate(texts.read())])
 
 
 def noise_scores(rows: SampleRows, look: SampleStep, label_RS: Labels) -> dict[str, float]:
-    """Of the mapped tokens of noisy text; what is of no token is absent.
+    """Scores over the mapped tokens of noisy text. A score without tokens is absent.
 
-    kept_KIND        the share that would be kept
-    enrichment_KIND  how many times more of clean tokens than of this junk
+    kept_KIND        the share that the rule would keep
+    enrichment_KIND  the kept share of clean tokens divided by the kept share of this junk
     loss_KIND        the student's mean loss, nats; also of `kept` and `dropped` tokens
     """
     kept_RS = look.weight_RS > 0

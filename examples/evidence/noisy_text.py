@@ -1,10 +1,11 @@
-"""Mathematical text with junk in it: what students of the second experiment learn from and are judged by.
+"""The texts of the second experiment: mathematical text with junk.
 
-    ROOT/data/noise/tokenizer/            the student's: 2,048 byte-level tokens, of all training text
+    ROOT/data/noise/tokenizer/            the student's: 2,048 byte-level tokens, trained on all training text
     ROOT/data/noise/NAME/texts.jsonl      {"id", "text", "runs"}: runs of [kind, bytes]
-    ROOT/data/noise/NAME/dataset, oracle  aligned and scored: by the teacher, and by who knows the junk
+    ROOT/data/noise/NAME/dataset, oracle  aligned, with the losses of the teacher and of the oracle
 
-NAME is train-SEED: documents of training files, chosen and spoiled by that seed; noisy-PART and clean-PART: of held-out files.
+NAME is train-SEED for documents of training files, which the seed chooses and adds junk to. noisy-PART and clean-PART are
+documents of held-out files.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from tools.preprocess import build_dataset, score_teacher
 
 BYTES = {"train": 75_000, "clean": 40_000, "noisy": 14_000}
-"""Clean text of a set."""
+"""Bytes of clean text per set."""
 LONGEST = 3_000
-"""Bytes of a document: many short ones say more than few long ones."""
+"""Bytes per document. Many short documents are more diverse than a few long ones."""
 VOCABULARY = 2_048
 END = "<|end|>"
 
 
 @dataclass(frozen=True)
 class TextSet:
-    """Texts, and what is made of them."""
+    """A set of texts, and the paths of its files."""
 
     folder: Path
 
@@ -61,7 +62,7 @@ class TextSet:
 
     @property
     def whole(self) -> Path:
-        """Stands there when all the others do."""
+        """Exists when all other files are complete."""
         return self.folder / "whole"
 
     @property
@@ -69,14 +70,14 @@ class TextSet:
         return self.folder.parent / "tokenizer"
 
     def read(self) -> list[NoisyText]:
-        """In the order of the dataset's documents."""
+        """The texts, in the order of the dataset's documents."""
         with self.texts.open("rb") as file:
             lines = [orjson.loads(line) for line in file]
         return [NoisyText(line["text"], [Run(Kind(kind), length) for kind, length in line["runs"]]) for line in lines]
 
 
 def prepare_sets(names: Sequence[str], options: Options) -> None:
-    """Makes the sets that are not there, with corpus, teacher and tokenizer."""
+    """Make the missing sets, with corpus, teacher and tokenizer."""
     sets = {name: TextSet.named(name, options) for name in names}
     missing = {name: texts for name, texts in sets.items() if not texts.whole.exists()}
     if not missing:
@@ -94,7 +95,7 @@ def prepare_sets(names: Sequence[str], options: Options) -> None:
 
 
 def write_texts(texts: TextSet, name: str, corpus: Path, size: int) -> None:
-    """The texts of one set, of so many bytes before junk, and the student's tokenizer where it is not there."""
+    """Write the texts of one set, of this many bytes before junk, and the student's tokenizer if it is missing."""
     if not texts.tokenizer.exists():
         write_tokenizer(texts.tokenizer, [text.text for text in read_part(corpus, "mathematics", "train")])
     kind, _, which = name.partition("-")
@@ -115,7 +116,7 @@ def unspoiled(text: str) -> NoisyText:
 
 
 def choose(documents: Sequence[Text], size: int, random: np.random.Generator) -> list[Text]:
-    """By chance, until they have so many bytes."""
+    """Random texts, until they have this many bytes."""
     chosen, total = [], 0
     for i in random.permutation(len(documents)).tolist():
         length = len(documents[i].text.encode())
@@ -126,7 +127,7 @@ def choose(documents: Sequence[Text], size: int, random: np.random.Generator) ->
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
-    """Byte-level BPE: it can say every text, and keeps every byte."""
+    """Train a byte-level BPE, which can encode every text and keeps every byte."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -141,7 +142,7 @@ def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
 
 
 def score_texts(texts: TextSet, teacher: Path) -> None:
-    """Texts -> an aligned dataset with the teacher's losses, and with those of the oracle. In a process of its own."""
+    """Make the aligned dataset with the losses of the teacher and those of the oracle. Runs in its own process."""
     places = [str(texts.texts), "--out", str(texts.dataset), "--student", str(texts.tokenizer), "--teacher", str(teacher)]
     places += ["--teacher-eos", smollm2.END]
     _succeed(build_dataset.main([*places, "--id-key", "id", "--workers", "1", "--max-bad-fraction", "0"]))
@@ -157,7 +158,7 @@ def _succeed(code: int) -> None:
 
 
 def labels_of(text: NoisyText, document: int, data: AlignedDataset, side: str) -> Labels:
-    """[N] of the tokens of one document, on the `student`'s or the `teacher`'s side; the one that ends it is MIXED."""
+    """[N] the Kind of the tokens of one document, on the `student` or `teacher` side. The last token is MIXED."""
     ids = data.student(document) if side == "student" else data.teacher(document)
     lengths = data.student_byte_lengths if side == "student" else data.teacher_byte_lengths
     ends, labels = np.cumsum(lengths[ids[:-1]], dtype=np.int64), text.labels()

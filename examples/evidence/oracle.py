@@ -1,4 +1,4 @@
-"""Where the noise is known: the losses of a teacher without error. Under arms/oracle.toml they keep all that is clean."""
+"""The losses of a teacher without errors, for known noise. With arms/oracle.toml they keep all clean tokens."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_vocagno.corpus.losses import gather, record_losses, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring
 
 WHOLE = "whole"
-"""Stands beside what is finished."""
+"""Marks a finished dataset."""
 
 
 def write_oracle(dataset: Path, out: Path, wrong: Callable[[int], NDArray[np.bool_]]) -> None:
-    """A copy of a dataset with losses of -inf nats on clean and +inf on wrong tokens, whose excess is never positive.
+    """Write a copy of a dataset with losses of -inf nats on clean tokens and +inf on wrong ones, whose excess is never positive.
 
-    wrong: number of a document -> [M], whether each of its teacher tokens is wrong, the one that ends it included
+    wrong: function from the number of a document to [M], whether each of its teacher tokens is wrong, including the last
     """
     if (out / WHOLE).exists():
         return

@@ -1,4 +1,4 @@
-"""Plots as SVG files, the same bytes for the same numbers. Lines and bars are means over seeds; bands and whiskers one sd."""
+"""Plots as SVG files, with equal bytes for equal numbers. Lines and bars are means over seeds, bands and whiskers one sd."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLOURS = {
 
 
 def draw_curves(path: Path, arms: Mapping[str, Mapping[float, Sample]], title: str, along: str) -> None:
-    """arms: name -> place on the horizontal axis -> score."""
+    """arms: name -> position on the horizontal axis -> score"""
 
     def draw(axes: Axes) -> None:
         for arm, steps in arms.items():
@@ -48,7 +48,7 @@ def draw_curves(path: Path, arms: Mapping[str, Mapping[float, Sample]], title: s
 
 
 def draw_bars(path: Path, arms: Mapping[str, Mapping[str, Sample]], title: str) -> None:
-    """arms: name -> kind -> value; a group of bars for each arm."""
+    """arms: name -> kind -> value, with a group of bars per arm"""
     kinds = list(dict.fromkeys(kind for values in arms.values() for kind in values))
 
     def draw(axes: Axes) -> None:
@@ -65,7 +65,7 @@ def draw_bars(path: Path, arms: Mapping[str, Mapping[str, Sample]], title: str) 
 
 
 def draw_points(path: Path, points: Sequence[tuple[str, float, Sample]], title: str, along: str) -> None:
-    """points: name, place on the horizontal axis, score."""
+    """points: name, position on the horizontal axis, score"""
 
     def draw(axes: Axes) -> None:
         for name, x, value in points:

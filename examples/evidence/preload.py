@@ -1,6 +1,6 @@
-"""What every job needs, imported once in the process that they are forked from. It starts no thread: a fork has but one."""
+"""Import the modules that every job needs, once, in the process that jobs are forked from. No import may start a thread."""
 
-# what transformers and DeepSpeed import by themselves only once they see a model and an optimizer
+# transformers and DeepSpeed import these lazily, when they first see a model and an optimizer
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 

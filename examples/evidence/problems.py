@@ -1,7 +1,7 @@
-"""Word problems invented from templates, with worked answers such as `Answer: 5 + 4 = 9.`
+"""Word problems from templates, with worked answers such as `Answer: 5 + 4 = 9.`
 
-A story and its numbers are in one part alone, so no test is learned from; the same numbers do meet elsewhere, in other stories.
-In a share of the problems the result is wrong, and nothing in the text says so.
+A story with its numbers is in one part only, so no test problem is in the training text. The same numbers occur in other stories.
+In a share of the problems the result is wrong, and the rest of the text does not reveal it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 from examples.evidence.corpus import PARTS, Part
 
 NUMBERS = range(2, 6)
-"""Any two of them are added or multiplied, or are what a difference or quotient leads back to."""
+"""Operands of sums and products, and the results and second operands of differences and quotients."""
 HELD_OUT = 2
-"""Of the 16 pairs of numbers of a template, so many are for tests, and as many for tuning."""
+"""Of the 16 pairs of numbers of a template, this many are for tests, and the same number is for tuning."""
 NAMES = ("Anna", "Ben", "Clara", "David", "Emma", "Henry", "Julia", "Lucas", "Maria", "Max", "Oscar", "Paul", "Ray", "Tom")
 THINGS = ("apples", "bags", "balls", "books", "cards", "coins", "eggs", "flowers", "keys", "lamps", "shells", "stamps")
 
-# {a} and {b} meet under the operation; {name} and {other} are two persons
+# {a} and {b} are the operands; {name} and {other} are two persons
 TEMPLATES = (
     ("+", "{name} has {a} {things}. {other} gives {name} {b} more. How many does {name} have now?"),
     ("+", "{name} has {a} {things} and {other} has {b}. How many do they have together?"),
@@ -42,13 +42,13 @@ TEMPLATES = (
 @dataclass(frozen=True)
 class Problem:
     template: int
-    """Its number in TEMPLATES."""
+    """Index in TEMPLATES."""
     a: int
     b: int
     question: str
     result: int
     wrong: bool = False
-    """Whether the result is."""
+    """Whether the result is wrong."""
 
     @property
     def work(self) -> str:
@@ -61,11 +61,11 @@ class Problem:
 
 
 def invent_problems(count: int, part: Part, seed: int, wrong: float = 0.0) -> list[Problem]:
-    """Different problems of one part; all templates come alike often.
+    """Different problems of one part, with all templates equally frequent.
 
     wrong: the share that has a wrong result, exact to one problem
 
-    Raises ValueError: a template has not so many.
+    Raises ValueError if a template does not have enough problems.
     """
     random = np.random.default_rng([seed, PARTS.index(part)])
     problems: dict[str, Problem] = {}
@@ -84,7 +84,7 @@ def invent_problems(count: int, part: Part, seed: int, wrong: float = 0.0) -> li
 
 
 def part_of(problem: Problem) -> Part:
-    """By template and numbers; a + b and b + a are two instances of a story."""
+    """The part of a problem, by its template and numbers. a + b and b + a are two instances of a story."""
     return _parts(problem.template, TEMPLATES[problem.template][0])[problem.a, problem.b]
 
 

@@ -1,4 +1,4 @@
-"""Word problems, asked one by one: how likely the worked answer is to a student, and whether it finds the result."""
+"""Test a student on word problems, one by one: the loss on the worked answer, and the accuracy of the result."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ ROWS_A_FORWARD = 32
 
 @dataclass(frozen=True)
 class Quiz:
-    """N problems of L tokens at most, each a document of its own."""
+    """N problems of at most L tokens, each as a separate document."""
 
     input_NL: Tensor
     target_NL: Tensor
-    """int64. After the EOS before a problem; padding is EOS."""
+    """int64. Each problem follows an EOS, and padding is EOS."""
     kind_NL: NDArray[np.str_]
-    """Of each target; END for padding too."""
+    """The kind of each target. Padding is END, too."""
     operation_N: NDArray[np.str_]
 
     @classmethod
     def of(cls, problems: Sequence[Problem], tokenizer: Tokenizer, eos: int, byte_lengths: NDArray[np.int32]) -> Quiz:
-        """byte_lengths [V]: of the tokenizer."""
+        """byte_lengths: [V] bytes of each token of the tokenizer"""
         ids = [np.array([*tokenizer.encode(problem.text).ids, eos], np.int32) for problem in problems]
         kinds = [kinds_of(of_problem(problem), one, byte_lengths) for problem, one in zip(problems, ids, strict=True)]
         longest = max(map(len, ids))
@@ -48,7 +48,7 @@ class Quiz:
 
     @torch.no_grad()
     def read(self, student: PreTrainedModel) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """[N, L] the student's losses in nats, and whether it would have said the target."""
+        """[N, L] the student's losses in nats, and whether the target is its most likely token."""
         losses, said = [], []
         for start in range(0, len(self.input_NL), ROWS_A_FORWARD):
             targets = self.target_NL[start : start + ROWS_A_FORWARD]
@@ -58,12 +58,12 @@ class Quiz:
         return torch.cat(losses).numpy(), torch.cat(said).numpy()
 
     def scores(self, student: PreTrainedModel) -> dict[str, float]:
-        """Losses in nats a token, where all before is given.
+        """Losses in nats per token, given all tokens before it, and accuracy.
 
-        answer_nats             of what follows `Answer:`, such as `5 + 4 = 9.`
-        work_nats, result_nats  of what stands before the result, and of the result
-        result_nats_OPERATION   of the results of one operation: sum, difference, product, quotient
-        accuracy                the share of results that are said, greedily and exactly
+        answer_nats             over the text after `Answer:`, such as `5 + 4 = 9.`
+        work_nats, result_nats  over the text before the result, and over the result
+        result_nats_OPERATION   over the results of one operation: sum, difference, product, quotient
+        accuracy                the share of results that greedy decoding gets exactly right
         """
         loss_NL, said_NL = self.read(student)
         result_NL = self.kind_NL == "result"

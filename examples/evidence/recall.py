@@ -1,4 +1,4 @@
-"""What a student recalls: the values that it says, how likely the right ones are to it, and how sure it is of any."""
+"""Test the recall of a student: its values, its loss on the right values, and its probability of the most likely ones."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from examples.evidence.facts import EOS, Fact
 
 @dataclass(frozen=True)
 class Recalled:
-    """Of one fact."""
+    """The result of one fact."""
 
     said: str
-    """The value that follows greedily, up to the dot."""
+    """The value by greedy decoding, up to the dot."""
     nats: float
-    """Mean loss of the right value's tokens, the dot not among them."""
+    """Mean loss on the tokens of the right value, without the dot."""
     sureness: float
-    """Mean probability of whatever token is the likeliest in their places."""
+    """Mean probability of the most likely token at the same positions."""
 
 
 @torch.no_grad()
 def recall(student: PreTrainedModel, tokenizer: Tokenizer, facts: Sequence[Fact]) -> list[Recalled]:
-    """Each fact asked alone: EOS and `17+4=`, as a document of the corpus begins."""
+    """Ask each fact separately, as EOS and `17+4=`, which is how a document of the corpus begins."""
     eos = tokenizer.token_to_id(EOS)
     pieces = {token: piece for piece, token in tokenizer.get_vocab().items()}  # `decode` would put spaces between them
     by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)

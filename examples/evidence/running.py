@@ -1,10 +1,10 @@
-"""Students: an arm on a setting from a seed, trained by the training command, then scored at each checkpoint.
+"""Train students with the training command, each for an arm, a setting and a seed, and score them at each checkpoint.
 
-    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002/   what the command writes; spec.json, settings.json, scores.jsonl
-    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002.log   what the command says
+    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002/   the output of the run, with spec.json, settings.json, scores.jsonl
+    ROOT/runs/EXPERIMENT/SETTING/NAME/seed-3-lr-0.002.log   the log of the command
     ROOT/results/EXPERIMENT.jsonl                        the rows of all runs of an experiment, in the order of its specs
 
-A run that has scores.jsonl is not done again, one that was interrupted goes on from its checkpoint, and one whose spec has
+A run with scores.jsonl is complete and does not run again. An interrupted run resumes from its checkpoint. A run whose spec has
 changed starts over.
 """
 
@@ -38,13 +38,13 @@ SPEC, SCORES = "spec.json", "scores.jsonl"
 
 @dataclass(frozen=True)
 class Options:
-    """What the command was asked for."""
+    """Options of the command."""
 
     root: Path = Path(".evidence")
     seeds: int = 3
-    """Of the main arms: 1, 2, …"""
+    """Number of seeds of the main arms: 1, 2, …"""
     quick: bool = False
-    """Few steps and arms: to see that all of it works, not to learn anything from it."""
+    """Few steps and arms, only to check that everything runs."""
     workers: int = 2
 
 
@@ -53,19 +53,19 @@ class Spec:
     """One student."""
 
     experiment: str
-    """A module of this package; its `score` judges the student."""
+    """A module of this package, whose `score` scores the student."""
     setting: str
-    """What is learned from, such as `random-0.6`; arms of one setting and seed learn from the same data in the same order."""
+    """For example `random-0.6`. Arms of one setting and seed learn from the same data in the same order."""
     arm: str
     """arms/ARM.toml"""
     seed: int
     learning_rate: float
     overrides: tuple[str, ...] = ()
-    """Of the run file: data, student, steps, seed of the run, which is not given by `seed` alone."""
+    """Fields of the run file: data, student, steps, and seeds other than `training.seed`."""
     variant: str = ""
-    """Told after the arm's name where overrides make it another one: `chunk` with `-16`."""
+    """A suffix of the arm's name if overrides change the arm, for example `-16` for `chunk`."""
     batch: Mapping[str, int] = field(default_factory=dict)
-    """Fields laid over settings.json: train_batch_size, train_micro_batch_size_per_gpu."""
+    """Fields that replace those of settings.json: train_batch_size, train_micro_batch_size_per_gpu."""
 
     @property
     def name(self) -> str:
@@ -77,20 +77,20 @@ class Spec:
 
 @dataclass(frozen=True)
 class Run:
-    """A student that has learned."""
+    """A trained student."""
 
     spec: Spec
     output: Path
 
     @property
     def root(self) -> Path:
-        """Of the options that it was made with."""
+        """The `root` of the options that it was made with."""
         return self.output.parents[4]
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps, ascending, and the folders of their checkpoints: those of `checkpoint.keep_every`, and the last.
 
-        An interruption leaves one more, of a step without an evaluation: it is not among them.
+        A checkpoint of an interruption, at a step without an evaluation, is left out.
         """
         looked_at = {line["step"] for line in read_metrics(self.output) if "eval/loss" in line}
         folders = reversed(checkpoint_folders(self.output / "checkpoints"))
@@ -110,13 +110,13 @@ class Experiment(Protocol):
         """The same arms at several learning rates, on a seed and data that no table uses."""
 
     def prepare(self, specs: Sequence[Spec], options: Options) -> None:
-        """Corpora, datasets, teachers and their losses for these specs; what is there already is left alone."""
+        """Make missing corpora, datasets, teachers and losses for these specs."""
 
     def words(self, options: Options) -> dict[str, str]:
-        """What templates/NAME.md fills in as `words`, besides the results."""
+        """The values of `words` in templates/NAME.md."""
 
     def score(self, run: Run) -> Iterator[tuple[int, dict[str, float]]]:
-        """(step, scores by name) of each step that is to be told. Called in a process of its own, on one thread."""
+        """(step, scores by name) of each step to report. Called in its own process, on one thread."""
 
 
 def experiment(name: str) -> Experiment:
@@ -125,13 +125,13 @@ def experiment(name: str) -> Experiment:
 
 
 def run_all(specs: Sequence[Spec], options: Options) -> None:
-    """Train and score what is missing. Raises JobFailed."""
+    """Train and score the missing students. Raises JobFailed."""
     due = [spec for spec in specs if not is_done(spec, options.root)]
     work([job(spec, options, train_and_score) for spec in due], options.workers)
 
 
 def train_all(specs: Sequence[Spec], options: Options) -> None:
-    """Train what is missing, to be used and not judged: teachers, and students to continue from. Raises JobFailed."""
+    """Train missing teachers, and students to continue from, without scoring them. Raises JobFailed."""
     due = [spec for spec in specs if not is_trained(spec, options.root)]
     work([job(spec, options, train) for spec in due], options.workers)
 
@@ -151,7 +151,7 @@ def is_done(spec: Spec, root: Path) -> bool:
 
 
 def train_and_score(spec: Spec, output: Path) -> None:
-    """In a process of its own: the training command, then the experiment's `score` and what it has cost."""
+    """Run the training command, then the experiment's `score`, and record the costs. Runs in its own process."""
     train(spec, output)
     run, costs = Run(spec, output), Costs(output)
     rows = [
@@ -161,11 +161,11 @@ def train_and_score(spec: Spec, output: Path) -> None:
     ]
     _write(output / SCORES, "".join(json.dumps(row) + "\n" for row in rows))
     for _, checkpoint in run.checkpoints():
-        shutil.rmtree(checkpoint / "optimizer", ignore_errors=True)  # two thirds of it, and nobody goes on from here
+        shutil.rmtree(checkpoint / "optimizer", ignore_errors=True)  # two thirds of its size, and no run resumes from here
 
 
 def train(spec: Spec, output: Path) -> None:
-    """The training command, in this process. Raises SystemExit with its exit code where the run has not finished."""
+    """Run the training command in this process. Raises SystemExit with its exit code if the run did not finish."""
     if (output / SPEC).exists() and (output / SPEC).read_text(encoding="utf-8") != _text(spec):
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -181,17 +181,17 @@ def train(spec: Spec, output: Path) -> None:
     os.environ["MASTER_PORT"] = str(_free_port())
     code = main(arguments)
     if code or not (output / FINISHED_FILE).exists():
-        raise SystemExit(code or f"{output} was asked to stop before its last step")
+        raise SystemExit(code or f"{output} stopped before its last step")
 
 
 def collect(specs: Sequence[Spec], root: Path) -> list[dict[str, Any]]:
-    """The rows of runs that are done, in the order of their specs."""
+    """The rows of complete runs, in the order of their specs."""
     files = [spec.output(root) / SCORES for spec in specs if is_done(spec, root)]
     return [json.loads(line) for file in files for line in file.read_bytes().splitlines()]
 
 
 def write_results(name: str, specs: Sequence[Spec], options: Options) -> None:
-    """The rows of an experiment, and beside them when and where they were made."""
+    """Write the rows of an experiment, and a note of when and how they were made."""
     folder = options.root / "results"
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in collect(specs, options.root)))
@@ -203,7 +203,7 @@ def write_results(name: str, specs: Sequence[Spec], options: Options) -> None:
 
 
 def _text(spec: Spec) -> str:
-    """All that decides what a run learns: the spec, and the files that it names."""
+    """Everything that determines a run: the spec, and the contents of its files."""
     files = [(path.name, path.read_text(encoding="utf-8")) for path in (ARMS / f"{spec.arm}.toml", BASE, SETTINGS)]
     return json.dumps(asdict(spec) | {"files": files}, indent=1)
 

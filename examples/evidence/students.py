@@ -1,4 +1,4 @@
-"""A checkpoint of a run as transformers' model."""
+"""Open a checkpoint of a run as a model of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 
 def open_student(checkpoint: Path) -> PreTrainedModel:
-    """In float32, to be evaluated. checkpoint: a folder of `Run.checkpoints`."""
+    """The model in float32, in evaluation mode. checkpoint: a folder of `Run.checkpoints`."""
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     state = {name: tensor for file in (checkpoint / "student").glob("*.safetensors") for name, tensor in load_file(file).items()}

@@ -1,12 +1,12 @@
-"""The student that all arms of the third experiment continue: five million parameters, trained plainly to the end of a
-cosine to zero, where its loss is flat.
+"""The initial student of all arms of the third experiment: five million parameters, trained by plain language modeling to the end
+of a cosine schedule to zero, when its loss is flat.
 
     ROOT/data/continued/student/tokenizer/   2,048 byte-level tokens, one for each digit
-    ROOT/data/continued/student/general/     a dataset of general text; test/: of other files
+    ROOT/data/continued/student/general/     a dataset of general text; test/ is the same from other files
     ROOT/data/continued/student/run/         its training, each token read about twice
     ROOT/data/continued/student/model/       the Hugging Face folder
 
-It is the longest part of all, so two data-parallel ranks share it where there are two workers; the rows of a step are the same.
+It is the longest part, so two data-parallel ranks share it if there are two workers. The rows of a step are the same.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ LEARNING_RATE = 2e-3
 LOOKS = 10
 TEST_DOCUMENTS, TEST_ROWS = 100, 80
 BF16: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-"""Laid over settings.json: half the time of float32."""
+"""Replaces fields of settings.json. Takes half the time of float32."""
 
 
 def prepare(folder: Path, corpus: Path, teacher: Path, workers: int, quick: bool) -> None:
-    """Makes what is missing.
+    """Make the missing files.
 
-    corpus   with the domain `software`
-    teacher  a dataset is aligned for one, though plain training does not read it
+    corpus   a folder with the domain `software`
+    teacher  datasets are always aligned for a teacher, although plain training does not read its side
     """
     if (folder / "model" / "config.json").exists():
         return
@@ -78,7 +78,7 @@ def prepare(folder: Path, corpus: Path, teacher: Path, workers: int, quick: bool
 
 
 def make_data(folder: Path, corpus: Path, teacher: Path) -> None:
-    """Tokenizer and datasets. In a process of its own."""
+    """Make tokenizer and datasets. Runs in its own process."""
     texts = read_part(corpus, "software", "train")
     write_tokenizer(folder / "tokenizer", [text.text for text in texts])
     test = read_part(corpus, "software", "test")
@@ -88,7 +88,7 @@ def make_data(folder: Path, corpus: Path, teacher: Path) -> None:
 
 
 def write_tokenizer(folder: Path, texts: Sequence[str]) -> None:
-    """Byte-level BPE: it can say every text. A number is read digit by digit, as the teacher reads it."""
+    """Train a byte-level BPE, which can encode every text. It cuts numbers into digits, as the teacher's does."""
     tokenizer = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
@@ -111,7 +111,7 @@ def build(documents: Sequence[Text], out: Path, student: Path, teacher: Path) ->
 
 
 def command(folder: Path, steps: int) -> list[str]:
-    """Arguments of the training command; writes its DeepSpeed configuration."""
+    """The arguments of the training command. Writes its DeepSpeed configuration."""
     settings = json.loads(SETTINGS.read_text(encoding="utf-8")) | BF16
     settings |= {"train_batch_size": ROWS_A_STEP, "train_micro_batch_size_per_gpu": ROWS_OF_A_RANK}
     settings["optimizer"]["params"]["lr"] = LEARNING_RATE
@@ -139,7 +139,7 @@ def toml(fields: dict[str, Any]) -> str:
 
 
 def train_rank(arguments: Sequence[str], rank: int, ranks: int, port: int) -> None:
-    """One of the ranks, in a process of its own."""
+    """Run one rank, in its own process."""
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_SIZE": ranks, "MASTER_PORT": port}
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.update({name: str(value) for name, value in where.items()})
@@ -148,7 +148,7 @@ def train_rank(arguments: Sequence[str], rank: int, ranks: int, port: int) -> No
 
 
 def flatness(folder: Path) -> tuple[int, list[float]]:
-    """Tokens that it has read, and bits per byte of other files' text at each look, the one before the first step included."""
+    """The number of tokens read, and bits per byte of text of other files at each evaluation, including one before step 1."""
     lines = read_metrics(folder / "run")
     tokens = sum(line.get("throughput/student_tokens", 0) for line in lines)
     return int(tokens), [line["eval/bits_per_byte"] for line in lines if "eval/bits_per_byte" in line]

@@ -26,7 +26,7 @@ def test_each_arm_stands_where_its_file_puts_it() -> None:
     groups = [{name for name in NAMES if any(fnmatch(name, arm) for arm in re.findall(r"`([^`]*)`", row[0]))} for row in ROWS]
     assert sum(map(len, groups)) == len(NAMES) == len(set().union(*groups)) and len(ROWS) == 5
     run = {name: load_run(ARMS / f"{name}.toml", _given(name)) for name in NAMES}
-    assert arms_of("they ask no teacher") == {name for name in NAMES if not run[name].guidance.needs_teacher}
+    assert arms_of("do not use a teacher") == {name for name in NAMES if not run[name].guidance.needs_teacher}
     assert arms_of("no scoring") == {name for name in NAMES if run[name].guidance.distance}
     cached = arms_of("`score_teacher`, as above") | {"rho1"} | {"oracle"}
     assert cached == {name for name in NAMES if any(teacher.placement == "cached" for teacher in run[name].teacher)}
