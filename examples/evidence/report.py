@@ -45,7 +45,7 @@ def write(source: Path, page: Path) -> list[Path]:
 
     source: a folder with NAME.jsonl and NAME.json for at least one experiment, such as .evidence/results or docs/evidence
 
-    Returns the missing files of conclusions: one per set of results that nobody has written about.
+    Returns the missing files of conclusions: one per set of results without written findings.
     Raises NoResults, and then leaves an existing page as it is.
     """
     files = [path for name in EXPERIMENTS if (path := source / f"{name}.jsonl").exists()]

@@ -1,4 +1,4 @@
-"""The third experiment: its problems are right, its parts share nothing, its labels and scores are exact."""
+"""The third experiment: its problems are right, its parts share no text, its labels and scores are exact."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CODE = "def area(width, height):\n    # of a rectangle\n    return width * heigh
 
 
 def evaluated(text: str) -> tuple[list[int], int, int]:
-    """What a reader makes of a problem: the numbers of its question, the value of its work, and the result that it gives."""
+    """The numbers of a problem's question, the value of its work, and the result that it states."""
     question, answer = re.fullmatch(r"(.*)\nAnswer: (.*)\.", text).groups()
     work, result = answer.split(" = ")
     left, operation, right = work.split(" ")
@@ -84,7 +84,7 @@ def write_part(folder: Path, domain: str, part: str, texts: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each text says of which part it is."""
+    """Each text names its part."""
     folder = tmp_path_factory.mktemp("corpus")
     for domain in mixture.DOMAINS:
         for part in PARTS:
@@ -135,7 +135,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def read(tokenizer: Tokenizer, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Ids with EOS, and bytes of each token of the vocabulary: byte-level pieces have one character a byte."""
+    """Ids with EOS, and bytes of each token of the vocabulary: byte-level pieces have one character per byte."""
     ids = np.array([*tokenizer.encode(text).ids, tokenizer.token_to_id(warm_student.EOS)], np.int32)
     lengths = np.array([len(tokenizer.id_to_token(i)) for i in range(tokenizer.get_vocab_size())], np.int32)
     return ids, lengths

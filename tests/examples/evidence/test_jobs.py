@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-# jobs of tests: a process of its own imports this module for them, and not the larger ones
+# jobs of tests are in this small module, because the process of a job imports the module of its function
 
 
 def say(word: str) -> None:

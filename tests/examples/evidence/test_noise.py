@@ -37,7 +37,7 @@ def noisy(clean: list[str]) -> list[NoisyText]:
 
 
 def test_what_two_parts_share_stays_in_the_held_out_one() -> None:
-    line = "A sentence that is long enough to be nobody else's, which two files have."
+    line = "A sentence that is longer than sixty characters, and that two files have."
     source = {part: next(f"file-{i}" for i in range(1000) if corpus.part_of(f"file-{i}") == part) for part in corpus.PARTS}
     said = {"own": "{part} alone", "line": f"{{part}}, and\n{line}", "all": "of three files"}
     texts = [Text(f"{part}-{name}", source[part], text.format(part=part)) for part in corpus.PARTS for name, text in said.items()]

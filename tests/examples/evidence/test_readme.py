@@ -1,4 +1,4 @@
-"""The page about the arms says of each what it needs, and its command is one that the training script takes."""
+"""The page about the arms lists the preparation of each, and its command fits the training script."""
 
 from __future__ import annotations
 

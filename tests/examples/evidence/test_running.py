@@ -93,7 +93,7 @@ def test_the_oracle_keeps_what_is_clean_and_all_of_it_and_clm_keeps_everything(r
 
 
 def test_a_checkpoint_opened_outside_has_the_losses_that_its_run_saw(root: Path) -> None:
-    """Each line alone, through transformers, against the sample rows of the engine, where many lines share a row."""
+    """Read each line separately with transformers, and compare with the engine's sample rows, which pack many lines."""
     trained = runs(root)["guided"]
     step, checkpoint = trained.checkpoints()[-1]
     student, seen = open_student(checkpoint), read_rows(trained.output)
@@ -148,7 +148,7 @@ def test_costs_are_the_tokens_that_were_read_and_the_usual_rule(root: Path) -> N
 
 
 def test_an_online_teacher_reads_as_much_text_as_the_student_at_every_step(root: Path, tmp_path: Path) -> None:
-    """The record of a cached run, told as if its teacher had been there."""
+    """The record of a cached run, changed to that of an online teacher."""
     trained = runs(root)["guided"]
     shutil.copytree(trained.output, tmp_path / "run")
     for file in (tmp_path / "run").glob("checkpoints/*/run.json"):
