@@ -20,7 +20,7 @@ from pathlib import Path
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 RULES = [(re.compile(rule["pattern"], re.IGNORECASE), rule["advice"]) for rule in TABLE["rule"]]
 NOT_PROSE = [(re.compile(rule["pattern"], re.DOTALL | re.MULTILINE), rule["instead"]) for rule in TABLE["not_prose"]]
-MARKER = re.compile(r"\s*(?:>\s?)*((?:[-*+]|\d+\.|#+|!!!.*|\[\^\w+\]:)(?:\s+|$)|(?=[\w, ]+? {2,}\S))?")
+MARKER = re.compile(r"\s*(?:>\s?)*((?:[-*+]|\d+\.|#+(?: \d+\.)?|!!!.*|\[\^\w+\]:)(?:\s+|$)|(?=[\w, ]+? {2,}\S))?")
 ABBREVIATED = "".join(rf"(?<!\b{word})" for word in (r"e\.g", r"i\.e", "vs", "etc", "cf", "al", "[A-Z]"))
 END = re.compile(ABBREVIATED + r"""[.!?]['"”)*_]*\s+(?=['"“(\[*_`]*[A-Z`{])""")
 BOLD_LEAD = re.compile(r"\*\*[^*]+[.:?!]\*\*\s+")
