@@ -71,7 +71,7 @@ class BrokenInput(Exception):
     """Why a file gives no more data: it is cut off or damaged. Callers turn it into a bad record."""
 
 
-class HubError(Exception):
+class HubError(UserError):
     """Why the Hub does not give a model. Callers add what they needed it for."""
 
 

@@ -78,7 +78,7 @@ def _pin(name: str) -> str:
     try:
         return f"{_parts(name)[0]}@{snapshot(name, CONFIG).name}"
     except HubError as error:
-        raise HubError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}") from error
+        raise HubError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}", name) from error
 
 
 def _recorded(pins: dict[str, str], record: Path) -> dict[str, str]:

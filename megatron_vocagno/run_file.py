@@ -34,7 +34,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
     (0.6, 'max', 256)
     >>> load_run(Path("examples/quickstart.toml"), ["guidance.kep=0.6"])
     Traceback (most recent call last):
-    megatron_vocagno.config.RunError: --set guidance.kep=0.6:
+    megatron_vocagno.errors.RunError: --set guidance.kep=0.6:
       no field 'guidance.kep'; did you mean 'guidance.keep'?
     """
     files = _files(path)

@@ -108,7 +108,7 @@ def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
     try:
         return [Path(name) for name in hub.pinned(paths, record)]
     except HubError as error:
-        raise ModelError(str(error)) from error
+        raise ModelError(str(error), error.path) from error
 
 
 def _missing(folder: Path) -> list[str]:

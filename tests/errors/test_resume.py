@@ -186,7 +186,7 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
     plain = {"student": {"config": {}}, "guidance": {"objective": "clm"}, "training": {"steps": 1}}
     keeper.run = Run.model_validate({"output": "out", "data": {"train": "data"}} | plain)
     monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
-    monkeypatch.setattr(checkpoint, "from_first_rank", lambda action, *_: action())
+    monkeypatch.setattr(checkpoint, "run_on_rank0", lambda action, *_: action())
 
     class Disk:
         """One that has refused."""
@@ -220,7 +220,7 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
     ):
         keeper._check(Disk(), new)  # type: ignore[arg-type]
     (tmp_path / "aside").rename(folder / "manifest.json")
-    monkeypatch.setattr(checkpoint, "Watch", Disk)
+    monkeypatch.setattr(checkpoint, "ErrorCollector", Disk)
     monkeypatch.setattr(checkpoint, "_complaint", lambda _: None)
     monkeypatch.setattr(checkpoint, "check_resumable", lambda *_: None)
     keeper.state, keeper.config = (type("Fake", (), {"read": lambda *_: None, "to_json_string": lambda _: "{}"})(),) * 2

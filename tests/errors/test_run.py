@@ -95,7 +95,7 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
 
 
 def test_a_teacher_with_too_few_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "together", lambda action, *_: action())
+    monkeypatch.setattr(placement, "run_on_all_ranks", lambda action, *_: action())
     monkeypatch.setattr(placement, "open_teacher", lambda *_, **__: SimpleNamespace(vocab_size=5))
     data = AlignedDataset.open(case.valid)
     processes: Any = SimpleNamespace(device=torch.device("cpu"))
@@ -273,11 +273,11 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
-    monkeypatch.setattr(run_lock, "from_first_rank", lambda action, *_: action())
+    monkeypatch.setattr(run_lock, "run_on_rank0", lambda action, *_: action())
     with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
         RunLock(tmp_path).acquire(print, lambda: 0)
     (tmp_path / ".lock").rmdir()
-    monkeypatch.setattr(run_lock, "gathered", lambda item: [item, (False, "node2", "/disk/out")])
+    monkeypatch.setattr(run_lock, "all_gather", lambda item: [item, (False, "node2", "/disk/out")])
     monkeypatch.setattr(run_lock, "my_rank", lambda: 0)
     with told(
         "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
@@ -294,7 +294,7 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
         "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
         DIR=tmp_path,
     ):
-        RunLock(tmp_path, patience=0).take(print, lambda: 0)
+        RunLock(tmp_path, patience=0).acquire(print, lambda: 0)
     monkeypatch.setattr("os.access", lambda *_: False)
     with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
         make_output(tmp_path)

@@ -141,7 +141,7 @@ def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatc
     facts = [{"a": "1", "b": "x"}] * 5 + [{"a": "1", "b": "y"}] * 2 + [{"a": "1"}] + [{"a": "1", "b": "x"}]
     hosts = ["n1"] * 4 + ["n2"] * 5
     answers = iter([list("ddddddeed"), [(one, host) for one, host in zip(facts, hosts, strict=True)]])
-    monkeypatch.setattr(consistency, "gathered", lambda _: next(answers))
+    monkeypatch.setattr(consistency, "all_gather", lambda _: next(answers))
     with told(
         "the ranks of this run are not alike:\n"
         f"  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\n{LAST}"
@@ -155,7 +155,7 @@ def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_alike_takes_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
-    monkeypatch.setattr(consistency, "gathered", lambda item: asked.append(item) or [item, item])
+    monkeypatch.setattr(consistency, "all_gather", lambda item: asked.append(item) or [item, item])
     consistency.require_same_on_all_ranks({"a": "1"})
     assert len(asked) == 1 and isinstance(asked[0], str)
 

@@ -27,8 +27,8 @@ from tests.runs import REPOSITORY, SCRIPT, Case, environment, spawn_each
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A world of one rank, without a process group."""
-    monkeypatch.setattr(run_lock, "from_first_rank", lambda action, *_: action())
-    monkeypatch.setattr(run_lock, "gathered", lambda item: [item])
+    monkeypatch.setattr(run_lock, "run_on_rank0", lambda action, *_: action())
+    monkeypatch.setattr(run_lock, "all_gather", lambda item: [item])
     monkeypatch.setattr(run_lock, "my_rank", lambda: 0)
 
 
