@@ -1,7 +1,7 @@
-"""The links of the documentation that lead out of the repository, one a line with the pages that have them.
+"""The links of the documentation that lead out of the repository, one per line with the pages that have them.
 
 python docs/external_links.py          the list
-python docs/external_links.py --ask    asks each whether it is there; exit code 1 where one is not. Needs a network
+python docs/external_links.py --ask    request each link; exit code 1 if one does not answer. Needs a network
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"https?://[^\s)>\]`\"']+[^\s)>\]`\"'.,;:]")
-# examples, and addresses inside of a cluster
+# examples, and addresses inside a cluster
 OURS = re.compile(r"https?://(HEAD|HOST|localhost|127\.)")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="List the external links of the documentation.")
-    parser.add_argument("--ask", action="store_true", help="ask each whether it is there (needs a network)")
+    parser.add_argument("--ask", action="store_true", help="request each link (needs a network)")
     options = parser.parse_args()
     missing = 0
     for link, pages in sorted(collect().items()):
@@ -43,7 +43,7 @@ def collect() -> dict[str, list[str]]:
 
 
 def ask(link: str) -> str:
-    """What is wrong with it; nothing where it answers."""
+    """The error of a request, or an empty text if the link answers."""
     request = urllib.request.Request(link, headers={"User-Agent": "links of a documentation"})
     try:
         with urllib.request.urlopen(request, timeout=20):

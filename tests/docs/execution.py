@@ -32,7 +32,7 @@ from tests.runs import REPOSITORY, Case, environment, spawn
 
 TRAINING = "examples/pretrain_vocagno.py"
 HUB = "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "Qwen/Qwen2.5-Math-7B", "Qwen/Qwen2.5-Math-7B-Instruct"
-# document 81 of what `make demo` writes begins so, and has more than a hundred tokens: README shows how it is aligned
+# document 81 of what `make demo` writes begins so, and has more than a hundred tokens: docs/first_run.md shows its alignment
 DOCUMENT_81 = 5 * (
     "The product of three positive real numbers is 1, and their sum is greater than the sum of their reciprocals. How many of "
     "them can be greater than 1?\n"

@@ -1,4 +1,8 @@
-"""What the documentation says of the repository is there: links, anchors, files, flags, fields, messages."""
+"""Files, flags, fields and messages that the documentation names exist, and so do the targets of links.
+
+`make docs` (mkdocs build --strict) checks the links and anchors of the pages of the site, and that each page is in it once.
+The links of all other pages are checked here.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +30,17 @@ PAGES = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/README.md"))
     if path.name not in ("AGENTS.md", "CLAUDE.md")
 )
+EXCLUDED = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)["exclude_docs"].split()
+
+
+def in_site(page: Path) -> bool:
+    return page.parent == ROOT / "docs" and page.name not in EXCLUDED
+
+
 each_page = pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
 
 FILES = (".md", ".py", ".toml", ".json", ".jsonl", ".bin", ".idx", ".safetensors")
-# what docs/tour.md sends its reader to
+# names that docs/tour.md has with their files
 PLACES = {
     "megatron_vocagno/model/configuration.py": ["SUPPORTED"],
     "megatron_vocagno/model/student.py": ["_parts", "Embedding", "LossHead", "FinalNorm", "hf_name", "logit_softcap"],
@@ -44,12 +55,20 @@ PLACES = {
     "tests/objective/selection_cases.py": ["SETTINGS"],
     "tests/batch/test_cached.py": ["AGGREGATES", "expected_guide"],
     "benchmarks/compile_table.py": ["AGGREGATES"],
-    "megatron_vocagno/engine/engines.py": ["Engine", "PlainTrainer", "PipelineTrainer", "_training_loss", "take_numbers"],
+    "megatron_vocagno/engine/engines.py": [
+        "TrainEngine",
+        "DataParallelEngine",
+        "PipelineEngine",
+        "_training_loss",
+        "take_numbers",
+    ],
     "megatron_vocagno/engine/build.py": ["build_engine"],
-    "megatron_vocagno/engine/distilling.py": ["DistillingTrainer"],
+    "megatron_vocagno/engine/distilling.py": ["DistillingEngine"],
     "megatron_vocagno/engine/state.py": ["EngineState", "_partitions", "_link_states", "_gather", "_scatter"],
-    "megatron_vocagno/engine/checkpoint.py": ["Keeper"],
+    "megatron_vocagno/engine/checkpoint.py": ["CheckpointManager"],
 }
+# the files that docs/tour.md has in its first part, from the package
+TOUR = ["corpus/spans.py", "batch/pack.py", "objective/selection.py", "objective/linear_ce.py", "training/loop.py"]
 # options of others' commands that pages name
 FOREIGN_FLAGS = {
     "--num_gpus", "--hostfile", "--master_addr", "--master_port", "--module", "--local_rank", "--nproc_per_node",  # launchers
@@ -69,7 +88,7 @@ FOREIGN_MESSAGES = {
 }  # fmt: skip
 
 
-@each_page
+@pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES if not in_site(page)])
 def test_every_link_leads_somewhere(page: Path) -> None:
     for link in links(page):
         file, _, anchor = link.partition("#")
@@ -81,16 +100,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def test_links_are_met() -> None:
-    assert sum(1 for page in PAGES for _ in links(page)) > 150
-    assert sum("#" in link for page in PAGES for link in links(page)) > 40
-
-
-def test_every_page_is_in_the_site_once() -> None:
-    settings: dict[str, Any] = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    listed = list(_strings(settings["nav"]))
-    hidden = set(settings["exclude_docs"].split())  # of the repository, and not of the site
-    assert sorted(listed) == sorted({page.name for page in (ROOT / "docs").glob("*.md")} - hidden)
-    assert 10 < len(listed) <= 15
+    assert sum(1 for page in PAGES if not in_site(page) for _ in links(page)) > 30
 
 
 @each_page
@@ -105,7 +115,7 @@ def test_files_are_met() -> None:
 
 
 @pytest.mark.parametrize("file", PLACES)
-def test_extending_sends_its_reader_to_places_that_are_there(file: str) -> None:
+def test_the_tour_names_definitions_that_exist(file: str) -> None:
     page, tree = (ROOT / "docs/tour.md").read_text(encoding="utf-8"), ast.parse((ROOT / file).read_text(encoding="utf-8"))
     made = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     for node in ast.walk(tree):
@@ -115,6 +125,11 @@ def test_extending_sends_its_reader_to_places_that_are_there(file: str) -> None:
     for name in PLACES[file]:
         assert name in made, f"{file} has no {name}"
         assert f"`{file}`" in page and re.search(rf"\b{name}\b", page), f"docs/tour.md does not name {name} of {file}"
+
+
+def test_the_tour_has_five_files_in_the_order_of_the_data() -> None:
+    page = (ROOT / "docs/tour.md").read_text(encoding="utf-8")
+    assert re.findall(r"^### .*`(.*)`$", page, re.MULTILINE) == TOUR
 
 
 @each_page
@@ -169,14 +184,6 @@ def test_every_message_that_is_explained_is_one_that_we_say() -> None:
 
 
 # ---- what is looked up
-
-
-def _strings(tree: Any) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    else:
-        for branch in tree.values() if isinstance(tree, dict) else tree:
-            yield from _strings(branch)
 
 
 def _inner(block: str) -> str:
