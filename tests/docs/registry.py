@@ -113,7 +113,6 @@ DATA = (
     Rule(rf"{BUILD}corpus\.jsonl .* --out data/first --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 64", Here(((" --workers 64", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 2 ", Here(((" --workers 2 ", " --workers 1 "),))),
-    Rule(rf"{BUILD}INPUT\.\.\. ", Checked(parse, "docs/preprocessing.md shows it at work"), "docs/reference.md"),
     Rule(rf"{BUILD}.* --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(BUILD, Here()),
     Rule(rf"srun {BUILD}", Here((("srun ", ""), ("$SLURM_ARRAY_TASK_ID/64", "1/1"), (" --workers 8", " --workers 1"), *ARRAY))),
@@ -301,16 +300,14 @@ CLUSTERS = (
 
 LOOKING = (
     Rule(
-        r"examples/evaluate\.sh \.demo",  # with the tasks that are in the repository
+        r"examples/evaluate\.sh \.demo",  # the tasks of the repository
         There(
             "tests/examples/test_evaluate.py::test_results_of_a_run_are_those_of_plain_transformers_on_its_export",
             ("evaluate.sh", "word_problems_cot,word_problems_choice,word_problems_answer", "--device"),
         ),
     ),
-    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads what it asks")),
-    Rule(
-        r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "a harness of others, which needs a GPU and a network")
-    ),
+    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads the benchmarks")),
+    Rule(r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "an external harness that needs a GPU and a network")),
     Rule(r"accelerate launch$", There("examples/evaluate.sh", ("accelerate",))),
     Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/examples/evidence runs its parts")),
     Rule(

@@ -1,4 +1,4 @@
-"""What the examples of docstrings and of docs/reference.md name: tokenizers, a dataset, what `make demo` leaves."""
+"""The files that the examples of docstrings and of docs/reference.md use: tokenizers, a dataset, a small `.demo/`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.runs import REPOSITORY, write_teacher
 
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> Path:
-    """A folder to run examples in: two tokenizers by their names, a dataset of two documents, the repository's examples/."""
+    """A folder to run examples in, with two tokenizers, a dataset of two documents, and the repository's examples/."""
     folder = tmp_path_factory.mktemp("scratch")
     (folder / "mistral").symlink_to(real.mistral_tokenizer_path())
     (folder / "smollm2").symlink_to(teacher_tokenizer)
@@ -31,13 +31,13 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -
 
 @pytest.fixture(scope="session")
 def tokenizers(scratch: Path) -> tuple[Tokenizer, Tokenizer]:
-    """The student's and the teacher's; opening one takes as long as most tests."""
+    """The student's and the teacher's tokenizer. Opening one takes as long as most tests, so they are shared."""
     return open_tokenizer(scratch / "mistral"), open_tokenizer(scratch / "smollm2")
 
 
 @pytest.fixture(scope="session")
 def demo(scratch: Path, tokenizers: tuple[Tokenizer, Tokenizer]) -> Path:
-    """The same folder with a .demo/ such as `make demo` leaves: tiny models, the real tokenizers."""
+    """`scratch` with a `.demo/` like that of `make demo`, with tiny models and the real tokenizers."""
     folder = scratch / ".demo"
     student = {**SIZES, "model_type": "llama", "vocab_size": 32_000, "max_position_embeddings": 512, "tie_word_embeddings": True}
     tokenizers[0].save(write_model(folder / "student-hf", student))

@@ -1,4 +1,4 @@
-"""Alignment and datasets as a program of one's own uses them."""
+"""Alignment and datasets, used from a separate program."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def corpus_of(dataset: AlignedDataset) -> list[str]:
     return [normalize("NFC", text) for line in lines if (text := json.loads(line)["text"])]
 
 
-def test_a_dataset_gives_back_the_texts_that_it_was_made_of(dataset: AlignedDataset) -> None:
+def test_a_dataset_returns_its_texts(dataset: AlignedDataset) -> None:
     texts = corpus_of(dataset)
     assert [dataset.text(i) for i in range(len(dataset))] == texts
-    assert any(text.startswith(" ") for text in texts) and any("▁" in text for text in texts), "the awkward cases are there"
+    assert any(text.startswith(" ") for text in texts) and any("▁" in text for text in texts), "the corpus must have both cases"
 
 
-def test_two_tokenizers_of_sentencepiece_lose_its_sign_for_a_space_and_nothing_else(scratch: Path) -> None:
+def test_two_sentencepiece_tokenizers_lose_only_the_sign_for_a_space(scratch: Path) -> None:
     texts = ["les êtres", "👍🏽 \n", "  indented", "x", " a▁b"]
     dataset = build_dataset(scratch / "twice", texts, scratch / "mistral", scratch / "mistral")
     assert [dataset.text(i) for i in range(len(dataset))] == [*texts[:-1], " a b"]
 
 
-def test_a_space_that_a_tokenizer_may_have_put_before_a_text_is_taken_for_its_own() -> None:
+def test_a_leading_space_is_removed_if_the_tokenizer_may_have_added_it() -> None:
     ids = np.array([0, 1], np.int32)
     texts = [TokenDecoder([b" x", b" "], prefix).text(ids) for prefix in ("never", "always", "unless_space")]
     assert texts == [" x ", "x ", "x "]
@@ -55,7 +55,7 @@ def test_aligning_a_text_gives_the_spans_that_a_build_writes(dataset: AlignedDat
     assert shared > 100
 
 
-def test_an_alignment_pairs_each_token_with_what_covers_it(scratch: Path) -> None:
+def test_an_alignment_pairs_each_token_with_its_teacher_tokens(scratch: Path) -> None:
     text = "∫ x² dx, 각각 और 👍🏽"
     pair = align(text, str(scratch / "mistral"), scratch / "smollm2")
     tokens = list(pair)
@@ -72,14 +72,14 @@ def test_an_empty_text_has_an_empty_alignment(tokenizers: Both) -> None:
     assert list(pair) == [] and str(pair) == "" and len(pair.spans) == 0
 
 
-def test_what_is_no_tokenizer_is_said(tokenizers: Both, scratch: Path) -> None:
+def test_a_missing_tokenizer_is_an_error(tokenizers: Both, scratch: Path) -> None:
     with pytest.raises(CorpusError, match="cannot open the tokenizer"):
         align("x", tokenizers[0], scratch / "nothing")
 
 
 @pytest.mark.slow
-def test_the_doors_import_no_more_than_they_say() -> None:
-    """The corpus no torch, the objective no library but torch; and CorpusError, which every command names, nothing at all."""
+def test_the_public_modules_import_only_their_requirements() -> None:
+    """`corpus` imports no torch, `objective` only torch, and importing CorpusError, as every command does, imports no library."""
     program = """
 import sys
 from megatron_vocagno.corpus import CorpusError
@@ -95,6 +95,6 @@ print([name for name in ("triton", "transformers", "deepspeed") if name in sys.m
     assert ended.stdout == "[]\n[]\n[]\n"
 
 
-def test_a_name_that_the_door_does_not_have_is_refused() -> None:
+def test_an_unknown_name_is_an_import_error() -> None:
     with pytest.raises(ImportError, match="cannot import name 'alined'"):
         from megatron_vocagno.corpus import alined  # type: ignore[attr-defined]  # noqa: F401

@@ -1,4 +1,4 @@
-"""The examples in docstrings run, and whatever is public says what it is and what it raises."""
+"""Run the examples in docstrings, and check that public definitions have a docstring that lists their errors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tree(file: Path) -> ast.Module:
 
 
 def public(node: ast.Module | ast.ClassDef, inside: str = "") -> Iterator[tuple[str, Definition]]:
-    """A protocol is described as a whole, and its members by the classes that keep it."""
+    """Public definitions, without the members of a protocol: the classes that implement it describe these."""
     for child in node.body:
         if isinstance(child, Definition) and not child.name.startswith("_"):
             yield f"{inside}{child.name}", child
@@ -41,7 +41,7 @@ def definitions() -> Iterator[tuple[str, Definition]]:
 
 
 def modules_with_examples() -> list[str]:
-    """Found without importing: what needs a GPU's compiler, or has no example, is left alone."""
+    """Found without importing, because some modules need a GPU compiler."""
     files = [file for file in PACKAGE.rglob("*.py") if ">>> " in file.read_text(encoding="utf-8")]
     return sorted(".".join(file.relative_to(REPOSITORY).with_suffix("").parts) for file in files)
 
@@ -55,32 +55,32 @@ def test_the_examples_of_a_module_run(module: str, scratch: Path, monkeypatch: p
 
 def test_the_public_functions_have_an_example() -> None:
     without = [
-        f"{door.__name__}.{name}"
-        for door in (objective, corpus)
-        for name in door.__all__
-        if inspect.isfunction(getattr(door, name)) and ">>> " not in (inspect.getdoc(getattr(door, name)) or "")
+        f"{module.__name__}.{name}"
+        for module in (objective, corpus)
+        for name in module.__all__
+        if inspect.isfunction(getattr(module, name)) and ">>> " not in (inspect.getdoc(getattr(module, name)) or "")
     ]
     assert not without
     assert len(modules_with_examples()) > 12
 
 
-def test_whatever_is_public_says_what_it_is() -> None:
-    """A method that keeps a protocol, or a module's `forward`, is described once, where the others are."""
+def test_public_definitions_have_a_docstring() -> None:
+    """Methods that implement a protocol, and `forward`, need a docstring only once."""
     found = list(definitions())
     described = {node.name for name, node in found if "." in name.split(": ")[1] and ast.get_docstring(node)} | {"forward"}
-    silent = [name for name, node in found if not ast.get_docstring(node) and not keeps(name, node, described)]
-    assert not silent, "\n".join(silent)
+    undocumented = [name for name, node in found if not ast.get_docstring(node) and not implements(name, node, described)]
+    assert not undocumented, "\n".join(undocumented)
     assert len(found) > 300
 
 
-def keeps(name: str, node: Definition, described: set[str]) -> bool:
+def implements(name: str, node: Definition, described: set[str]) -> bool:
     return isinstance(node, ast.FunctionDef) and "." in name.split(": ")[1] and node.name in described
 
 
-def test_what_raises_says_so() -> None:
+def test_errors_are_documented() -> None:
     raising = {name: node for name, node in definitions() if isinstance(node, ast.FunctionDef) and raises(node)}
-    silent = [name for name, node in raising.items() if "aises" not in (ast.get_docstring(node) or "")]
-    assert not silent, "\n".join(silent)
+    undocumented = [name for name, node in raising.items() if "aises" not in (ast.get_docstring(node) or "")]
+    assert not undocumented, "\n".join(undocumented)
     assert len(raising) > 50
 
 

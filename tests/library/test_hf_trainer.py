@@ -1,4 +1,4 @@
-"""examples/with_hf_trainer.py: its loss is the method's, and it runs from the command line."""
+"""examples/with_hf_trainer.py computes the loss of the method, and runs from the command line."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def trainer(demo: Path, tmp_path: Path, tokenizers: tuple[Tokenizer, Tokenizer])
 
 def test_a_step_of_two_micro_batches_has_the_loss_and_the_gradient_of_the_method(trainer: GuidedTrainer, naive: Naive) -> None:
     texts = real.multilingual_texts()
-    # of different lengths, so that a mean of the two means would be another number
+    # lengths differ, so that the mean of the two means differs from the loss
     parts = [texts[:2], ["Zoë", texts[4], "x"]]
     batches, planned = trainer.get_batch_samples(
         iter([trainer.data_collator([{"text": text} for text in part]) for part in parts]), 2, torch.device("cpu")
@@ -50,12 +50,12 @@ def test_a_step_of_two_micro_batches_has_the_loss_and_the_gradient_of_the_method
     assert float(planned) == sum(map(len, kept))
     assert sum(losses).item() == pytest.approx(true.item(), rel=1e-5)
     means = [sum(part).item() / len(part) for part in kept]
-    assert abs(sum(means) / 2 - true.item()) > 1e-3, "the case must tell one division from two"
+    assert abs(sum(means) / 2 - true.item()) > 1e-3, "the case must distinguish one division from two"
     for mine, theirs in zip(trainer.model.parameters(), naive.student.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_evaluation_has_a_loss_of_its_own_and_counts_nothing(trainer: GuidedTrainer, naive: Naive) -> None:
+def test_evaluation_divides_by_its_own_tokens_and_adds_no_statistics(trainer: GuidedTrainer, naive: Naive) -> None:
     texts = real.multilingual_texts()[:3]
     found = trainer.evaluate([{"text": text} for text in texts])
     kept = naive.kept(texts)
@@ -82,7 +82,7 @@ def test_the_command_trains_and_saves_a_model(
     assert open_tokenizer(tmp_path / "out", "huggingface").fingerprint == tokenizers[0].fingerprint
 
 
-def test_the_corpus_is_read_as_a_build_reads_it(tmp_path: Path) -> None:
+def test_the_corpus_is_read_like_that_of_a_build(tmp_path: Path) -> None:
     texts = ["one\u2028two", "NEL \x85, form feed \x0c, \x1c\x1d\x1e", "\u2029", "CR \r LF \n", "  spaces ", "\ufeff mark"]
     rows = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
     file = tmp_path / "a.jsonl"
@@ -110,6 +110,6 @@ def test_a_line_without_a_text_is_named(line: bytes, reason: str, tmp_path: Path
     assert str(refusal.value).startswith(f"{tmp_path}/a.jsonl, line 3: {reason}")
 
 
-def test_the_command_tells_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_reports_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--student", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: no model at {tmp_path}")
