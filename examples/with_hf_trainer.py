@@ -133,7 +133,7 @@ def read_texts(corpus: Path) -> list[dict[str, str]]:
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f'{corpus}, line {number}: not JSON with a "text": {error!r}') from None
             if not isinstance(text, str):
-                raise UserError(f'{corpus}, line {number}: "text" is no string: {text!r:.80}')
+                raise UserError(f'{corpus}, line {number}: "text" is not a string: {text!r:.80}')
             texts.append({"text": text})
     return [row for row in texts if row["text"]]
 

@@ -95,8 +95,8 @@ def test_the_corpus_is_read_like_that_of_a_build(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"text": null}', '"text" is no string: None'),
-        (b'{"text": 5}', '"text" is no string: 5'),
+        (b'{"text": null}', '"text" is not a string: None'),
+        (b'{"text": 5}', '"text" is not a string: 5'),
         (b'{"body": "x"}', 'not JSON with a "text": KeyError'),
         (b'{"text": "\xff"}', 'not JSON with a "text": UnicodeDecodeError'),
         (b'{"text": "\\ud800"}', 'not JSON with a "text": UnicodeEncodeError'),
