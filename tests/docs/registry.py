@@ -300,14 +300,16 @@ CLUSTERS = (
 
 LOOKING = (
     Rule(
-        r"examples/evaluate\.sh \.demo",  # the tasks of the repository
+        r"examples/evaluate\.sh \.demo",  # with the tasks that are in the repository
         There(
             "tests/examples/test_evaluate.py::test_results_of_a_run_are_those_of_plain_transformers_on_its_export",
             ("evaluate.sh", "word_problems_cot,word_problems_choice,word_problems_answer", "--device"),
         ),
     ),
-    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads the benchmarks")),
-    Rule(r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "an external harness that needs a GPU and a network")),
+    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads what it asks")),
+    Rule(
+        r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "a harness of others, which needs a GPU and a network")
+    ),
     Rule(r"accelerate launch$", There("examples/evaluate.sh", ("accelerate",))),
     Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/examples/evidence runs its parts")),
     Rule(
