@@ -1,9 +1,10 @@
-"""Registers, spills and shared memory of every kernel on four GPUs, none of which need be there.
+"""Compile every kernel for four GPUs, and list registers, spills and shared memory. No GPU is needed.
 
     python -m benchmarks.compile_table [--write]
 
---write puts the table into docs/performance.md. The cases call the functions that training calls, with the shapes of TinyLlama's
-head at 16,384 tokens, and each kernel again with odd ones: the compiler knows which sizes are divisible by 16.
+--write puts the table into docs/performance/appendix.md. The cases call the functions that training calls, with the shapes of
+TinyLlama's head at 16,384 tokens. Each kernel is also compiled for odd shapes, because the compiler specializes on sizes that
+are divisible by 16.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import chain
-from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -25,18 +25,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.offline import TARGETS, Launch, compiled_for
+from benchmarks.page import APPENDIX as PAGE
 from benchmarks.page import write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.rule import Aggregate
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AGGREGATES: tuple[Aggregate, ...] = ("max", "mean", "sum", "min")
 N, H, V, T = 16_384, 2048, 32_000, 4096
 
 
 def linear_ce_cases() -> Iterator[str]:
-    """Launches, and then says what was launched."""
+    """Launch one kernel per case, then yield the name of the case."""
     from megatron_vocagno.objective.linear_ce_triton import dlogits_tile, fold_tile, fused_softmax
 
     for rows, width, softcap, name in ((N, T, None, ""), (N, T, 30.0, ", softcap"), (N - 1, T - 7, 30.0, ", odd, softcap")):
@@ -93,7 +93,10 @@ def selection_cases(lanes: int) -> Iterator[str]:
 
 
 def launches_for(target: str) -> list[tuple[str, Launch]]:
-    """(case, launch) of all cases, compiled anew. For a process of its own: the folder of Triton's cache is its environment's."""
+    """Compile all cases for a target; returns (case, launch) pairs.
+
+    Call this in a separate process, because the folder of Triton's cache is set in the environment.
+    """
     found = []
     with TemporaryDirectory() as cache, FakeTensorMode(), compiled_for(target) as launches:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -104,14 +107,14 @@ def launches_for(target: str) -> list[tuple[str, Launch]]:
 
 
 def all_launches(targets: Iterable[str] = TARGETS) -> list[tuple[str, Launch]]:
-    """Target by target, in two processes."""
-    os.environ.pop("TRITON_INTERPRET", None)  # read where a kernel is defined: in the processes that start here
+    """(case, launch) pairs of all targets, one target after another. Compiles in two processes."""
+    os.environ.pop("TRITON_INTERPRET", None)  # a new process reads it when it defines a kernel
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         return [found for of_target in pool.map(launches_for, targets) for found in of_target]
 
 
 def table(found: Sequence[tuple[str, Launch]]) -> str:
-    """A row for each kernel and case: warps, registers of a thread, shared memory, what was spilled. None is said twice."""
+    """A line per kernel and case: warps, registers per thread, shared memory, spilled bytes. A repeated line is left out."""
     row_of: dict[tuple[str, str, int], list[str]] = {}
     nth: Counter[tuple[str, str, str]] = Counter()
     for case, launch in found:  # one target after another, each with the same launches
@@ -121,11 +124,11 @@ def table(found: Sequence[tuple[str, Launch]]) -> str:
         cell = f"{launch.warps} × {launch.registers}, {_size(launch.shared)}{spilled}"
         row_of.setdefault((launch.kernel, case, nth[here]), []).append(cell)
         nth[here] += 1
-    said: dict[tuple[str, ...], str] = {}
+    first_case: dict[tuple[str, ...], str] = {}
     for (kernel, case, _), row in row_of.items():
-        said.setdefault((kernel, *row), case)
+        first_case.setdefault((kernel, *row), case)
     lines = [f"| kernel | case | {' | '.join(TARGETS)} |", "|---" * (2 + len(TARGETS)) + "|"]
-    for (kernel, *row), case in sorted(said.items(), key=lambda item: item[0][0]):
+    for (kernel, *row), case in sorted(first_case.items(), key=lambda item: item[0][0]):
         lines.append(f"| `{kernel}` | {case} | {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -146,10 +149,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.compile_table",
         "",
-        "Registers, spills and shared memory of every kernel, compiled for four GPUs that need not be here.",
+        "Compile every kernel for four GPUs, and list registers, spills and shared memory. No GPU is needed.",
         "python -m benchmarks.compile_table --write",
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance/appendix.md")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))
 

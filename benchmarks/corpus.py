@@ -1,10 +1,10 @@
-"""Real, varied text for the benchmarks, as JSON lines, from packages: prose, mathematics, manuals, other languages, code.
+"""Real, varied text for the benchmarks, as JSON lines: prose, mathematics, manuals, other languages, code.
 
-    installed   what lies on any machine with this project's requirements: mostly code and its documentation
-    debian      documentation packages of Debian 12, downloaded and unpacked into a folder, not installed: nearer to the web
+    installed   text that is installed with the project's requirements: mostly code and its documentation
+    debian      documentation packages of Debian 12, downloaded and unpacked into a folder, not installed: closer to web text
 
-Markup is taken off, long texts are cut at blank lines, exact duplicates are dropped. Texts stand in the order of their
-hashes, so any stretch of the corpus is mixed like the whole, and the order does not depend on the file system.
+Markup is removed, long texts are cut at blank lines, and exact duplicates are dropped. Texts are ordered by their hashes. Any
+part of the corpus is therefore mixed like the complete corpus, and the order does not depend on the file system.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import orjson
 Kind: TypeAlias = Literal["prose", "mathematics", "manuals", "languages", "code"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-# of the corpus, where there is so much; the rest is code
+# of the corpus; code fills what a kind lacks
 SHARES: dict[Kind, float] = {"prose": 0.3, "mathematics": 0.25, "manuals": 0.15, "languages": 0.15, "code": 0.15}
 SHORTEST, LONGEST = 100, 32_000  # characters of a document
-# long texts are cut after so many characters, in turn: a median and a mean like those of web pages
+# lengths in characters at which long texts are cut, in turn: median and mean are like those of web pages
 CUTS = [1 << n for n in range(9, 15)]
 
-# of each package the files that hold its text once
+# per package: the files that contain its text once
 PACKAGES: dict[str, tuple[Kind, str]] = {
     "anarchism": ("prose", "**/html/*.html"),
     "debian-handbook": ("prose", "**/en-US/*.html"),
@@ -56,7 +56,7 @@ GENERATED = re.compile(r"genindex|searchindex|/_modules/", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Text:
-    """One document. source: package and file it comes from."""
+    """One document. `source` is its package and file."""
 
     kind: Kind
     source: str
@@ -65,7 +65,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Content:
-    """What a corpus holds. bytes: UTF-8 by kind."""
+    """Contents of a corpus. `bytes` are UTF-8 bytes by kind."""
 
     documents: int
     bytes: dict[Kind, int]
@@ -80,13 +80,13 @@ class Content:
     def __str__(self) -> str:
         kinds = ", ".join(f"{kind} {n / self.total:.0%}" for kind, n in self.bytes.items() if n)
         return (
-            f"{self.total / 1e6:,.1f} MB in {self.documents:,} documents, median {self.median_bytes / 1e3:.1f} kB, longest "
-            f"{self.longest_bytes / 1e3:.0f} kB; {kinds}; {self.ascii_bytes / self.total:.1%} of its bytes in ASCII documents"
+            f"{self.total / 1e6:,.1f} MB in {self.documents:,} documents (median {self.median_bytes / 1e3:.1f} kB, longest "
+            f"{self.longest_bytes / 1e3:.0f} kB), {self.ascii_bytes / self.total:.1%} of the bytes in ASCII documents; {kinds}"
         )
 
 
 def write(file: Path, texts: Iterable[Text], size: int) -> Content:
-    """About `size` bytes of text; raises ValueError where there are not so many."""
+    """Write about `size` bytes of text to `file`. Raises ValueError if `texts` has fewer bytes."""
     chosen = choose(texts, size)
     lengths = [len(text.text.encode()) for text in chosen]
     with file.open("wb") as lines:
@@ -102,7 +102,7 @@ def write(file: Path, texts: Iterable[Text], size: int) -> Content:
 
 
 def choose(texts: Iterable[Text], size: int) -> list[Text]:
-    """Each text once, by hash; `SHARES` of each kind, and code in place of what is missing."""
+    """Choose each text at most once, ordered by hash, with the `SHARES` of the kinds. Code replaces what a kind lacks."""
     by_hash = {hashlib.sha256(text.text.encode()).digest(): text for text in texts}
     ordered = [by_hash[digest] for digest in sorted(by_hash)]
     room: dict[Kind, float] = {kind: share * size for kind, share in SHARES.items()}
@@ -115,15 +115,15 @@ def choose(texts: Iterable[Text], size: int) -> list[Text]:
                 chosen.add(i)
                 room[kind] -= len(text.text.encode())
     if (missing := room["code"]) > 0:
-        raise ValueError(f"only {(size - missing) / 1e6:,.1f} MB of text were found, {size / 1e6:,.1f} were asked for")
+        raise ValueError(f"only {(size - missing) / 1e6:,.1f} MB of text were found, but {size / 1e6:,.1f} MB are required")
     return [ordered[i] for i in sorted(chosen)]
 
 
-# ---- where texts come from
+# ---- sources of texts
 
 
 def installed() -> Iterator[Text]:
-    """Of Python, its packages, and the manuals of the system where there are any."""
+    """Texts of Python, its packages, and the manuals of the system if there are any."""
     paths = sysconfig.get_paths()
     for root in (Path(paths["purelib"]), Path(paths["stdlib"])):
         yield from _folder("code", root, "**/*.py")
@@ -135,7 +135,7 @@ def installed() -> Iterator[Text]:
 
 
 def debian(cache: Path) -> Iterator[Text]:
-    """Of documentation packages, downloaded into `cache` by apt-get where they are not there yet."""
+    """Texts of documentation packages. A package that is not in `cache` is downloaded by apt-get."""
     for package, (kind, pattern) in PACKAGES.items():
         if not (cache / package).is_dir():
             _download(package, cache / package)
@@ -154,7 +154,7 @@ def _download(package: str, folder: Path) -> None:
 
 
 def _folder(kind: Kind, root: Path, pattern: str) -> Iterator[Text]:
-    """The texts of its files, each whole or in parts."""
+    """The texts of a folder's files. A long file gives several texts."""
     for file in sorted(root.glob(pattern)):
         if file.is_symlink() or not file.is_file() or GENERATED.search(str(file)):
             continue
@@ -174,14 +174,14 @@ def _plain(name: str, text: str) -> str:
     if name.endswith(".html"):
         text = html.unescape(re.sub(r"<(head|script|style)\b.*?</\1>|<[^>]*>", "", text, flags=re.DOTALL))
     elif re.search(r"\.[1-8]$", name):
-        # roff, as far as a reader notices: comments, names of macros, fonts, escaped hyphens
+        # roff: remove comments, names of macros, fonts and escaped hyphens
         text = re.sub(r"^(\.|')?\\\".*\n|^\.[A-Za-z]+ ?", "", text, flags=re.MULTILINE)
         text = re.sub(r"\\f(\(..|.)|\\[,/&]", "", text).replace("\\-", "-")
     return re.sub(r"\n\s*\n\s*\n", "\n\n", text).strip()
 
 
 def _cut(text: str) -> Iterator[str]:
-    """A long text in parts, cut at blank lines where there are any."""
+    """Cut a long text into parts, at blank lines if possible."""
     start = 0
     for length in itertools.cycle(CUTS):
         if len(text) - start <= LONGEST:

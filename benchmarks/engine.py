@@ -1,23 +1,25 @@
-"""What the training loop costs beside its models, on a CPU, as ratios within one run.
+"""Measure the overhead of the training loop around its models, on a CPU, as ratios within one run.
 
     python -m benchmarks.engine [--write]      the table; --write puts it into docs/performance.md
-    python -m benchmarks.engine --quick        tiny models, one round: does it run?
+    python -m benchmarks.engine --quick        tiny models, one round: checks that it runs
 
-| the loop (read, count, score, select, learn with DeepSpeed, add up, write) against the models alone | time |
+| the loop (read, count, score, select, learn with DeepSpeed, reduce, write) relative to the models | goal |
 |---|---|
-| one process, no pipeline, ZeRO-1: CPU time                                                          | ≤ 1.05 |
-| two processes as two stages, a core each: wall time against the arithmetic of the bubble            | ≤ 1.08 |
-| reading the batches, of a step                                                                      | ≤ 1 %  |
+| one process, no pipeline, ZeRO-1: CPU time                                                        | ≤ 1.05 |
+| two processes as two stages, one core per process: wall time, relative to the ideal pipeline      | ≤ 1.08 |
+| share of a step that reads the batches                                                            | ≤ 1 %  |
 
-The student is a Llama of 8 layers, d = 384, 32,000 tokens, float32, from random weights; the teacher is SmolLM2-135M in
+The student is a Llama of 8 layers, d = 384, 32,000 tokens, float32, with random weights. The teacher is SmolLM2-135M in
 bfloat16. A step is 4 micro-batches of 2 rows of 256 tokens of Python's manual. The first stage has 7 decoder layers, the second
-has 1 and the head.
+stage has 1 and the head.
 
-The arms are `benchmarks.engine_arms.loop` and `bare`. They take turns, each in processes of its own, one thread a process; a
-ratio is the median of the rounds' ratios, the first round is to warm up. The arithmetic takes the CPU times of the models alone:
-with m micro-batches, and t and u a micro-batch's time in the two stages, a pipeline's step takes (m - 1) max(t, u) + t + u. Where
-t = u, that is (m + 1) / m of half the student's time. Teacher and optimizer are shared by the two. The wall time of two
-processes means nothing on a machine that does other things besides. Exit status 1 where a goal is missed.
+The arms are `benchmarks.engine_arms.loop` and `bare`. They take turns, each in its own processes, with one thread per process.
+A ratio is the median of the rounds' ratios, and the first round is a warm-up.
+
+The ideal pipeline is computed from the CPU times of the models. With m micro-batches, and t and u as the time of a micro-batch
+in the two stages, a step of a pipeline takes (m - 1) max(t, u) + t + u. For example, if t = u, that is (m + 1) / m of half the
+student's time. The two processes share the teacher and the optimizer. The wall time of two processes is meaningful only if the
+machine is otherwise idle. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class Sizes:
     row_length: int
     layout: Layout
     rounds: int
-    """That are counted."""
+    """Counted rounds, without the warm-up."""
     student: dict[str, int]
     partition: tuple[int, int]
 
@@ -62,14 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.engine",
         "",
-        "What the training loop costs beside its models on a CPU, with one process and with two stages.",
+        "Measure the overhead of the training loop around its models on a CPU, with one process and with two stages.",
         "python -m benchmarks.engine --write",
         GOALS,
     )
     parser.add_argument(
-        "--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"where the table goes (default: docs/{PAGE.name})"
+        "--write",
+        nargs="?",
+        const=PAGE,
+        type=Path,
+        metavar="PAGE",
+        help=f"page to write the table into (default: docs/{PAGE.name})",
     )
-    parser.add_argument("--quick", action="store_true", help="tiny models, one round: does it run?")
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round: checks that it runs")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 
@@ -85,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(folder: Path, sizes: Sizes, quick: bool) -> Case:
-    """Models, data, and a run file without an end."""
+    """Write models, data, and a run file with more steps than are taken."""
     teacher_tokenizer = real.smollm2_tokenizer_folder(folder / "tokenizer")
     data = build_dataset(folder / "data", list(topics.values()), real.mistral_tokenizer_path(), teacher_tokenizer)
     teacher = folder / "teacher"
@@ -144,7 +151,7 @@ def free_port() -> int:
 
 
 def pipelined(alone: Taken, micro_batches: int) -> float:
-    """Wall time of two stages that do nothing but the models' work, and wait for each other as a pipeline must."""
+    """Wall time of an ideal pipeline: two stages that do only the models' work, and wait for each other."""
     t, u = (seconds / micro_batches for seconds in alone.stages)
     return alone.teacher / 2 + (micro_batches - 1) * max(t, u) + t + u + alone.update / 2
 
@@ -159,36 +166,38 @@ def figures(alone: Sequence[Taken], plain: Sequence[Taken], pp2: Sequence[Sequen
     seconds = median(bare.cpu for bare in alone)
     return [
         Figure(
-            "the loop in one process against the models alone: CPU time",
+            "one process, relative to the models: CPU time",
             f"{overhead:.3f} × ({median(mine.cpu for mine in plain):.2f} / {seconds:.2f} s)",
             "≤ 1.05 ×",
             overhead <= 1.05,
         ),
-        Figure("reading the batches, of a step", f"{100 * reading:.2f} %", "≤ 1 %", reading <= 0.01),
+        Figure("share of a step that reads the batches", f"{100 * reading:.2f} %", "≤ 1 %", reading <= 0.01),
         Figure(
-            "two stages against the arithmetic of the bubble: wall time",
+            "two stages, relative to the ideal pipeline: wall time",
             f"{bubble:.3f} × ({median(walls):.2f} / {median(pipelined(bare, micro_batches) for bare in alone):.2f} s)",
             "≤ 1.08 ×",
             bubble <= 1.08,
         ),
-        Figure("CPU time of the two stages together against the models alone", f"{work:.3f} ×"),
+        Figure("two stages in total, relative to the models: CPU time", f"{work:.3f} ×"),
         Figure(
-            "the models alone: teacher, student's first and second stage, optimizer",
+            "CPU time of the models: teacher, first and second stage of the student, optimizer",
             f"{median(bare.teacher for bare in alone):.2f}, {first:.2f}, {second:.2f}, "
             f"{median(bare.update for bare in alone):.2f} s",
         ),
     ]
 
 
-TEXT = """Student: Llama, 8 layers, d = 384, 32,000 tokens, float32; 4 micro-batches of 2 rows of 256. Teacher: SmolLM2-135M
-in bfloat16. One thread a process, on a core of its own. The arithmetic: with m micro-batches, and t and u a micro-batch's time
-in the two stages of the bare models, (m - 1) max(t, u) + t + u, and half of the teacher's and of the optimizer's time."""
+TEXT = """The student is a Llama of 8 layers, d = 384, 32,000 tokens, float32; a step is 4 micro-batches of 2 rows of 256.
+The teacher is SmolLM2-135M in bfloat16.
+Each process has one thread, on its own core.
+The ideal pipeline takes (m - 1) max(t, u) + t + u, and half of the teacher's and the optimizer's time.
+Here m is the number of micro-batches, and t and u are the CPU times of a micro-batch in the two stages."""
 
 
 def section(figures: Sequence[Figure], quick: bool) -> str:
     command = f"python -m benchmarks.engine{' --quick' if quick else ''}"
     head = f"`{command}`, {circumstances('torch', 'transformers', 'deepspeed')}"
-    return "\n".join(["## The training loop", "", head, "", TEXT, "", markdown(figures)])
+    return f"{head}\n\n{TEXT}\n\n{markdown(figures)}"
 
 
 if __name__ == "__main__":

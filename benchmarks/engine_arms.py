@@ -1,11 +1,11 @@
-"""What `benchmarks.engine` times: the training loop, and the same work without it. Each rank is a process on one thread.
+"""The arms of `benchmarks.engine`: the training loop, and the same work without it. Each rank is a process with one thread.
 
-    loop   `megatron_vocagno.training.loop.train` itself, which reads, counts, scores, learns, adds up and writes; between two
-           steps it looks whether it has been asked to stop, and there it waits for its turn
-    bare   the models alone on the same tensors, in one process: the teacher's forwards, the student's forward and backward with
-           the selection between them, clipping, torch's AdamW. The student is cut where the pipeline cuts it, to time its stages
+    loop   `megatron_vocagno.training.loop.train` itself, which reads, counts, scores, learns, reduces and writes. Between two
+           steps the loop checks whether it should stop, and there it waits for its turn
+    bare   the models on the same tensors, in one process: the teacher's forwards, the student's forward and backward with the
+           selection between them, clipping, and torch's AdamW. The student is cut where the pipeline cuts it, to time its stages
 
-Both answer each step with a `Taken`.
+Both return a `Taken` per step.
 """
 
 from __future__ import annotations
@@ -46,29 +46,29 @@ class Case:
     settings: Path
     overrides: tuple[str, ...]
     layout: Layout
-    """Of one process."""
+    """Layout of one process."""
     learning_rate: float
     clip: float
     first_stage: int
-    """Decoder layers of the first of two stages."""
+    """Number of decoder layers in the first of two stages."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Seconds of one step of one rank."""
+    """Time of one step of one rank, in seconds."""
 
     wall: float
     cpu: float
     reading: float = 0.0
-    """CPU time of making the batches, in the loop."""
+    """CPU time that the loop spends on reading batches."""
     teacher: float = 0.0
     stages: tuple[float, ...] = ()
     update: float = 0.0
-    """CPU time of the parts of the bare step."""
+    """CPU time of the parts of a bare step: teacher, stages, update."""
 
 
 class Ranks:
-    """An arm: its ranks, each in a fresh process on a core of its own."""
+    """The ranks of an arm, each in a new process on its own core."""
 
     def __init__(self, arm: Callable[[Connection, Case], None], case: Case, processes: int, port: int) -> None:
         os.environ.update(ONE_THREAD)
@@ -90,7 +90,7 @@ class Ranks:
             self.ranks.append(process)
 
     def step(self) -> list[Taken]:
-        """One step of all ranks. An EOFError says that one of them has died."""
+        """Run one step on all ranks. Raises EOFError if a rank has died."""
         for end in self.ends:
             end.send(True)
         return [end.recv() for end in self.ends]
@@ -126,7 +126,7 @@ def loop(end: Connection, case: Case) -> None:
 
 
 class Turns:
-    """In the place of a `Stopper`: asked between two steps, it waits until the next may begin."""
+    """Replaces the loop's `Stopper`. The loop polls it between two steps, and it blocks until the next step may begin."""
 
     def __init__(self, end: Connection) -> None:
         self.end, self.read, self.began = end, 0.0, False
@@ -155,7 +155,7 @@ class Turns:
         return Timed(*arguments)
 
 
-# ---- the models alone
+# ---- the models only
 
 
 def bare(end: Connection, case: Case) -> None:
@@ -165,7 +165,7 @@ def bare(end: Connection, case: Case) -> None:
 
 
 class Bare:
-    """A step of the models alone. What is not theirs (reading, planning, padding) happens while no clock runs."""
+    """A step of the models only. Reading, planning and padding are not timed."""
 
     def __init__(self, run: Run, case: Case) -> None:
         self.run, self.case, self.steps = run, case, 0
@@ -199,7 +199,7 @@ class Bare:
         return Taken(cpu, cpu, teacher=teacher, stages=(first, second), update=update)
 
     def _score(self, batches: Sequence[Batch]) -> tuple[list[Tensor], float]:
-        """Teacher losses, one [B, U] a batch, in the forwards that the loop plans for one process; and the time of those."""
+        """Teacher losses, one [B, U] per batch, in the forwards that the loop plans for one process, and their CPU time."""
         inputs, targets = ([torch.from_numpy(ids).long() for batch in batches for ids in side(batch)] for side in SIDES)
         plan = plan_scoring([len(ids) for ids in targets], 1, self.run.teacher[0].tokens_per_batch)
         found: list[Tensor] = [torch.empty(0)] * len(targets)
@@ -216,7 +216,7 @@ class Bare:
         return [pad_sequence(found[i : i + size], batch_first=True) for i in range(0, len(found), size)], seconds
 
     def _learn(self, batch: Batch, teacher_loss_BU: Tensor, kept: int) -> tuple[float, float]:
-        """Forward and backward of a micro-batch; the time of each stage."""
+        """Run forward and backward of a micro-batch; returns the CPU time of each stage."""
         g, learned = self.run.guidance, LearnedRows()
         times = [time.process_time()]
         border_BSH = batch.input_BS

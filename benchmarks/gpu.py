@@ -1,15 +1,15 @@
-"""The objective on the GPU that is here: the output heads of TinyLlama and of a 7B Qwen, forward and backward, and the selection.
+"""Benchmark the objective on a GPU: the output heads of TinyLlama and of a 7B Qwen, forward and backward, and the selection.
 
     python -m benchmarks.gpu [--write] [--dry-run]
 
-Arms of one group are timed in turn, round after round, by CUDA events; a time is the median of its rounds. Memory is what the
-allocator held at most, above what lay there before. The share of the roofline is the time that the arm's own FLOPs or bytes
-need at least at the GPU's data sheet rates (the larger of the two), by the time that it took: products of 16 bits, and what its
-kernels ask of memory with no cache between them. Arms whose inner workings are another library's have no such share. An arm
-that does not fit into memory says so. Under ten minutes in all.
+The arms of a group take turns, round after round, and are timed by CUDA events. A time is the median of its rounds. Memory is
+the peak of the allocator minus what was allocated before. The share of the roofline is the minimum time of an arm divided by
+its measured time. The minimum time is that of the arm's own FLOPs (products of 16 bits) or bytes (requested by its kernels,
+with no cache between them) at the GPU's data sheet rates, whichever is longer. An arm of another library has no such share. An
+arm that does not fit into memory is reported as out of memory. The complete benchmark takes less than ten minutes.
 
 --write    puts the tables into docs/performance.md
---dry-run  tiny shapes on the CPU, to see that everything runs; the times say nothing
+--dry-run  tiny shapes on the CPU, to check that everything runs; the times are meaningless
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TypeAlias
 
 import torch
@@ -31,19 +30,18 @@ from torch import Tensor
 
 from benchmarks import selection
 from benchmarks.head_arms import Loss, dense, torch_chunked
-from benchmarks.page import circumstances, write_section
+from benchmarks.page import PAGE, circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, LearnedRows, token_loss
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 WARM_UP, ROUNDS, SECONDS = 3, 21, 20.0
-"""Rounds of a group: three to warm up, then 21, or as many as fit into 20 seconds."""
+"""Rounds of a group: three as a warm-up, then 21, or as many as fit into 20 seconds."""
 KEPT = 0.4
 
 
 @dataclass(frozen=True)
 class Chip:
-    """Data sheet: dense 16-bit products, memory."""
+    """Data sheet rates: FLOPs per second of dense 16-bit products, bytes per second of memory."""
 
     flops: float
     bytes: float
@@ -56,7 +54,7 @@ CHIPS = {
     "NVIDIA B200": Chip(2250e12, 8.0e12),
     "AMD Instinct MI300X": Chip(1307e12, 5.3e12),
 }
-"""By the whole name: an H100 of another form has other rates. A GPU that is not here gets no share of the roofline."""
+"""By the full name, because other variants of a chip have other rates. A GPU that is not listed gets no share of the roofline."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Head:
 
     @property
     def product(self) -> float:
-        """U: FLOPs of hidden @ head^T."""
+        """FLOPs of hidden @ head^T."""
         return 2.0 * self.tokens * self.size * self.vocabulary
 
 
@@ -82,17 +80,18 @@ class Work:
     bytes: float
 
     def seconds(self, chip: Chip) -> float:
-        """No less, whichever of the two takes longer."""
+        """Minimum time: that of the FLOPs or of the bytes, whichever is longer."""
         return max(self.flops / chip.flops, self.bytes / chip.bytes)
 
 
 def tiles_work(head: Head, kept: float | None, itemsize: int = 2) -> Work:
-    """Ours. kept: the share of tokens in the backward; None for a forward alone.
+    """Work of this project's tiles. `kept` is the share of tokens in the backward, or None for a forward only.
 
-    Forward: a product, whose float32 tiles are written and read once, and which reads all hidden states for each tile. Backward,
-    for the kept rows: that product again; gradients of the tile, written once and read by two products; the one for the head is
-    written once. The one for the hidden states is a float32 product for each tile, written, and read again to be added to the
-    sum, which is read and written.
+    Forward: one product. Its float32 tiles are written and read once, and it reads all hidden states for each tile.
+
+    Backward, for the kept tokens: the same product again, then the gradient of each tile, which is written once and read by two
+    products. The gradient of the head is written once. The gradient of the hidden states is a float32 product per tile: it is
+    written, and read again to be added to the sum, which is read and written.
     """
     n, h, v = head.tokens, head.size, head.vocabulary
     forward = _tiles(n, v) * itemsize * n * h + itemsize * v * h + 8 * n * v
@@ -112,7 +111,7 @@ def fused_work(head: Head, itemsize: int = 2) -> Work:
 
 
 def dense_work(head: Head, learns: bool, itemsize: int = 2) -> Work:
-    """Logits in 16 bits and in float32, their log-softmax; in the backward a gradient of each of the three."""
+    """Work of dense logits: 16-bit and float32 logits, their log-softmax, and in the backward a gradient of each of the three."""
     n, h, v = head.tokens, head.size, head.vocabulary
     forward = itemsize * (n + v) * h + (2 * itemsize + 3 * 4) * n * v
     if not learns:
@@ -135,11 +134,11 @@ class Result:
 
 
 Results: TypeAlias = dict[str, Result | None]
-"""By the arm's name; None: it did not fit into memory."""
+"""By the name of the arm. None if it did not fit into memory."""
 
 
 def contest(arms: Sequence[Arm], device: torch.device, rounds: int) -> Results:
-    """All arms in turn, round after round."""
+    """Run all arms in turn, round after round."""
     memory: dict[str, int] = {}
     for arm in arms:
         try:
@@ -173,7 +172,7 @@ def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _memory(run: Callable[[], object], device: torch.device) -> int:
-    """What the allocator holds at most while it runs; 0 on a CPU, which does not say."""
+    """Peak bytes that the allocator adds while `run` runs. On a CPU it is not known, and 0 is returned."""
     if device.type == "cpu":
         run()
         return 0
@@ -189,7 +188,7 @@ def _memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
-    """(forward and backward, forward alone) in bfloat16; on a CPU the fused forward, a kernel, is left out."""
+    """(arms with forward and backward, arms with a forward only), in bfloat16. The fused forward needs a GPU."""
     generator = torch.Generator(device).manual_seed(0)
     draw = {"generator": generator, "device": device, "dtype": torch.bfloat16}
     hidden = torch.randn(head.tokens, head.size, **draw).requires_grad_()  # type: ignore[call-overload]
@@ -232,7 +231,7 @@ def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
 
 
 def _liger() -> Loss | None:
-    """None where it is not installed; `main` says so."""
+    """Liger's loss, or None if Liger is not installed. `run` reports that."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss  # type: ignore[import-not-found]
     except ImportError:
@@ -247,13 +246,13 @@ def _liger() -> Loss | None:
 
 
 def selection_arms(device: torch.device) -> list[Arm]:
-    """Those of benchmarks.selection, with `max`."""
+    """The arms of benchmarks.selection, with the aggregate `max`."""
     x = selection.Inputs(*(getattr(selection.inputs(), field.name).to(device) for field in fields(selection.Inputs)))
     least = sum(getattr(x, field.name).nbytes for field in fields(x)) + x.student_BS.numel() * (4 + 4 + 8)
 
     def arm(run: selection.Arm, scope: str) -> Callable[[], object]:
         def on_device() -> object:
-            with device:  # where the naive arm makes its tensors
+            with device:  # the naive arm creates tensors on it
                 return run(x, "max", scope)
 
         return on_device
@@ -283,11 +282,11 @@ def table(title: str, results: Results, arms: Sequence[Arm], chip: Chip | None) 
 
 
 def measure(device: torch.device, heads: Sequence[Head], chip: Chip | None, rounds: int = ROUNDS) -> str:
-    """All tables."""
+    """All tables, as Markdown."""
     tables = []
     for head in heads:
         shape = f"{head.name}: N {head.tokens:,}, H {head.size:,}, V {head.vocabulary:,}, bfloat16"
-        for what, arms in zip(("forward and backward", "forward alone"), head_arms(head, device), strict=True):
+        for what, arms in zip(("forward and backward", "forward only"), head_arms(head, device), strict=True):
             tables.append(table(f"{shape}, {what}", contest(arms, device, rounds), arms, chip))
     arms = selection_arms(device)
     tables.append(table(f"selection of {selection.ROWS} x {selection.WIDTH:,} tokens", contest(arms, device, rounds), arms, chip))
@@ -298,7 +297,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.gpu",
         "",
-        "What the objective costs on the GPU that is here, in time and memory, against other libraries: 10 minutes.",
+        "Benchmark the objective on a GPU, in time and memory, against other libraries. Takes 10 minutes.",
         "python -m benchmarks.gpu --dry-run",
     )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
@@ -309,14 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> None:
     if options.dry_run:
-        print(measure(torch.device("cpu"), TINY, None, rounds=2), "\n\nA dry run on a CPU: these times say nothing.", sep="")
+        print(measure(torch.device("cpu"), TINY, None, rounds=2), "\n\nA dry run on a CPU: these times are meaningless.", sep="")
         return
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: there is no GPU here, so nothing was measured (torch.cuda.is_available() is False)")
+        sys.exit("benchmarks.gpu: no GPU was found (torch.cuda.is_available() is False), so nothing was measured")
     name = torch.cuda.get_device_name()
     parts = [f"`python -m benchmarks.gpu`, {name}; {circumstances('torch', 'triton')}"]
     if _liger() is None:
-        parts.append("Liger is not installed, so it has no row: `pip install liger-kernel`.")
+        parts.append("Liger is not installed, so the tables leave it out. To include it, run `pip install liger-kernel`.")
     text = "\n\n".join([*parts, measure(torch.device("cuda"), HEADS, CHIPS.get(name))])
     print(text)
     if options.write:

@@ -1,22 +1,23 @@
-"""What a loss per token costs on a CPU, from hidden states and the output head, as ratios to dense logits within one run.
+"""Measure a loss per token on a CPU, from hidden states and the output head, as ratios to dense logits within one run.
 
-    python -m benchmarks.head [--write]      the table; --write puts it into docs/performance.md
-    python -m benchmarks.head --quick        small heads: does it run?
+    python -m benchmarks.head [--write]      the table; --write puts it into docs/performance/appendix.md
+    python -m benchmarks.head --quick        small heads: checks that it runs
 
-| dense `F.cross_entropy((x @ W.T).float())` = 1                            | time                 | peak memory          |
+| relative to dense `F.cross_entropy((x @ W.T).float())`                    | time                 | peak memory          |
 |---------------------------------------------------------------------------|----------------------|----------------------|
-| student, forward and backward, 40 % of the tokens learned, float32:       |                      |                      |
+| student, forward and backward, 40 % of the tokens in the backward, float32: |                    |                      |
 | (N, H, V) = (1024, 512, 32k), (512, 2048, 32k), (2048, 256, 152k)         | ≤ 0.60, ≤ 0.72, ≤ 0.55 | ≤ 0.25, ≤ 0.85, ≤ 0.06 |
-| the same, all tokens learned                                              | ≤ 1.15               | ≤ 1.3 times those    |
+| the same, all tokens in the backward                                      | ≤ 1.15               | ≤ 1.3 times those    |
 | bfloat16, (1024, 512, 32k), 40 %                                          | ≤ 0.60               | ≤ 0.20               |
-| teacher, forward alone, (512, 512, 152k)                                  | ≤ 0.95               | ≤ 0.05               |
+| teacher, forward only, (512, 512, 152k)                                   | ≤ 0.95               | ≤ 0.05               |
 
-The tokens that are learned are those of highest loss; they are chosen after the forward, as in training. Beside ours stand
-torch's chunked linear cross-entropy and, since Liger's has no path for CPUs, its order of chunks in torch: see
-`benchmarks.head_arms`.
+The tokens of highest loss enter the backward. They are selected after the forward, as in training. Two other implementations
+run in the same process: torch's chunked linear cross-entropy, and the chunk order of Liger's loss written in torch, because
+Liger's own loss does not run on CPUs. `benchmarks.head_arms` has the code.
 
-Time: on one thread, CPU time of user and system, all arms in turns in one process, median of the rounds' ratios. Peak memory: a
-process for each arm, growth of VmHWM over inputs that exist, gradients included. Exit status 1 where a goal is missed.
+Time is CPU time, user and system, on one thread. All arms take turns in one process, and a ratio is the median of the rounds'
+ratios. Peak memory is the growth of VmHWM over the inputs, gradients included, in a separate process per arm. The exit status
+is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 
 from benchmarks import step_memory
 from benchmarks.head_arms import Loss, dense, dense_as_is, ours, row_chunks, torch_chunked
-from benchmarks.page import GOALS, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import APPENDIX, GOALS, Figure, circumstances, markdown, show, write_section
 from megatron_vocagno.command import Parser, run_command
 
 ROUNDS = 5
@@ -49,7 +50,7 @@ class Case:
     size: int
     vocabulary: int
     keep: float | None
-    """Share of the tokens that is learned; None is the forward alone."""
+    """Share of the tokens in the backward. None runs the forward only."""
     most_time: float
     most_memory: float
     dtype: torch.dtype = torch.float32
@@ -71,14 +72,14 @@ CASES = [
 
 
 class Head:
-    """One case's inputs, and its step in any of the ARMS."""
+    """The inputs of a case, and its step in any of the ARMS."""
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(0)
         self.keep = case.keep
         learns = case.keep is not None
         self.hidden = torch.randn(case.tokens, case.size).to(case.dtype).requires_grad_(learns)
-        # logits of scale 3, as those of a trained model
+        # logits of scale 3, like those of a trained model
         self.head = (torch.randn(case.vocabulary, case.size) * 3 * case.size**-0.5).to(case.dtype).requires_grad_(learns)
         self.target = torch.randint(0, case.vocabulary, (case.tokens,))
 
@@ -94,26 +95,26 @@ class Head:
 
 
 def times(case: Case, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each arm, round by round."""
+    """CPU seconds per round of each arm."""
     torch.set_num_threads(1)
     head, arms = Head(case), ["dense", "ours", *case.peers]
     seconds: dict[str, list[float]] = {arm: [] for arm in arms}
     for turn in range(rounds + 1):
         for arm in arms:
-            if arm in case.peers and turn != rounds:  # once: some take ten times as long
+            if arm in case.peers and turn != rounds:  # once, because some take ten times as long
                 continue
             begin = time.process_time()
             head.step(arm)
-            if turn:  # the first is to warm up
+            if turn:  # the first round is a warm-up
                 seconds[arm].append(time.process_time() - begin)
     return seconds
 
 
 def growth(case: Case, arm: str) -> int:
-    """Bytes that a step adds at most to its inputs."""
+    """Peak bytes that a step adds to its inputs."""
     torch.set_num_threads(1)
     head = Head(replace(case, tokens=16))
-    head.step(arm)  # what libraries take once
+    head.step(arm)  # allocations that libraries make once
     head = Head(case)
     before = step_memory.start()
     head.step(arm)
@@ -121,8 +122,8 @@ def growth(case: Case, arm: str) -> int:
 
 
 def measure(case: Case, rounds: int) -> list[Figure]:
-    seconds = alone(times, case, rounds)
-    memory = {arm: alone(growth, case, arm) for arm in seconds}
+    seconds = in_new_process(times, case, rounds)
+    memory = {arm: in_new_process(growth, case, arm) for arm in seconds}
 
     def ratio(arm: str) -> float:
         paired = seconds["dense"][-len(seconds[arm]) :]
@@ -148,8 +149,8 @@ def measure(case: Case, rounds: int) -> list[Figure]:
     return figures
 
 
-def alone(function, *arguments):  # type: ignore[no-untyped-def]
-    """The function's result from a new process."""
+def in_new_process(function, *arguments):  # type: ignore[no-untyped-def]
+    """Result of the function, called in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -158,11 +159,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.head",
         "",
-        "What a loss per token costs on a CPU, from hidden states and the output head, against dense logits.",
+        "Measure a loss per token on a CPU, from hidden states and the output head, relative to dense logits.",
         "python -m benchmarks.head --write",
         GOALS,
     )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance/appendix.md")
     parser.add_argument("--quick", action="store_true", help="a hundredth of the vocabulary, one round")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
@@ -176,16 +177,18 @@ def run(args: argparse.Namespace) -> int:
         figures += measure(case, 1 if args.quick else ROUNDS)
         show(figures)
     if args.write:
-        write_section("head", section(figures))
+        write_section("head", section(figures), APPENDIX)
     return int(any(figure.met is False for figure in figures))
 
 
-TEXT = """Ratios to dense logits, upcast to float32. (N tokens, H hidden size, V vocabulary); 40 %: the share that is learned. One
-thread, CPU time. Lines with a dash are peers in the same run."""
+TEXT = """Ratios are relative to dense logits that are upcast to float32.
+A case is (N tokens, H hidden size, V vocabulary) and the share of tokens in the backward.
+Times are CPU time on one thread.
+Lines with a dash are other implementations in the same run."""
 
 
 def section(figures: Sequence[Figure]) -> str:
-    return f"## The head's loss\n\n`python -m benchmarks.head`, {circumstances('torch')}\n\n{TEXT}\n\n{markdown(figures)}"
+    return f"`python -m benchmarks.head`, {circumstances('torch')}\n\n{TEXT}\n\n{markdown(figures)}"
 
 
 if __name__ == "__main__":

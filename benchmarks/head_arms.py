@@ -1,4 +1,4 @@
-"""Ways from hidden states and a head to a loss per token, as `benchmarks.head` compares them.
+"""Implementations of a loss per token from hidden states and a head, which `benchmarks.head` compares.
 
 hidden [N, H], head [V, H], target [N] -> loss [N].
 """
@@ -18,12 +18,12 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def dense(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-    """Logits as a model of Hugging Face makes them, and as its loss takes them: upcast to float32."""
+    """Dense logits as a Hugging Face model computes them, upcast to float32 for the loss."""
     return F.cross_entropy((hidden_NH @ head_VH.T).float(), target_N, reduction="none")
 
 
 def dense_as_is(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-    """The same without the upcast: the loss has the logits' 8 bits."""
+    """Dense logits without the upcast: in bfloat16, the loss has 8 significant bits, like the logits."""
     return F.cross_entropy(hidden_NH @ head_VH.T, target_N, reduction="none")
 
 
@@ -32,15 +32,16 @@ def ours(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
 
 
 def torch_chunked(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-    """torch.nn.functional.linear_cross_entropy with the chunks that it picks. It has losses per token, and no rows to skip."""
+    """torch.nn.functional.linear_cross_entropy with its default chunks. It gives losses per token, but cannot skip tokens."""
     options = torch.nn.LinearCrossEntropyOptions()
     return F.linear_cross_entropy(hidden_NH, head_VH, target_N, reduction="none", options=options)
 
 
 def row_chunks(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-    """The order of Liger's fused linear cross-entropy, rows outside, in torch: Liger's own is Triton and has none for CPUs.
+    """The loop order of Liger's fused linear cross-entropy, in torch: the outer loop runs over chunks of tokens.
 
-    Its chunks: about as many rows as make their logits no larger than the hidden states.
+    Liger's own code is Triton and does not run on CPUs. A chunk is about the number of tokens whose logits
+    are no larger than the hidden states.
     """
     loss_N: Tensor = _RowChunks.apply(hidden_NH, head_VH, target_N)
     return loss_N
@@ -49,7 +50,7 @@ def row_chunks(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
 class _RowChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor) -> Tensor:
-        # the next power of two of N / (V / H), both rounded up
+        # N / (V / H), both divisions rounded up, then rounded up to a power of two
         rows = -(-len(hidden_NH) // -(-len(head_VH) // hidden_NH.shape[1]))
         ctx.rows = 1 << (rows - 1).bit_length()
         ctx.save_for_backward(hidden_NH, head_VH, target_N)

@@ -1,16 +1,18 @@
-"""Claims: reading keeps up with any training, and starting does not wait for the corpus.
+"""Measure reading: the rate of packed rows, the growth of memory, and the time until the first batch.
 
     python -m benchmarks.loader [--folder DIR]
 
-- At least 5 M student tokens a CPU-second: packed rows of 2,048 with their teacher tokens and spans, in random order from
-  memory-mapped shards, collated.
-- Memory stays flat: after reading the dataset twice over the process holds at most 8 MB more than after a hundredth of it.
-- At most 5 s from opening to the first batch, with 6.3 M documents in 1,000 shards (15 G tokens).
+The goals are:
 
-The dataset that is read has 24 M student tokens: random ids, spans as two BPE tokenizers give them, documents of lognormal
-length. The large one has real indices and sparse .bin files: opening reads nothing else, and its first batch is all zeros.
-Rates are those of the least disturbed of five rounds, in CPU time of the process, with files in the page cache; for the
-first start the indices are dropped from it. Exit status 1 when a goal is missed.
+- At least 5 M student tokens per CPU-second: packed rows of 2,048 with their teacher tokens and spans, in random order from
+  memory-mapped shards, collated.
+- Flat memory: after the dataset was read twice, the process holds at most 8 MB more than after a hundredth of it.
+- At most 5 s from opening a dataset to the first batch, with 6.3 M documents in 1,000 shards (15 G tokens).
+
+The first dataset has 24 M student tokens: random ids, spans like those of two BPE tokenizers, documents of lognormal length.
+The large dataset has real indices and sparse .bin files: opening reads only the indices, and its first batch is all zeros. A
+rate is that of the fastest of five rounds, in CPU time of the process, with files in the page cache. For the cold start, the
+indices are dropped from the page cache. The table is written to docs/performance.md. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
 
 ROW = 2048
-ROUNDS, ROWS = 5, 1024  # rows a round
-LEAST_TOKENS = 5e6  # a CPU-second
+ROUNDS, ROWS = 5, 1024  # rows per round
+LEAST_TOKENS = 5e6  # per CPU-second
 MOST_GROWTH = 8e6  # bytes
 MOST_SECONDS = 5.0
 SHARDS, DOCUMENTS, TOKENS_A_DOCUMENT = 1000, 6_300_000, 2380
@@ -52,11 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.loader",
         "",
-        "Reading packed rows: rate, memory, and the time until the first batch. Writes into docs/performance.md.",
+        "Measure the rate of packed rows, memory, and the time until the first batch. Writes into docs/performance.md.",
         "python -m benchmarks.loader --folder /tmp",
         GOALS,
     )
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="where to write, 1.5 GB (default: a temporary folder)")
+    parser.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder for the datasets, 1.5 GB (default: a temporary folder)"
+    )
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         random = np.random.default_rng(0)
         shards = [np.maximum(4, random.lognormal(6.9, 1.0, 1250)).astype(int).tolist() for _ in range(12)]
         rows = TrainRows(invent_dataset(root / "read", student, teacher, shards), ROW, seed=0)
-        table = Table("read", "M student tokens a CPU-second", "µs a row", title="Reading rows", title_justify="left")
+        table = Table("read", "M student tokens per CPU-second", "µs per row", title="Reading rows", title_justify="left")
         rate = rates(rows, table)
         growth = memory_growth(rows)
         invent_index(root / "large", student, teacher, random)
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         line = f"start with {DOCUMENTS:,} documents, {name}: {seconds:.1f} s, {cpu:.1f} CPU-s, {memory / 1e6:.0f} MB"
         console.print(line, soft_wrap=True)
     reached = {
-        f"{LEAST_TOKENS / 1e6:.0f} M tokens a CPU-second": rate >= LEAST_TOKENS,
+        f"{LEAST_TOKENS / 1e6:.0f} M tokens per CPU-second": rate >= LEAST_TOKENS,
         f"{MOST_GROWTH / 1e6:.0f} MB of growth": growth <= MOST_GROWTH,
         f"{MOST_SECONDS:.0f} s to start": max(cold[0], warm[0]) <= MOST_SECONDS,
     }
@@ -89,26 +93,27 @@ def run(args: argparse.Namespace) -> int:
         "loader",
         "\n".join(
             [
-                f"## Reading\n\n`python -m benchmarks.loader`, {circumstances('numpy')}\n",
+                f"`python -m benchmarks.loader`, {circumstances('numpy')}\n",
                 "| | measured | goal |\n|---|---|---|",
-                f"| student tokens a CPU-second, rows of {ROW:,} with spans, collated | {rate / 1e6:.1f} M | ≥ 5 M |",
-                f"| memory that grows while {2 * rows.rows_in_epoch:,} rows are read | {growth / 1e6:+.1f} MB | ≤ 8 MB |",
-                f"| start with {DOCUMENTS / 1e6:.1f} M documents, cold and warm | {cold[0]:.1f} s, {warm[0]:.1f} s | ≤ 5 s |",
+                f"| student tokens per CPU-second, rows of {ROW:,} with spans, collated | {rate / 1e6:.1f} M | ≥ 5 M |",
+                f"| memory growth while {2 * rows.rows_in_epoch:,} rows are read | {growth / 1e6:+.1f} MB | ≤ 8 MB |",
+                f"| time to the first batch with {DOCUMENTS / 1e6:.1f} M documents, cold and warm page cache "
+                f"| {cold[0]:.1f} s, {warm[0]:.1f} s | ≤ 5 s |",
             ]
         ),
     )
-    for goal, there in reached.items():
-        console.print(f"{'reached' if there else 'MISSED'}: {goal}")
+    for goal, met in reached.items():
+        console.print(f"{'met' if met else 'MISSED'}: {goal}")
     return 0 if all(reached.values()) else 1
 
 
 def rates(rows: TrainRows, table: Table) -> float:
-    """Student tokens a CPU-second of whole batches; the rest stands in the table."""
+    """Student tokens per CPU-second of complete batches. Rates of the partial steps are added to the table."""
     batches = Batches(rows, Layout(micro_batch_rows=8, micro_batches=4, data_parallel=1), rank=0)
     order = np.random.default_rng(0).permutation(np.arange(len(rows.dataset.student_lengths), dtype=np.int32))
     packed = Rows(rows.dataset, order, ROW)
 
-    def ids_alone(first: int) -> None:
+    def ids_only(first: int) -> None:
         for k in range(first, first + ROWS):
             np.concatenate([rows.dataset.student(*piece) for piece in packed.pieces(k % len(packed))])
 
@@ -121,7 +126,7 @@ def rates(rows: TrainRows, table: Table) -> float:
             batches.step(k)
 
     rate = 0.0
-    for name, read in (("student ids alone", ids_alone), ("rows", whole_rows), ("rows, collated", whole_batches)):
+    for name, read in (("student ids only", ids_only), ("rows", whole_rows), ("rows, collated", whole_batches)):
         seconds = min(cpu_seconds(read, k * ROWS) for k in range(ROUNDS)) / ROWS
         rate = rows.tokens_per_row / seconds
         table.add_row(name, f"{rate / 1e6:.1f}", f"{seconds * 1e6:.0f}")
@@ -135,7 +140,7 @@ def cpu_seconds(read: Callable[[int], None], first: int) -> float:
 
 
 def memory_growth(rows: TrainRows) -> float:
-    """Bytes of the process's own memory; the pages of mapped files belong to the page cache."""
+    """Growth of the process's own memory, in bytes. Pages of mapped files belong to the page cache and do not count."""
     last = 2 * rows.rows_in_epoch
     for k in range(last // 100):
         rows[k]
@@ -151,7 +156,7 @@ def own_memory() -> float:
 
 
 def invent_index(out: Path, student: Tokenizer, teacher: Tokenizer, random: np.random.Generator) -> None:
-    """A dataset whose indices are whole and whose numbers are all zero and take no room."""
+    """Write a dataset with complete indices and sparse files: all numbers are zero and take no space."""
     records = []
     for k in range(SHARDS):
         folder = out / "shards" / f"{k:04}"
@@ -192,7 +197,7 @@ print(time.perf_counter() - wall, time.process_time() - cpu, 1024 * resource.get
 
 
 def start(dataset: Path, drop: bool) -> tuple[float, float, float]:
-    """Seconds, CPU-seconds and most bytes of a process that opens a dataset and reads its first batch."""
+    """Seconds, CPU-seconds and peak bytes of a process that opens a dataset and reads its first batch."""
     if drop:
         for idx in dataset.rglob("*.idx"):
             descriptor = os.open(idx, os.O_RDONLY)

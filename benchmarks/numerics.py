@@ -1,10 +1,10 @@
-"""How far the losses of a 16-bit head are from those of float64, and whether other tokens are kept for it. Runs on a CPU.
+"""Compare the losses of a 16-bit head with float64, and count the tokens that are selected differently. Runs on a CPU.
 
     python -m benchmarks.numerics [--write]
 
-4,096 tokens, H 256, V 32,000; hidden states and head rounded to bfloat16, logits of standard deviation 3. The guide is the loss
-of the same tokens under a head that differs by a tenth, in float64: two models that agree on most tokens. 40 % are kept by
-excess. --write puts the table into docs/performance.md.
+The inputs are 4,096 tokens with H = 256 and V = 32,000. Hidden states and head are rounded to bfloat16, and the logits have a
+standard deviation of 3. The guide is the float64 loss of the same tokens under a head that differs by a tenth, as if two models
+agreed on most tokens. 40 % of the tokens are kept by excess. --write puts the table into docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,22 +12,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.page import circumstances, write_section
+from benchmarks.page import PAGE, circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.objective.linear_ce import token_loss
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
 N, H, V, KEPT = 4096, 256, 32_000, 1639
 
 
 def losses() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The losses and the guide in float64, and the losses as others compute them."""
+    """Losses in float64, the guide in float64, and losses of each implementation by name."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, H, generator=generator).bfloat16()
     drawn, change = ((torch.randn(V, H, generator=generator) * 3 * H**-0.5) for _ in range(2))
@@ -51,7 +49,7 @@ def losses() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def table() -> str:
     true, guide, found = losses()
     kept = set((true - guide).topk(KEPT).indices.tolist())
-    head = f"| | largest error, nats | tokens kept instead of others, of {KEPT:,} | distinct losses, of {N:,} |"
+    head = f"| | largest error, nats | wrong tokens kept, of {KEPT:,} | distinct losses, of {N:,} |"
     lines = [head, "|---|---|---|---|"]
     for name, loss in found.items():
         others = set((loss.double() - guide).topk(KEPT).indices.tolist()) - kept
@@ -64,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.numerics",
         "",
-        "How far the losses of a 16-bit head are from those of float64, and whether other tokens are kept. On a CPU.",
+        "Compare the losses of a 16-bit head with float64, and count the tokens that are selected differently. Runs on a CPU.",
         "python -m benchmarks.numerics --write",
     )
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")

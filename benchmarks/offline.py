@@ -1,14 +1,14 @@
-"""Triton kernels compiled for GPUs that are not there, by the functions that would launch them.
+"""Compile Triton kernels for GPUs that are not present, through the functions that would launch them.
 
     with FakeTensorMode(), compiled_for("sm_90") as launches:
         linear_ce_triton.fold_tile(torch.empty(16_384, 1024), ...)
 
-A driver that knows nothing but its target stands in for the real one, and a launch ends after the compiler: it goes through the
-JIT's own specialisation (pointers, strides and sizes divisible by 16; sizes of 1) with the grid, the block sizes and the number
-of warps of production. Tensors may be fake: only their dtype, their offset and their size in bytes are asked for.
+A driver that only knows its target replaces the real driver, and a launch ends after the compiler. A launch therefore passes
+through the JIT's own specialization (pointers, strides and sizes divisible by 16; sizes of 1), with the grid, the block sizes
+and the number of warps of production. Tensors may be fake: only their dtype, offset and size in bytes are read.
 
-What is read: of NVIDIA's cubin what cuobjdump says, of AMD's assembly its metadata. That a kernel compiles says nothing about
-its results (the interpreter's tests do) or its speed (nothing here does).
+Resources are read from cuobjdump's report on NVIDIA's cubin, or from the metadata in AMD's assembly. Compilation does not check
+results (the tests in the interpreter do) or speed (no test does).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-"""Bytes that one block may use."""
+"""Limit of shared memory per block, in bytes."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One compiled launch. Bytes, registers of a thread."""
+    """One compiled launch. Sizes are in bytes; registers are per thread."""
 
     kernel: str
     target: str
@@ -50,15 +50,15 @@ class Launch:
     warps: int
     registers: int
     spilled: int
-    """Bytes of memory for each thread, which spilled registers take. (AMD's scalar registers spill into vector registers.)"""
+    """Bytes of memory per thread for spilled registers. (AMD's scalar registers spill into vector registers.)"""
     shared: int
     bits: tuple[tuple[str, int], ...] = ()
-    """Of a histogram: which bits it counts."""
+    """The bits that a histogram counts. Empty for other kernels."""
 
 
 @contextmanager
 def compiled_for(target: str) -> Iterator[list[Launch]]:
-    """Within, a launch is compiled for `target` and not run; the list grows by what it needs."""
+    """Within this context, a launch is compiled for `target` and not run. Each launch is appended to the list."""
     launches: list[Launch] = []
     run, active = JITFunction.run, triton.runtime.driver._active
 
@@ -80,7 +80,7 @@ def compiled_for(target: str) -> Iterator[list[Launch]]:
 
 
 class _Pointer:
-    """What the JIT asks of a tensor."""
+    """The part of a tensor's interface that the JIT uses."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.dtype = tensor.dtype
@@ -95,7 +95,7 @@ class _Pointer:
 
 
 class _Driver(DriverBase):  # type: ignore[misc]
-    """A target, and nothing behind it."""
+    """A driver without a device: it only knows its target."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -108,7 +108,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
         return TARGETS[self.target]
 
     def get_current_device(self) -> int:
-        return 1000 + list(TARGETS).index(self.target)  # the JIT keeps compiled kernels by device
+        return 1000 + list(TARGETS).index(self.target)  # the JIT caches compiled kernels by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -120,7 +120,7 @@ class _Driver(DriverBase):  # type: ignore[misc]
         return ty
 
     def get_benchmarker(self) -> Any:
-        raise RuntimeError("there is no GPU to time anything on")
+        raise RuntimeError("cannot time a kernel: there is no GPU")
 
 
 def _launch(kernel: str, target: str, grid: tuple[int, ...], compiled: Any) -> Launch:
@@ -131,7 +131,7 @@ def _launch(kernel: str, target: str, grid: tuple[int, ...], compiled: Any) -> L
     return Launch(kernel, target, tuple(grid), compiled.metadata.num_warps, registers, spilled, compiled.metadata.shared)
 
 
-@cache  # a launch that was met before, is compiled before
+@cache  # equal launches give equal binaries
 def _of_cubin(cubin: bytes) -> tuple[int, int]:
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with NamedTemporaryFile(suffix=".cubin") as file:

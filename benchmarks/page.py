@@ -1,6 +1,7 @@
-"""What a benchmark shows: figures with their goals, on the terminal and in docs/performance.md.
+"""Show the figures of a benchmark, with their goals, on the terminal and in the documentation.
 
-On the page each benchmark owns the section between its two markers, and rewrites no other.
+Each benchmark owns the section of a page between its two markers, and rewrites only that section. The heading of the section
+and its introduction stand before the markers, and are written by hand.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-PAGE = Path(__file__).parent.parent / "docs" / "performance.md"
-GOALS = "0 all goals are met; 1 one is missed; 2 something for you to mend; 130 Ctrl-C"
-"""The exit codes of a benchmark that has goals."""
+DOCS = Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "performance.md"
+APPENDIX = DOCS / "performance" / "appendix.md"
+"""Long tables."""
+GOALS = "0 all goals are met; 1 a goal is missed; 2 an error that you can fix; 130 Ctrl-C"
+"""Exit codes of a benchmark that has goals."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One line of a table. met: None where there is no goal."""
+    """One line of a table. Without a goal, `met` stays None."""
 
     what: str
     measured: str
@@ -39,14 +43,14 @@ def show(figures: Sequence[Figure]) -> None:
 
 
 def markdown(figures: Sequence[Figure]) -> str:
-    """The same as a table of the page."""
+    """The figures as a Markdown table."""
     rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
     return "\n".join(["| | measured | goal |", "|---|---|---|", *rows])
 
 
 def write_section(name: str, text: str, page: Path = PAGE) -> None:
-    """Replaces the section `name` of the page, or appends it."""
-    old = page.read_text(encoding="utf-8") if page.exists() else "# Benchmarks\n"
+    """Replace the section `name` of the page, or append it if the page has no such section."""
+    old = page.read_text(encoding="utf-8") if page.exists() else "# Performance\n"
     section = f"<!-- {name} -->\n{text.strip()}\n<!-- end of {name} -->\n"
     pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- end of {name} -->\n", re.DOTALL)
     new = pattern.sub(lambda _: section, old) if pattern.search(old) else f"{old.rstrip()}\n\n{section}"
@@ -54,7 +58,7 @@ def write_section(name: str, text: str, page: Path = PAGE) -> None:
 
 
 def circumstances(*packages: str) -> str:
-    """Date, processor, versions."""
+    """Date, processor and versions, for the line above a table."""
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{date.today().isoformat()}, {_processor()}, Python {platform.python_version()}, {versions}."
 

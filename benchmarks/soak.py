@@ -1,9 +1,10 @@
-"""How a run bears what machines do to it: ranks killed at random moments under a supervisor, and many steps on end.
+"""Stress a run: kill ranks at random moments under a supervisor, or train for many steps without interruption.
 
-    python -m benchmarks.soak --kills 20     # final weights bit for bit those of an undisturbed run?
-    python -m benchmarks.soak --steps 500    # does it keep to its memory, and leave nothing behind?
+    python -m benchmarks.soak --kills 20     # are the final weights bit for bit those of an uninterrupted run?
+    python -m benchmarks.soak --steps 500    # does memory stay flat, and is nothing left behind?
 
-A tiny student and teacher on real text, two pipeline stages as two real processes, started by the real launcher.
+The run has a tiny student and teacher on real text, and two pipeline stages as two processes, started by the DeepSpeed
+launcher.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ class Kill:
 
     rank: int
     step: int
-    """Steps done by then."""
+    """Number of steps that were done."""
     moment: str
-    """"start": before a step of this life. "step". "save": a checkpoint was left unfinished."""
+    """"start": before the first step since the last restart. "step": during a later step. "save": a checkpoint is unfinished."""
 
 
 def shared_memory() -> set[Path]:
-    """What lies in /dev/shm, without the semaphores that other programs' processes share: training has none."""
+    """Files in /dev/shm, without semaphores. Training has no semaphores, but other programs may."""
     return {path for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.")}
 
 
 class Supervised:
-    """A run under run_forever.sh."""
+    """A run under the supervisor run_forever.sh."""
 
     def __init__(self, case: Case, name: str, overrides: Sequence[str]) -> None:
         self.output = case.out(name)
@@ -69,7 +70,7 @@ class Supervised:
             )
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """The living ranks by number."""
+        """Running ranks by number."""
         found = {}
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -80,14 +81,14 @@ class Supervised:
         return found
 
     def steps(self) -> int:
-        """Steps that metrics.jsonl holds."""
+        """Number of steps in metrics.jsonl."""
         try:
             return (self.output / "metrics.jsonl").read_bytes().count(b'"loss/train"')
         except OSError:
             return 0
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Whether it came before the run's end."""
+        """Wait for a condition; returns False if the run ended first."""
         while self.process.poll() is None:
             if condition():
                 return True
@@ -95,19 +96,19 @@ class Supervised:
         return False
 
     def kill(self, rank: int) -> None:
-        """kill -9 one rank, and wait until nothing of this life is left."""
+        """Send SIGKILL to a rank, and wait until all ranks have exited."""
         ranks = self.ranks()
         if rank in ranks:
             ranks[rank].send_signal(signal.SIGKILL)
         psutil.wait_procs(list(ranks.values()), timeout=120)
 
     def unfinished(self) -> list[Path]:
-        """Checkpoints that have been begun."""
+        """Checkpoints that were started, but not finished."""
         return [folder for folder in checkpoint_folders(self.output / "checkpoints") if not (folder / MANIFEST).is_file()]
 
 
 def kill_at_random(case: Case, name: str, overrides: Sequence[str], kills: int, seed: int) -> tuple[list[Kill], Supervised]:
-    """A run that is killed so often, each time in another life, and then left to finish. Every third kill aims at a save."""
+    """Kill a run `kills` times, at most once per restart, then let it finish. Every third kill aims at a save."""
     chance, run, met = random.Random(seed), Supervised(case, name, overrides), list[Kill]()
     while len(met) < kills and (kill := _strike(run, ("save", "step", "any")[len(met) % 3], chance)):
         met.append(kill)
@@ -116,7 +117,7 @@ def kill_at_random(case: Case, name: str, overrides: Sequence[str], kills: int, 
 
 
 def _strike(run: Supervised, aim: str, chance: random.Random) -> Kill | None:
-    """Wait for the next life and end it; None where the run came to its end before that."""
+    """Wait for the next restart and kill a rank. Returns None if the run finished first."""
     run.wait_for(lambda: len(run.ranks()) == 2)
     before, debris = run.steps(), set(run.unfinished())
     if aim == "save":
@@ -136,7 +137,7 @@ def _strike(run: Supervised, aim: str, chance: random.Random) -> Kill | None:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """Tensors of two runs' last checkpoints, weights and optimizer states, that are not bit for bit the same."""
+    """Names of tensors (weights, optimizer states) that differ in any bit between the last checkpoints of two runs."""
     ends = [_tensors(finished_checkpoints(output / "checkpoints")[0]) for output in (a, b)]
     names = ends[0].keys() | ends[1].keys()
     return sorted(name for name in names if not all(name in end for end in ends) or not torch.equal(*(end[name] for end in ends)))
@@ -148,7 +149,7 @@ def _tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def soak(case: Case, steps: int) -> tuple[list[int], Supervised]:
-    """Resident bytes of all ranks, once a step."""
+    """Run `steps` steps; returns the resident bytes of all ranks, once per step from step 50."""
     run = Supervised(case, "soak", [*LAYOUT, f"training.steps={steps}", "checkpoint.every=100"])
     resident: dict[int, int] = {}
     while run.process.poll() is None:
@@ -163,7 +164,7 @@ def soak(case: Case, steps: int) -> tuple[list[int], Supervised]:
 
 
 def left_behind(run: Supervised) -> list[str]:
-    """Living or undead processes that belong to a run which has ended."""
+    """Command lines of processes that still belong to a finished run."""
     mark = str(run.output.parent)
     return [
         " ".join(process.info["cmdline"]) for process in psutil.process_iter(["cmdline"]) if mark in str(process.info["cmdline"])
@@ -171,11 +172,11 @@ def left_behind(run: Supervised) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Parse the arguments and run; returns the exit code."""
     parser = Parser(
         "python -m benchmarks.soak",
         "",
-        "How a run bears what machines do: ranks killed at random moments, and many steps on end. Half an hour.",
+        "Stress a run: kill ranks at random moments, and train for many steps. Takes half an hour.",
         "python -m benchmarks.soak --kills 20 --steps 500",
         GOALS,
     )
@@ -184,16 +185,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         default=0,
         metavar="N",
-        help="kills of a rank; the weights must stay those of an undisturbed run (default: 0)",
+        help="number of kills; the final weights must equal those of an uninterrupted run (default: 0)",
     )
-    parser.add_argument("--steps", type=int, default=0, metavar="N", help="steps on end; memory must stay flat (default: 0)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments of the kills (default: 0)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of steps without interruption; memory must stay flat (default: 0)",
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random moments (default: 0)")
     options = parser.parse_args(arguments)
     return run_command(lambda: run(options))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Returns 0 when the run bore it."""
+    """Run both parts that are requested; returns 0 if they succeed, else 1."""
     before = shared_memory()
     fine = True
     with tempfile.TemporaryDirectory() as folder:
@@ -206,14 +213,14 @@ def run(options: argparse.Namespace) -> int:
             print("\n".join(f"| {i} | {kill.moment} | {kill.rank} | {kill.step} |" for i, kill in enumerate(kills, start=1)))
             different = differences(straight, run.output)
             moments = ", ".join(f"{count} in a {moment}" for moment, count in Counter(kill.moment for kill in kills).items())
-            print(f"{len(kills)} kills ({moments}); exit code {run.process.returncode}; {len(different)} tensors differ")
+            print(f"{len(kills)} kills ({moments}), exit code {run.process.returncode}; {len(different)} tensors differ")
             fine = len(kills) == options.kills and run.process.returncode == 0 and not different and not left_behind(run)
         if options.steps:
             resident, run = soak(case, options.steps)
             growth = max(resident) / resident[0] - 1
             print(
-                f"{len(metrics(run.output))} lines of metrics; exit code {run.process.returncode}; two ranks hold "
-                f"{resident[0] / 1e6:.0f} MB after step 50, at most {max(resident) / 1e6:.0f} MB since ({growth:+.2%}); "
+                f"{len(metrics(run.output))} lines of metrics, exit code {run.process.returncode}; two ranks use "
+                f"{resident[0] / 1e6:.0f} MB after step 50, at most {max(resident) / 1e6:.0f} MB later ({growth:+.2%}), "
                 f"{len(left_behind(run))} processes left"
             )
             fine &= run.process.returncode == 0 and growth <= 0.02 and not left_behind(run)

@@ -1,26 +1,26 @@
-"""What a guided training step costs on a CPU, as ratios within one run.
+"""Measure a guided training step on a CPU, as ratios within one run.
 
     python -m benchmarks.step [--write]                   the table; --write puts it into docs/performance.md
-    python -m benchmarks.step --trl PYTHON                with TRL's GOLD, of an environment in which `pip install trl` was done
-    python -m benchmarks.step --quick                     tiny models: does it run?
+    python -m benchmarks.step --trl PYTHON                with TRL's GOLD, using an environment in which `pip install trl` was run
+    python -m benchmarks.step --quick                     tiny models: checks that it runs
 
-| guided step against                                                               | time      | peak memory |
+| guided step relative to                                                           | time      | peak memory |
 |-----------------------------------------------------------------------------------|-----------|-------------|
-| a plain step and the teacher, both with dense logits: (A) a teacher of 6 layers   | ≤ 0.65    | ≤ 0.50      |
+| the naive sum, a plain step and the teacher with dense logits: (A) a teacher of 6 layers | ≤ 0.65 | ≤ 0.50   |
 | the same: (B) SmolLM2-135M, whose body dominates                                  | ≤ 0.92    | ≤ 0.75      |
-| the floor in (A): both bodies and the products of the head that must be           | ≤ 1.10    |             |
-| teacher losses given (cached): a plain step with dense logits                     | ≤ 0.85    | ≤ 0.70      |
+| the floor in (A): both bodies and the necessary products of the head              | ≤ 1.10    |             |
+| with cached teacher losses: a plain step with dense logits                        | ≤ 0.85    | ≤ 0.70      |
 | TRL's GOLD trainer in (A), off-policy, positional ULD (`benchmarks.trl_gold`)     | ≥ 6 × less| ≤ 0.4       |
 
-The student is a Llama of 4 layers, d = 256, 32,000 tokens, float32, from random weights. It reads rows of 512 positions of
-Python's manual as the project packs them (504 tokens of the student, some 450 of the teacher): 4 a batch in (A), 2 in (B).
-Teacher (A) has random weights, d = 384, 49,152 tokens, float32; (B) is in bfloat16, as examples/quickstart.toml runs it.
-What is in each step is said in `benchmarks.step_arms`.
+The student is a Llama of 4 layers, d = 256, 32,000 tokens, float32, with random weights. It reads rows of 512 positions of
+Python's manual as the project packs them (504 tokens of the student, about 450 of the teacher): 4 per batch in (A), 2 in (B).
+Teacher (A) has random weights, d = 384, 49,152 tokens, float32. Teacher (B) is in bfloat16, as in examples/quickstart.toml.
+`benchmarks.step_arms` describes each step.
 
-Each arm is a process of its own on one thread, and they take turns: in each round all take a step on the same batch, in an
-order that turns too. Time is CPU time, user and system; a ratio is the median of the rounds' ratios, the first round is to warm
-up. Peak memory is what steps add at most to a process that holds models, optimizer (still without state) and batches: the
-growth of VmHWM over all rounds, so gradients and AdamW's state are in it, on both sides. Exit status 1 where a goal is missed.
+Each arm is a separate process with one thread. In each round, all arms take a step on the same batch, in alternating order.
+Time is CPU time, user and system. A ratio is the median of the rounds' ratios, and the first round is a warm-up. Peak memory is
+the growth of VmHWM over all rounds, from a process that holds models, optimizer (without state) and batches. Gradients and
+AdamW's state are therefore included on both sides. The exit status is 1 if a goal is missed.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ from tests.datasets import build_dataset
 class Sizes:
     row_length: int
     rounds: int
-    """That are counted."""
+    """Counted rounds, without the warm-up."""
     student: dict[str, int]
     teacher: dict[str, int]
 
@@ -86,15 +86,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(
         "python -m benchmarks.step",
         "",
-        "What a guided training step costs on a CPU, in time and memory, against plain steps: minutes.",
+        "Measure a guided training step on a CPU, in time and memory, relative to plain steps. Takes minutes.",
         "python -m benchmarks.step --write",
         GOALS,
     )
     parser.add_argument(
-        "--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=f"where the table goes (default: docs/{PAGE.name})"
+        "--write",
+        nargs="?",
+        const=PAGE,
+        type=Path,
+        metavar="PAGE",
+        help=f"page to write the table into (default: docs/{PAGE.name})",
     )
-    parser.add_argument("--trl", metavar="PYTHON", help="also TRL's GOLD, by the interpreter of an environment that has trl")
-    parser.add_argument("--quick", action="store_true", help="tiny models, one round: does it run?")
+    parser.add_argument(
+        "--trl", metavar="PYTHON", help="also run TRL's GOLD, with the Python interpreter of an environment that has trl"
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny models, one round: checks that it runs")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))
 
@@ -106,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         figures = measure_a(a, args.trl) + measure_b(b)
     show(figures)
     if not args.trl:
-        print("TRL's GOLD was not run: name an interpreter with --trl")
+        print("TRL's GOLD was not run: pass an interpreter with --trl")
     if args.write:
         write_section("step", section(figures, args), args.write)
     return int(any(figure.met is False for figure in figures))
@@ -116,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def prepare(folder: Path, sizes: Sizes) -> tuple[Case, Case]:
-    """(A) and (B)."""
+    """Write models and data; returns the cases (A) and (B)."""
     teacher_tokenizer = real.smollm2_tokenizer_folder(folder / "teacher")
     dataset = build_dataset(folder / "data", list(topics.values()), real.mistral_tokenizer_path(), teacher_tokenizer)
     save_random(folder / "student", 32_000, sizes.student)
@@ -135,7 +142,7 @@ def save_random(folder: Path, vocab_size: int, shape: dict[str, int]) -> None:
 
 
 def write_student_tokenizer(folder: Path) -> None:
-    """As transformers reads it: TRL's trainer tokenizes for itself."""
+    """Write the tokenizer in the format of transformers, because TRL's trainer tokenizes the texts."""
     mistral = open_tokenizer(real.mistral_tokenizer_path()).reference.tokenizer
     mistral.save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
@@ -144,7 +151,7 @@ def write_student_tokenizer(folder: Path) -> None:
 
 
 def row_texts(case: Case) -> list[str]:
-    """What the rows of all batches say."""
+    """The texts of the rows of all batches."""
     smollm2 = Tokenizer.from_file(str(case.teacher / "tokenizer.json"))
     return [smollm2.decode(row.tolist()) for inputs in inputs_of(case) for row in inputs.batch.teacher_inputs]
 
@@ -157,7 +164,7 @@ class Cost:
     seconds: list[float]
     """CPU time of each round."""
     growth: float
-    """Bytes."""
+    """Peak memory, in bytes."""
 
     @property
     def middle(self) -> float:
@@ -168,21 +175,21 @@ class Cost:
 
 
 class Arm(Protocol):
-    """A step in a process of its own."""
+    """A training step in a separate process."""
 
     def step(self, k: int) -> float:
-        """CPU seconds."""
+        """Take step k; returns its CPU seconds."""
         ...
 
     def growth(self) -> float:
-        """Bytes that all steps so far have added at most to what the process held before the first."""
+        """Peak bytes that the steps so far have added to the process."""
         ...
 
     def close(self) -> None: ...
 
 
 class Apart:
-    """An arm of `benchmarks.step_arms` in a fresh process on one thread."""
+    """An arm of `benchmarks.step_arms` in a new process with one thread."""
 
     def __init__(self, begin: Callable[[Case], Step], case: Case) -> None:
         os.environ.update(ONE_THREAD)
@@ -222,7 +229,7 @@ def _growth() -> float:
 
 
 def contest(arms: Mapping[str, Arm], steps: int) -> dict[str, Cost]:
-    """All arms take one step after another, in turns. The first step is not timed."""
+    """All arms take their steps in turns. The first step is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for k in range(steps):
         for name in list(arms)[:: -1 if k % 2 else 1]:
@@ -240,19 +247,17 @@ def measure_a(case: Case, trl: str | None) -> list[Figure]:
     costs = contest(arms, case.steps)
     ours = costs["guided"]
     figures = [
-        *against("guided step against the naive sum, (A)", ours, costs["naive"], 0.65, 0.50),
-        time_against("guided step against the floor, (A)", ours, costs["floor"], 1.10),
-        Figure(
-            "floor against the naive sum, (A): time, which no step can go below", f"{costs['floor'].ratio(costs['naive']):.2f} ×"
-        ),
-        *against("step with teacher losses given against a plain step, (A)", costs["cached"], costs["clm"], 0.85, 0.70),
+        *against("(A) guided step, relative to the naive sum", ours, costs["naive"], 0.65, 0.50),
+        time_against("(A) guided step, relative to the floor", ours, costs["floor"], 1.10),
+        Figure("(A) floor, relative to the naive sum: time", f"{costs['floor'].ratio(costs['naive']):.2f} ×"),
+        *against("(A) step with cached teacher losses, relative to a plain step", costs["cached"], costs["clm"], 0.85, 0.70),
     ]
     return figures + (gold_against(costs["gold"], ours) if trl else [])
 
 
 def measure_b(case: Case) -> list[Figure]:
     costs = contest({arm.__name__: Apart(arm, case) for arm in (guided, naive)}, case.steps)
-    return against("guided step against the naive sum, (B)", costs["guided"], costs["naive"], 0.92, 0.75)
+    return against("(B) guided step, relative to the naive sum", costs["guided"], costs["naive"], 0.92, 0.75)
 
 
 # ---- the table
@@ -273,9 +278,9 @@ def time_against(what: str, ours: Cost, theirs: Cost, most: float) -> Figure:
 def gold_against(gold: Cost, ours: Cost) -> list[Figure]:
     times, memory = gold.ratio(ours), ours.growth / gold.growth
     return [
-        Figure("TRL's GOLD against the guided step, (A): time", f"{times:.1f} × ({gold.middle:.2f} s)", "≥ 6 ×", times >= 6),
+        Figure("(A) TRL's GOLD, relative to the guided step: time", f"{times:.1f} × ({gold.middle:.2f} s)", "≥ 6 ×", times >= 6),
         Figure(
-            "guided step against TRL's GOLD, (A): peak memory",
+            "(A) guided step, relative to TRL's GOLD: peak memory",
             f"{memory:.2f} × (of {gold.growth / MB:.0f} MB)",
             "≤ 0.40 ×",
             memory <= 0.4,
@@ -283,24 +288,18 @@ def gold_against(gold: Cost, ours: Cost) -> list[Figure]:
     ]
 
 
-TEXT = """Student: Llama, 4 layers, d = 256, 32,000 tokens, float32, rows of 512. Teachers: (A) 6 layers, d = 384, 49,152 tokens,
-random weights, float32, 4 rows a batch; (B) SmolLM2-135M in bfloat16, 2 rows. One thread; CPU time, median of the rounds' ratios.
-Peak memory: what steps add to models and batches, gradients and AdamW's state with it."""
+TEXT = """The student is a Llama of 4 layers, d = 256, 32,000 tokens, float32, with rows of 512.
+Teacher (A) has 6 layers, d = 384, 49,152 tokens, random weights, float32, and 4 rows per batch.
+Teacher (B) is SmolLM2-135M in bfloat16, with 2 rows per batch.
+The naive sum is a plain step and the teacher's forward, both with dense logits.
+The floor is the products that every such step must compute.
+Times are CPU time on one thread, and ratios are medians over rounds.
+Peak memory is what steps add to models and batches, including gradients and AdamW's state."""
 
 
 def section(figures: Sequence[Figure], args: argparse.Namespace) -> str:
     command = f"python -m benchmarks.step{' --trl PYTHON' if args.trl else ''}{' --quick' if args.quick else ''}"
-    return "\n".join(
-        [
-            "## A training step",
-            "",
-            f"`{command}`, {circumstances('torch', 'transformers')}",
-            "",
-            TEXT,
-            "",
-            markdown(figures),
-        ]
-    )
+    return f"`{command}`, {circumstances('torch', 'transformers')}\n\n{TEXT}\n\n{markdown(figures)}"
 
 
 if __name__ == "__main__":

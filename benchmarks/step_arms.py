@@ -1,14 +1,15 @@
-"""The training steps that `benchmarks.step` times against each other.
+"""The training steps that `benchmarks.step` compares.
 
-    guided   the project's: the teacher's losses, the student's, the selection, the weighted loss, its backward, AdamW
-    cached   the same with the teacher's losses given
-    naive    what one would write: the teacher's dense logits and their cross-entropy, then `clm`
+    guided   the project's step: teacher's losses, student's losses, selection, weighted loss, backward, AdamW
+    cached   the same with given teacher losses
+    naive    the teacher's dense logits and their cross-entropy, then `clm`
     clm      plain language modeling with dense logits: transformers' own model, F.cross_entropy, AdamW
-    floor    no step, but what every step of this kind must multiply: both bodies, forward and (student's) backward, the head's
-             products of all rows forward and of the kept rows again, the two products of the kept rows' gradients, AdamW.
-             Products go into memory that is there; nothing is done with a logit
+    floor    not a training step, but the products that every such step must compute: both bodies, forward and (student's)
+             backward, the head's products of all tokens forward and of the kept tokens again, the two products of the kept
+             tokens' gradients, and AdamW. Products are written into preallocated memory, and no logit is processed
 
-All hold the same weights and read the same batches. Each function opens what it needs and returns its step; step k takes batch k.
+All arms have the same weights and read the same batches. Each function opens its models and returns its step. Step k uses batch
+k.
 """
 
 from __future__ import annotations
@@ -43,15 +44,15 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 @dataclass(frozen=True)
 class Case:
-    """Two models on disk and the rows that they read."""
+    """Two models on disk, and the rows that they read."""
 
     student: Path
     teacher: Path
     dtype: torch.dtype
-    """The teacher's; the student is float32."""
+    """Dtype of the teacher. The student is float32."""
     dataset: Path
     rows: int
-    """A batch."""
+    """Rows per batch."""
     row_length: int
     steps: int
 
@@ -64,7 +65,7 @@ class Inputs:
     teacher_input_BU: Tensor
     teacher_target_BU: Tensor
     kept: int
-    """Tokens that will have weight."""
+    """Number of tokens that will have weight."""
 
 
 def inputs_of(case: Case) -> list[Inputs]:
@@ -88,7 +89,7 @@ def _teacher(case: Case) -> Teacher:
 
 
 def _read(model: M) -> M:
-    """Touches all weights: of a mapped file, only pages that were read count as memory."""
+    """Read all weights, because only the pages of a mapped file that were read count as memory."""
     for weight in model.parameters():
         weight.detach().sum()
     return model
@@ -98,7 +99,7 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.parameters(), lr=1e-4)
 
 
-# ---- ours
+# ---- guided steps
 
 
 def guided(case: Case) -> Step:
@@ -197,7 +198,7 @@ def _hugging_face(folder: Path, dtype: torch.dtype) -> Any:
     return _read(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True))
 
 
-# ---- what must be multiplied
+# ---- the floor
 
 
 def floor(case: Case) -> Step:
@@ -232,7 +233,7 @@ def floor(case: Case) -> Step:
 def _head_products(
     hidden_BSH: Tensor, head_VH: Tensor, kept: int, product: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Tensors of the size of the hidden states' and the head's gradients; the first `kept` rows stand for those that are kept."""
+    """Tensors in the shapes of the gradients of hidden states and head. The first `kept` tokens stand for the kept tokens."""
     hidden_NH = hidden_BSH.flatten(0, 1)
     dhidden_NH, dhead_VH = torch.zeros_like(hidden_NH), torch.empty_like(head_VH)
     for head_TH in _slices(head_VH):

@@ -1,6 +1,6 @@
-"""Peak memory of a stretch of a process: VmHWM, which is set back to what the process holds when the stretch begins.
+"""Peak memory of a part of a process: VmHWM, which is reset when the part begins.
 
-The standard library alone, since the process may be of another environment.
+This module only uses the standard library, because the process may belong to another environment.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def start() -> int:
-    """Bytes that the process holds now. What it has freed is given back to the system first."""
+    """Reset the peak; returns the bytes that the process holds. Freed memory is returned to the system first."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -19,6 +19,6 @@ def start() -> int:
 
 
 def peak() -> int:
-    """Bytes that the process has held at most since `start`."""
+    """Peak bytes of the process since `start`."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024

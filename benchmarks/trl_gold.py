@@ -1,19 +1,19 @@
-"""TRL's GOLD as an arm of `benchmarks.step`: run by an interpreter of an environment of its own, where trl is installed.
+"""TRL's GOLD as an arm of `benchmarks.step`, run by the interpreter of a separate environment in which trl is installed.
 
     PYTHON -m benchmarks.trl_gold STUDENT TEACHER TEXTS ROWS STEPS SCRATCH
 
-It takes a step for each line that it reads, and writes a line for each: the seconds and the memory. The trainer is TRL's, with
-its data loading, collation and loop; only the waiting and the clock are ours, in a callback.
+The process takes a step for each line that it reads, and writes a line for each step: seconds and memory. The trainer is TRL's,
+with its data loading, collation and loop. Only the waiting and the clock are added, in a callback.
 
-GOLD (General Online Logit Distillation) sets the student's whole distribution against the teacher's. Here it is off-policy
-(`lmbda = 0`: nothing is generated) with positional ULD (`use_extended_uld = False`): both distributions of every position
-sorted, their L1 distance, position i against position i. That is its cheapest way over two vocabularies; its extended way
-asks for two byte-level tokenizers, which Mistral's is not.
+GOLD (General Online Logit Distillation) compares the student's complete distribution with the teacher's. Here it is off-policy
+(`lmbda = 0`: nothing is generated) with positional ULD (`use_extended_uld = False`): both distributions of every position are
+sorted, and the loss is their L1 distance, position i against position i. This is its cheapest mode for two vocabularies. Its
+extended mode requires two byte-level tokenizers, and Mistral's is not byte-level.
 
-Comparable: weights of both models, texts, rows a batch, float32, AdamW, one thread, no clipping, no checkpointing of
-activations; CPU time from the beginning of a step to its end, memory over what the process held before its first step. Not
-comparable: what is learned (GOLD learns from every token, by another loss). It tokenizes for the teacher within the step,
-which costs milliseconds, and the order of the texts is its own.
+The two steps are comparable in: weights of both models, texts, rows per batch, float32, AdamW, one thread, no clipping, no
+activation checkpointing, CPU time from the start to the end of a step, memory in addition to that before the first step. They
+are not comparable in their objective: GOLD learns from every token, with another loss. GOLD also tokenizes for the teacher
+within the step, which costs milliseconds, and orders the texts differently.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any
 from benchmarks import step_memory
 
 MARK = "step:"
-"""Begins the lines that are for the reader; the trainer writes lines too."""
+"""Prefix of the lines for the parent process. The trainer writes other lines."""
 
 
 class Gold:
-    """The arm as `benchmarks.step` drives it."""
+    """The arm that `benchmarks.step` drives."""
 
     def __init__(self, python: str, student: Path, teacher: Path, texts: list[str], rows: int, steps: int) -> None:
         scratch = student.with_name("gold")
@@ -58,7 +58,7 @@ class Gold:
             if line.startswith(MARK):
                 seconds, self.bytes = map(float, line.removeprefix(MARK).split())
                 return seconds
-        raise RuntimeError(f"TRL's GOLD ended before step {k}: what it said stands above")
+        raise RuntimeError(f"TRL's GOLD exited before step {k}: see its output above")
 
     def growth(self) -> float:
         return self.bytes
@@ -81,7 +81,7 @@ def main(student: str, teacher: str, texts: str, rows: int, steps: int, scratch:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.before = self.before or step_memory.start()
             if not sys.stdin.readline():
-                sys.exit("nobody waits for this step")
+                sys.exit("the parent process has closed the pipe")
             self.begin = time.process_time()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
@@ -113,12 +113,12 @@ def main(student: str, teacher: str, texts: str, rows: int, steps: int, scratch:
     trainer = GOLDTrainer(student, teacher, config, train_dataset=Dataset.from_list(examples), callbacks=[Clock()])
     for model in (trainer.model, trainer.teacher_model):
         for weight in model.parameters():
-            weight.detach().sum()  # of a mapped file, only pages that were read count as memory
+            weight.detach().sum()  # only the pages of a mapped file that were read count as memory
     trainer.train()
 
 
 def halves(text: str) -> dict[str, str]:
-    """GOLD asks for a prompt: the first word."""
+    """Split a text for GOLD, which requires a prompt: the prompt is the first word."""
     cut = text.find(" ", 1)
     return {"prompt": text[:cut], "completion": text[cut:]}
 
