@@ -36,7 +36,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 from benchmarks.engine_arms import Case, Ranks, Taken, bare, loop
-from benchmarks.page import GOALS, PAGE, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, PAGE, WRITE, Figure, circumstances, markdown, show, write_section
 from benchmarks.step import llama, save_random
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.command import Parser, run_command
@@ -68,14 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.engine --write",
         GOALS,
     )
-    parser.add_argument(
-        "--write",
-        nargs="?",
-        const=PAGE,
-        type=Path,
-        metavar="PAGE",
-        help=f"page to write the table into (default: docs/{PAGE.name})",
-    )
+    parser.add_argument("--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=WRITE)
     parser.add_argument("--quick", action="store_true", help="tiny models, one round: checks that it runs")
     args = parser.parse_args(argv)
     return run_command(lambda: run(args))

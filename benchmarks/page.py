@@ -23,6 +23,8 @@ APPENDIX = DOCS / "performance" / "appendix.md"
 """Long tables."""
 GOALS = "0 all goals are met; 1 a goal is missed; 2 an error that you can fix; 130 Ctrl-C"
 """Exit codes of a benchmark that has goals."""
+WRITE = f"page to write the table into (default: docs/{PAGE.name})"
+"""Help of an option --write that accepts a page."""
 
 
 @dataclass(frozen=True)

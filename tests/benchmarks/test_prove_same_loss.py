@@ -1,4 +1,4 @@
-"""The proof that a change keeps the loss says no where it does not."""
+"""The comparison of two revisions' losses reports every difference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prove_same_loss import COMPARED, check_out, tell
+from benchmarks.prove_same_loss import COMPARED, check_out, report
 
 LINES = [{"step": float(step), **dict.fromkeys(COMPARED, 1.5 + step)} for step in range(1, 4)]
 
@@ -19,14 +19,14 @@ def changed(step: int, **numbers: float) -> list[dict[str, float]]:
 
 
 def test_the_same_bits_are_the_same() -> None:
-    assert tell("HEAD", LINES, LINES, 0) == 0
+    assert report("HEAD", LINES, LINES, 0) == 0
     both_nan = changed(2, loss__train=math.nan)
-    assert tell("HEAD", both_nan, [dict(line) for line in both_nan], 0) == 0
+    assert report("HEAD", both_nan, [dict(line) for line in both_nan], 0) == 0
 
 
 @pytest.mark.parametrize("value", [math.nextafter(3.5, 4), math.nan, math.inf])
 def test_one_bit_of_one_number_is_seen_and_shown(value: float, capsys: pytest.CaptureFixture[str]) -> None:
-    assert tell("HEAD", LINES, changed(2, optimizer__grad_norm=value), 0) == 1
+    assert report("HEAD", LINES, changed(2, optimizer__grad_norm=value), 0) == 1
     shown = capsys.readouterr().out
     assert f"step 2: 3.5 -> {value!r}" in " ".join(shown.split())
     assert "step 3" not in shown
@@ -34,22 +34,22 @@ def test_one_bit_of_one_number_is_seen_and_shown(value: float, capsys: pytest.Ca
 
 def test_a_tolerance_is_relative_and_allows_no_nan() -> None:
     near = changed(2, loss__train=3.5 * (1 + 1e-6))
-    assert tell("HEAD", LINES, near, 1e-5) == 0
-    assert tell("HEAD", LINES, near, 1e-7) == 1
-    assert tell("HEAD", LINES, changed(2, loss__train=math.nan), 1e9) == 1
+    assert report("HEAD", LINES, near, 1e-5) == 0
+    assert report("HEAD", LINES, near, 1e-7) == 1
+    assert report("HEAD", LINES, changed(2, loss__train=math.nan), 1e9) == 1
 
 
 def test_a_number_that_a_side_lacks_is_a_difference() -> None:
-    assert tell("HEAD", LINES, LINES[:2], 0) == 1
+    assert report("HEAD", LINES, LINES[:2], 0) == 1
     infinite = changed(2, loss__train=math.inf)
-    assert tell("HEAD", infinite, infinite, 0) == 0
+    assert report("HEAD", infinite, infinite, 0) == 0
     assert (
-        tell("HEAD", infinite, [{k: v for k, v in line.items() if (k, v) != ("loss/train", math.inf)} for line in infinite], 0)
+        report("HEAD", infinite, [{k: v for k, v in line.items() if (k, v) != ("loss/train", math.inf)} for line in infinite], 0)
         == 1
     )
     without = [{name: value for name, value in line.items() if name != "loss/train"} for line in LINES]
-    assert tell("HEAD", LINES, without, 0) == 1
-    assert tell("HEAD", without, without, 0) == 1
+    assert report("HEAD", LINES, without, 0) == 1
+    assert report("HEAD", without, without, 0) == 1
 
 
 def test_a_revision_is_checked_out_whole(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Every benchmark runs in its quick form, and the documentation has the lines that it writes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, step
+from tests.tokenizers_for_tests import package_folder
+
+long = pytest.mark.long
+slow = pytest.mark.slow
+
+
+def labels(text: str) -> set[str]:
+    """The first cell of each line of the tables, with # for every number."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| |")]
+    return {re.sub(r"\d[\d.,]*", "#", line.split(" | ")[0]) for line in lines}
+
+
+def documented(name: str) -> str:
+    text = "".join(file.read_text(encoding="utf-8") for file in (page.PAGE, page.APPENDIX))
+    return text.partition(f"<!-- {name} -->")[2].partition(f"<!-- end of {name} -->")[0]
+
+
+def check(name: str, written: str, lines: int) -> None:
+    assert len(labels(written)) >= lines
+    assert labels(written) <= labels(documented(name))
+
+
+def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
+    for constant, value in (("N", 256), ("H", 32), ("V", 500), ("KEPT", 102)):
+        monkeypatch.setattr(numerics, constant, value)
+    table = numerics.table()
+    check("numerics", table, 4)
+    assert re.search(r"float32 logits \| \de-0[5-9] \| 0 \|", table)
+
+
+@long
+@slow
+def test_preprocess(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    # a teacher with a small vocabulary, because it is opened fifteen times, and without user-defined pieces, for gigatoken
+    teacher = package_folder("mistral_common") / "data" / "tokenizer.model.v1"
+    preprocess.main(["--quick", "--teacher", str(teacher), "--scratch", str(tmp_path), "--page", str(file)])
+    written = file.read_text(encoding="utf-8")
+    check("preprocess", written, 12)
+    assert str(tmp_path) not in written and str(teacher.parent.parent) not in written
+
+
+@long
+@slow
+def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "page.md"
+    monkeypatch.setattr(head, "CASES", head.CASES[:1])
+    monkeypatch.setattr(head, "APPENDIX", file)
+    head.main(["--quick", "--write"])
+    check("head", file.read_text(encoding="utf-8"), 4)
+
+
+@long
+@slow
+@pytest.mark.parametrize(("benchmark", "lines"), [(loader, 3), (step, 8), (engine, 5)], ids=["loader", "step", "engine"])
+def test_the_table_of(benchmark: ModuleType, lines: int, tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    benchmark.main(["--quick", "--write", str(file)])
+    written = file.read_text(encoding="utf-8")
+    check(benchmark.__name__.removeprefix("benchmarks."), written, lines)
+    assert str(tmp_path) not in written
+
+
+@long
+@slow
+def test_scoring(tmp_path: Path) -> None:
+    figures = scoring.scoring_figures(tmp_path, None, rounds=1, quick=True) + scoring.reading_figures(tmp_path, quick=True)
+    check("scoring", page.markdown(figures), 7)
+    assert 0.2 < float(figures[1].measured.split(" ×")[0]) < 2
