@@ -31,7 +31,7 @@ WRITE = f"page to write the table into (default: docs/{PAGE.name})"
 class Figure:
     """One line of a table. Without a goal, `met` stays None."""
 
-    what: str
+    label: str
     measured: str
     goal: str = ""
     met: bool | None = None
@@ -40,13 +40,13 @@ class Figure:
 def show(figures: Sequence[Figure]) -> None:
     table = Table("", "measured", "goal", "")
     for figure in figures:
-        table.add_row(figure.what, figure.measured, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
+        table.add_row(figure.label, figure.measured, figure.goal, {None: "", True: "met", False: "MISSED"}[figure.met])
     Console().print(table)
 
 
 def markdown(figures: Sequence[Figure]) -> str:
     """The figures as a Markdown table."""
-    rows = [f"| {x.what} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
+    rows = [f"| {x.label} | {x.measured} | {x.goal}{'' if x.met is not False else ' MISSED'} |" for x in figures]
     return "\n".join(["| | measured | goal |", "|---|---|---|", *rows])
 
 

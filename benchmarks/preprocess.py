@@ -204,11 +204,11 @@ def total(costs: Iterable[Cost]) -> Cost:
     return sum(costs, Cost(0.0, 0))
 
 
-def at_most(what: str, ours: list[Cost], others: list[Cost], goal: float) -> Figure:
+def at_most(label: str, ours: list[Cost], others: list[Cost], goal: float) -> Figure:
     ratio = total(ours).per_mb / total(others).per_mb
     middle = median(a.per_mb / b.per_mb for a, b in zip(ours, others, strict=True))
     measured = f"{ratio:.2f} × (median {middle:.2f}; {total(ours).per_mb * 1e3:.0f} / {total(others).per_mb * 1e3:.0f} ms per MB)"
-    return Figure(what, measured, f"≤ {goal} ×", ratio <= goal)
+    return Figure(label, measured, f"≤ {goal} ×", ratio <= goal)
 
 
 def alignment(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
@@ -218,8 +218,8 @@ def alignment(file: Path, settings: BuildConfig, sizes: Sizes) -> list[Figure]:
         with Apart(align_alone, settings, backend) as align:
             costs = contest(files, {backend: align})[backend]
         rate = median(cost.student_tokens / cost.seconds for cost in costs)
-        what = f"alignment with {backend}, student tokens per CPU-second"
-        figures.append(Figure(what, f"{rate / 1e6:.0f} M", f"≥ {goal / 1e6:.0f} M", rate >= goal))
+        label = f"alignment with {backend}, student tokens per CPU-second"
+        figures.append(Figure(label, f"{rate / 1e6:.0f} M", f"≥ {goal / 1e6:.0f} M", rate >= goal))
     return figures
 
 

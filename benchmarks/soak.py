@@ -109,11 +109,11 @@ class Supervised:
 
 def kill_at_random(case: Case, name: str, overrides: Sequence[str], kills: int, seed: int) -> tuple[list[Kill], Supervised]:
     """Kill a run `kills` times, at most once per restart, then let it finish. Every third kill aims at a save."""
-    chance, run, met = random.Random(seed), Supervised(case, name, overrides), list[Kill]()
-    while len(met) < kills and (kill := _strike(run, ("save", "step", "any")[len(met) % 3], chance)):
-        met.append(kill)
+    chance, run, kills_done = random.Random(seed), Supervised(case, name, overrides), list[Kill]()
+    while len(kills_done) < kills and (kill := _strike(run, ("save", "step", "any")[len(kills_done) % 3], chance)):
+        kills_done.append(kill)
     run.process.wait()
-    return met, run
+    return kills_done, run
 
 
 def _strike(run: Supervised, aim: str, chance: random.Random) -> Kill | None:

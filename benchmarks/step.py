@@ -261,16 +261,18 @@ def measure_b(case: Case) -> list[Figure]:
 # ---- the table
 
 
-def against(what: str, ours: Cost, theirs: Cost, most_time: float, most_memory: float) -> list[Figure]:
+def against(label: str, ours: Cost, theirs: Cost, most_time: float, most_memory: float) -> list[Figure]:
     ratio = ours.growth / theirs.growth
     measured = f"{ratio:.2f} × ({ours.growth / MB:.0f} / {theirs.growth / MB:.0f} MB)"
-    memory = Figure(f"{what}: peak memory", measured, f"≤ {most_memory:.2f} ×", ratio <= most_memory)
-    return [time_against(what, ours, theirs, most_time), memory]
+    memory = Figure(f"{label}: peak memory", measured, f"≤ {most_memory:.2f} ×", ratio <= most_memory)
+    return [time_against(label, ours, theirs, most_time), memory]
 
 
-def time_against(what: str, ours: Cost, theirs: Cost, most: float) -> Figure:
+def time_against(label: str, ours: Cost, theirs: Cost, most: float) -> Figure:
     ratio = ours.ratio(theirs)
-    return Figure(f"{what}: time", f"{ratio:.2f} × ({ours.middle:.2f} / {theirs.middle:.2f} s)", f"≤ {most:.2f} ×", ratio <= most)
+    return Figure(
+        f"{label}: time", f"{ratio:.2f} × ({ours.middle:.2f} / {theirs.middle:.2f} s)", f"≤ {most:.2f} ×", ratio <= most
+    )
 
 
 def gold_against(gold: Cost, ours: Cost) -> list[Figure]:
