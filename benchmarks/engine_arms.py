@@ -126,7 +126,7 @@ def loop(end: Connection, case: Case) -> None:
 
 
 class Turns:
-    """Replaces the loop's `Stopper`. The loop polls it between two steps, and it blocks until the next step may begin."""
+    """Replaces the loop's `StopSignal`. The loop polls it between two steps, and it blocks until the next step may begin."""
 
     def __init__(self, end: Connection) -> None:
         self.end, self.read, self.began = end, 0.0, False
