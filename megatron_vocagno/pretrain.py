@@ -19,6 +19,7 @@ from typing import NoReturn
 from megatron_vocagno.command import Parser, add_verbosity, is_first_rank, refuse, run_command
 from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, SharedError, UserError
+from megatron_vocagno.planning.options import add_plan_options
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.stop_signal import StopSignal
 
@@ -107,7 +108,7 @@ def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> Us
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Under a launcher each rank finds the same: the first one says it."""
-    from megatron_vocagno.dryrun import dry_run
+    from megatron_vocagno.planning.dry_run import dry_run
 
     try:
         found, code = dry_run(options)
@@ -142,8 +143,6 @@ def parser() -> Parser:
 
 def dry_run_parser() -> Parser:
     """The options of the plan belong to a dry run."""
-    from megatron_vocagno.plan import add_question
-
     parser = Parser(
         f"python {ALONE}",
         "RUN.toml --dry-run --deepspeed_config FILE --gpus N",
@@ -154,7 +153,7 @@ def dry_run_parser() -> Parser:
         "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
     )
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # that it is one is known by now
-    add_question(parser)
+    add_plan_options(parser)
     _add_launchers_word(parser)
     return parser
 

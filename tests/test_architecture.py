@@ -31,8 +31,7 @@ DIRECTION = {
     },
     "plan": {"planning", "command"},
     "export": {"engine", "model", "command", "errors"},
-    "dryrun": {"planning", "engine", "model", "batch", "corpus", "config", "hub", "errors"},
-    "pretrain": {"plan", "dryrun", "training", "planning", "engine", "config", "run_file", "command", "errors"},
+    "pretrain": {"training", "planning", "engine", "config", "run_file", "command", "errors"},
 }
 # foreign package: the only files or folders that may import it
 DOORS = {

@@ -20,7 +20,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.errors import HubError, ModelError, RunError, UserError
 from megatron_vocagno.model.folder import model_folder, pinned
-from megatron_vocagno.planning.sizes import read_config
+from megatron_vocagno.planning.model_config import read_config
 from megatron_vocagno.preprocess.score import ScoringOptions
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.loop import with_fields

@@ -125,14 +125,16 @@ def _absent(folder: Path) -> list[str]:
     return sorted(file for file in files if not (folder / file).is_file())
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """Raises ModelError: no configuration that transformers knows."""
+def read_config(path: Path) -> PretrainedConfig:
+    """The configuration in a folder or in a config.json. Raises ModelError if transformers cannot read it."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # whatever it is, transformers cannot make a configuration of this file
+        config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # any error: transformers cannot make a configuration of this file
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder / 'config.json'} is no configuration of a model that transformers knows: {reason}") from error
+        file = path / "config.json" if path.is_dir() else path
+        # the first paragraph: what follows is general advice
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise ModelError(f"{file} is no configuration of a model that transformers knows: {reason}") from error
     return config
 
 

@@ -1,15 +1,18 @@
-"""BEFORE A RUN: what it would take, from its files alone. Nothing is started, no weights are read, no GPU is asked.
+"""Plan a run from its files: memory, time and cost. Needs no weights, no data and no GPU.
 
-hardware.py   GPU types by their data sheets; what is assumed of them
-sizes.py      a model's configuration -> parameters and FLOPs
-trace.py      what autograd keeps of a layer, asked of PyTorch itself on the meta device
-layouts.py    how a model and a batch are dealt to ranks
-memory.py     bytes on the fullest rank
-shapes.py     one micro-batch through a whole model on the meta device
-cost.py       seconds of a step, hours of a run
-comparison.py all layouts beside each other
-report.py     what a plan says, as text and as JSON
-question.py   what is asked: a run on a cluster, out of its files and the command line
+options.py       the command-line options of a plan
+hardware.py      GPU types with their data-sheet rates; assumed efficiencies
+model_config.py  finds the config.json of the student and the teachers
+sizes.py         a model's configuration -> parameters and FLOPs
+trace.py         memory of a decoder layer, counted on the meta device
+layouts.py       layouts to compare: ZeRO stages, pipeline stages, micro-batches
+memory.py        bytes on the fullest rank
+cost.py          seconds per step, hours per run
+comparison.py    all layouts of a run, ordered by cost
+report.py        a plan as text and as JSON
+request.py       from the options to a plan
+shapes.py        shapes of one micro-batch in every layer, on the meta device
+dry_run.py       all checks of a run that need no data, weights or GPU
 
-Bytes are counted, FLOPs are counted, seconds are an estimate: docs/clusters.md says what it rests on.
+Bytes and FLOPs are counted. Seconds are estimated from assumed efficiencies: docs/clusters.md lists them.
 """

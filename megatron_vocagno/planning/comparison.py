@@ -1,35 +1,39 @@
-"""All layouts of a run beside each other, best first."""
+"""Compare all layouts of a run and order them, best first."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
-from megatron_vocagno.config import Run
-from megatron_vocagno.engine.settings import precision
+from megatron_vocagno.config import Guidance, Parallel
+from megatron_vocagno.engine.settings import DeepSpeedConfig, precision
 from megatron_vocagno.planning.cost import Cluster, Step, learned_share, scoring_hours, step
-from megatron_vocagno.planning.layouts import Candidate, Placement, Stage, batches, stages
-from megatron_vocagno.planning.memory import Memory, StudentUse, TeacherUse, memory
+from megatron_vocagno.planning.layouts import Candidate, Partition, Placement, Stage, batches, stages
+from megatron_vocagno.planning.memory import Memory, StudentSpec, TeacherSpec, memory
 
 
 @dataclass(frozen=True)
-class Task:
-    """A run as far as it costs something."""
+class Workload:
+    """The parts of a run that determine its memory, FLOPs and time."""
 
-    run: Run
-    settings: dict[str, Any]
-    student: StudentUse
-    teachers: tuple[TeacherUse, ...]
+    guidance: Guidance
+    parallel: Parallel
+    settings: DeepSpeedConfig
+    """The DeepSpeed configuration."""
+    student: StudentSpec
+    teachers: tuple[TeacherSpec, ...]
+    placement: Placement | None
+    """The placement that the run file asks for. None: no teacher."""
     rows: int
-    """Of a global batch."""
+    """Rows of a global batch."""
     micro_batch_rows: int
     tokens_per_row: int
+    """Student tokens with a target, per row."""
     tokens: float
-    """Of the student, over the whole run."""
+    """Student tokens of the whole run."""
     teacher_tokens: float
-    """To score once; each teacher reads as many."""
+    """Tokens to score once if losses are cached, per teacher."""
 
     @property
     def steps(self) -> int:
@@ -37,24 +41,26 @@ class Task:
 
     @property
     def timed(self) -> bool:
-        """Whether the rates of the GPUs, which are those of 16-bit products, are the run's; bytes are known without them."""
+        """Whether times can be estimated: the rates of the GPUs hold for 16-bit products. Bytes can always be counted."""
         return precision(self.settings) != "fp32"
 
 
 @dataclass(frozen=True)
-class Option:
+class Estimate:
+    """A candidate with its memory, time and cost."""
+
     candidate: Candidate
     memory: Memory
     step: Step
     hours: float
-    """Of training."""
+    """Hours of training."""
     scoring: float
-    """GPU-hours of scoring the data beforehand, where losses are cached."""
+    """GPU-hours to score the data beforehand; 0 unless losses are cached."""
     gpus: int
     capacity: float
-    """Bytes that may be taken of a GPU's memory."""
+    """Bytes of a GPU's memory that tensors may use."""
     tokens_per_second: float
-    """Of the student, a GPU."""
+    """Student tokens per second and GPU."""
 
     @property
     def fits(self) -> bool:
@@ -62,96 +68,97 @@ class Option:
 
     @property
     def gpu_hours(self) -> float:
-        """Of scoring and training."""
+        """GPU-hours of scoring and training."""
         return self.hours * self.gpus + self.scoring
 
 
-def compare(task: Task, cluster: Cluster) -> list[Option]:
-    """One option for each layout and placement of the teacher: the smallest change of the run's files that fits.
+def compare(workload: Workload, cluster: Cluster) -> list[Estimate]:
+    """One estimate per layout and placement of the teacher, each with the smallest change of the run's files that fits.
 
-    Micro-batches are halved where the file's does not divide the batch or does not fit; activations are computed again where
-    that is not enough, or where the run asks for it. Options that fit come first, then the cheapest where times are known, then
-    the simplest.
+    The micro-batch is halved if the run's does not divide the global batch or does not fit. Activations are recomputed if the run
+    asks for it, or if a smaller micro-batch is not enough. If nothing fits, the variant with the least memory is returned.
+
+    Order: estimates that fit come first, then the cheapest (if times are known), then the simplest.
     """
     found = []
-    for zero, count in layouts(task.run, cluster.gpus, task.student.sizes.layers):
-        for placement in placements(task):
-            options = list(_changes(task, cluster, zero, count, placement))
-            if options:
-                found.append(next((option for option in options if option.fits), min(options, key=lambda o: o.memory.total)))
+    for zero, count in layouts(workload, cluster.gpus):
+        for placement in placements(workload):
+            variants = list(_variants(workload, cluster, zero, count, placement))
+            if variants:
+                fitting = (variant for variant in variants if variant.fits)
+                found.append(next(fitting, min(variants, key=lambda variant: variant.memory.total)))
     simplest = (None, "replicated", "cached", "zero3")
 
-    def order(option: Option) -> tuple[bool, int, int, int, int]:
-        candidate = option.candidate
-        cost = round(option.gpu_hours) if task.timed else 0
-        return not option.fits, cost, candidate.pipe, candidate.zero, simplest.index(candidate.placement)
+    def order(estimate: Estimate) -> tuple[bool, int, int, int, int]:
+        candidate = estimate.candidate
+        cost = round(estimate.gpu_hours) if workload.timed else 0
+        return not estimate.fits, cost, candidate.pipe, candidate.zero, simplest.index(candidate.placement)
 
     return sorted(found, key=order)
 
 
-def as_asked(task: Task, cluster: Cluster, zero: int) -> Option | None:
-    """The run as its files have it; None where its micro-batch does not divide the batch on so many GPUs."""
-    count = task.run.parallel.pipeline_stages
-    placement = task.run.teacher[0].placement if task.teachers else None
-    options = _changes(task, cluster, zero, count, placement)
-    first = next(options, None)
-    return first if first and first.candidate.batch.micro_batch_rows == task.micro_batch_rows else None
+def as_asked(workload: Workload, cluster: Cluster, zero: int) -> Estimate | None:
+    """The run exactly as its files describe it. None if its micro-batch does not divide the global batch on this many GPUs."""
+    variants = _variants(workload, cluster, zero, workload.parallel.pipeline_stages, workload.placement)
+    first = next(variants, None)
+    return first if first and first.candidate.batch.micro_batch_rows == workload.micro_batch_rows else None
 
 
-def layouts(run: Run, gpus: int, layers: int) -> Iterator[tuple[int, int]]:
-    """(ZeRO stage, pipeline stages) to compare; the run's own stages are among them."""
+def layouts(workload: Workload, gpus: int) -> Iterator[tuple[int, int]]:
+    """(ZeRO stage, pipeline stages) to compare. The run's own number of pipeline stages is included."""
     yield from ((1, 0), (2, 0), (3, 0))
-    if run.guidance.distance:  # no pipeline
+    if workload.guidance.distance:  # not supported in a pipeline
         return
-    for count in sorted({2, 4, 8, run.parallel.pipeline_stages} - {0}):
-        if gpus % count == 0 and count <= layers:
+    for count in sorted({2, 4, 8, workload.parallel.pipeline_stages} - {0}):
+        if gpus % count == 0 and count <= workload.student.sizes.layers:
             yield 1, count
 
 
-def placements(task: Task) -> tuple[Placement | None, ...]:
-    if not task.teachers:
+def placements(workload: Workload) -> tuple[Placement | None, ...]:
+    """Placements of the teacher to compare."""
+    if not workload.teachers:
         return (None,)
-    if task.run.guidance.distance:
+    if workload.guidance.distance:
         return ("replicated",)
-    return ("replicated", "zero3", "cached") if len(task.teachers) == 1 else ("cached",)
+    return ("replicated", "zero3", "cached") if len(workload.teachers) == 1 else ("cached",)
 
 
-def _changes(task: Task, cluster: Cluster, zero: int, count: int, placement: Placement | None) -> Iterator[Option]:
-    """Ways to run one layout, the smallest change first."""
+def _variants(workload: Workload, cluster: Cluster, zero: int, count: int, placement: Placement | None) -> Iterator[Estimate]:
+    """Ways to run one layout, the smallest change of the run's files first."""
     pipe = max(1, count)
     if cluster.gpus % pipe:
         return
-    recomputes = (True,) if task.run.parallel.activation_checkpointing else (False, True)
-    for batch in batches(task.rows, cluster.gpus // pipe, task.micro_batch_rows):
+    recomputes = (True,) if workload.parallel.activation_checkpointing else (False, True)
+    for batch in batches(workload.rows, cluster.gpus // pipe, workload.micro_batch_rows):
         for recompute in recomputes:
-            yield option(task, cluster, Candidate(zero, count, batch, recompute, placement))
+            yield estimate(workload, cluster, Candidate(zero, count, batch, recompute, placement))
 
 
-def option(task: Task, cluster: Cluster, candidate: Candidate) -> Option:
-    run = task.run
+def estimate(workload: Workload, cluster: Cluster, candidate: Candidate) -> Estimate:
+    guidance, student = workload.guidance, workload.student
     split: list[Stage] = (
-        stages(task.student.sizes, candidate.stages, _partition(run, candidate.stages))
+        stages(student.sizes, candidate.stages, _partition(workload.parallel, candidate.stages))
         if candidate.stages
-        else [Stage(task.student.sizes.layers, embedding=True, head=True)]
+        else [Stage(student.sizes.layers, embedding=True, head=True)]
     )
-    teacher = task.teachers[0] if task.teachers else None
-    settings = {**task.settings, "zero_optimization": {**task.settings["zero_optimization"], "stage": candidate.zero}}
-    learned = learned_share(run.guidance, candidate.batch.micro_batches, cluster.assumed.unmapped)
-    taken = step(candidate, split, task.student, settings, run.guidance, teacher, cluster)
+    teacher = workload.teachers[0] if workload.teachers else None
+    settings = {**workload.settings, "zero_optimization": {**workload.settings["zero_optimization"], "stage": candidate.zero}}
+    learned = learned_share(guidance, candidate.batch.micro_batches, cluster.assumed.unmapped)
+    taken = step(candidate, split, student, settings, guidance, teacher, cluster)
     cached = candidate.placement == "cached"
-    return Option(
+    return Estimate(
         candidate,
-        memory(candidate, split, task.student, settings, learned, teacher, run.guidance.distance),
+        memory(candidate, split, student, settings, learned, teacher, guidance.distance),
         taken,
-        hours=task.steps * taken.total / 3600,
-        scoring=sum(scoring_hours(each, task.teacher_tokens, cluster) for each in task.teachers) if cached else 0.0,
+        hours=workload.steps * taken.total / 3600,
+        scoring=sum(scoring_hours(each, workload.teacher_tokens, cluster) for each in workload.teachers) if cached else 0.0,
         gpus=cluster.gpus,
-        tokens_per_second=task.rows * task.tokens_per_row / taken.total / cluster.gpus,
+        tokens_per_second=workload.rows * workload.tokens_per_row / taken.total / cluster.gpus,
         capacity=1e9 * cluster.gpu.memory * cluster.assumed.memory_share,
     )
 
 
-def _partition(run: Run, count: int) -> Any:
-    """The run's own, where it is one for so many stages."""
-    asked = run.parallel.partition
-    return "parameters" if isinstance(asked, tuple) and count != run.parallel.pipeline_stages else asked
+def _partition(parallel: Parallel, count: int) -> Partition:
+    """The run's partition, unless it lists the layers of another number of stages."""
+    listed = isinstance(parallel.partition, tuple)
+    return "parameters" if listed and count != parallel.pipeline_stages else parallel.partition

@@ -1,4 +1,4 @@
-"""GPU types by their vendors' data sheets, and what is assumed of them."""
+"""GPU types with the rates of their data sheets, and the efficiencies that a plan assumes."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from megatron_vocagno.errors import RunError
 
 @dataclass(frozen=True)
 class GPU:
-    """Rates are peaks, and bandwidths are of one direction."""
+    """Peak rates of a GPU type. Bandwidths are for one direction."""
 
     memory: float
-    """GB, 10^9 bytes."""
+    """GB (10^9 bytes)."""
     flops: float
-    """TFLOP/s of dense bf16 products."""
+    """TFLOP/s of dense bf16 matrix products."""
     link: float
-    """GB/s to the other GPUs of its node."""
+    """GB/s to the other GPUs of the node."""
     network: float
-    """GB/s to other nodes, for each GPU of a node."""
+    """GB/s to other nodes, per GPU of a node."""
     source: str
 
 
+# Data sheets give FLOP rates with sparsity (twice the dense rate) and bandwidths for both directions together: halved here.
 GPUS = {
     "a100-40gb": GPU(40, 312, 300, 25, "NVIDIA A100 data sheet, SXM; DGX A100: 8 x 200 Gb/s"),
     "a100": GPU(80, 312, 300, 25, "NVIDIA A100 data sheet, SXM; DGX A100: 8 x 200 Gb/s"),
@@ -31,34 +32,33 @@ GPUS = {
     "mi300x": GPU(192, 1307, 448, 50, "AMD Instinct MI300X data sheet; Azure ND MI300X v5: 8 x 400 Gb/s"),
     "l40s": GPU(48, 362, 32, 6.25, "NVIDIA L40S data sheet, PCIe 4.0; AWS g6e.48xlarge: 400 Gb/s for 8"),
 }
-"""Data sheets name rates with sparsity, twice the dense ones, and links in both directions together: all halved here."""
 
 
 def gpu(name: str) -> GPU:
-    """Raises RunError for a type that is not in the table."""
+    """The GPU type of this name. Raises RunError if it is unknown."""
     if name not in GPUS:
-        raise RunError(f"no GPU type {name!r}; these are known: {', '.join(GPUS)}")
+        raise RunError(f"unknown GPU type {name!r} (--gpu). Known types: {', '.join(GPUS)}")
     return GPUS[name]
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What no file says. Each can be given on the command line; none was measured by this project."""
+    """Efficiencies and ratios that no file contains. Each is a command-line option. The efficiencies were not measured here."""
 
     mfu: float = 0.40
-    """Share of the peak rate that the student's forward and backward reach.
+    """Share of the peak FLOP rate that the student's forward and backward passes reach.
 
-    Meta reports 38 to 43 % for Llama 3 405B on H100 (arXiv 2407.21783); the authors of TinyLlama 56 % for it on A100.
+    Meta reports 38 to 43 % for Llama 3 405B on H100 (arXiv 2407.21783). The authors of TinyLlama report 56 % on A100.
     """
     teacher_mfu: float = 0.45
-    """The same of the teacher's forward: large products and nothing else, so a little more. No source."""
+    """Share of the peak FLOP rate that the teacher's forward pass reaches. A guess: it consists of large products only."""
     link_share: float = 0.8
-    """Share of the peak bandwidth that collectives reach. No source."""
+    """Share of the peak bandwidth that collectives reach. A guess."""
     memory_share: float = 0.92
-    """Share of the memory that tensors may take; the rest is the driver's, NCCL's, and lost between blocks. No source."""
+    """Share of the GPU memory that tensors may use. The driver, NCCL and fragmentation take the rest. A guess."""
     teacher_tokens: float = 1.0
-    """Teacher tokens for each student token, where there is no dataset to ask. Larger vocabularies need fewer."""
+    """Teacher tokens per student token if there is no dataset to read it from. A larger vocabulary needs fewer tokens."""
     unmapped: float = 0.003
-    """Share of the student's tokens that no teacher token maps to, where there is no dataset to ask: the quickstart's run."""
+    """Share of student tokens that no teacher token maps to, if there is no dataset to read it from: that of the quickstart."""
     reread: float = 1.29
-    """Tokens that `score_teacher` reads for each that it scores: documents of 2,000 tokens in the mean, docs/teachers.md."""
+    """Tokens that `score_teacher` reads per token that it scores, for documents of 2,000 tokens on average: docs/teachers.md."""

@@ -1,4 +1,4 @@
-"""How a student and a batch are dealt to so many ranks: the layouts that are compared, and the stages of a pipeline."""
+"""The layouts that a plan compares: how a student and a global batch are distributed over ranks and pipeline stages."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Partition = Literal["parameters", "uniform"] | tuple[int, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run."""
+    """One way to run: a layout and a placement of the teacher."""
 
     zero: int
+    """ZeRO stage."""
     stages: int
-    """0: no pipeline."""
+    """Number of pipeline stages. 0: no pipeline."""
     batch: Layout
     recompute: bool
-    """Activation checkpointing."""
+    """Whether activations are recomputed in the backward pass (activation checkpointing)."""
     placement: Placement | None
     """None: no teacher."""
 
@@ -35,25 +36,31 @@ class Candidate:
 
     @property
     def pipe(self) -> int:
+        """Ranks per pipeline."""
         return max(1, self.stages)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a pipeline holds; without a pipeline, all."""
+    """The layers of one pipeline stage. Without a pipeline, one stage has all layers."""
 
     decoders: int
     embedding: bool
     head: bool
 
     def parameters(self, sizes: Sizes) -> int:
-        """A head that is tied to the embedding is a copy of it on another stage, and the same tensor on one."""
+        """Parameters of the stage. A tied head on another stage than the embedding is a copy, so it counts."""
         copies = self.embedding + self.head - (self.embedding and self.head and sizes.tied)
-        return self.decoders * sizes.decoder + copies * sizes.embedding + self.head * sizes.hidden  # the norm before the head
+        final_norm = self.head * sizes.hidden
+        return self.decoders * sizes.params_per_layer + copies * sizes.embedding + final_norm
 
 
 def batches(rows: int, ranks: int, largest: int) -> Iterator[Layout]:
-    """A global batch of `rows` rows for so many data-parallel ranks: the asked-for micro-batch, then halves of it."""
+    """Ways to split a global batch of `rows` rows over data-parallel ranks.
+
+    largest: rows per micro-batch of the first result. It is halved for each further one as long as it is even, and sizes that do
+    not divide the batch are skipped. For example, 512 rows on 256 ranks with largest = 4 give micro-batches of 2 and of 1 row.
+    """
     micro = largest
     while micro:
         if rows % (micro * ranks) == 0:
@@ -64,31 +71,31 @@ def batches(rows: int, ranks: int, largest: int) -> Iterator[Layout]:
 
 
 def stages(sizes: Sizes, count: int, partition: Partition = "parameters") -> list[Stage]:
-    """What each of `count` stages holds. Raises RunError for a list that is not this model's."""
+    """Distribute the layers over `count` stages. Raises RunError if a partition in numbers does not match the model."""
     if isinstance(partition, tuple):
         if len(partition) != count or sum(partition) != sizes.layers:
             raise RunError(
-                f"parallel.partition names {len(partition)} stages with {sum(partition)} decoder layers together; "
-                f"there are {count} stages, and {sizes.layers} layers"
+                f"parallel.partition lists {len(partition)} stages with {sum(partition)} decoder layers in total, "
+                f"but there are {count} stages and {sizes.layers} layers"
             )
         return [Stage(n, i == 0, i == count - 1) for i, n in enumerate(partition)]
-    # embedding, decoders, norm, head
-    weights = (sizes.embedding, *[sizes.decoder] * sizes.layers, sizes.hidden, sizes.embedding)
+    # embedding, decoder layers, norm, head
+    weights = (sizes.embedding, *[sizes.params_per_layer] * sizes.layers, sizes.hidden, sizes.embedding)
     cuts = balanced(weights, count) if partition == "parameters" else equal(len(weights), count)
     last = len(weights) - 1
     return [Stage(len(range(max(1, begin), min(end, sizes.layers + 1))), begin == 0, end > last) for begin, end in pairwise(cuts)]
 
 
 def balanced(weights: Sequence[int], parts: int) -> list[int]:
-    """Where to cut a list into `parts` neighbours that differ as little as they can: parts + 1 borders, as DeepSpeed cuts.
+    """Cut a list into contiguous parts whose sums differ as little as possible, as DeepSpeed does.
 
-    parts: not more than weights.
+    Returns parts + 1 borders. For example, [1, 1, 2] in 2 parts gives [0, 2, 3]. parts must not exceed the number of weights.
     """
     sums = [0, *accumulate(weights)]
 
     @cache
     def best(end: int, left: int) -> tuple[int, int, tuple[int, ...]]:
-        """Of the first `end` weights in `left` parts: the heaviest, the lightest, the borders."""
+        """The first `end` weights in `left` parts: the largest sum, the smallest sum, the borders."""
         if left == 1:
             return sums[end], sums[end], (0, end)
         options = []
@@ -102,6 +109,6 @@ def balanced(weights: Sequence[int], parts: int) -> list[int]:
 
 
 def equal(items: int, parts: int) -> list[int]:
-    """Where to cut so many items into parts of equal length; the first ones take what is left over."""
+    """Borders of parts with equally many items. If the division leaves a remainder, the first parts have one item more."""
     size, left = divmod(items, parts)
     return [i * size + min(i, left) for i in range(parts + 1)]

@@ -1,4 +1,4 @@
-"""What a plan says: text for a terminal, which is Markdown too, and the same as JSON."""
+"""A plan as text and as JSON. The text is valid Markdown."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from megatron_vocagno.planning.comparison import Option, Task
+from megatron_vocagno.planning.comparison import Estimate, Workload
 from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.memory import Memory
 
-RATES = "the rates that the plan knows are those of 16-bit products"
+BEST = 3
+"""Number of layouts that are shown in addition to the run's own."""
 REMEDIES = {
     "weights": "zero_optimization.stage 3, or more parallel.pipeline_stages",
     "gradients": "zero_optimization.stage 2 or 3, or more parallel.pipeline_stages",
@@ -23,58 +24,84 @@ REMEDIES = {
     "scoring": "a smaller teacher.tokens_per_batch",
     "reduction": "zero_optimization.stage 2 or 3",
 }
-"""What makes a part of the memory smaller."""
+"""How to reduce each part of the memory."""
 
 
-def text(task: Task, cluster: Cluster, options: Sequence[Option], asked: Option | None, notes: Sequence[str]) -> str:
-    parts = ["\n".join(_opening(task, cluster)), _costs(options, asked, task.timed), _memories(options)]
-    if any(asked and option.candidate == asked.candidate for option in options):
-        parts.append("* as the run's files have it")
-    if not task.timed:
-        parts.append(f"note: no times, as the run computes in float32: {RATES}. Bytes do not depend on them.")
-    return "\n\n".join([*parts, *warnings(task, options, asked), *notes, *_changed(task, options)]) + "\n"
+def select(found: Sequence[Estimate], asked: Estimate | None) -> list[Estimate]:
+    """The layouts that are shown by default: the best ones, and the run's own.
+
+    found  all layouts, best first
+    asked  the run as its files describe it, if it can start
+    """
+    shown = list(found[:BEST])
+    if asked and all(estimate.candidate != asked.candidate for estimate in shown):
+        shown.append(asked)
+    return shown
 
 
-def _changed(task: Task, options: Sequence[Option]) -> list[str]:
-    if not _ranks_micro_batches(task):
+def text(
+    workload: Workload,
+    cluster: Cluster,
+    found: Sequence[Estimate],
+    asked: Estimate | None,
+    notes: Sequence[str],
+    shown: Sequence[Estimate],
+) -> str:
+    """The plan as text.
+
+    found  all layouts, best first
+    asked  the run as its files describe it, if it can start
+    shown  the layouts to print
+    """
+    parts = ["\n".join(_header(workload, cluster)), _costs(shown, asked, workload.timed), _memories(shown, asked)]
+    if asked and any(estimate.candidate == asked.candidate for estimate in shown):
+        parts.append("* the layout of the run's files")
+    if len(shown) < len(found):
+        parts.append(f"{len(found)} layouts were compared. --all shows all of them.")
+    if not workload.timed:
+        parts.append("note: no times. The run computes in float32, and the plan only knows the rates of 16-bit products.")
+    return "\n\n".join([*parts, *warnings(workload, found, asked), *notes, *_other_micro_batches(workload, shown)]) + "\n"
+
+
+def _other_micro_batches(workload: Workload, shown: Sequence[Estimate]) -> list[str]:
+    if not _ranks_micro_batches(workload):
         return []
-    if all(option.candidate.batch.micro_batch_rows == task.micro_batch_rows for option in options):
+    if all(estimate.candidate.batch.micro_batch_rows == workload.micro_batch_rows for estimate in shown):
         return []
     return [
-        f"note: the run ranks the tokens of {task.micro_batch_rows} rows together (guidance.scope = 'microbatch'); "
-        "other micro-batches choose other tokens."
+        f"note: the run ranks the tokens of {workload.micro_batch_rows} rows together (guidance.scope = 'microbatch'). "
+        "Another micro-batch size selects other tokens."
     ]
 
 
-def _ranks_micro_batches(task: Task) -> bool:
-    """Whether another micro-batch makes another run: it is the rows of one whose tokens are ranked together."""
-    guidance = task.run.guidance
-    return guidance.selects and guidance.scope == "microbatch"
+def _ranks_micro_batches(workload: Workload) -> bool:
+    """Whether the micro-batch size decides which tokens are selected, because tokens are ranked within a micro-batch."""
+    return workload.guidance.selects and workload.guidance.scope == "microbatch"
 
 
-def _opening(task: Task, cluster: Cluster) -> list[str]:
+def _header(workload: Workload, cluster: Cluster) -> list[str]:
     gpu, assumed = cluster.gpu, cluster.assumed
-    student = task.student.sizes
+    student = workload.student.sizes
     lines = [f"student: {student.model_type}, {student.parameters / 1e6:,.0f} M parameters, {student.layers} layers"]
-    for teacher in task.teachers:
+    for teacher in workload.teachers:
         sizes = teacher.sizes
         lines.append(f"teacher: {sizes.model_type}, {sizes.parameters / 1e6:,.0f} M parameters, {sizes.layers} layers")
     lines += [
-        f"run: {task.tokens / 1e9:.4g} G student tokens, {task.teacher_tokens / 1e9:.4g} G teacher tokens to score once; "
-        f"{task.steps:,} steps of {task.rows:,} rows of {task.run.data.row_length:,}",
-        f"GPUs: {cluster.gpus:,} in nodes of {cluster.per_node}; {gpu.flops:,.0f} TFLOP/s, {gpu.memory:g} GB, {gpu.link:g} GB/s "
-        f"within a node, {gpu.network:g} GB/s a GPU between nodes ({gpu.source})",
+        f"run: {workload.tokens / 1e9:.4g} G student tokens; {workload.steps:,} steps of {workload.rows:,} rows of "
+        f"{workload.student.row_length:,}; {workload.teacher_tokens / 1e9:.4g} G teacher tokens to score once",
+        f"GPUs: {cluster.gpus:,}, {cluster.per_node} per node; {gpu.flops:,.0f} TFLOP/s, {gpu.memory:g} GB, {gpu.link:g} GB/s "
+        f"within a node, {gpu.network:g} GB/s per GPU between nodes ({gpu.source})",
         f"assumed, not measured: {assumed.mfu:.0%} of the peak rate for the student, {assumed.teacher_mfu:.0%} for the teacher, "
-        f"{assumed.link_share:.0%} of the bandwidth, {assumed.memory_share:.0%} of the memory to use",
+        f"{assumed.link_share:.0%} of the bandwidth, {assumed.memory_share:.0%} of the memory usable",
     ]
     return lines
 
 
-def _costs(options: Sequence[Option], asked: Option | None, timed: bool) -> str:
-    """timed: with what takes time, beside memory."""
+def _costs(shown: Sequence[Estimate], asked: Estimate | None, timed: bool) -> str:
+    """timed: include the columns that need times."""
     header = [
         "layout",
-        "teacher",
+        "placement",
         "rows",
         "m",
         "recompute",
@@ -86,18 +113,18 @@ def _costs(options: Sequence[Option], asked: Option | None, timed: bool) -> str:
         "traffic s",
         "step s",
     ]
-    header += ["tokens/s/GPU", "hours", "scoring GPU-h", "all GPU-h"]
+    header += ["tokens/s/GPU", "hours", "scoring GPU-h", "total GPU-h"]
     rows = []
-    for o in options:
+    for o in shown:
         c, step = o.candidate, o.step
         rows.append(
             [
-                c.name + " *" * (asked is not None and c == asked.candidate),
+                _name(o, asked),
                 c.placement or "none",
                 str(c.batch.micro_batch_rows),
                 str(c.batch.micro_batches),
                 "yes" if c.recompute else "",
-                f"{o.memory.total / 1e9:.1f}" + ("" if o.fits else " too much"),
+                f"{o.memory.total / 1e9:.1f}" + ("" if o.fits else " too large"),
                 f"{(step.teacher_flops + step.student_flops) / 1e15:.1f}",
                 f"{step.teacher:.2f}",
                 f"{step.student:.2f}",
@@ -110,22 +137,28 @@ def _costs(options: Sequence[Option], asked: Option | None, timed: bool) -> str:
                 f"{o.gpu_hours:,.0f}",
             ]
         )
-    shown = len(header) if timed else header.index("GB") + 1
-    return table(header[:shown], [row[:shown] for row in rows], left=2)
+    columns = len(header) if timed else header.index("GB") + 1
+    return table(header[:columns], [row[:columns] for row in rows], left=2)
 
 
-def _memories(options: Sequence[Option]) -> str:
+def _memories(shown: Sequence[Estimate], asked: Estimate | None) -> str:
     names = [field.name for field in fields(Memory)]
     rows = [
-        [o.candidate.name, o.candidate.placement or "none"]
+        [_name(o, asked), o.candidate.placement or "none"]
         + [f"{size / 1e9:.1f}" for size in [*(getattr(o.memory, name) for name in names), o.memory.total, o.capacity]]
-        for o in options
+        for o in shown
     ]
-    return table(["GB of the fullest rank", "teacher is", *names, "all", "there is"], rows, left=2)
+    return table(["GB on the fullest rank", "placement", *names, "total", "usable"], rows, left=2)
+
+
+def _name(estimate: Estimate, asked: Estimate | None) -> str:
+    """The name of a layout. The run's own is marked with an asterisk."""
+    own = asked is not None and estimate.candidate == asked.candidate
+    return estimate.candidate.name + " *" * own
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> str:
-    """A Markdown table with straight columns; the first `left` ones begin at the left."""
+    """A Markdown table with aligned columns. The first `left` columns are aligned to the left, the others to the right."""
     widths = [max(3, *(len(row[i]) for row in [header, *rows])) for i in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -139,70 +172,70 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> st
     return "\n".join([line(header), f"| {' | '.join(rule)} |", *map(line, rows)])
 
 
-def warnings(task: Task, options: Sequence[Option], asked: Option | None) -> list[str]:
-    """What will not fit of the run as its files have it: which part, both values, what to change."""
+def warnings(workload: Workload, found: Sequence[Estimate], asked: Estimate | None) -> list[str]:
+    """A warning if the run does not fit as its files describe it: the largest part, both values, and what to change."""
     if asked is None or asked.fits:
         return []
     parts = {field.name: int(getattr(asked.memory, field.name)) for field in fields(Memory)}
     largest = max(parts, key=lambda name: parts[name])
     lines = [
-        f"warning: as its files have it, the run does not fit: {asked.memory.total / 1e9:.1f} GB on the fullest rank, "
-        f"{asked.capacity / 1e9:.1f} to use.",
-        f"  Its largest part is {largest} with {parts[largest] / 1e9:.1f} GB. Change: {REMEDIES[largest]}.",
+        f"warning: the run does not fit with its current files: it needs {asked.memory.total / 1e9:.1f} GB on the fullest rank, "
+        f"{asked.capacity / 1e9:.1f} GB are usable.",
+        f"  The largest part is {largest} with {parts[largest] / 1e9:.1f} GB. Use {REMEDIES[largest]}.",
     ]
-    if "train_micro_batch_size_per_gpu" in REMEDIES[largest] and _ranks_micro_batches(task):
+    if "train_micro_batch_size_per_gpu" in REMEDIES[largest] and _ranks_micro_batches(workload):
         lines.append(
-            "  A smaller train_micro_batch_size_per_gpu also changes which tokens are ranked together, and so the run "
+            "  A smaller train_micro_batch_size_per_gpu also changes which tokens are ranked together, and so the result "
             "(guidance.scope = 'microbatch')."
         )
-    if options and options[0].fits:
-        best = options[0]
-        first = "cheapest" if task.timed else "simplest"
-        lines.append(f"  The {first} that fits is {describe(best)}: {best.memory.total / 1e9:.1f} GB.")
-    elif options == [asked]:
-        lines.append("  python -m megatron_vocagno.plan looks for a layout that fits.")
+    if found and found[0].fits:
+        best = found[0]
+        first = "cheapest" if workload.timed else "simplest"
+        lines.append(f"  The {first} layout that fits is {describe(best)}: {best.memory.total / 1e9:.1f} GB.")
+    elif found == [asked]:
+        lines.append("  python -m megatron_vocagno.plan searches for a layout that fits.")
     else:
-        lines.append("  None of the layouts fits: more memory, more GPUs or a smaller model.")
+        lines.append("  None of the layouts fits. Use more GPUs, GPUs with more memory, or a smaller model.")
     return ["\n".join(lines)]
 
 
-def describe(option: Option) -> str:
-    candidate = option.candidate
+def describe(estimate: Estimate) -> str:
+    candidate = estimate.candidate
     teacher = f", teacher {candidate.placement}" if candidate.placement else ""
     recompute = ", activation checkpointing" if candidate.recompute else ""
-    return f"{candidate.name}{teacher}, {candidate.batch.micro_batch_rows} rows a micro-batch{recompute}"
+    return f"{candidate.name}{teacher}, {candidate.batch.micro_batch_rows} rows per micro-batch{recompute}"
 
 
 def as_json(
-    task: Task, cluster: Cluster, options: Sequence[Option], asked: Option | None, notes: Sequence[str]
+    workload: Workload, cluster: Cluster, found: Sequence[Estimate], asked: Estimate | None, notes: Sequence[str]
 ) -> dict[str, Any]:
-    """Bytes, seconds, FLOPs and hours, unrounded; without what takes time where no rates are known."""
+    """All layouts with unrounded bytes, seconds, FLOPs and hours. Times are left out if they cannot be estimated."""
 
-    def one(option: Option) -> dict[str, Any]:
+    def one(estimate: Estimate) -> dict[str, Any]:
         times = {
-            "step": {**asdict(option.step), "total": option.step.total},
-            "tokens_per_second_per_gpu": option.tokens_per_second,
-            "hours": option.hours,
-            "scoring_gpu_hours": option.scoring,
-            "gpu_hours": option.gpu_hours,
+            "step": {**asdict(estimate.step), "total": estimate.step.total},
+            "tokens_per_second_per_gpu": estimate.tokens_per_second,
+            "hours": estimate.hours,
+            "scoring_gpu_hours": estimate.scoring,
+            "gpu_hours": estimate.gpu_hours,
         }
         return {
-            **asdict(option.candidate),
-            "memory": {**asdict(option.memory), "total": option.memory.total, "capacity": option.capacity},
-            "fits": option.fits,
-            **(times if task.timed else {}),
+            **asdict(estimate.candidate),
+            "memory": {**asdict(estimate.memory), "total": estimate.memory.total, "capacity": estimate.capacity},
+            "fits": estimate.fits,
+            **(times if workload.timed else {}),
         }
 
     return {
-        "student": asdict(task.student.sizes),
-        "teachers": [asdict(teacher.sizes) for teacher in task.teachers],
-        "tokens": task.tokens,
-        "teacher_tokens": task.teacher_tokens,
-        "steps": task.steps,
+        "student": asdict(workload.student.sizes),
+        "teachers": [asdict(teacher.sizes) for teacher in workload.teachers],
+        "tokens": workload.tokens,
+        "teacher_tokens": workload.teacher_tokens,
+        "steps": workload.steps,
         "gpus": cluster.gpus,
         "gpu": asdict(cluster.gpu),
         "assumed": asdict(cluster.assumed),
-        "options": [one(option) for option in options],
+        "options": [one(estimate) for estimate in found],
         "as_asked": None if asked is None else one(asked),
-        "warnings": [*warnings(task, options, asked), *notes],
+        "warnings": [*warnings(workload, found, asked), *notes],
     }

@@ -1,6 +1,6 @@
-"""One micro-batch through a whole model on the meta device: no weights, no numbers, every layer's own code.
+"""Run one micro-batch through a complete model on the meta device, to check that the shapes of all layers fit.
 
-The layers are the student's; a teacher of the same families is made of them too, as its own forward asks its mask for numbers.
+A teacher is built from the student's layers too. The Hugging Face model cannot run here, because it reads values of its mask.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Passage:
-    """Shapes of what passes through a model, B rows of S tokens."""
+class ForwardShapes:
+    """Shapes of the tensors in a forward pass on B rows of S tokens."""
 
     ids: Shape
     """[B, S]"""
     hidden: Shape
-    """[B, S, H], after every layer alike; what a pipeline's stages hand on."""
+    """[B, S, H] after every layer. Pipeline stages send tensors of this shape."""
     head: Shape
     """[V, H]"""
     loss: Shape
     """[B, S]"""
 
 
-def passage(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> Passage:
-    """Run `rows` rows of `length` tokens, forward."""
+def forward_shapes(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> ForwardShapes:
+    """Run the forward pass on `rows` rows of `length` tokens."""
     config = with_sdpa(config)
     with torch.device("meta"), torch.no_grad():
         ids_BS = torch.zeros(rows, length, dtype=torch.long)
@@ -42,7 +42,7 @@ def passage(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype
             hidden_BSH = DecoderLayer(config, i).to(dtype)(hidden_BSH)
         head = Head(nn.Parameter(torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)))
         hidden_BSH, head_VH = head(FinalNorm(config).to(dtype)(hidden_BSH))
-        # not token_loss, whose kernels have no meta device; its shapes are these
+        # in place of token_loss, whose kernels do not support the meta device; the shapes are the same
         logits_NV = F.linear(hidden_BSH.flatten(0, 1), head_VH)
         loss_BS = F.cross_entropy(logits_NV.float(), ids_BS.flatten(), reduction="none").view(ids_BS.shape)
-    return Passage(*(tuple(tensor.shape) for tensor in (ids_BS, hidden_BSH, head_VH, loss_BS)))
+    return ForwardShapes(*(tuple(tensor.shape) for tensor in (ids_BS, hidden_BSH, head_VH, loss_BS)))

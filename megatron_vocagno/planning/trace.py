@@ -1,8 +1,8 @@
-"""What a layer takes of memory, asked of PyTorch itself: it is run on the meta device, where tensors have sizes and no numbers.
+"""Count the memory of a decoder layer by running it on the meta device, where tensors have shapes but no data.
 
-So there is no formula to go wrong for the next model, and none to keep in step with transformers. Two things are added up: the
-storages that autograd keeps for the backward pass, each once and parameters left out, and the most that lives at any moment.
-Attention is counted as a fused kernel, which keeps its factors, its result and a number for each row of the square.
+No formula has to follow the architecture or the release of transformers. Two quantities are counted: the storages that autograd
+saves for the backward pass (each once, without parameters), and the most bytes that are alive at any moment. Attention is counted
+as a fused kernel, which saves its inputs, its output and one number per query, but not the square of scores.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from megatron_vocagno.model.student import DecoderLayer
 
 
 @dataclass(frozen=True)
-class Held:
+class LayerMemory:
     """Bytes of one decoder layer on one micro-batch."""
 
     saved: int
-    """From its forward to its backward."""
+    """Bytes that are saved from the forward pass for the backward pass."""
     peak: int
-    """At most at once in forward and backward, what is saved and the gradients of its parameters included."""
+    """The most bytes alive at once during forward and backward, including `saved` and the gradients of the parameters."""
 
 
-def student_layer(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> Held:
-    """A decoder layer of the student on `rows` rows of `length` tokens."""
+def student_layer_memory(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> LayerMemory:
+    """Memory of the student's decoder layer on `rows` rows of `length` tokens."""
     layer = _layer(config, dtype)
     hidden_BSH = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     saved = Storages(layer.parameters())
     with _Fused(), torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         layer(hidden_BSH)
-    # a second time, as the first one's tensors live on in `saved`
+    # run it again, because `saved` keeps the tensors of the first run alive
     gradient_BSH = torch.empty_like(hidden_BSH)
     live = Live([*layer.parameters(), hidden_BSH, gradient_BSH])
     with _Fused(), live:
         layer(hidden_BSH).backward(gradient_BSH)
-    return Held(saved.bytes, live.peak)
+    return LayerMemory(saved.bytes, live.peak)
 
 
-def teacher_layer(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> int:
-    """The most that lives while one decoder layer of the teacher reads `rows` rows of `length` tokens, bytes."""
+def teacher_layer_peak(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> int:
+    """The most bytes alive at once while a decoder layer of the teacher runs on `rows` rows of `length` tokens."""
     layer = _layer(config, dtype)
     live = Live(layer.parameters())
     with torch.no_grad(), _Fused(), live:
@@ -65,16 +65,16 @@ def _layer(config: PretrainedConfig, dtype: torch.dtype) -> DecoderLayer:
 
 
 def with_sdpa(config: PretrainedConfig) -> PretrainedConfig:
-    """The same model with the attention that runs on the meta device."""
+    """A copy of the configuration with attention that runs on the meta device."""
     config = copy.copy(config)
     config._attn_implementation = "sdpa"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        config.attn_logit_softcapping = None  # sdpa has no cap; flash-attn's keeps nothing more
+        config.attn_logit_softcapping = None  # sdpa does not support the cap; in flash-attn the cap saves nothing more
     return config
 
 
 class Storages:
-    """Bytes behind tensors, each storage once, those of `known` tensors not at all."""
+    """Adds up the bytes of tensors. Each storage counts once, and storages of `known` tensors do not count."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         self._known = {_key(tensor) for tensor in known}
@@ -82,7 +82,7 @@ class Storages:
 
     def add(self, tensor: Tensor) -> Tensor:
         if (key := _key(tensor)) not in self._known:
-            self._kept[key] = tensor  # alive, so that no other storage gets its place
+            self._kept[key] = tensor  # keeps it alive, so that no other storage gets the same address
         return tensor
 
     @property
@@ -91,7 +91,7 @@ class Storages:
 
 
 class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of the storages that operations make, for as long as they live."""
+    """Tracks the bytes of the storages that operations allocate until they are freed. Those of `known` tensors do not count."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -115,7 +115,7 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Fused(TorchFunctionMode):
-    """Fused attention on the meta device, where PyTorch would take its unfused code and keep the whole square."""
+    """Uses fused attention. On the meta device PyTorch would choose its unfused code, which saves the square of scores."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -127,7 +127,7 @@ class _Fused(TorchFunctionMode):
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
 ) -> Tensor:
-    # the one fused kernel that torch gives a shape without a GPU; what it keeps is what all of them keep
+    # the only fused kernel with a shape function that works without a GPU; all fused kernels save the same tensors
     fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask)[0]
     return out

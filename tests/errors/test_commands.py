@@ -18,7 +18,7 @@ from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
 from megatron_vocagno.engine.manifest import sha256
-from megatron_vocagno.planning.sizes import given_config, read_config
+from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.sample_files import SampleStep, write_rows, write_step
 from megatron_vocagno.training.samples import Samples
@@ -38,27 +38,25 @@ def test_a_plan_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     def asked(*arguments: object, settings: Path = SETTINGS) -> None:
         refused(plan.main, *run_file(case), "--deepspeed_config", settings, *arguments)
 
-    with told("--gpus 0, --gpus-per-node 8: at least 1 of each"):
+    with told("--gpus is 0 and --gpus-per-node is 8: both must be at least 1"):
         asked("--gpus", 0)
-    with told("no GPU type 'h1000'; these are known: a100-40gb, a100, h100, h200, b200, mi300x, l40s"):
+    with told("unknown GPU type 'h1000' (--gpu). Known types: a100-40gb, a100, h100, h200, b200, mi300x, l40s"):
         asked("--gpus", 8, "--gpu", "h1000")
-    with told("512 rows of a global batch cannot be dealt to 7 GPUs in any layout: change train_batch_size"):
+    with told("no layout divides a global batch of 512 rows over 7 GPUs: change train_batch_size or --gpus"):
         asked("--gpus", 7)
-    with told("--mfu 3: a number above 0 and up to 1 expected"):
+    with told("--mfu is 3: it must be above 0 and at most 1"):
         asked("--gpus", 8, "--mfu", 3)
-    with told("no file at DIR/x.json (--teacher-config)", DIR=tmp_path):
+    with told("no such file: DIR/x.json (--teacher-config)", DIR=tmp_path):
         asked("--gpus", 8, "--teacher-config", tmp_path / "x.json")
     (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
-    with told(
-        "plan cannot count a student of type 'bert'; these it can: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
-    ):
+    with told("cannot plan a student of type 'bert'. Supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"):
         asked("--gpus", 8, "--student-config", tmp_path / "bert.json")
     with told(
-        "a cached teacher has no teacher.path here, and the plan counts what its scoring takes: give its "
-        "config.json with --teacher-config, once for each teacher"
+        "a cached teacher has no teacher.path, and the plan includes the cost of scoring: give its config.json with "
+        "--teacher-config, once per teacher"
     ):
         asked("--gpus", 8, "--set", 'teacher={placement="cached"}')
-    with told("parallel.partition names 2 stages with 2 decoder layers together; there are 2 stages, and 3 layers"):
+    with told("parallel.partition lists 2 stages with 2 decoder layers in total, but there are 2 stages and 3 layers"):
         asked("--gpus", 8, "--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[1,1]")
 
 
@@ -66,7 +64,8 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
     config = (case.teacher / "config.json").read_text().replace('"vocab_size": 49152', '"vocab_size": 500')
     (tmp_path / "small.json").write_text(config)
     with told(
-        "TRAIN: its teacher tokenizer has 49,152 tokens, the teacher has 500: the dataset was aligned for another one",
+        "TRAIN: the teacher tokenizer has 49,152 tokens, but the teacher has a vocab_size of 500. Was the dataset aligned for "
+        "another teacher?",
         TRAIN=case.train,
     ):
         arguments = ["--deepspeed_config", case.folder / "commands" / "ds.json", "--teacher-config", tmp_path / "small.json"]
@@ -75,9 +74,9 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     with told(
-        "no configuration of the teacher at DIR/nowhere: it is not on this machine yet. It is taken for a path: "
+        "no configuration of the teacher at DIR/nowhere: there is no config.json. It is taken for a path: "
         "a Hub id is org/name or org/name@revision.\n"
-        "  Give its config.json with --teacher-config; examples/plan holds those of the recipes.",
+        "  Give its config.json with --teacher-config. examples/plan has those of the recipes.",
         DIR=tmp_path,
     ):
         read_config(tmp_path / "nowhere", "teacher")
@@ -85,17 +84,22 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         "no configuration of the student at org/name: org/name is not, or not whole, in the Hub's cache "
         "CACHE, and the Hub was not asked. Download it where there is a network: hf "
         "download org/name --exclude '*.bin'.\n"
-        "  Give its config.json with --student-config; examples/plan holds those of the recipes.",
+        "  Give its config.json with --student-config. examples/plan has those of the recipes.",
         CACHE=HF_HUB_CACHE,
     ):
         read_config(Path("org/name"), "student")
     (tmp_path / "lama.json").write_text('{"model_type": "lama"}')
-    with told("DIR/lama.json is no configuration that transformers knows: Unrecognized model identifier: lama", DIR=tmp_path):
+    with told(
+        "DIR/lama.json is no configuration of a model that transformers knows: The checkpoint you are trying to load has model "
+        "type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the "
+        "checkpoint, or because your version of Transformers is out of date.",
+        DIR=tmp_path,
+    ):
         given_config(tmp_path / "lama.json", "--student-config")
     (tmp_path / "binary.json").write_bytes(b"\xff")
     with told(
-        "DIR/binary.json (--student-config) cannot be read: 'utf-8' codec can't decode byte 0xff in position "
-        "0: invalid start byte",
+        "DIR/binary.json is no configuration of a model that transformers knows: It looks like the config file at "
+        "'DIR/binary.json' is not a valid JSON file.",
         DIR=tmp_path,
     ):
         given_config(tmp_path / "binary.json", "--student-config")

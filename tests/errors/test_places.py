@@ -18,7 +18,7 @@ from megatron_vocagno.errors import UserError, looked_for, nearest, tool
 from megatron_vocagno.model.folder import model_folder
 from megatron_vocagno.model.gguf import dequantise
 from megatron_vocagno.model.teacher import teacher_folder
-from megatron_vocagno.planning.sizes import given_config, read_config
+from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.preprocess.inputs import find
 from megatron_vocagno.run_file import load_run
 from tests.errors.telling import told

@@ -56,7 +56,7 @@ def test_every_command_that_is_shown_dry_runs(where: str, line: str, capsys: pyt
     printed = capsys.readouterr().out
     run = load_run(Path(arguments[0]), [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"])
     assert "512 rows of 2,048 = 1,048,576 tokens" in printed and "learning rate 8e-05, cosine" in printed
-    assert "| student            | [4, 2048] | [4, 2048, 2048] |" in printed and "The dry run has found no fault." in printed
+    assert "| student            | [4, 2048] | [4, 2048, 2048] |" in printed and "The dry run found no errors." in printed
     configs = [Path(arguments[i + 1]) for i, word in enumerate(arguments) if word == "--teacher-config"]
     assert len(configs) == run.guidance.needs_teacher
     for config in configs:
@@ -95,8 +95,8 @@ def test_files_that_the_page_names_are_there() -> None:
         (["--gpus", "3"], "is 504.\n  It can be dealt to 2 or 4 processes.\n"),
         (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': Input should be less than"),
         (["--gpus", "9", "--set", "parallel.pipeline_stages=2"], "9 processes cannot form pipelines of 2 stages"),
-        (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages, and 22 layers"),
-        (["--student-config", "examples/plan"], "no file at examples/plan/config.json (--student-config)"),
+        (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages and 22 layers"),
+        (["--student-config", "examples/plan"], "no such file: examples/plan/config.json (--student-config)"),
         (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
     ],
 )
@@ -116,7 +116,7 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
     def notes(*settings: str) -> list[str]:
         assert main([*QWEN, "--gpus", "8", *(part for text in settings for part in ("--set", text))]) == 0
         printed = capsys.readouterr().out
-        assert "The dry run has found no fault." in printed
+        assert "The dry run found no errors." in printed
         told = [line.removeprefix("note: ") for line in printed.splitlines() if line.startswith("note: ")]
         # the recipe's fields of the method mean nothing to a baseline: tests/errors
         return [line for line in told if "no data" not in line and "no effect" not in line]
@@ -124,9 +124,9 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
     here = [f"student.pretrained={tmp_path / 'model'}", f"teacher.path={tmp_path / 'model'}"]
     assert notes(*here) == [] == notes(here[0], "teacher.placement=cached") == notes(here[0], "guidance.objective=random")
     student, teacher = notes("teacher.path=models/Qwen", "student.pretrained=TinyLlama-1.1B")
-    assert student.startswith("student.pretrained: nothing at TinyLlama-1.1B here. It is taken for a path: a Hub id is org/name")
+    assert student.startswith("student.pretrained: TinyLlama-1.1B does not exist. It is taken for a path: a Hub id is org/name")
     assert teacher.startswith(
-        "teacher.path: nothing at models/Qwen here, nor in the Hub's cache. It is taken for a Hub id, because"
+        "teacher.path: models/Qwen is neither on disk nor in the Hub cache. It is taken for a Hub id, because"
     )
     assert teacher.endswith("there is no `models` here.")
     [path, commit] = notes("student.pretrained=docs/Tiny", f"teacher.path=docs/Tiny@{'1' * 40}")
@@ -134,7 +134,7 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
     [warm_up] = notes(*here, "training.schedule.warmup_steps=20000")
     assert "warmup_steps is 20,000, the run has 14,369 steps" in warm_up
     [two] = notes(*here, "guidance.objective=kld")
-    assert "the student has 32,000 and the teacher 152,064" in two and notes(*here, "guidance.objective=uld") == []
+    assert "32,000 for the student, 152,064 for the teacher" in two and notes(*here, "guidance.objective=uld") == []
 
 
 def test_of_the_ranks_of_a_launcher_the_first_one_speaks(
@@ -154,7 +154,7 @@ def test_data_that_is_there_is_checked_against_the_models(
     small = tmp_path / "small.json"
     small.write_text(json.dumps(json.loads(Path(QWEN[-1]).read_text()) | {"vocab_size": 300}))
     assert main([*QWEN[:-1], str(small), "--gpus", "8", "--set", f"data.train={dataset.path}"]) == 2
-    assert "its teacher tokenizer has" in capsys.readouterr().err
+    assert "the teacher tokenizer has" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ def test_a_run_that_its_data_stops_is_not_called_faultless(
 
 def test_a_cached_teacher_is_its_losses_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*QWEN, "--gpus", "8", "--set", "teacher.placement=cached"]) == 0
-    assert "\nteacher: its cached losses alone, of Qwen2.5-Math-7B-Instruct\n" in capsys.readouterr().out
+    assert "\nteacher: only its cached losses, of Qwen2.5-Math-7B-Instruct\n" in capsys.readouterr().out
 
 
 def test_options_stand_in_any_order_and_those_without_an_effect_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--dry-run", "--local_rank=0", "--gpus", "8", QWEN[0], *QWEN[1:3], *QWEN[4:]]) == 0
-    assert "no fault" in capsys.readouterr().out
+    assert "no errors" in capsys.readouterr().out
     for wrong, message in (
         ([*QWEN, "--gpus", "8", "--json"], "unrecognized arguments: --json"),
         ([*QWEN, "--gpus", "8", "--print-config"], "unrecognized arguments: --print-config"),
@@ -198,10 +198,10 @@ def test_stages_are_shown_and_what_may_go_wrong_is_no_clean_bill(capsys: pytest.
     assert "stage 0: embedding, 11 decoder layers;" in printed and "stage 1: 11 decoder layers, norm, head;" in printed
     assert main([*QWEN, "--gpus", "8", "--gpu", "a100-40gb", "--teacher-tokens", "3"]) == 2
     printed = capsys.readouterr().out
-    assert "rows have about 6,144 teacher tokens, the teacher reads 4,096" in printed and "does not fit" in printed
-    assert "no fault" not in printed
+    assert "rows have about 6,144 teacher tokens, but the teacher reads at most 4,096" in printed and "does not fit" in printed
+    assert "no errors" not in printed
     # it has looked at one layout alone
-    assert "None of the layouts" not in printed and "megatron_vocagno.plan looks for a layout that fits" in printed
+    assert "None of the layouts" not in printed and "megatron_vocagno.plan searches for a layout that fits" in printed
 
 
 def test_options_of_the_plan_belong_to_a_dry_run() -> None:

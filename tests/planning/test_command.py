@@ -27,7 +27,7 @@ def test_the_docs_show_what_the_command_prints() -> None:
         [shown] = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- end of {name} -->", page, re.DOTALL)
         assert shown == text, "python -m tests.planning.worked_example writes what it is now"
         met += shown.count("|")
-    assert met > 500
+    assert met > 200
 
 
 def test_it_needs_no_deepspeed() -> None:
@@ -48,24 +48,25 @@ def test_options_that_fit_come_first_and_then_the_cheapest() -> None:
 
 def test_a_run_that_does_not_fit_is_told_which_part_and_what_to_change() -> None:
     text = printed("--gpus", "8", "--gpu", "a100-40gb", "--set", "data.row_length=4096")
-    warning = re.search(r"warning: .*does not fit: ([\d.]+) GB on the fullest rank, 36\.8 to use\.\n.*", text)
+    warning = re.search(r"warning: .*does not fit .*: it needs ([\d.]+) GB on the fullest rank, 36\.8 GB are usable\.\n.*", text)
     assert warning is not None and float(warning[1]) > 36.8
-    assert "largest part is activations with 31.4 GB. Change: parallel.activation_checkpointing = true" in warning[0]
-    assert "The cheapest that fits is" in text and "too much" not in text  # each layout has a change that fits
+    assert "largest part is activations with 31.4 GB. Use parallel.activation_checkpointing = true" in warning[0]
+    assert "The cheapest layout that fits is" in text
+    assert text.count("too large") == 1  # the run as it is; each layout has a change that fits
     assert "also changes which tokens are ranked together" in text
     assert "does not fit" not in printed("--gpus", "8", "--gpu", "h100")
     unranked = ["--gpus", "8", "--gpu", "a100-40gb", "--set", "data.row_length=4096", "--set"]
     for other in ("guidance.scope=sequence", "guidance.objective=clm"):
         assert "tokens are ranked together" not in printed(*unranked, other)
     alone = printed("--gpus", "1", "--gpu", "l40s", "--set", "teacher.dtype=float32", "--memory-share", "0.2")
-    assert "None of the layouts fits" in alone and alone.count("too much") >= 3
+    assert "None of the layouts fits" in alone and alone.count("too large") >= 3
 
 
 def test_a_batch_that_cannot_be_dealt_is_told() -> None:
     text = printed("--gpus", "256")
-    assert "warning: as its files have it, the run does not start: train_batch_size is 512" in text
+    assert "warning: the run cannot start with its current files: train_batch_size is 512" in text
     assert "It can be dealt to 128 processes." in text
-    assert "other micro-batches choose other tokens" in text
+    assert "Another micro-batch size selects other tokens" in text
     assert "ZeRO-1" not in printed("--gpus", "1024")
     assert "bubble" in printed("--gpus", "256", "--set", "parallel.pipeline_stages=2")
 
@@ -84,7 +85,7 @@ def test_what_the_run_asks_for_is_planned() -> None:
     assert {option["stages"] for option in dealt["options"]} <= {0, 2, 3}
     quantised = json.loads(printed("--gpus", "8", "--json", "--set", "teacher.weights=int8"))
     teacher = quantised["teachers"][0]
-    expected = 2 * teacher["parameters"] - teacher["layers"] * teacher["matrices"]
+    expected = 2 * teacher["parameters"] - teacher["layers"] * teacher["matmul_params_per_layer"]
     assert quantised["as_asked"]["memory"]["teacher"] == expected
 
 
@@ -106,22 +107,22 @@ def test_the_baselines_are_planned_with_the_teacher_that_they_ask_for() -> None:
         assert 0 < head < step["clm"]["student_flops"] < step[name]["student_flops"]
         assert len(asked[name]["options"]) == 3
     few = printed("--gpus", "256", "--set", "guidance.objective=random")
-    assert "other micro-batches choose other tokens" in few
-    assert "choose other tokens" not in printed("--gpus", "256", "--set", "guidance.objective=uld")
+    assert "Another micro-batch size selects other tokens" in few
+    assert "selects other tokens" not in printed("--gpus", "256", "--set", "guidance.objective=uld")
 
 
 def test_a_float32_run_is_planned_without_times(tmp_path: Path) -> None:
     settings = str(write_settings(tmp_path / "ds.json", train_batch_size=512, train_micro_batch_size_per_gpu=4))
     asked = ["--gpus", "32", "--deepspeed_config", settings]
     text, found = printed(*asked), json.loads(printed(*asked, "--json"))
-    assert "note: no times, as the run computes in float32" in text and not re.search("hours|tokens/s", text)
-    assert "| ZeRO-1 * |" in text and "| GB of the fullest rank |" in text
+    assert "note: no times. The run computes in float32" in text and not re.search("hours|tokens/s", text)
+    assert "| ZeRO-1 * |" in text and "| GB on the fullest rank |" in text
     assert all(option["memory"]["total"] > 0 and not {"step", "hours"} & option.keys() for option in found["options"])
     # nothing is known to be cheaper: what fits comes first, then the simplest
     order = [(not each["fits"], each["stages"], each["zero"]) for each in found["options"]]
     assert order == sorted(order) and len(order) == 18
     small = printed(*asked, "--gpu", "a100-40gb", "--set", "data.row_length=4096")
-    assert "The simplest that fits is" in small
+    assert "The simplest layout that fits is" in small
 
 
 def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDataset) -> None:
@@ -135,14 +136,14 @@ def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDatase
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--gpu", "tpu"], "no GPU type 'tpu'; these are known"),
-        (["--gpus", "0"], "--gpus 0"),
-        (["--mfu", "40"], "--mfu 40: a number above 0 and up to 1 expected"),
-        (["--gpus", "7"], "512 rows of a global batch cannot be dealt to 7 GPUs"),
-        (["--teacher-config", "examples/plan"], "no file at examples/plan/config.json (--teacher-config)"),
-        (["--student-config", "examples/plan/nope.json"], "error: no file at examples/plan/nope.json (--student-config)\n"),
-        (["--student-config", "ds_configs"], "no file at ds_configs/config.json (--student-config)"),
-        (["--student-config", "README.md"], "README.md is no configuration that transformers knows"),
+        (["--gpu", "tpu"], "unknown GPU type 'tpu' (--gpu). Known types: a100-40gb"),
+        (["--gpus", "0"], "--gpus is 0 and --gpus-per-node is 8"),
+        (["--mfu", "40"], "--mfu is 40: it must be above 0 and at most 1"),
+        (["--gpus", "7"], "no layout divides a global batch of 512 rows over 7 GPUs"),
+        (["--teacher-config", "examples/plan"], "no such file: examples/plan/config.json (--teacher-config)"),
+        (["--student-config", "examples/plan/nope.json"], "error: no such file: examples/plan/nope.json (--student-config)\n"),
+        (["--student-config", "ds_configs"], "no such file: ds_configs/config.json (--student-config)"),
+        (["--student-config", "README.md"], "README.md is no configuration of a model that transformers knows"),
         (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
     ],
 )
@@ -166,4 +167,4 @@ def test_a_model_that_is_not_there_yet_and_one_that_cannot_be_counted_are_told(
     assert "no configuration of the student at TinyLlama/TinyLlama-1.1B" in capsys.readouterr().err
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert plan.main([*arguments, "--student-config", str(tmp_path)]) == 2
-    assert "cannot count a student of type 'gpt2'" in capsys.readouterr().err
+    assert "cannot plan a student of type 'gpt2'" in capsys.readouterr().err

@@ -12,18 +12,19 @@ from megatron_vocagno.errors import RunError
 from megatron_vocagno.planning.cost import Cluster, Step, scoring_hours, step
 from megatron_vocagno.planning.hardware import GPUS, Assumptions, gpu
 from megatron_vocagno.planning.layouts import Candidate, Layout, Stage
-from megatron_vocagno.planning.memory import StudentUse, TeacherUse
-from megatron_vocagno.planning.sizes import Sizes, read_config, sizes
+from megatron_vocagno.planning.memory import StudentSpec, TeacherSpec
+from megatron_vocagno.planning.model_config import read_config
+from megatron_vocagno.planning.sizes import Sizes, sizes
 from tests.runs import REPOSITORY
 
 PERFECT = Assumptions(mfu=1.0, teacher_mfu=1.0, link_share=1.0, reread=1.25)
 SETTINGS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {}}
 # 4 layers of 1,000 products, no attention to speak of, a head of 1,600 products
 SMALL = Sizes("llama", 4, 16, 100, 2 * 1600 + 4 * 1000 + 16, 1000, 1000, 0, False)
-STUDENT = StudentUse(None, SMALL, 64)  # type: ignore[arg-type]
+STUDENT = StudentSpec(None, SMALL, 64)  # type: ignore[arg-type]
 
 
-def taken(candidate: Candidate, cluster: Cluster, guidance: Guidance | None = None, teacher: TeacherUse | None = None) -> Step:
+def taken(candidate: Candidate, cluster: Cluster, guidance: Guidance | None = None, teacher: TeacherSpec | None = None) -> Step:
     split = [Stage(4, embedding=True, head=True)]
     return step(candidate, split, STUDENT, SETTINGS, guidance or Guidance(objective="clm"), teacher, cluster)
 
@@ -73,7 +74,7 @@ def test_traffic_is_bytes_over_the_slowest_link_of_the_ring() -> None:
 
 def test_the_teacher_is_shared_by_a_pipeline_and_scores_once_where_it_is_cached() -> None:
     model = sizes(read_config(REPOSITORY / "examples/plan/Qwen2.5-Math-7B.json", "teacher"))
-    teacher = TeacherUse(None, model, torch.bfloat16, False, 16384, 2048)  # type: ignore[arg-type]
+    teacher = TeacherSpec(None, model, torch.bfloat16, False, 16384, 2048)  # type: ignore[arg-type]
     cluster = Cluster(GPUS["h100"], 32, 8, PERFECT)
     row = model.forward_flops(2048, 2048)
     plain = taken(Candidate(1, 0, Layout(4, 4, 32), False, "replicated"), cluster, teacher=teacher)
@@ -97,6 +98,6 @@ def test_the_worked_example_is_as_far_from_published_speeds_as_the_docs_say() ->
 
 
 def test_an_unknown_gpu_is_refused_with_those_that_are_known() -> None:
-    with pytest.raises(RunError, match=r"no GPU type 'h1000'; these are known: a100-40gb, a100, h100"):
+    with pytest.raises(RunError, match=r"unknown GPU type 'h1000' \(--gpu\)\. Known types: a100-40gb, a100, h100"):
         gpu("h1000")
     assert all(each.source and each.memory >= 40 for each in GPUS.values())

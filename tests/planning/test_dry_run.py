@@ -13,7 +13,6 @@ from transformers import AutoConfig
 
 from megatron_vocagno.model.configuration import SUPPORTED
 from megatron_vocagno.model.gguf import cached_folder
-from megatron_vocagno.planning import sizes
 from megatron_vocagno.pretrain import main
 from tests.errors.telling import refused, told
 from tests.model.test_gguf import VOCAB, write_gguf
@@ -89,7 +88,7 @@ def test_every_student_and_a_teacher_of_every_family_pass(
     # with a position for what stands in front of text, which no tokenizer tells here
     rows, row = 16_384 // (ROW + 1), ROW + 1
     assert f"| teacher            | [{rows}, {row}] | [{rows}, {row}, 64] | [1000, 64] | [{rows}, {row}] |" in printed
-    assert printed.endswith("The dry run has found no fault.\n")
+    assert printed.endswith("The dry run found no errors.\n")
 
 
 @pytest.mark.parametrize("model_type", OTHERS)
@@ -99,8 +98,14 @@ def test_a_teacher_that_cannot_be_counted_is_checked_all_the_same(
     words = arguments(tmp_path, student("llama", tmp_path, True), folder(model_type, tmp_path), **BF16)
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert f"note: no plan: plan cannot count a teacher of type '{model_type}'" in printed and "GB" not in printed
-    assert "| student " in printed and printed.endswith("The dry run has found no fault.\n")
+    assert f"note: no plan: cannot plan a teacher of type '{model_type}'" in printed and "GB" not in printed
+    assert "| student " in printed and printed.endswith("The dry run found no errors.\n")
+
+
+def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
+    words = arguments(tmp_path, student("llama", tmp_path, True), folder("llama", tmp_path), 5, **BF16)
+    with told("parallel.pipeline_stages is 5, but the student has 4 decoder layers"):
+        refused(main, *words[:-1], "5")
 
 
 def memory(printed: str) -> dict[str, float]:
@@ -120,7 +125,7 @@ def test_a_float32_run_has_its_memory_and_no_times(tmp_path: Path, capsys: pytes
         assert main([*words, "--student-config", str(config)]) == 0
         printed = capsys.readouterr().out
         assert ("hours" in printed) == ("tokens/s" in printed) == (name == "bf16")
-        assert ("note: no times, as the run computes in float32" in printed) == (name == "fp32")
+        assert ("note: no times. The run computes in float32" in printed) == (name == "fp32")
         held[name] = memory(printed)
     assert held["bf16"]["weights"] > 1
     for part in ("weights", "gradients"):
@@ -133,8 +138,8 @@ def test_a_run_that_does_not_fit_is_a_fault(settings: dict[str, Any], tmp_path: 
     words = arguments(tmp_path, student("llama", tmp_path, True), folder("llama", tmp_path), **settings)
     assert main([*words, "--memory-share", "0.00001"]) == 2
     printed = capsys.readouterr().out
-    assert "the run does not fit" in printed and "Its largest part is" in printed
-    assert printed.endswith("The dry run has found a fault: the run does not fit into memory, see above.\n")
+    assert "the run does not fit" in printed and "The largest part is" in printed
+    assert printed.endswith("The dry run found an error: the run does not fit into memory, see above.\n")
     assert main(words) == 0
 
 
@@ -154,7 +159,13 @@ def test_a_gguf_teacher_is_planned_as_its_folder_is(
     assert not (tmp_path / "cache").exists(), "nothing is converted"
     converted = cached_folder(source)
     plan(converted)
-    monkeypatch.setattr(sizes.AutoConfig, "from_pretrained", None)  # what was converted is not read again
+    read = AutoConfig.from_pretrained
+
+    def read_json(path: Path, **options: Any) -> Any:
+        assert "gguf_file" not in options, "a converted file is not read again"
+        return read(path, **options)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read_json)
     plan(source)
     assert printed[0] == printed[1] == printed[2] and f"[{len(VOCAB)}, 32]" in printed[0]
 

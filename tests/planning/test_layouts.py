@@ -14,8 +14,9 @@ from megatron_vocagno.errors import RunError
 from megatron_vocagno.planning.cost import Cluster, step
 from megatron_vocagno.planning.hardware import GPUS, Assumptions
 from megatron_vocagno.planning.layouts import Candidate, Layout, balanced, batches, equal, stages
-from megatron_vocagno.planning.memory import StudentUse, in_flight
-from megatron_vocagno.planning.sizes import Sizes, read_config, sizes
+from megatron_vocagno.planning.memory import StudentSpec, in_flight
+from megatron_vocagno.planning.model_config import read_config
+from megatron_vocagno.planning.sizes import Sizes, sizes
 from tests.runs import REPOSITORY
 
 SIZES = sizes(read_config(REPOSITORY / "examples/plan/TinyLlama-1.1B.json", "student"))
@@ -47,7 +48,7 @@ def test_every_layer_is_on_one_stage() -> None:
             met += count > 1
     assert met == 20
     assert [stage.decoders for stage in stages(SIZES, 3, (10, 8, 4))] == [10, 8, 4]
-    with pytest.raises(RunError, match=r"2 stages with 14 decoder layers together; there are 3 stages, and 22 layers"):
+    with pytest.raises(RunError, match=r"2 stages with 14 decoder layers in total, but there are 3 stages and 22 layers"):
         stages(SIZES, 3, (10, 4))
 
 
@@ -108,7 +109,7 @@ def test_the_time_of_a_pipeline_is_that_of_its_schedule(count: int, micro_batche
     # no traffic: a link that takes none
     fast = Cluster(GPUS["h100"], 8, 8, Assumptions(link_share=1e9))
     candidate = Candidate(1, count, Layout(4, micro_batches, 1), False, None)
-    student = StudentUse(None, SIZES, 2048)  # type: ignore[arg-type]
+    student = StudentSpec(None, SIZES, 2048)  # type: ignore[arg-type]
     split, guidance, settings = stages(SIZES, count), Guidance(), {"bf16": {"enabled": True}}
     planned = step(candidate, split, student, settings, guidance, None, fast)
 

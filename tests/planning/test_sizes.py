@@ -11,14 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_vocagno.config import Guidance
-from megatron_vocagno.errors import RunError
+from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.objective.linear_ce import LearnedRows
 from megatron_vocagno.objective.selection import planned_kept
 from megatron_vocagno.planning.cost import _passes, learned_share
 from megatron_vocagno.planning.layouts import Stage
-from megatron_vocagno.planning.sizes import read_config, sizes
+from megatron_vocagno.planning.model_config import read_config
+from megatron_vocagno.planning.sizes import sizes
 from tests.runs import REPOSITORY
 
 ROWS, LENGTH = 2, 96
@@ -78,7 +79,7 @@ def test_flops_are_those_that_a_step_computes(spec: dict[str, Any], recompute: b
         (loss_BS.flatten() * (torch.arange(tokens) < learned)).sum().backward()
     planned = _passes(Stage(found.layers, True, True), found, tokens, LENGTH, 1, learned / tokens, recompute)
     # torch counts the whole square of attention, we the half under the diagonal
-    square = found.layers * tokens * 4 * found.heads_width * (LENGTH - (LENGTH + 1) / 2)
+    square = found.layers * tokens * 4 * found.attention_width * (LENGTH - (LENGTH + 1) / 2)
     assert forward == planned[0] + square
     backward = planned[1] + (2 + recompute) * square
     # recomputing stops where nothing more is needed: some layers end with a product that nothing has to keep
@@ -101,8 +102,8 @@ def test_the_head_learns_the_share_of_tokens_that_the_selection_plans() -> None:
 
 
 def test_a_configuration_that_is_not_there_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"not on this machine yet.*\n.*--teacher-config"):
+    with pytest.raises(RunError, match=r"there is no config\.json.*\n.*--teacher-config"):
         read_config(tmp_path / "model.gguf", "teacher")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-    with pytest.raises(RunError, match=r"config\.json is no configuration"):
+    with pytest.raises(ModelError, match=r"config\.json is no configuration .*Field 'hidden_size' expected int"):
         read_config(tmp_path, "student")

@@ -15,9 +15,10 @@ from megatron_vocagno.objective.distance import Kind, Reference, distance
 from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, LearnedRows, token_loss
 from megatron_vocagno.planning import memory
 from megatron_vocagno.planning.layouts import Candidate, Layout, Stage
-from megatron_vocagno.planning.memory import StudentUse
-from megatron_vocagno.planning.sizes import read_config, sizes
-from megatron_vocagno.planning.trace import student_layer, teacher_layer
+from megatron_vocagno.planning.memory import StudentSpec
+from megatron_vocagno.planning.model_config import read_config
+from megatron_vocagno.planning.sizes import sizes
+from megatron_vocagno.planning.trace import student_layer_memory, teacher_layer_peak
 from tests.planning.test_sizes import SIZES, each_model
 from tests.runs import REPOSITORY
 
@@ -72,7 +73,7 @@ def test_the_bytes_kept_of_a_layer_are_those_that_autograd_keeps(spec: dict[str,
     for rows, length in SHAPES:
         hidden_BSH = torch.randn(rows, length, spec["hidden_size"], dtype=dtype, requires_grad=True)
         measured = kept_by_autograd(layer, hidden_BSH)
-        assert student_layer(student_config(spec), rows, length, dtype).saved == measured > 10_000
+        assert student_layer_memory(student_config(spec), rows, length, dtype).saved == measured > 10_000
 
 
 @each_model
@@ -85,12 +86,12 @@ def test_the_peak_of_a_layer_is_that_of_the_allocator(spec: dict[str, Any], dtyp
     layer.zero_grad(set_to_none=True)
     measured = highest(lambda: layer(hidden_BSH).backward(gradient_BSH))
     # kernels of a CPU take a little scratch for shapes that they do not like
-    assert student_layer(student_config(spec), 2, 96, dtype).peak == pytest.approx(measured, rel=0.01)
+    assert student_layer_memory(student_config(spec), 2, 96, dtype).peak == pytest.approx(measured, rel=0.01)
 
     with torch.no_grad():
         layer(hidden_BSH)
         measured = highest(lambda: layer(hidden_BSH)) + hidden_BSH.untyped_storage().nbytes()
-    assert teacher_layer(student_config(spec), 2, 96, dtype) == pytest.approx(measured, rel=0.01)
+    assert teacher_layer_peak(student_config(spec), 2, 96, dtype) == pytest.approx(measured, rel=0.01)
 
 
 def test_a_llama_layer_keeps_what_the_docs_say() -> None:
@@ -101,7 +102,7 @@ def test_a_llama_layer_keeps_what_the_docs_say() -> None:
         tokens = rows * 2048
         rope = 2 * 2048 * config.head_dim * 2
         per_token = 16 * H + 8 * F + 4 * A + 4 * K + 4 * heads + 8
-        assert student_layer(config, rows, 2048, torch.bfloat16).saved == tokens * per_token + rope
+        assert student_layer_memory(config, rows, 2048, torch.bfloat16).saved == tokens * per_token + rope
 
 
 @pytest.mark.parametrize("share", [0.4, 1.0])
@@ -173,7 +174,7 @@ def test_the_peak_of_a_whole_micro_batch_is_that_of_the_allocator(recompute: boo
     planned = memory.memory(
         Candidate(1, 0, Layout(rows, 1, 1), recompute, None),
         [Stage(count.layers, embedding=True, head=True)],
-        StudentUse(config, count, length),
+        StudentSpec(config, count, length),
         {"zero_optimization": {"stage": 1}},
         share,
         None,

@@ -1,0 +1,198 @@
+"""Check a run before there is data, weights or a GPU: `pretrain_vocagno.py … --dry-run --gpus 32`.
+
+Reads the run file, the DeepSpeed configuration and the config.json of both models, runs one micro-batch through both models on
+the meta device, and plans the run as its files describe it. Downloads nothing and starts no process group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from megatron_vocagno import hub
+from megatron_vocagno.batch.loader import Layout
+from megatron_vocagno.config import Parallel, Run, Teacher
+from megatron_vocagno.corpus.manifest import DATASET
+from megatron_vocagno.engine.cached import check_cached
+from megatron_vocagno.engine.distilling import check_vocabularies
+from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, precision, zero_stage
+from megatron_vocagno.engine.settings_file import check_sections
+from megatron_vocagno.engine.settings_file import notes as settings_notes
+from megatron_vocagno.errors import RunError, looked_for, nearest
+from megatron_vocagno.model.configuration import check_row_length, student_config
+from megatron_vocagno.model.folder import cached_snapshot
+from megatron_vocagno.planning.comparison import Workload, as_asked
+from megatron_vocagno.planning.layouts import stages
+from megatron_vocagno.planning.report import table, text
+from megatron_vocagno.planning.request import PlanRequest, read_request
+from megatron_vocagno.planning.shapes import ForwardShapes, forward_shapes
+from megatron_vocagno.planning.sizes import Sizes
+
+
+def dry_run(options: argparse.Namespace) -> tuple[str, int]:
+    """Returns the report (resolved run, shapes, plan) and the exit code: 2 if the run does not fit into memory.
+
+    options: of `planning.options.add_plan_options`. Raises UserError for anything else that would stop the run and can be known
+    without data, weights or a GPU.
+    """
+    request = read_request(options)
+    run, workload = request.run, request.workload
+    check_sections(options.deepspeed_config, workload.settings)
+    layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages)
+    _check_models(request)
+    resolved = [*_resolved(run, workload, layout), *_stages(run.parallel, workload.student.sizes)]
+    parts = ["\n".join(resolved), _shapes(workload)]
+    notes = [*request.notes, *_notes(request)]
+    last, code = list(_unread_tokens(request)), 0
+    if request.uncounted:
+        parts += [f"note: no plan: {request.uncounted}", *notes]
+    else:
+        asked = as_asked(workload, request.cluster, zero_stage(workload.settings))
+        assert asked is not None  # batch_layout has succeeded
+        parts.append(text(workload, request.cluster, [asked], asked, notes, [asked]).rstrip())
+        if not asked.fits:
+            last, code = [*last, "The dry run found an error: the run does not fit into memory, see above."], 2
+    return "\n\n".join([*parts, *(last or ["The dry run found no errors."])]) + "\n", code
+
+
+def _check_models(request: PlanRequest) -> None:
+    """Raises UserError if models, row length, vocabularies and cached losses do not fit together."""
+    run, config = request.run, request.workload.student.config
+    check_row_length(config, run.data.row_length)
+    if run.student.config is not None:
+        student_config(run.student.config, config.vocab_size)
+    sides = [("student", config.vocab_size)] + [("teacher", teacher.vocab_size) for teacher in request.teachers[:1]]
+    for data in request.datasets:
+        for side, rows in sides:
+            tokens = (data.student_tokenizer if side == "student" else data.teacher_tokenizer).rows
+            if rows < tokens:
+                raise RunError(
+                    f"{data.path}: the {side} tokenizer has {tokens:,} tokens, but the {side} has a vocab_size of {rows:,}. "
+                    f"Was the dataset aligned for another {side}?"
+                )
+        check_vocabularies(run, data)
+    check_cached(run, request.datasets)
+
+
+def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
+    """A summary of the run."""
+    guidance, schedule = run.guidance, run.training.schedule
+    how = f", keep {guidance.keep:g} per {guidance.scope}, unmapped tokens: {guidance.unmapped}" if guidance.selects else ""
+    yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
+    yield f"output: {run.output}"
+    for source in run.data.train:
+        exists = (source.path / DATASET).is_file()
+        yield f"data: {source.path}{'' if exists else f', does not exist yet{looked_for(source.path)}'}"
+    yield f"student: {_location(run.student.pretrained) if run.student.pretrained else 'from scratch'}"
+    for teacher in run.teacher if guidance.needs_teacher else ():
+        yield f"teacher: {_teacher(teacher)}"
+    tokens = layout.rows * run.data.row_length
+    count = run.parallel.pipeline_stages
+    yield (
+        f"step: {layout.rows:,} rows of {run.data.row_length:,} = {tokens:,} tokens: {layout.micro_batch_rows} rows x "
+        f"{layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks"
+        f"{f' x {count} stages' if count else ''}, ZeRO-{zero_stage(workload.settings)}"
+    )
+    yield (
+        f"training: {workload.steps:,} steps, {_optimizer(workload.settings)}, {schedule.kind} to {schedule.final:g} of it "
+        f"after {schedule.warmup_steps:,} steps of warm-up, {precision(workload.settings)}, seed {run.training.seed}"
+    )
+
+
+def _teacher(teacher: Teacher) -> str:
+    if teacher.placement == "cached":
+        return f"only its cached losses{f', of {hub.short_name(teacher.path)}' if teacher.path else ''}"
+    return f"{_location(teacher.path)}, {teacher.dtype}, {teacher.placement}"
+
+
+def _optimizer(settings: DeepSpeedConfig) -> str:
+    optimizer = settings["optimizer"]
+    return f"{optimizer['type']}, learning rate {optimizer.get('params', {}).get('lr', 'at its default')}"
+
+
+def _notes(request: PlanRequest) -> Iterator[str]:
+    """Likely mistakes that cannot be proven without data."""
+    run, steps = request.run, request.workload.steps
+    if run.student.pretrained:
+        yield from _absent("student.pretrained", run.student.pretrained)
+    for teacher in run.teacher if run.guidance.needs_teacher else ():
+        if teacher.placement != "cached" and teacher.path:
+            yield from _absent("teacher.path", teacher.path)
+    yield from settings_notes(request.workload.settings)
+    yield from run.guidance.notes()
+    yield from run.training.schedule.notes(steps)
+    # with data, _check_models compares the tokenizers. A student from scratch may take its vocabulary from the data.
+    known = run.student.config is None or "vocab_size" in run.student.config
+    if run.guidance.distance == "kld" and known and not request.datasets:
+        yield from _other_vocabularies(request.workload.student.config.vocab_size, request.teachers)
+
+
+def _other_vocabularies(student: int, teachers: Sequence[PretrainedConfig]) -> Iterator[str]:
+    for teacher in teachers:
+        if teacher.vocab_size != student:
+            yield (
+                "note: guidance.objective = 'kld' needs the same tokenizer for both models, but their vocab_size differ: "
+                f"{student:,} for the student, {teacher.vocab_size:,} for the teacher. "
+                "The run starts only if the difference is padding."
+            )
+
+
+def _absent(field: str, path: Path) -> Iterator[str]:
+    """A note for a model that is neither on disk nor in the Hub cache."""
+    if hub.is_id(path):
+        if not cached_snapshot(path):
+            yield f"note: {field}: {path} is neither on disk nor in the Hub cache. {hub.taken_for_id(path)}{nearest(path)}"
+    elif not path.expanduser().exists():
+        yield f"note: {field}: {path} does not exist. {hub.taken_for_path(path)}{looked_for(path)}"
+
+
+def _location(path: Path | None) -> str:
+    assert path is not None, "the run file requires a path unless a teacher is cached"
+    if not hub.is_id(path):
+        return f"{path}{'' if path.expanduser().exists() else ', does not exist yet'}"
+    return f"{path}, in the Hub cache" if cached_snapshot(path) else f"{path}, to be downloaded from the Hub"
+
+
+def _stages(parallel: Parallel, sizes: Sizes) -> Iterator[str]:
+    """One line per pipeline stage. Raises RunError if the partition does not match the model."""
+    count = parallel.pipeline_stages
+    if not count:
+        return
+    if count > sizes.layers:
+        raise RunError(f"parallel.pipeline_stages is {count}, but the student has {sizes.layers} decoder layers")
+    for i, stage in enumerate(stages(sizes, count, parallel.partition)):
+        layers = ["embedding"] * stage.embedding + [f"{stage.decoders} decoder layers"] + ["norm, head"] * stage.head
+        yield f"stage {i}: {', '.join(layers)}; {stage.parameters(sizes) / 1e6:,.0f} M parameters"
+
+
+def _shapes(workload: Workload) -> str:
+    """A table of the shapes of one micro-batch in the student, and of one forward pass of each teacher."""
+    student = workload.student
+    dtype = torch.float32 if precision(workload.settings) == "fp32" else torch.bfloat16
+    found = [("student", forward_shapes(student.config, workload.micro_batch_rows, student.row_length, dtype))]
+    for teacher in workload.teachers:
+        shapes = forward_shapes(teacher.config, teacher.rows_per_batch, teacher.row_length, teacher.dtype)
+        found.append(("teacher", shapes))
+    header = ["on the meta device", "ids", "hidden", "head", "loss"]
+    return table(header, [[name, *_cells(shapes)] for name, shapes in found], left=1)
+
+
+def _cells(shapes: ForwardShapes) -> list[str]:
+    return [str(list(shape)) for shape in (shapes.ids, shapes.hidden, shapes.head, shapes.loss)]
+
+
+def _unread_tokens(request: PlanRequest) -> Iterator[str]:
+    """A warning for each teacher whose rows are expected to be longer than it can read."""
+    expected = math.ceil(request.run.data.row_length * request.cluster.assumed.teacher_tokens)
+    for teacher in request.teachers:
+        longest = getattr(teacher, "max_position_embeddings", None)
+        if longest is not None and expected > longest and request.run.teacher[0].placement != "cached":
+            yield (
+                f"warning: rows have about {expected:,} teacher tokens, but the teacher reads at most {longest:,}. Tokens beyond "
+                "that are unmapped. Use shorter rows or cached losses."
+            )
