@@ -24,7 +24,7 @@ class Workload:
     student: StudentSpec
     teachers: tuple[TeacherSpec, ...]
     placement: Placement | None
-    """The placement that the run file asks for. None: no teacher."""
+    """The placement in the run file. None: no teacher."""
     rows: int
     """Rows of a global batch."""
     micro_batch_rows: int
@@ -76,7 +76,7 @@ def compare(workload: Workload, cluster: Cluster) -> list[Estimate]:
     """One estimate per layout and placement of the teacher, each with the smallest change of the run's files that fits.
 
     The micro-batch is halved if the run's does not divide the global batch or does not fit. Activations are recomputed if the run
-    asks for it, or if a smaller micro-batch is not enough. If nothing fits, the variant with the least memory is returned.
+    file requests it, or if a smaller micro-batch is not enough. If nothing fits, the variant with the least memory is returned.
 
     Order: estimates that fit come first, then the cheapest (if times are known), then the simplest.
     """

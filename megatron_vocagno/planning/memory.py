@@ -26,7 +26,7 @@ REDUCE_BUCKET, LIVE_PARAMETERS = 500_000_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank. The parts up to `teacher` are held all the time; the others are added up as in `total`."""
+    """Bytes on one rank. The parts up to `teacher` are held during the complete step. `total` combines the others."""
 
     weights: int
     gradients: int

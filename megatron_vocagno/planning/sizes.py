@@ -41,7 +41,7 @@ class Sizes:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the embedding. The head has as many."""
+        """Parameters of the embedding. The head has the same number."""
         return self.vocabulary * self.hidden
 
     def layer_flops(self, tokens: float, row_length: float) -> float:
