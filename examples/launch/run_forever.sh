@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Start a training command again until it has finished, was asked to stop, or meets something that you must mend.
+# Restart a training command until it has finished, was stopped, or ended with an error that you must fix.
 #
 #   examples/launch/run_forever.sh OUTPUT deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config X.json
 #
-# OUTPUT is the run's 'output' folder. SIGTERM and SIGUSR1 go on to the ranks: they save and leave, and so does this script.
-# The launcher itself must not be signalled: it would kill its ranks, or leave them behind (docs/training.md). Ranks of other
-# machines are out of reach: what to type for them is in docs/clusters.md.
+# OUTPUT is the run's 'output' folder. SIGTERM and SIGUSR1 are forwarded to the ranks: they save and exit, and so does this script.
+# Do not signal the launcher itself: it would kill its ranks, or leave them behind (docs/training.md). The script cannot reach ranks
+# on other machines; docs/clusters.md has the command for them.
 #
-# Exit code 0: OUTPUT/finished or OUTPUT/stopped says which. 2: a mistake, as the training command explained. 130: Ctrl-C.
-# 1: it died RUN_FOREVER_TRIES times in a row without a newer checkpoint; between those it waits longer and longer.
-set -um # m: the command gets a process group of its own, so that Ctrl-C does not reach its ranks
+# Exit code 0: the run has finished or was stopped; OUTPUT/finished or OUTPUT/stopped exists. 2: an error that you must fix, printed
+# by the training command. 130: Ctrl-C. 1: the command failed RUN_FOREVER_TRIES times in a row without a newer checkpoint; the wait
+# between attempts grows.
+set -um # m: the command gets its own process group, so that Ctrl-C does not reach its ranks
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-    # what stands above, without its signs
+    # print the comment above without its number signs
     sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
     exit 0
 fi
@@ -31,14 +32,14 @@ newest() {
     cat "$output/checkpoints/latest" 2>/dev/null
 }
 
-# a launcher may give its ranks process groups and sessions of their own, and they lose their parent when it dies; the
-# environment goes wherever they go
+# a launcher may start its ranks in separate process groups and sessions, and they lose their parent when it dies. Only their
+# environment identifies them
 id=$(cat /proc/sys/kernel/random/uuid)
 processes() {
     grep -lszxF "RUN_FOREVER_ID=$id" /proc/[0-9]*/environ | cut -d / -f 3
 }
 
-# ranks, and a command without a launcher, once they catch SIGUSR1: whatever does not would die of it
+# ranks, and a command without a launcher, if they catch SIGUSR1: it would kill a process that does not
 listening() {
     local pid caught
     for pid in $(processes); do
@@ -49,24 +50,25 @@ listening() {
 }
 
 # shellcheck disable=SC2329 # called by the traps below
-hand_on() {
+forward_signal() {
     local found patience=10
     while [ "$command" -ne 0 ] && kill -0 "$command" 2>/dev/null; do
         found=$(listening)
-        # shellcheck disable=SC2086 # one word a process
+        # shellcheck disable=SC2086 # one word per process
         [ -z "$found" ] || { kill -s "$1" $found 2>/dev/null && return; }
-        # a launcher takes a while to start its ranks
+        # a launcher needs some time to start its ranks
         patience=$((patience - 1))
         if [ $patience -eq 0 ]; then
-            echo "run_forever: no rank listens on this machine, so nothing has been signalled; waiting. If all ranks run on others:" \
+            echo "run_forever: no rank on this machine handles signals yet, so none was signalled; waiting." \
+                "If all ranks run on other machines:" \
                 "ssh HOST \"pkill -USR1 -f '[p]retrain.* --local_rank=0'\"" >&2
         fi
         sleep 1
     done
 }
 
-# until they are gone: the next start must not find them with its files and GPUs
-leave_nothing() {
+# kill until no process is left: the next start needs their files and GPUs
+kill_remaining() {
     local left
     kill -s KILL -- "-$1" 2>/dev/null
     while left=$(processes) && [ -n "$left" ]; do
@@ -76,7 +78,7 @@ leave_nothing() {
     done
 }
 
-# `wait` returns early when a signal is handed on; of a command that has ended it gives the exit code, as often as asked
+# `wait` returns early when a signal is forwarded. For a command that has ended, it can be called repeatedly for the exit code
 ended() {
     while kill -0 "$1" 2>/dev/null; do
         wait "$1"
@@ -84,9 +86,9 @@ ended() {
     wait "$1"
 }
 
-trap 'asked=SIGTERM; hand_on TERM' TERM
-trap 'asked=SIGUSR1; hand_on USR1' USR1
-trap 'asked=SIGINT; hand_on TERM' INT
+trap 'asked=SIGTERM; forward_signal TERM' TERM
+trap 'asked=SIGUSR1; forward_signal USR1' USR1
+trap 'asked=SIGINT; forward_signal TERM' INT
 
 failures=0
 while [ -z "$asked" ]; do
@@ -94,20 +96,20 @@ while [ -z "$asked" ]; do
     rm -f "$output/finished" "$output/stopped"
     RUN_FOREVER_ID=$id "$@" &
     command=$!
-    [ -z "$asked" ] || hand_on TERM # the signal came before the line above
+    [ -z "$asked" ] || forward_signal TERM # the signal came before the line above
     ended $command
     code=$?
-    leave_nothing $command
+    kill_remaining $command
     command=0
 
-    # `deepspeed` exits 0 also when its own helper was killed: the run's last word counts. 75: node.sh, for one that was stopped
+    # `deepspeed` also exits with 0 if its helper was killed, so check the run's own files. 75: node.sh, if the run was stopped
     if { [ $code -eq 0 ] || [ $code -eq 75 ]; } && { [ -f "$output/finished" ] || [ -f "$output/stopped" ]; }; then
         [ "$asked" = SIGINT ] && exit 130
         exit 0
     fi
     case $code in 2 | 130) exit $code ;; esac
     if [ -n "$asked" ]; then
-        echo "run_forever: it was asked to stop ($asked), but died with exit code $code; newest checkpoint: ${before:-none}" >&2
+        echo "run_forever: stopped by $asked, but the command failed with exit code $code; newest checkpoint: ${before:-none}" >&2
         exit 1
     fi
 
@@ -116,10 +118,11 @@ while [ -z "$asked" ]; do
     else
         failures=0
     fi
-    [ -d "$output" ] || echo "run_forever: there is no $output: is it the run's 'output' folder?" >&2
-    echo "run_forever: ended with exit code $code, unfinished; newest checkpoint: $(newest), ${failures} times in a row without a newer one" >&2
+    [ -d "$output" ] || echo "run_forever: $output does not exist. Is it the run's 'output' folder?" >&2
+    echo "run_forever: the command ended with exit code $code before the run finished; newest checkpoint: $(newest)," \
+        "${failures} failures in a row without a newer one" >&2
     if [ $failures -ge "$tries" ]; then
-        echo "run_forever: giving up; starting it again would not help. Look at its last error above" >&2
+        echo "run_forever: giving up after repeated failures. See the last error above" >&2
         exit 1
     fi
     if [ $failures -gt 0 ]; then
@@ -127,6 +130,6 @@ while [ -z "$asked" ]; do
         wait $! # a signal ends the wait
     fi
 done
-echo "run_forever: asked to stop ($asked) between two starts" >&2
+echo "run_forever: stopped by $asked between two starts" >&2
 [ "$asked" = SIGINT ] && exit 130
 exit 0
