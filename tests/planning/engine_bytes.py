@@ -1,4 +1,4 @@
-"""A program: engines of DeepSpeed, one after the other, that tell what bytes they hold when the optimizer is about to step.
+"""A program that builds DeepSpeed engines one after the other and records the bytes that they hold before the optimizer steps.
 
 Arguments: a JSON list of [pipeline stages, DeepSpeed configuration], and the file to write to.
 """
@@ -42,7 +42,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def living() -> Iterable[Tensor]:
     for thing in gc.get_objects():
-        # not isinstance alone, which asks lazy modules for their class
+        # not isinstance, which would import lazy modules
         if issubclass(type(thing), Tensor) and thing.device.type == "cpu":
             yield thing
             if thing.grad is not None:
@@ -67,7 +67,7 @@ def measure(stages: int, settings: dict[str, Any], processes: Any) -> dict[str, 
     seen: list[dict[str, int]] = []
     step = engine.optimizer.step
 
-    def tell_and_step(*arguments: Any, **options: Any) -> Any:
+    def record_and_step(*arguments: Any, **options: Any) -> Any:
         gc.collect()
         now = {address: size for address, size in storages(living()).items() if address not in before}
         parameters = list(engine.module.parameters())
@@ -83,9 +83,9 @@ def measure(stages: int, settings: dict[str, Any], processes: Any) -> dict[str, 
         return step(*arguments, **options)
 
     ids_BS = torch.randint(0, STUDENT["vocab_size"], (ROWS, LENGTH))
-    for last in (False, True):  # moments are there from the second step on
+    for last in (False, True):  # moments exist from the second step on
         if last:
-            engine.optimizer.step = tell_and_step
+            engine.optimizer.step = record_and_step
         if stages:
             engine.module.loss_fn = lambda outputs, labels: outputs[0].float().mean() + outputs[1].float().mean()
             engine.train_batch(iter([(ids_BS, (ids_BS,))] * 2))
@@ -99,7 +99,7 @@ def measure(stages: int, settings: dict[str, Any], processes: Any) -> dict[str, 
 if __name__ == "__main__":
     wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     processes = start()
-    told = [measure(stages, settings, processes) for stages, settings in wanted]
+    measured = [measure(stages, settings, processes) for stages, settings in wanted]
     if os.environ["RANK"] == "0":
-        out.write_text(json.dumps(told))
+        out.write_text(json.dumps(measured))
     stop()

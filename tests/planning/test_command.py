@@ -1,4 +1,4 @@
-"""The command: its page in the docs, its warnings, its errors."""
+"""The plan command: its section in the docs, its warnings and its errors."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ def test_it_needs_no_deepspeed() -> None:
     finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     assert len(json.loads(finished.stdout)["options"]) == 18
+
+
+def test_the_runs_own_layout_and_the_three_best_are_shown_unless_all_are_asked_for() -> None:
+    def layouts(text: str) -> list[list[str]]:
+        """Layout and placement of each row, of both tables."""
+        rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in text.splitlines() if line.startswith("|")]
+        return [row for row in rows if row[1] in ("replicated", "zero3", "cached")]
+
+    few, every = printed("--gpus", "32"), printed("--gpus", "32", "--all")
+    assert len(layouts(every)) == 2 * 18 and "layouts were compared" not in every
+    assert layouts(few) == 2 * [*layouts(every)[:3], ["ZeRO-1 *", "replicated"]]
+    assert "18 layouts were compared. --all shows all of them." in few
+    # a run whose own layout is among the best has no row twice
+    assert len(layouts(printed("--gpus", "32", "--set", "teacher.placement=cached"))) == 2 * 4
+    own = printed("--gpus", "1", "--set", "guidance.objective=clm")
+    assert own.count("ZeRO-1 *") == 2 and "--all" not in own
 
 
 def test_options_that_fit_come_first_and_then_the_cheapest() -> None:

@@ -1,4 +1,4 @@
-"""Seconds and hours, against arithmetic done by hand."""
+"""Seconds and hours, compared with arithmetic by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dry run: every student and teacher passes through it, on the meta device, and what it says of memory is its exit code."""
+"""The dry run: every student and teacher family passes on the meta device, and a run that does not fit exits with code 2."""
 
 from __future__ import annotations
 

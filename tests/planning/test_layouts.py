@@ -1,4 +1,4 @@
-"""Stages, micro-batches on their way and the time of a pipeline, against DeepSpeed's own partition and schedule."""
+"""Stages, micro-batches in flight and the time of a pipeline, compared with DeepSpeed's partition and schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a plan, against models that are built and FLOPs that PyTorch counts while they run."""
+"""Parameters and FLOPs of a plan, compared with built models and with the FLOPs that PyTorch counts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes of parameters, gradients and optimizer that a plan counts are those that DeepSpeed's engines hold."""
+"""Bytes of parameters, gradients and optimizer of a plan, compared with those of DeepSpeed engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says of activations is what autograd keeps, and what the allocator hands out, on a CPU."""
+"""Activations of a plan, compared with the tensors that autograd saves and the bytes that the allocator hands out, on a CPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worked example of docs/clusters.md: what the plan prints, and three clusters beside each other.
+"""The worked example of docs/clusters.md: the printed plan, and a comparison of three clusters.
 
     python -m tests.planning.worked_example
 
@@ -31,7 +31,7 @@ EXAMPLE = [
 
 
 def printed(*arguments: str) -> str:
-    """What the command prints for the example."""
+    """The output of the command for the example."""
     out = io.StringIO()
     with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(out):
         assert plan.main([*EXAMPLE, *arguments]) == 0
@@ -46,7 +46,7 @@ def sections() -> dict[str, str]:
 
 
 def clusters() -> str:
-    """The best layout with the teacher online, and cached, on three clusters; and the best pipeline."""
+    """The best layouts on three clusters: with an online teacher, with cached losses, and the best pipeline."""
     rows = []
     for gpus in (32, 256, 1024):
         options = json.loads(printed("--gpus", str(gpus), "--json"))["options"]
