@@ -130,8 +130,8 @@ def _overlaps(candidate: Candidate, settings: dict[str, Any]) -> bool:
 def _communication(candidate: Candidate, stage: Stage, sizes: Sizes, settings: dict[str, Any], cluster: Cluster) -> float:
     """Seconds per step of the collectives over the data-parallel ranks (DeepSpeed 0.19.8).
 
-    With W bytes of weights and G of gradients, a step sends W + 2 G under ZeRO-1 (all-reduce, then gather), W + 2 m G under ZeRO-2
-    and m (2 W + G) under ZeRO-3 (gather for forward and backward, reduce-scatter).
+    With W bytes of weights, G bytes of gradients and m micro-batches, a step sends W + 2 G under ZeRO-1 (all-reduce and gather),
+    W + 2 m G under ZeRO-2 and m (2 W + G) under ZeRO-3 (gather for forward and for backward, then reduce-scatter).
     """
     ranks, micro_batches = candidate.batch.data_parallel, candidate.batch.micro_batches
     weights = cluster.gather(element_bytes(settings) * stage.parameters(sizes), ranks)

@@ -236,7 +236,7 @@ def _student_memory(student: StudentSpec, rows: int, dtype: torch.dtype) -> Laye
     return student_layer_memory(student.config, rows, student.row_length, dtype)
 
 
-# ---- the sum -------------------------------------------------------------------------------------------------------
+# ---- the sum ------------------------------------------------------------------------------------------------------
 
 
 def memory(

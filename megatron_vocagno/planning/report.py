@@ -91,8 +91,8 @@ def _header(workload: Workload, cluster: Cluster) -> list[str]:
         f"{workload.student.row_length:,}, {workload.teacher_tokens / 1e9:.4g} G teacher tokens to score once",
         f"GPUs: {cluster.gpus:,}, {cluster.per_node} per node; {gpu.flops:,.0f} TFLOP/s, {gpu.memory:g} GB, {gpu.link:g} GB/s "
         f"within a node, {gpu.network:g} GB/s per GPU between nodes ({gpu.source})",
-        f"assumptions (not measured): {assumed.mfu:.0%} of the peak rate for the student, {assumed.teacher_mfu:.0%} for the teacher, "
-        f"{assumed.link_share:.0%} of the bandwidth, {assumed.memory_share:.0%} of the memory usable",
+        f"assumptions (not measured): {assumed.mfu:.0%} of the peak rate for the student, {assumed.teacher_mfu:.0%} for the "
+        f"teacher, {assumed.link_share:.0%} of the bandwidth, {assumed.memory_share:.0%} of the memory usable",
     ]
     return lines
 
