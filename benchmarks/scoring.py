@@ -94,7 +94,7 @@ def scoring_figures(folder: Path, path: Path | None, rounds: int, quick: bool) -
     [shard] = data.manifest.shards
     assert int(data.teacher_lengths.max()) <= CONTEXT, "a document does not fit into a window"
     job = ScoreJob(0, data.path / shard.path, shard, asked.scoring(data), path, BUDGET)
-    teacher = open_once(path, "float32", "as-is")
+    teacher = open_once(path, "float32", "none")
     ids = torch.from_numpy(np.concatenate([data.teacher(i) for i in range(len(data))])).long()
     packed = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT).split(BUDGET // CONTEXT)
     totals = LossTotals()

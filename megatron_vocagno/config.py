@@ -1,16 +1,19 @@
-"""A run: frozen models, one for each part of its file (`run_file.py` reads them).
+"""The configuration of a run: one frozen model per section of the run file. `run_file.py` reads the file.
 
-It owns what is to be learned from what; the DeepSpeed configuration (`ds_configs/*.json`) owns batch sizes, precision, the
-optimizer with its peak learning rate, gradient clipping and the ZeRO stage: none of them is repeated here.
+A field's docstring is its documentation: docs/fields.py writes the table in docs/training.md from it.
+
+The DeepSpeed configuration (`ds_configs/*.json`) sets batch sizes, precision, the optimizer with its peak learning rate, gradient
+clipping and the ZeRO stage. The run file repeats none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, field_validator, model_validator
 
 from megatron_vocagno.errors import tool
 
@@ -20,11 +23,12 @@ Unmapped = Literal["include", "exclude"]
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
 Bos = Literal["auto", "none"] | Annotated[int, Field(ge=0)]
 Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
+Quantization = Literal["none", "int8", "fp8"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
 class Part(BaseModel):
-    """One section of the file. Frozen, and it knows every key that may stand in it."""
+    """A section of the run file. It is frozen and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,24 +37,30 @@ class Source(Part):
     """A dataset of a blend."""
 
     path: Path
+    """Folder of the dataset."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Its share of the rows is its weight over the sum of all weights."""
+    """The dataset's share of the rows is this weight divided by the sum of all weights."""
 
 
 class Data(Part):
     """Aligned datasets, made by `tools.preprocess.build_dataset`."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """A path, or for a blend several tables `[[data.train]]`."""
+    """Path of the dataset to train on. For a blend, write one table `[[data.train]]` per dataset: docs/training.md#blends."""
     valid: Path | None = None
+    """Path of the dataset to evaluate on. It must be made with the same two tokenizers as `data.train`."""
     row_length: Annotated[int, Field(ge=32)] = 2048
-    """Student positions of a row (S)."""
+    """Student tokens per row (S). A row is a packed sequence, and the count includes the BOS that the student reads."""
     attention: Literal["row", "document"] = "row"
-    """What a token sees, in both models: all of its row before it, or its own document's part of that."""
+    """Which tokens a token attends to, in both models.
+
+    `row`: all earlier tokens of its row.
+    `document`: only the earlier tokens of its own document.
+    """
 
     @property
     def by_document(self) -> bool:
-        """Whether attention ends at the borders of documents."""
+        """Whether attention stops at document borders."""
         return self.attention == "document"
 
     @field_validator("train", mode="before")
@@ -60,112 +70,137 @@ class Data(Part):
 
 
 class Student(Part):
-    """The model that learns: pretrained weights, or a configuration to start from."""
+    """The model to train. Give either pretrained weights or a configuration."""
 
     pretrained: Path | None = None
-    """A Hugging Face folder with safetensors."""
+    """A Hugging Face folder with safetensors, or a Hub id (docs/training.md#models-from-the-hub), to continue training from."""
     config: dict[str, Any] | None = None
-    """Fields of a Hugging Face configuration, `model_type` first; `vocab_size` comes from the data when it is not given."""
+    """Fields of a Hugging Face configuration, to train from scratch. `model_type` is required.
+
+    If `vocab_size` is missing, it is taken from the data.
+    """
     bos: Bos = "auto"
-    """What it reads at the head of each row: `auto` is what its own tokenizer puts in front of a text, `none` nothing, a number
-    that id.
+    """What the student reads at the start of each row: docs/method.md#what-a-model-reads-in-front-of-text.
+
+    `auto`: the tokens that its own tokenizer puts before a text.
+    `none`: nothing.
+    A number: the token with that id.
     """
     attention: Attention = "auto"
+    """Attention implementation. `auto` uses FlashAttention 2 if it can, else SDPA: docs/training.md#models-and-attention."""
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
         if (self.pretrained is None) == (self.config is None):
-            raise ValueError("give exactly one of 'pretrained' (continue from weights) and 'config' (start from nothing)")
+            raise ValueError("give exactly one of 'pretrained' (continue from weights) and 'config' (train from scratch)")
         return self
 
 
 class Teacher(Part):
-    """The frozen model that guides."""
+    """The frozen model that guides the student."""
 
     path: Path | None = None
-    """A Hugging Face folder with safetensors, or a GGUF file (dequantised once, kept in a cache folder)."""
+    """A Hugging Face folder with safetensors, a Hub id, or a GGUF file that is converted once: docs/teachers.md#which-models."""
     data: tuple[Path, ...] = ()
-    """For the second and every further teacher: the datasets of `data.train`, in their order, aligned for this teacher."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    weights: Literal["as-is", "int8", "fp8"] = "as-is"
-    """`int8`, `fp8`: the decoder's matrices are quantised when they are loaded, by torchao."""
-    placement: Literal["replicated", "zero3", "cached"] = "replicated"
-    """Where its losses come from.
+    """Only for the second and each further teacher: the datasets of `data.train`, in the same order, aligned for this teacher.
 
-    `replicated`: every rank holds the teacher, and the ranks of a pipeline group share a step's rows.
-    `zero3`: its weights are sharded over all ranks, and gathered layer by layer.
-    `cached`: `tools.preprocess.score_teacher` has written them beside the data; no teacher is loaded.
+    See docs/teachers.md#several-teachers.
+    """
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of the teacher's forward pass."""
+    quantization: Quantization = "none"
+    """8-bit weights for the linear layers of the decoder, by torchao: docs/teachers.md#precision-and-8-bits."""
+    placement: Literal["replicated", "zero3", "cached"] = "replicated"
+    """Where the teacher's losses come from: docs/teachers.md#where-it-runs.
+
+    `replicated`: every rank holds the teacher. The ranks of one pipeline share the rows of a step.
+    `zero3`: the weights are sharded over all ranks and gathered layer by layer.
+    `cached`: `tools.preprocess.score_teacher` has stored the losses next to the data. No teacher is loaded.
     """
     bos: Bos = "auto"
-    """What it reads at the head of each row or window, as `student.bos`."""
+    """What the teacher reads at the start of each row or window. The values are those of `student.bos`."""
     tokens_per_batch: PositiveInt = 16384
-    """Padded teacher tokens of one forward. A memory bound, it changes no result beyond rounding."""
+    """Upper bound for the tokens of one teacher forward pass, padding included.
+
+    It limits memory and does not change results beyond rounding.
+    """
     attention: Attention = "auto"
+    """Attention implementation, as in `student.attention`."""
 
 
 class Guidance(Part):
     """The method: which of the student's losses count. See docs/method.md."""
 
     objective: Objective = "guided"
-    """`guided` is the method; the others are what it is compared with (docs/method.md#baselines).
+    """`guided` is the method. The other values are baselines to compare it with: docs/method.md#baselines.
 
-    `clm`: plain language modeling, every token.
-    `random`: as many tokens as `guided` keeps, by chance.
-    `student`: as many, those of highest loss of the student alone.
-    `uld`, `kld`: every token, and besides its loss the distance from the teacher's distribution: of sorted probabilities,
-    for any vocabulary, or the Kullback-Leibler divergence, for one vocabulary.
+    `clm`: plain language modeling on every token.
+    `random`: as many tokens as `guided` keeps, chosen at random.
+    `student`: as many tokens as `guided` keeps, those with the highest student loss.
+    `uld`: every token, plus the distance between the sorted probabilities of both models. It works with any vocabulary.
+    `kld`: every token, plus the Kullback-Leibler divergence from the teacher. Both models need the same vocabulary.
     """
     aggregate: Aggregate = "max"
+    """How the losses of the teacher tokens that cover a student token become one number."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the mapped tokens that is kept."""
+    """Share of the mapped tokens that is kept. At most 6 decimals."""
     scope: Scope = "microbatch"
+    """The group of tokens that is ranked together.
+
+    `sequence`: a row.
+    `microbatch`: the micro-batch of one data-parallel rank.
+    `global`: all tokens of the step, over all ranks.
+    """
     unmapped: Unmapped = "include"
+    """Whether tokens without a teacher token, for example EOS, are trained on."""
     require_positive: bool = False
-    """Keep only tokens where the student is worse than the teacher."""
+    """Keep only tokens on which the student's loss is higher than the teacher's."""
     combine: Literal["min", "mean"] = "min"
-    """Of the guides of several teachers."""
+    """How the losses of several teachers become one number."""
     chunks: PositiveInt | None = None
-    """A worse alignment, for comparison: both sides of a row are cut into so many equal chunks, and each token is covered by its
-    whole chunk.
+    """A coarser alignment to compare with: docs/method.md#baselines. Only for `guided`.
+
+    Both sides of a row are cut into this many equal chunks, and each token is covered by its complete chunk.
     """
     distance_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """What the distance of `uld` and `kld` counts beside the loss."""
+    """Factor of the distance of `uld` and `kld`, which is added to the loss: docs/method.md#distances-between-distributions."""
 
     @property
     def selects(self) -> bool:
-        """Whether some tokens are learned and others are not."""
+        """Whether the objective trains on a selection of the tokens."""
         return self.objective in ("guided", "random", "student")
 
     @property
     def distance(self) -> Literal["uld", "kld"] | None:
-        """What is learned besides the loss, from the teacher's distributions."""
+        """The distance from the teacher's distribution that is added to the loss; None if there is none."""
         return self.objective if self.objective in ("uld", "kld") else None
 
     @property
     def needs_teacher(self) -> bool:
+        """Whether the objective reads a teacher."""
         return self.objective == "guided" or self.distance is not None
 
     def notes(self) -> Iterator[str]:
-        """What a user may not have meant: fields that stand in the run and that its objective does not read."""
+        """One note for the fields that were given although the objective ignores them."""
         idle = [name for name in _OF_GUIDES if self.objective != "guided"] + [name for name in _OF_SELECTION if not self.selects]
         if given := [f"guidance.{name}" for name in idle if name in self.model_fields_set]:
-            why = "selects without a guide" if self.selects else "learns every token"
+            why = "selects tokens without a teacher" if self.selects else "trains on every token"
             have = "has" if len(given) == 1 else "have"
             yield f"note: {', '.join(given)} {have} no effect: guidance.objective = {self.objective!r} {why}."
 
     @model_validator(mode="after")
     def _of_this_objective(self) -> Self:
         if self.chunks is not None and self.objective != "guided":
-            raise ValueError(f"chunks replaces the alignment of 'guided'; objective is {self.objective!r}")
+            raise ValueError(f"chunks applies only to objective 'guided' (objective is {self.objective!r})")
         if self.distance_weight != 1 and self.distance is None:
-            raise ValueError(f"distance_weight is of 'uld' and 'kld'; objective is {self.objective!r}")
+            raise ValueError(f"distance_weight applies only to objectives 'uld' and 'kld' (objective is {self.objective!r})")
         return self
 
     @field_validator("keep")
     @classmethod
     def _decimals(cls, keep: float) -> float:
         if round(keep, 6) != keep:
-            raise ValueError("at most 6 decimals: the number of kept tokens is computed exactly from them")
+            raise ValueError("at most 6 decimals are allowed, because the number of kept tokens is computed exactly")
         return keep
 
 
@@ -174,24 +209,33 @@ _OF_SELECTION = ("keep", "scope", "unmapped")
 
 
 class Parallel(Part):
+    """How the student is distributed over the ranks. See docs/training.md#layouts."""
+
     pipeline_stages: Annotated[int, Field(ge=0)] = 0
-    """0: no pipeline, the plain engine with any ZeRO stage; 1 and more: the pipeline engine, with ZeRO-1."""
+    """Number of pipeline stages. 0 disables the pipeline and allows any ZeRO stage; 1 or more requires ZeRO-1."""
     partition: Literal["parameters", "uniform"] | tuple[PositiveInt, ...] = "parameters"
-    """How layers are dealt to stages: equal parameters, equal layers, or so many decoder layers each."""
+    """How layers are assigned to pipeline stages.
+
+    `parameters`: about equally many parameters per stage.
+    `uniform`: about equally many layers per stage.
+    A list: this many decoder layers per stage, for example `[5, 6, 6, 5]`.
+    """
     activation_checkpointing: bool = False
-    """Keep only the input of each decoder layer, and compute the rest again in the backward pass."""
+    """Store only the input of each decoder layer, and recompute its activations in the backward pass."""
 
 
 class Schedule(Part):
-    """Learning rate over the run, as a share of the peak that the DeepSpeed configuration names."""
+    """The learning rate over the run, relative to the peak in the DeepSpeed configuration."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    final: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Share of the peak at the last step."""
+    """Steps of linear warm-up to the peak."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of the last step, divided by the peak."""
 
     def notes(self, steps: int) -> Iterator[str]:
-        """What a user may not have meant, of a run of so many steps."""
+        """A note if the warm-up is longer than a run of `steps` steps."""
         if self.warmup_steps > steps:
             yield (
                 f"note: training.schedule.warmup_steps is {self.warmup_steps:,}, the run has {steps:,} step{'s' * (steps != 1)}: "
@@ -200,16 +244,19 @@ class Schedule(Part):
 
 
 class Training(Part):
+    """The length of the run."""
+
     steps: PositiveInt | None = None
+    """Optimizer steps. Give exactly one of `training.steps` and `training.tokens`."""
     tokens: PositiveInt | None = None
-    """Student tokens to learn from, rounded up to whole steps."""
+    """Student tokens to train on, rounded up to complete steps."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Decides initial weights, order of documents and order of rows."""
+    """Seed for the initial weights, the order of documents and the order of rows."""
     schedule: Schedule = Schedule()
     max_nonfinite_steps: PositiveInt = 5
-    """So many steps in a row with a loss or gradient that is not finite stop the run."""
+    """The run stops after this many consecutive steps with a loss or gradient that is not finite."""
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """After so many minutes of wall time the run saves a checkpoint and leaves, as it does on SIGTERM and SIGUSR1."""
+    """After this many minutes of wall time, start-up included, the run saves a checkpoint and exits, as on SIGTERM."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -219,44 +266,64 @@ class Training(Part):
 
 
 class Eval(Part):
-    """Bits per byte on `data.valid`, before the first step, every so many steps, and after the last."""
+    """Evaluation: bits per byte on `data.valid`, before the first step and after the last."""
 
     every: PositiveInt | None = None
+    """Steps between further evaluations."""
     rows: PositiveInt | None = None
-    """The first so many rows; all of them when it is not given."""
+    """Number of rows to evaluate, from the start of `data.valid`. If it is missing, all rows are evaluated."""
 
 
 class Checkpoint(Part):
+    """When checkpoints are written and removed."""
+
     every: PositiveInt | None = None
-    """Steps between checkpoints; one is always written after the last step."""
-    keep: PositiveInt = 2
-    """The newest so many stay on disk."""
+    """Steps between checkpoints. One is always written after the last step."""
+    keep_last: PositiveInt = 2
+    """Number of the newest checkpoints that stay on disk."""
     keep_every: PositiveInt | None = None
-    """Besides them, those whose step is a multiple of this stay for good."""
+    """Checkpoints whose step is a multiple of this number are never removed."""
 
 
 class Logging(Part):
+    """What the run reports. See docs/monitoring.md."""
+
     every: PositiveInt = 1
-    """Steps between lines on the console; TensorBoard and metrics.jsonl get every step."""
+    """Steps between lines on the console. TensorBoard and `metrics.jsonl` get every step."""
     samples: PositiveInt | None = None
-    """So many rows of `data.valid` are written down at every evaluation, token by token: both losses, and what would be kept."""
+    """Number of rows of `data.valid` that every evaluation writes token by token: docs/monitoring.md#seeing-what-is-learned."""
 
 
 class Run(Part):
-    """The whole run."""
+    """The complete configuration of a run."""
 
     output: Path
-    """Checkpoints, metrics.jsonl and TensorBoard files go here."""
+    """Folder for checkpoints, `metrics.jsonl` and TensorBoard files."""
     data: Data
     student: Student
     teacher: tuple[Teacher, ...] = ()
-    """A table `[teacher]`, or for several teachers tables `[[teacher]]`, all of them cached."""
+    """One table `[teacher]`, or one table `[[teacher]]` per teacher. Several teachers must all be `cached`."""
     guidance: Guidance = Guidance()
     parallel: Parallel = Parallel()
     training: Training
     eval: Eval = Eval()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()
+    _notes: tuple[str, ...] = PrivateAttr(())
+
+    def model_post_init(self, context: Any, /) -> None:
+        """Keep the notes that `load_run` passes as the context of the validation."""
+        self._notes = tuple(context or ())
+
+    def notes(self) -> Iterator[str]:
+        """Notes about how the run was given: fields under an old name, and fields that the objective ignores."""
+        yield from self._notes
+        yield from self.guidance.notes()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, fields: Any) -> Any:
+        return with_current_names(fields)[0] if isinstance(fields, Mapping) else fields
 
     @field_validator("teacher", mode="before")
     @classmethod
@@ -267,39 +334,88 @@ class Run(Part):
     def _teacher_for_guidance(self) -> Self:
         objective = self.guidance.objective
         if self.guidance.needs_teacher and not self.teacher:
-            raise ValueError(f"guidance.objective = {objective!r} needs a [teacher]; 'clm' is the objective without one")
+            raise ValueError(f"guidance.objective = {objective!r} needs a [teacher]; without one, use 'clm'")
         if self.guidance.distance:
             self._check_distance()
         for i, teacher in enumerate(self.teacher):
             if teacher.path is None and teacher.placement != "cached":
-                raise ValueError(f"teacher.path is missing: a {teacher.placement} teacher is read from there")
+                raise ValueError(f"teacher.path is missing: it is required with placement {teacher.placement!r}")
             if len(self.teacher) > 1 and teacher.placement != "cached":
                 raise ValueError(
                     f"[[teacher]] {i + 1} of {len(self.teacher)} has placement {teacher.placement!r}: several teachers must all "
                     f"be 'cached' ({tool('preprocess.score_teacher')})"
                 )
             if not i and teacher.data:
-                raise ValueError("teacher.data is for the second and every further teacher: the first one reads data.train")
+                raise ValueError("teacher.data is only for the second and each further teacher: the first one reads data.train")
             if i and len(teacher.data) != len(self.data.train):
                 raise ValueError(
-                    f"[[teacher]] {i + 1} of {len(self.teacher)} names {len(teacher.data)} datasets in 'data', and data.train "
-                    f"{len(self.data.train)}: each further teacher needs every one of them, aligned for it"
+                    f"[[teacher]] {i + 1} of {len(self.teacher)} has {len(teacher.data)} datasets in 'data', data.train has "
+                    f"{len(self.data.train)}: align each dataset of data.train for this teacher too"
                 )
         if self.eval.every is not None and self.data.valid is None:
-            raise ValueError("eval.every is given, but there is no data.valid to evaluate on")
+            raise ValueError("eval.every needs data.valid, which is missing")
         if self.logging.samples is not None and self.data.valid is None:
-            raise ValueError("logging.samples is given, but there is no data.valid to take rows from")
+            raise ValueError("logging.samples needs data.valid, which is missing")
         return self
 
     def _check_distance(self) -> None:
-        """The baselines need the teacher's distribution beside the student's, which no file and no other stage has."""
+        """`uld` and `kld` compare the distributions of both models in one process. No file and no other stage has them."""
         objective, teacher = self.guidance.objective, self.teacher[0]
         if len(self.teacher) > 1 or teacher.placement != "replicated":
             raise ValueError(
-                f"guidance.objective = {objective!r} needs one teacher of placement 'replicated': it compares distributions"
+                f"guidance.objective = {objective!r} needs one teacher with placement 'replicated': it compares distributions"
             )
         if self.parallel.pipeline_stages:
             raise ValueError(
-                f"guidance.objective = {objective!r} runs in the engine without a pipeline: parallel.pipeline_stages = 0, "
+                f"guidance.objective = {objective!r} does not run in a pipeline: set parallel.pipeline_stages to 0, "
                 f"not {self.parallel.pipeline_stages}"
             )
+
+
+RENAMED: dict[tuple[str, ...], str] = {
+    ("teacher", "weights"): "quantization",
+    ("training", "schedule", "final"): "min_lr_ratio",
+    ("checkpoint", "keep"): "keep_last",
+}
+"""Place of each field's old name, and its name now. Old names are accepted for one release."""
+
+
+def with_current_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """A copy of a run's fields in which old names are replaced, and the places of the old names that were found.
+
+    Raises ValueError: a table has a field under both names.
+
+    >>> with_current_names({"checkpoint": {"keep": 3}})
+    ({'checkpoint': {'keep_last': 3}}, [('checkpoint', 'keep')])
+    """
+    current, found = copy.deepcopy(dict(fields)), []
+    for place, new in RENAMED.items():
+        *sections, old = place
+        for table in _tables(current, sections):
+            if old not in table:
+                continue
+            if new in table:
+                section = ".".join(sections)
+                raise ValueError(f"'{section}.{old}' is the old name of '{section}.{new}': give only '{section}.{new}'")
+            table[new] = "none" if table[old] == "as-is" else table[old]
+            del table[old]
+            found.append(place)
+    return current, found
+
+
+def renaming(place: tuple[str, ...]) -> str:
+    """The sentence for a field that was given under its old name."""
+    *sections, old = place
+    value = " (and its value 'as-is' to 'none')" if old == "weights" else ""
+    return (
+        f"{'.'.join(place)} was renamed to {'.'.join([*sections, RENAMED[place]])}{value}. The next release rejects the old name."
+    )
+
+
+def _tables(fields: dict[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
+    """The tables of a section: one, several for a list of tables, or none."""
+    found: list[Any] = [fields]
+    for section in sections:
+        found = [table[section] for table in found if isinstance(table, dict) and section in table]
+        found = [table for value in found for table in (value if isinstance(value, list | tuple) else [value])]
+    return [table for table in found if isinstance(table, dict)]

@@ -1,9 +1,9 @@
-"""A run file, read: TOML and overrides -> `config.Run`.
+"""Read a run file: TOML and overrides -> `config.Run`.
 
     run = load_run(Path("examples/quickstart.toml"), ["guidance.keep=0.6"])
 
-A file may start from another, `base = "OTHER.toml"`, and say only what differs. An unknown key is refused with the nearest name,
-a value of the wrong kind with its place; both name the file or the override that says so.
+A file may start from another one, `base = "OTHER.toml"`, and contain only the differences. An error for an unknown key suggests
+the nearest name. Every error names the file or the override that it comes from.
 """
 
 from __future__ import annotations
@@ -17,17 +17,21 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import RENAMED, Run, renaming, with_current_names
 from megatron_vocagno.errors import RunError, looked_for, nearest
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
-    """Read a run file, with those that it starts from, and lay `a.b=c` overrides over it.
+    """Read a run file with its bases, and apply overrides `a.b=c`.
 
-    `base = "OTHER.toml"` names another run file, from this one's folder: a section here replaces those fields of the base's
-    section that it names; `student.config` with a `model_type` is taken whole. All other paths count from where the command is
-    run. An override's value is read as TOML (`0.6`, `true`, `[1, 2]`); what is no TOML value is taken as text, so paths need no
-    quotes. Raises RunError: file missing or no TOML, unknown key, wrong value.
+    `base = "OTHER.toml"` is a path relative to this file's folder. A section replaces only those fields of the base's section
+    that it has, except that a `student.config` with a `model_type` replaces the base's `student.config` completely. All other
+    paths are relative to the working directory.
+
+    The value of an override is parsed as TOML, for example `0.6`, `true` or `[1, 2]`. If it is not valid TOML, it is taken as
+    text, so paths need no quotes.
+
+    Raises RunError: a missing file, invalid TOML, an unknown key, or a wrong value.
 
     >>> run = load_run(Path("examples/quickstart.toml"), ["guidance.keep=0.6"])
     >>> run.guidance.keep, run.guidance.aggregate, run.data.row_length
@@ -38,44 +42,54 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
       no field 'guidance.kep'; did you mean 'guidance.keep'?
     """
     files = _files(path)
+    notes = [f"note: {file}: {renaming(place)}" for file, (_, old) in files.items() for place in old]
+    tables = {file: fields for file, (fields, _) in files.items()}
     fields: dict[str, Any] = {}
-    for file in reversed(files):
-        fields = _merged(fields, files[file])
-    fields = copy.deepcopy(fields)  # the files stay as they were read, to be blamed for what is theirs
+    for file in reversed(tables):
+        fields = _merged(fields, tables[file])
+    fields = copy.deepcopy(fields)  # errors are attributed to the files as they were read
     for override in overrides:
-        _lay_over(fields, override)
+        notes += [f"note: --set {override}: {renaming(place)}" for place in _apply(fields, override)]
+    _check_one_name(overrides)
     try:
-        return Run.model_validate(fields)
+        return Run.model_validate(fields, context=notes)
     except ValidationError as error:
         found: dict[str, list[str]] = {}
-        for detail in (_without_place_of_one(detail, fields) for detail in error.errors()):
-            found.setdefault(_source(detail["loc"], files, overrides), []).append(f"  {_explain(detail)}")
+        for detail in (_without_index_of_one(detail, fields) for detail in error.errors()):
+            found.setdefault(_source(detail["loc"], tables, overrides), []).append(f"  {_explain(detail)}")
         raise RunError("\n".join(f"{source}:\n" + "\n".join(lines) for source, lines in found.items())) from None
 
 
-def _files(path: Path) -> dict[Path, dict[str, Any]]:
-    """The fields of a file, of its base, of that one's base, and so on."""
-    files: dict[Path, dict[str, Any]] = {}
+Old = list[tuple[str, ...]]
+"""Places of fields that were given under an old name."""
+
+
+def _files(path: Path) -> dict[Path, tuple[dict[str, Any], Old]]:
+    """The fields of a file, of its base, of the base's base, and so on. Old names are replaced."""
+    files: dict[Path, tuple[dict[str, Any], Old]] = {}
     while True:
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             if files:
-                wanted, place = f", the base of {list(files)[-1]}, from whose folder it counts", nearest(path)
+                wanted, place = f" (base of {list(files)[-1]}, relative to its folder)", nearest(path)
             else:
                 wanted, place = "", looked_for(path)
             raise RunError(f"no run file at {path}{wanted}: {error.strerror}{place}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RunError(f"{path} is not TOML: {error}") from None
+            raise RunError(f"{path} is not valid TOML: {error}") from None
         base = fields.pop("base", None)
-        files[path] = fields
+        try:
+            files[path] = with_current_names(fields)
+        except ValueError as error:
+            raise RunError(f"{path}:\n  {error}") from None
         if base is None:
             return files
         if not isinstance(base, str):
-            raise RunError(f"{path}: 'base' is the path of another run file, not {base!r}")
+            raise RunError(f"{path}: 'base' must be the path of another run file, not {base!r}")
         under = path.parent / base
         if any(under.resolve() == file.resolve() for file in files):
-            raise RunError(f"{path}: base = {base!r} leads back to {under}, which starts from this file")
+            raise RunError(f"{path}: base = {base!r} is a cycle: {under} starts from this file")
         path = under
 
 
@@ -84,12 +98,12 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any], place: tuple[str, 
     for name, value in over.items():
         here = (*place, name)
         other = ALTERNATIVES.get(here, "")
-        if other not in over:  # a file that names both is refused, whatever its base
+        if other not in over:  # a file with both is rejected, whatever its base has
             merged.pop(other, None)
         below = base.get(name)
-        # fields of one architecture mean nothing to another
-        anew = here == ("student", "config") and isinstance(value, dict) and "model_type" in value
-        merged[name] = _merged(below, value, here) if isinstance(value, dict) and isinstance(below, dict) and not anew else value
+        # fields of one architecture have no meaning in another one
+        whole = here == ("student", "config") and isinstance(value, dict) and "model_type" in value
+        merged[name] = _merged(below, value, here) if isinstance(value, dict) and isinstance(below, dict) and not whole else value
     return merged
 
 
@@ -99,37 +113,62 @@ ALTERNATIVES: dict[tuple[str, ...], str] = {
     ("training", "steps"): "tokens",
     ("training", "tokens"): "steps",
 }
-"""Of each two only one may stand in a run: what is laid over one takes the place of the other."""
+"""Pairs of fields of which a run has exactly one. An override or a file that sets one removes the other of its base."""
 
 
-def _lay_over(fields: dict[str, Any], override: str) -> None:
+def _apply(fields: dict[str, Any], override: str) -> Old:
+    """Set one field. Returns the old names that the override uses."""
     _, equals, text = override.partition("=")
     *sections, last = place = _place(override)
     if not equals or not last:
         raise RunError(f"--set {override}: expected section.key=value")
     if not text.strip():
-        # most likely a shell's variable that is not set; for a path it would mean the folder that the command is run in
-        raise RunError(f"--set {override}: no value after the '='")
+        # most likely an unset shell variable; as a path, it would mean the working directory
+        raise RunError(f"--set {override}: the value after '=' is empty")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for section in reversed(_parts(override)):
+        value = {section: value}
+    try:
+        value, old = with_current_names(value)
+    except ValueError as error:
+        raise RunError(f"--set {override}: {error}") from None
     for section in sections:
-        fields = fields.setdefault(section, {})
+        fields, value = fields.setdefault(section, {}), value[section]
         if not isinstance(fields, dict):
             raise RunError(f"--set {override}: '{section}' is a value, not a section")
     if place in ALTERNATIVES:
         fields.pop(ALTERNATIVES[place], None)
-    try:
-        fields[last] = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        fields[last] = text.strip()
+    fields[last] = value[last]
+    return old
 
 
-def _place(override: str) -> tuple[str, ...]:
+def _check_one_name(overrides: Sequence[str]) -> None:
+    """Raises RunError: two overrides set one field under its old and its new name."""
+    first: dict[tuple[str, ...], str] = {}
+    for override in overrides:
+        other = first.setdefault(_place(override), override)
+        if _parts(other) != _parts(override):
+            raise RunError(f"--set {other} --set {override}: both set '{'.'.join(_place(override))}': give only one of them")
+
+
+def _parts(override: str) -> tuple[str, ...]:
+    """The place of an override's field, as it was written."""
     return tuple(override.partition("=")[0].strip().split("."))
 
 
-def _source(loc: Sequence[str | int], files: Mapping[Path, Mapping[str, Any]], overrides: Sequence[str]) -> str:
-    """Who says what stands at a place: the command line, or the nearest file that has it.
+def _place(override: str) -> tuple[str, ...]:
+    """The place of an override's field, under its current name."""
+    *sections, _ = parts = _parts(override)
+    return (*sections, RENAMED[parts]) if parts in RENAMED else parts
 
-    What concerns several fields is told of the first file, and of all overrides among these fields.
+
+def _source(loc: Sequence[str | int], files: Mapping[Path, Mapping[str, Any]], overrides: Sequence[str]) -> str:
+    """Where the value at a place comes from: an override, or the nearest file that has it.
+
+    An error about several fields is attributed to the first file, together with all overrides of these fields.
     """
     steps = tuple(map(str, loc))
     for override in reversed(overrides):
@@ -143,7 +182,7 @@ def _source(loc: Sequence[str | int], files: Mapping[Path, Mapping[str, Any]], o
 
 
 def _has(value: Any, loc: Sequence[str | int]) -> bool:
-    """Whether a value stands at this place, or at one that leads there."""
+    """Whether there is a value at this place, or at a place above it."""
     for step in loc:
         if isinstance(value, Mapping):
             if step not in value:
@@ -156,8 +195,8 @@ def _has(value: Any, loc: Sequence[str | int]) -> bool:
     return True
 
 
-def _without_place_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """'teacher.0.path' is 'teacher.path' for a user who wrote one table."""
+def _without_index_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The place of an error without the index of a single teacher: 'teacher.path' instead of 'teacher.0.path'."""
     loc = tuple(detail["loc"])
     if loc[:2] == ("teacher", 0) and isinstance(fields["teacher"], Mapping):
         loc = ("teacher", *loc[2:])
@@ -165,8 +204,8 @@ def _without_place_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) 
 
 
 def _explain(detail: Mapping[str, Any]) -> str:
-    """One line for one of pydantic's findings, with the nearest name where a key is unknown."""
-    # of a field with two kinds of values pydantic names the kind as well: 'partition.tuple[...].0'
+    """One line for one of pydantic's errors. If a key is unknown, it suggests the nearest name."""
+    # for a field with two types of values, pydantic adds the type to the place: 'partition.tuple[...].0'
     place = ".".join(str(step) for step in detail["loc"] if "[" not in str(step))
     if detail["type"] == "extra_forbidden":
         *sections, key = (str(step) for step in detail["loc"])
@@ -180,22 +219,22 @@ def _explain(detail: Mapping[str, Any]) -> str:
 
 
 _KINDS = {
-    "model_type": "a table expected",
-    "dict_type": "a table expected",
-    "tuple_type": "a list expected",
-    "path_type": "a path expected",
-    "int_parsing": "a whole number expected",
-    "int_from_float": "a whole number expected",
-    "float_parsing": "a number expected",
-    "float_type": "a number expected",
+    "model_type": "expected a table",
+    "dict_type": "expected a table",
+    "tuple_type": "expected a list",
+    "path_type": "expected a path",
+    "int_parsing": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
 }
-"""Where pydantic's words speak of Python."""
+"""Messages in the words of TOML, instead of pydantic's in the words of Python."""
 
 
 def _keys(sections: Sequence[str]) -> list[str]:
     part: type[BaseModel] = Run
     for section in sections:
-        if section.isdigit():  # a place in a list
+        if section.isdigit():  # an index in a list
             continue
         annotation = part.model_fields[section].annotation
         members = [annotation, *getattr(annotation, "__args__", ())]

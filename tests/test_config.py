@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Run, with_current_names
 from megatron_vocagno.engine.build import share_of_peak
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.run_file import load_run
@@ -55,18 +55,18 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ("guidence.keep=1", "no field 'guidence'; did you mean 'guidance'?"),
         ("guidance.keep=0", "'guidance.keep': Input should be greater than 0, not 0"),
         ("guidance.keep=1.5", "less than or equal to 1"),
-        ("guidance.keep=0.3333333", "'guidance.keep': at most 6 decimals"),
+        ("guidance.keep=0.3333333", "'guidance.keep': at most 6 decimals are allowed"),
         ("training.seed=-1", "'training.seed': Input should be greater than or equal to 0, not -1"),
         ("guidance.aggregate=median", "'max', 'mean', 'sum' or 'min'"),
         ("training.steps=-1", "greater than 0"),
-        ("eval.every=2", "no data.valid"),
+        ("eval.every=2", "eval.every needs data.valid"),
         ("output.x=1", "'output' is a value, not a section"),
         ("data.train=[]", "'data.train': Tuple should have at least 1 item"),
         ('data.train=[{path="a", wieght=2}]', "no field 'data.train.0.wieght'; did you mean 'data.train.0.weight'?"),
         ('data.train=[{path="a"}, {weight=2}]', "'data.train.1.path' is missing"),
         ('data.train=[{path="a", weight=0}]', "'data.train.0.weight': Input should be greater than 0, not 0"),
         ('data.train=[{path="a", weight=inf}]', "'data.train.0.weight': Input should be a finite number, not inf"),
-        ("data.train=7", "'data.train': a list expected, not 7"),
+        ("data.train=7", "'data.train': expected a list, not 7"),
         ("guidance", "expected section.key=value"),
     ],
 )
@@ -105,7 +105,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         load_run(tmp_path / "absent.toml")
     with pytest.raises(RunError, match="Is a directory"):
         load_run(tmp_path)
-    with pytest.raises(RunError, match="is not TOML"):
+    with pytest.raises(RunError, match="is not valid TOML"):
         load_run(write(tmp_path, "a = = 1"))
 
 
@@ -156,14 +156,64 @@ def test_another_architecture_inherits_no_field_of_the_base_s(tmp_path: Path) ->
     assert other.student.config == {"model_type": "llama", "hidden_size": 8}
 
 
+OLD_NAMES = GOOD.replace('path = "teacher"', 'path = "teacher"\nweights = "as-is"') + (
+    "schedule = { warmup_steps = 1, final = 0.5 }\n[checkpoint]\nkeep = 3\n"
+)
+
+
+def test_fields_are_accepted_under_their_old_names_with_a_note(tmp_path: Path) -> None:
+    path = write(tmp_path, OLD_NAMES)
+    run = load_run(path)
+    assert (run.teacher[0].quantization, run.training.schedule.min_lr_ratio, run.checkpoint.keep_last) == ("none", 0.5, 3)
+    assert [*run.notes()] == [
+        f"note: {path}: {renamed}. The next release rejects the old name."
+        for renamed in (
+            "teacher.weights was renamed to teacher.quantization (and its value 'as-is' to 'none')",
+            "training.schedule.final was renamed to training.schedule.min_lr_ratio",
+            "checkpoint.keep was renamed to checkpoint.keep_last",
+        )
+    ]
+    several = GOOD.replace('[teacher]\npath = "teacher"', "")
+    tables = "".join(f'[[teacher]]\nplacement = "cached"\n{rest}\n' for rest in ("", 'weights = "int8"\ndata = ["b"]'))
+    assert [teacher.quantization for teacher in load_run(write(tmp_path, several + tables)).teacher] == ["none", "int8"]
+
+
+@pytest.mark.parametrize(("text", "expected"), [(GOOD, 7), (OLD_NAMES, 7), (GOOD + "[checkpoint]\nkeep_last = 3\n", 7)])
+@pytest.mark.parametrize("name", ["keep", "keep_last"])
+def test_an_override_under_either_name_replaces_the_file_s_field(tmp_path: Path, text: str, expected: int, name: str) -> None:
+    run = load_run(write(tmp_path, text), [f"checkpoint.{name}={expected}"])
+    assert run.checkpoint.keep_last == expected
+    about_it = [note for note in run.notes() if "--set" in note]
+    assert len(about_it) == (name == "keep") and all("--set checkpoint.keep=7" in note for note in about_it)
+
+
+def test_a_file_replaces_its_base_s_field_under_either_name(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text(OLD_NAMES)
+    path = write(tmp_path, 'base = "base.toml"\n[checkpoint]\nkeep_last = 1\n[teacher]\nquantization = "fp8"\n')
+    run = load_run(path)
+    assert (run.checkpoint.keep_last, run.teacher[0].quantization, run.training.schedule.min_lr_ratio) == (1, "fp8", 0.5)
+
+
+def test_the_run_json_of_an_earlier_release_can_be_read(tmp_path: Path) -> None:
+    now = load_run(write(tmp_path, GOOD)).model_dump(mode="json")
+    then = load_run(write(tmp_path, GOOD)).model_dump(mode="json")
+    then["teacher"][0]["weights"] = "as-is"
+    del then["teacher"][0]["quantization"]
+    then["training"]["schedule"]["final"] = then["training"]["schedule"].pop("min_lr_ratio")
+    then["checkpoint"]["keep"] = then["checkpoint"].pop("keep_last")
+    assert with_current_names(then)[0] == now and Run.model_validate(then) == Run.model_validate(now)
+    with pytest.raises(ValueError, match=r"'checkpoint.keep' is the old name of 'checkpoint.keep_last'"):
+        Run.model_validate(now | {"checkpoint": {"keep": 2, "keep_last": 2}})
+
+
 def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, 'base = "nothing.toml"\n')
-    with pytest.raises(RunError, match=r"no run file at .*nothing.toml, the base of .*run.toml"):
+    with pytest.raises(RunError, match=r"no run file at .*nothing.toml \(base of .*run.toml"):
         load_run(path)
     (tmp_path / "other.toml").write_text('base = "./run.toml"\n')
-    with pytest.raises(RunError, match="leads back"):
+    with pytest.raises(RunError, match="is a cycle"):
         load_run(write(tmp_path, 'base = "other.toml"\n'))
-    with pytest.raises(RunError, match="'base' is the path of another run file, not 3"):
+    with pytest.raises(RunError, match="'base' must be the path of another run file, not 3"):
         load_run(write(tmp_path, "base = 3\n"))
 
 
@@ -196,11 +246,11 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["guidance.objective=random", "guidance.chunks=4"], "chunks replaces the alignment of 'guided'; objective is 'random'"),
-        (["guidance.distance_weight=2.0"], "distance_weight is of 'uld' and 'kld'; objective is 'guided'"),
-        (["guidance.objective=uld", "teacher.placement=cached"], "'uld' needs one teacher of placement 'replicated'"),
-        (["guidance.objective=kld", "parallel.pipeline_stages=2"], "parallel.pipeline_stages = 0, not 2"),
-        (["logging.samples=4"], "logging.samples is given, but there is no data.valid"),
+        (["guidance.objective=random", "guidance.chunks=4"], "chunks applies only to objective 'guided' (objective is 'random')"),
+        (["guidance.distance_weight=2.0"], "distance_weight applies only to objectives 'uld' and 'kld' (objective is 'guided')"),
+        (["guidance.objective=uld", "teacher.placement=cached"], "'uld' needs one teacher with placement 'replicated'"),
+        (["guidance.objective=kld", "parallel.pipeline_stages=2"], "set parallel.pipeline_stages to 0, not 2"),
+        (["logging.samples=4"], "logging.samples needs data.valid"),
     ],
 )
 def test_baselines_that_cannot_run_are_refused_before_anything_starts(

@@ -125,7 +125,7 @@ def command(folder: Path, steps: int) -> list[str]:
         f"student.config={toml(MODEL)}",
         f"training.steps={steps}",
         f"training.schedule.warmup_steps={steps // 20}",
-        "training.schedule.final=0.0",
+        "training.schedule.min_lr_ratio=0.0",
         f"eval.every={every}",
         f"eval.rows={TEST_ROWS}",
         f"checkpoint.every={every}",

@@ -100,6 +100,11 @@ class Scoring(Record):
     before: int  # the id that a document's first token is predicted from: the last one of `front`, or the teacher's EOS
     front: tuple[int, ...] = ()  # ids at the head of each window: what the teacher's tokenizer puts in front of a text
 
+    @property
+    def quantization(self) -> Literal["none", "int8", "fp8"]:
+        """`weights` as the option --quantization has it. The file keeps the word of earlier releases."""
+        return "none" if self.weights == "as-is" else self.weights
+
     @model_serializer(mode="wrap")
     def _without_front_as_ever(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
         fields: dict[str, object] = dump(self)

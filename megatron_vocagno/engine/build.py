@@ -116,4 +116,4 @@ def share_of_peak(schedule: Schedule, steps: int, step: int) -> float:
         return 1.0
     progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - 1 - schedule.warmup_steps))
     fall = progress if schedule.kind == "linear" else (1 - torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
-    return 1 - (1 - schedule.final) * fall
+    return 1 - (1 - schedule.min_lr_ratio) * fall

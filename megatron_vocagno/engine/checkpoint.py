@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Run, with_current_names
 from megatron_vocagno.engine.collectives import ErrorCollector, run_on_all_ranks, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
@@ -132,7 +132,7 @@ class CheckpointManager:
             remove_leftovers(self.root / LATEST)
         except OSError as error:
             log.warning("what a killed run left beside %s could not be removed: %s", self.root / LATEST, error)
-        for old in outdated(self.root, newest, self.settings.keep, self.settings.keep_every):
+        for old in outdated(self.root, newest, self.settings.keep_last, self.settings.keep_every):
             try:
                 shutil.rmtree(old)
             except OSError as error:
@@ -177,7 +177,7 @@ class CheckpointManager:
         if manifest.layout != self.layout:
             say(f"note: from here on with {self.layout} (was {manifest.layout})")
         before = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
-        for change in changes(before, orjson.loads(self.run.model_dump_json())):
+        for change in changes(with_current_names(before)[0], orjson.loads(self.run.model_dump_json())):
             say(f"note: from here on {change}")
         return manifest.position
 

@@ -16,7 +16,7 @@ from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model import teacher as model
-from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.quantised import Quantization
 from megatron_vocagno.model.teacher import Found, Teacher, find_teacher, open_teacher, teacher_folder
 
 PRECISIONS = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}, torch.float32: {}}
@@ -44,10 +44,10 @@ def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teache
     found = (path, getattr(torch, asked.dtype), processes.device, asked.attention)
     teacher: Teacher | ShardedTeacher
     if asked.placement == "zero3":
-        # loaded by all ranks run_on_all_ranks
-        teacher = open_sharded(run_on_all_ranks(lambda: find_teacher(*found), ModelError), asked.weights)
+        # collective over all ranks
+        teacher = open_sharded(run_on_all_ranks(lambda: find_teacher(*found), ModelError), asked.quantization)
     else:
-        teacher = run_on_all_ranks(lambda: open_teacher(*found, weights=asked.weights), ModelError)
+        teacher = run_on_all_ranks(lambda: open_teacher(*found, quantization=asked.quantization), ModelError)
     if teacher.vocab_size < data.teacher_tokenizer.rows:
         raise RunError(
             f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.rows:,} tokens, "
@@ -89,7 +89,7 @@ class ShardedTeacher:
         self.parameters_count = teacher.parameters_count
 
 
-def open_sharded(found: Found, weights: Weights) -> ShardedTeacher:
+def open_sharded(found: Found, quantization: Quantization) -> ShardedTeacher:
     """A teacher, sharded over the world with ZeRO-3 while it loads: the first rank reads, each rank keeps its part.
 
     Collective over the world. Build it before the student's engine: DeepSpeed keeps one process-wide record of the ranks that
@@ -103,7 +103,7 @@ def open_sharded(found: Found, weights: Weights) -> ShardedTeacher:
     config |= PRECISIONS[found.dtype]
     # transformers shards the models that it makes while this object lives: not the student, therefore
     sharding = HfDeepSpeedConfig(config)
-    teacher = model.load_teacher(found, weights)
+    teacher = model.load_teacher(found, quantization)
     del sharding
     engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
     evidence = teacher.probe()

@@ -1,7 +1,7 @@
-"""A teacher's decoder with matrices of 8 bits, by torchao: half the memory of bfloat16 for a model that only ever goes forward.
+"""A teacher's decoder with 8-bit weights, by torchao: half the memory of bfloat16 for a model that only runs forward.
 
-Weights alone: a forward still multiplies in the teacher's own dtype. Embedding, norms and head stay as they are; the losses come
-straight from the head, and `token_loss` reads it in tiles.
+Only weights are quantised. The forward pass still multiplies in the teacher's own dtype. Embedding, norms and head are not
+quantised: the losses come directly from the head, and `token_loss` reads it in tiles.
 """
 
 from typing import Literal
@@ -11,28 +11,28 @@ from torch import nn
 
 from megatron_vocagno.errors import ModelError
 
-Weights = Literal["as-is", "int8", "fp8"]
+Quantization = Literal["none", "int8", "fp8"]
 
 
-def quantise(decoder: nn.Module, weights: Literal["int8", "fp8"], device: torch.device | str) -> None:
-    """Replace the matrices of all linear layers, one after the other, leaving each on `device`.
+def quantise(decoder: nn.Module, quantization: Literal["int8", "fp8"], device: torch.device | str) -> None:
+    """Quantise the weights of all linear layers, one layer after the other, and move each to `device`.
 
-    int8  one scale for each row: 8 bits between its largest magnitudes
-    fp8   float8_e4m3fn, one scale for each row
+    int8  symmetric, one scale per matrix row
+    fp8   float8_e4m3fn, one scale per matrix row
 
     Raises ModelError: torchao is not installed, the weights are sharded, or the architecture has no linear layers.
     """
     if any(hasattr(parameter, "ds_id") for parameter in decoder.parameters()):
         raise ModelError(
-            f"teacher.weights = '{weights}' with teacher.placement = 'zero3': a quantised matrix cannot be sharded. "
-            "Use 'replicated', which takes half as much with it, or 'as-is'."
+            f"teacher.quantization = '{quantization}' with teacher.placement = 'zero3': quantised weights cannot be sharded. "
+            "Use placement 'replicated', or quantization 'none'."
         )
     if not any(isinstance(module, nn.Linear) for module in decoder.modules()):
-        raise ModelError(f"teacher.weights = '{weights}': this teacher's decoder has no linear layers of torch. Use 'as-is'")
+        raise ModelError(f"teacher.quantization = '{quantization}': the teacher's decoder has no torch linear layers. Use 'none'")
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
     except ImportError as error:
         raise ModelError(
-            f"teacher.weights = '{weights}' needs torchao ({error}): pip install torchao, or use teacher.weights = 'as-is'"
+            f"teacher.quantization = '{quantization}' needs torchao ({error}): pip install torchao, or use 'none'"
         ) from error
-    quantize_(decoder, Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig(), device=device)
+    quantize_(decoder, Int8WeightOnlyConfig() if quantization == "int8" else Float8WeightOnlyConfig(), device=device)

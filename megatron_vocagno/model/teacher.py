@@ -20,7 +20,7 @@ from megatron_vocagno.model.folder import PretrainedWeights, model_folder, quiet
 from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.model.headers import readable
 from megatron_vocagno.model.proof import Evidence, probe
-from megatron_vocagno.model.quantised import Weights, quantise
+from megatron_vocagno.model.quantised import Quantization, quantise
 from megatron_vocagno.model.student import LossHead, logit_softcap
 from megatron_vocagno.model.weights import check_weights
 
@@ -149,8 +149,8 @@ def find_teacher(
     return Found(folder, config, dtype, torch.device(device), implementation)
 
 
-def load_teacher(found: Found, weights: Weights = "as-is") -> Teacher:
-    """Reads it. weights: `int8` and `fp8` quantise the decoder's matrices, see quantised.py. Raises ModelError."""
+def load_teacher(found: Found, quantization: Quantization = "none") -> Teacher:
+    """Load the teacher. `int8` and `fp8` quantise the linear layers of its decoder, see quantised.py. Raises ModelError."""
     with quiet(), readable(found.folder):
         model = AutoModelForCausalLM.from_pretrained(
             found.folder,
@@ -161,9 +161,9 @@ def load_teacher(found: Found, weights: Weights = "as-is") -> Teacher:
             local_files_only=True,
             trust_remote_code=False,
         )
-    if weights != "as-is":
-        # before it moves: a device that holds the quantised teacher need not hold the other
-        quantise(model.get_decoder(), weights, found.device)
+    if quantization != "none":
+        # before the move: the device then never holds the unquantised weights
+        quantise(model.get_decoder(), quantization, found.device)
     return Teacher(model.to(found.device))
 
 
@@ -172,9 +172,9 @@ def open_teacher(
     dtype: torch.dtype,
     device: torch.device | str,
     attention: Attention = "auto",
-    weights: Weights = "as-is",
+    quantization: Quantization = "none",
 ) -> Teacher:
     """A teacher that is known to score as its own logits do, see find_teacher and load_teacher. Raises ModelError."""
-    teacher = load_teacher(find_teacher(path, dtype, device, attention), weights)
+    teacher = load_teacher(find_teacher(path, dtype, device, attention), quantization)
     teacher.probe().check(teacher.config.model_type)
     return teacher

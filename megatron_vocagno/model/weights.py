@@ -75,7 +75,7 @@ def _refuse_quantised(weights: PretrainedWeights, config: PretrainedConfig) -> N
     if asked:
         keys = asked if isinstance(asked, dict) else asked.to_dict()
         method = str(keys.get("quant_method") or "bitsandbytes").split(".")[-1].lower()
-        instead = "Use the unquantised weights that it was made from; teacher.weights = 'int8' holds those in 8 bits."
+        instead = "Use the unquantised weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
         if method in DEQUANTISED:
             instead = (
                 "Use the unquantised weights, or write them: AutoModelForCausalLM.from_pretrained(folder, "

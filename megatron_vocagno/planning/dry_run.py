@@ -99,8 +99,8 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
         f"{f' x {count} stages' if count else ''}, ZeRO-{zero_stage(workload.settings)}"
     )
     yield (
-        f"training: {workload.steps:,} steps, {_optimizer(workload.settings)}, {schedule.kind} to {schedule.final:g} of it "
-        f"after {schedule.warmup_steps:,} steps of warm-up, {precision(workload.settings)}, seed {run.training.seed}"
+        f"training: {workload.steps:,} steps, {_optimizer(workload.settings)}, {schedule.kind} to "
+        f"{schedule.min_lr_ratio:g} of it after {schedule.warmup_steps:,} steps of warm-up, {precision(workload.settings)}, seed {run.training.seed}"
     )
 
 
@@ -124,7 +124,7 @@ def _notes(request: PlanRequest) -> Iterator[str]:
         if teacher.placement != "cached" and teacher.path:
             yield from _absent("teacher.path", teacher.path)
     yield from settings_notes(request.workload.settings)
-    yield from run.guidance.notes()
+    yield from run.notes()
     yield from run.training.schedule.notes(steps)
     # with data, _check_models compares the tokenizers. A student from scratch may take its vocabulary from the data.
     known = run.student.config is None or "vocab_size" in run.student.config

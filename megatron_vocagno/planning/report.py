@@ -17,7 +17,7 @@ REMEDIES = {
     "gradients": "zero_optimization.stage 2 or 3, or more parallel.pipeline_stages",
     "optimizer": "more GPUs, or more parallel.pipeline_stages",
     "buffers": "a smaller zero_optimization.reduce_bucket_size, or stage3_max_live_parameters",
-    "teacher": "teacher.placement = 'zero3' or 'cached', or teacher.weights = 'int8'",
+    "teacher": "teacher.placement = 'zero3' or 'cached', or teacher.quantization = 'int8'",
     "activations": "parallel.activation_checkpointing = true, or a smaller train_micro_batch_size_per_gpu",
     "layer": "a smaller train_micro_batch_size_per_gpu",
     "head": "a smaller train_micro_batch_size_per_gpu",

@@ -24,7 +24,7 @@ from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import read_config
-from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.quantised import Quantization
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.preprocess.build import locked
 from megatron_vocagno.preprocess.plan import Slice
@@ -50,7 +50,7 @@ class ScoringOptions:
 
     teacher: Path
     dtype: DType = "bfloat16"
-    weights: Weights = "as-is"
+    quantization: Quantization = "none"
     context: int | None = None
     stride: int | None = None
     tokens_per_batch: int = 16_384
@@ -81,7 +81,7 @@ class ScoringOptions:
             teacher=teacher_fingerprint(self.teacher),
             name=hub.short_name(self.teacher),
             dtype=self.dtype,
-            weights=self.weights,
+            weights="as-is" if self.quantization == "none" else self.quantization,
             context=context,
             stride=stride,
             before=front[-1] if front else data.teacher_tokenizer.eos_id,

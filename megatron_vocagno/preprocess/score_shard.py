@@ -19,7 +19,7 @@ from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
 from megatron_vocagno.errors import ChangedError
-from megatron_vocagno.model.quantised import Weights
+from megatron_vocagno.model.quantised import Quantization
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.preprocess.windows import Int64, Windows, plan_windows
 from megatron_vocagno.preprocess.workers import report
@@ -65,7 +65,7 @@ def score_shard(job: ScoreJob) -> ScoreResult:
         return ScoreResult(job, found)
     if found is not None and not job.replace:
         raise ChangedError(f"{job.folder} was scored otherwise:\n{difference(found.scoring, job.scoring)}")
-    teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.weights)
+    teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
     pair = PairReader(job.folder / "teacher")
     begin = time.perf_counter()
     losses, forwards = score_documents(teacher, pair.flat(), pair.lengths, job)
@@ -161,8 +161,8 @@ def _batch(windows: Windows, lead_W: Int64, rows: Int64, starts: Int64) -> _Batc
 
 
 @lru_cache(maxsize=1)
-def open_once(path: Path, dtype: str, weights: Weights) -> Teacher:
-    return open_teacher(path, getattr(torch, dtype), own_device(), weights=weights)
+def open_once(path: Path, dtype: str, quantization: Quantization) -> Teacher:
+    return open_teacher(path, getattr(torch, dtype), own_device(), quantization=quantization)
 
 
 def own_device() -> torch.device:

@@ -112,7 +112,7 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
     position = checkpoints.resume(monitor.print)
     if samples is not None:
         samples.begin(position.step, monitor.print)
-    lines = [_opening(run, layout, steps, position), *notes(settings), *run.guidance.notes(), *run.training.schedule.notes(steps)]
+    lines = [_opening(run, layout, steps, position), *notes(settings), *run.notes(), *run.training.schedule.notes(steps)]
     lines += _not_compared(run, data)
     for line in (*lines, *read, *from_the_hub(run), *_sources(datasets, rows, layout)):
         monitor.print(line)

@@ -264,8 +264,8 @@ def check_reference(rows_N: list[int], logits_NW: Tensor, batch: Batch, model: t
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("teacher.placement=cached", "needs one teacher of placement 'replicated'"),
-        ("parallel.pipeline_stages=2", "runs in the engine without a pipeline"),
+        ("teacher.placement=cached", "needs one teacher with placement 'replicated'"),
+        ("parallel.pipeline_stages=2", "does not run in a pipeline"),
     ],
 )
 def test_what_has_no_distributions_at_hand_is_refused(pairs: dict[Kind, Case], override: str, words: str) -> None:

@@ -15,7 +15,7 @@ from tests.runs import Case, metrics, spawn
 
 pytestmark = pytest.mark.slow
 
-COMMON = ["training.schedule.kind=constant", "checkpoint.every=1", "checkpoint.keep=9"]
+COMMON = ["training.schedule.kind=constant", "checkpoint.every=1", "checkpoint.keep_last=9"]
 MOVES = [
     (2, 2, 1),
     (2, 1, 1),

@@ -121,12 +121,12 @@ def test_at_most_five_percent_of_the_quickstarts_forwards_are_padding(tmp_path: 
 
 
 def test_the_schedule_rises_and_falls_to_where_it_was_told() -> None:
-    cosine = Schedule(kind="cosine", warmup_steps=4, final=0.1)
+    cosine = Schedule(kind="cosine", warmup_steps=4, min_lr_ratio=0.1)
     rates = [share_of_peak(cosine, 20, step) for step in range(20)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     assert rates[-1] == pytest.approx(0.1) and rates[4:] == sorted(rates[4:], reverse=True)
     assert rates[4 + 15 // 2] == pytest.approx(0.55, abs=0.06)
-    linear = [share_of_peak(Schedule(kind="linear", final=0.0), 11, step) for step in range(11)]
+    linear = [share_of_peak(Schedule(kind="linear", min_lr_ratio=0.0), 11, step) for step in range(11)]
     assert linear == pytest.approx([1 - step / 10 for step in range(11)])
     assert {share_of_peak(Schedule(kind="constant"), 9, step) for step in range(9)} == {1.0}
     # past its end, as when a run is made longer, it stays where it ended

@@ -16,31 +16,31 @@ ONE_FIELD = [
     ("guidance.keep=nan", "'guidance.keep': Input should be less than or equal to 1, not nan"),
     (
         "guidance.keep=0.3333333",
-        "'guidance.keep': at most 6 decimals: the number of kept tokens is computed exactly from them, not 0.3333333",
+        "'guidance.keep': at most 6 decimals are allowed, because the number of kept tokens is computed exactly, not 0.3333333",
     ),
-    ("guidance.keep=[1]", "'guidance.keep': a number expected, not [1]"),
-    ("guidance=5", "'guidance': a table expected, not 5"),
-    ("student.config=7", "'student.config': a table expected, not 7"),
-    ("output=5", "'output': a path expected, not 5"),
-    ("data.train=7", "'data.train': a list expected, not 7"),
-    ("training.steps=1.5", "'training.steps': a whole number expected, not 1.5"),
-    ("training.steps=many", "'training.steps': a whole number expected, not 'many'"),
+    ("guidance.keep=[1]", "'guidance.keep': expected a number, not [1]"),
+    ("guidance=5", "'guidance': expected a table, not 5"),
+    ("student.config=7", "'student.config': expected a table, not 7"),
+    ("output=5", "'output': expected a path, not 5"),
+    ("data.train=7", "'data.train': expected a list, not 7"),
+    ("training.steps=1.5", "'training.steps': expected an integer, not 1.5"),
+    ("training.steps=many", "'training.steps': expected an integer, not 'many'"),
     ("training.seed=-1", "'training.seed': Input should be greater than or equal to 0, not -1"),
     ("training.schedule.kind=cos", "'training.schedule.kind': Input should be 'cosine', 'linear' or 'constant', not 'cos'"),
     ("teacher.dtype=fp16", "'teacher.dtype': Input should be 'bfloat16', 'float16' or 'float32', not 'fp16'"),
     (
         "parallel.partition=equal",
         "'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'\n"
-        "  'parallel.partition': a list expected, not 'equal'",
+        "  'parallel.partition': expected a list, not 'equal'",
     ),
 ]
 
 SEVERAL_FIELDS = [
-    ("teacher=[]", "guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one"),
-    ("eval.every=2", "eval.every is given, but there is no data.valid to evaluate on"),
-    ("logging.samples=2", "logging.samples is given, but there is no data.valid to take rows from"),
-    ('teacher={dtype="float32"}', "teacher.path is missing: a replicated teacher is read from there"),
-    ('teacher.data=["a"]', "teacher.data is for the second and every further teacher: the first one reads data.train"),
+    ("teacher=[]", "guidance.objective = 'guided' needs a [teacher]; without one, use 'clm'"),
+    ("eval.every=2", "eval.every needs data.valid, which is missing"),
+    ("logging.samples=2", "logging.samples needs data.valid, which is missing"),
+    ('teacher={dtype="float32"}', "teacher.path is missing: it is required with placement 'replicated'"),
+    ('teacher.data=["a"]', "teacher.data is only for the second and each further teacher: the first one reads data.train"),
     (
         'teacher=[{path="a"}, {path="b"}]',
         "[[teacher]] 1 of 2 has placement 'replicated': several teachers must all be 'cached' "
@@ -48,8 +48,7 @@ SEVERAL_FIELDS = [
     ),
     (
         'teacher=[{placement="cached"}, {placement="cached"}]',
-        "[[teacher]] 2 of 2 names 0 datasets in 'data', and data.train 1: each further teacher needs every one of them, "
-        "aligned for it",
+        "[[teacher]] 2 of 2 has 0 datasets in 'data', data.train has 1: align each dataset of data.train for this teacher too",
     ),
 ]
 
@@ -76,25 +75,25 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     path = run_file(tmp_path)
     with told(
         "DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:\n"
-        "  'guidance': chunks replaces the alignment of 'guided'; objective is 'random'",
+        "  'guidance': chunks applies only to objective 'guided' (objective is 'random')",
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=random", "guidance.chunks=4"])
     with told(
         "DIR/run.toml with --set guidance.distance_weight=2.0:\n"
-        "  'guidance': distance_weight is of 'uld' and 'kld'; objective is 'guided'",
+        "  'guidance': distance_weight applies only to objectives 'uld' and 'kld' (objective is 'guided')",
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.distance_weight=2.0"])
     with told(
         "DIR/run.toml with --set guidance.objective=uld --set teacher.placement=zero3:\n"
-        "  guidance.objective = 'uld' needs one teacher of placement 'replicated': it compares distributions",
+        "  guidance.objective = 'uld' needs one teacher with placement 'replicated': it compares distributions",
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=uld", "teacher.placement=zero3"])
     with told(
         "DIR/run.toml with --set guidance.objective=kld --set parallel.pipeline_stages=2:\n"
-        "  guidance.objective = 'kld' runs in the engine without a pipeline: parallel.pipeline_stages = 0, "
+        "  guidance.objective = 'kld' does not run in a pipeline: set parallel.pipeline_stages to 0, "
         "not 2",
         DIR=tmp_path,
     ):
@@ -105,7 +104,7 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("guidance", "--set guidance: expected section.key=value"),
-        ("data.valid=", "--set data.valid=: no value after the '='"),
+        ("data.valid=", "--set data.valid=: the value after '=' is empty"),
         ("output.x=1", "--set output.x=1: 'output' is a value, not a section"),
     ],
 )
@@ -117,25 +116,59 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a = = 1", "DIR/run.toml is not TOML: Invalid value (at line 1, column 5)"),
-        ("base = 3", "DIR/run.toml: 'base' is the path of another run file, not 3"),
-        ("base = 'run.toml'", "DIR/run.toml: base = 'run.toml' leads back to DIR/run.toml, which starts from this file"),
+        ("a = = 1", "DIR/run.toml is not valid TOML: Invalid value (at line 1, column 5)"),
+        ("base = 3", "DIR/run.toml: 'base' must be the path of another run file, not 3"),
+        ("base = 'run.toml'", "DIR/run.toml: base = 'run.toml' is a cycle: DIR/run.toml starts from this file"),
         (
             "base = 'b.toml'",
-            "no run file at DIR/b.toml, the base of DIR/run.toml, from whose folder it counts: No such file or directory",
+            "no run file at DIR/b.toml (base of DIR/run.toml, relative to its folder): No such file or directory",
         ),
         (GOOD.replace("[training]\nsteps = 3", ""), "DIR/run.toml:\n  'training' is missing"),
         (GOOD + "tokens = 9", "DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'"),
         (
             GOOD.replace("[student.config]", "[student]\npretrained = 'x'\n[student.config]"),
             "DIR/run.toml:\n"
-            "  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (start from "
-            "nothing)",
+            "  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (train from "
+            "scratch)",
         ),
     ],
 )
 def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:
     with told(message, DIR=tmp_path):
+        load_run(run_file(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["checkpoint={keep=1, keep_last=2}"],
+            "--set checkpoint={keep=1, keep_last=2}: 'checkpoint.keep' is the old name of 'checkpoint.keep_last': give only "
+            "'checkpoint.keep_last'",
+        ),
+        (
+            ["teacher.weights=int8", "teacher.quantization=fp8"],
+            "--set teacher.weights=int8 --set teacher.quantization=fp8: both set 'teacher.quantization': give only one of them",
+        ),
+        (["checkpoint.keep=0"], "--set checkpoint.keep=0:\n  'checkpoint.keep_last': Input should be greater than 0, not 0"),
+        (
+            ["teacher.weights=int4"],
+            "--set teacher.weights=int4:\n  'teacher.quantization': Input should be 'none', 'int8' or 'fp8', not 'int4'",
+        ),
+    ],
+)
+def test_errors_about_a_field_under_its_old_name(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with told(message):
+        load_run(run_file(tmp_path), overrides)
+
+
+def test_a_file_with_both_names_of_a_field(tmp_path: Path) -> None:
+    text = GOOD + "schedule = { final = 0.1, min_lr_ratio = 0.1 }"
+    with told(
+        "DIR/run.toml:\n  'training.schedule.final' is the old name of 'training.schedule.min_lr_ratio': give only "
+        "'training.schedule.min_lr_ratio'",
+        DIR=tmp_path,
+    ):
         load_run(run_file(tmp_path, text))
 
 
@@ -155,13 +188,13 @@ def test_the_command_says_one_error_and_its_exit_code(tmp_path: Path, capsys: py
         (["guidance.objective=clm"], []),
         (
             ["guidance.objective=clm", "guidance.keep=0.4", "guidance.aggregate=mean"],
-            ["note: guidance.aggregate, guidance.keep have no effect: guidance.objective = 'clm' learns every token."],
+            ["note: guidance.aggregate, guidance.keep have no effect: guidance.objective = 'clm' trains on every token."],
         ),
         (
             ["guidance.objective=random", "guidance.keep=0.4", "guidance.combine=mean"],
-            ["note: guidance.combine has no effect: guidance.objective = 'random' selects without a guide."],
+            ["note: guidance.combine has no effect: guidance.objective = 'random' selects tokens without a teacher."],
         ),
     ],
 )
-def test_fields_that_the_objective_does_not_read_are_told(tmp_path: Path, overrides: list[str], notes: list[str]) -> None:
-    assert [*load_run(run_file(tmp_path), overrides).guidance.notes()] == notes
+def test_a_note_names_fields_that_the_objective_ignores(tmp_path: Path, overrides: list[str], notes: list[str]) -> None:
+    assert [*load_run(run_file(tmp_path), overrides).notes()] == notes

@@ -41,15 +41,15 @@ def test_losses_are_near_those_of_the_teacher_as_it_is(tmp_path: Path) -> None:
 def test_without_torchao_the_message_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path, {"model_type": "llama", **SIZES})
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ModelError, match=r"teacher.weights = 'int8' needs torchao .*pip install torchao"):
-        open_teacher(folder, torch.float32, "cpu", weights="int8")
+    with pytest.raises(ModelError, match=r"teacher.quantization = 'int8' needs torchao .*pip install torchao"):
+        open_teacher(folder, torch.float32, "cpu", quantization="int8")
 
 
 def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
     gpt2 = write_model(tmp_path, {**SIZES, "model_type": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4})
-    with pytest.raises(ModelError, match="no linear layers"):
-        open_teacher(gpt2, torch.float32, "cpu", weights="int8")
+    with pytest.raises(ModelError, match="no torch linear layers"):
+        open_teacher(gpt2, torch.float32, "cpu", quantization="int8")
     sharded = torch.nn.Linear(4, 4)
     sharded.weight.ds_id = 0  # DeepSpeed's mark on a parameter of which a rank holds a part
-    with pytest.raises(ModelError, match=r"teacher.placement = 'zero3': a quantised matrix cannot be sharded"):
+    with pytest.raises(ModelError, match=r"teacher.placement = 'zero3': quantised weights cannot be sharded"):
         quantise(sharded, "fp8", "cpu")

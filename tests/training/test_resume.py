@@ -13,7 +13,7 @@ from tests.runs import Case, launch, metrics, spawn
 
 pytestmark = pytest.mark.slow
 
-OVERRIDES = ["training.steps=6", "checkpoint.every=2", "checkpoint.keep=3", "eval.every=3"]
+OVERRIDES = ["training.steps=6", "checkpoint.every=2", "checkpoint.keep_last=3", "eval.every=3"]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

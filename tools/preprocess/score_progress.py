@@ -88,7 +88,7 @@ def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table
         "context": f"{scoring.context:,} tokens, windows every {scoring.stride:,}",
         "read again as context": f"{totals.positions - totals.padding - totals.tokens:,} tokens",
         "padding": f"{totals.padding / max(1, totals.positions):.2%} of all positions",
-        "precision": f"{scoring.dtype}, weights {scoring.weights}",
+        "precision": f"{scoring.dtype}, quantization {scoring.quantization}",
     }
     if progress.seconds_of_forwards:
         rows["speed"] = f"{progress.scored / progress.seconds_of_forwards:,.0f} tokens a second and process, in this one's shards"

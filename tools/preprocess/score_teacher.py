@@ -65,7 +65,7 @@ def score_teacher(args: argparse.Namespace) -> None:
     read_manifest(path)  # before anything is written there
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
-    asked = ScoringOptions(teacher, args.dtype, args.weights, args.context, args.stride, args.tokens_per_batch, args.bos)
+    asked = ScoringOptions(teacher, args.dtype, args.quantization, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
     tell(path, manifest, progress)
@@ -107,7 +107,12 @@ def parser() -> Parser:
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of the forward (default: bfloat16)"
     )
-    parser.add_argument("--weights", choices=["as-is", "int8", "fp8"], default="as-is", help="of the decoder (default: as-is)")
+    kinds = ["none", "int8", "fp8"]
+    parser.add_argument("--quantization", choices=kinds, default="none", help="of the decoder's weights (default: none)")
+    # the name of earlier releases
+    parser.add_argument(
+        "--weights", dest="quantization", type=quantization_of, choices=kinds, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
     parser.add_argument(
         "--context", type=positive_int, metavar="N", help="tokens of a window (default: 4096, or what the teacher reads)"
     )
@@ -150,6 +155,11 @@ def finalize_parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder whose shards are all scored")
     return parser
+
+
+def quantization_of(text: str) -> str:
+    """For argparse: the value of --quantization for one of --weights."""
+    return "none" if text == "as-is" else text
 
 
 def bos_of(text: str) -> Bos:
