@@ -46,7 +46,10 @@ class Data(Part):
     """Aligned datasets, made by `tools.preprocess.build_dataset`."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
-    """Path of the dataset to train on. For a blend, write one table `[[data.train]]` per dataset: docs/training.md#blends."""
+    """Path of the dataset to train on.
+
+    For a blend, write one table `[[data.train]]` per dataset, with `path` and `weight` (default 1): docs/training.md#blends.
+    """
     valid: Path | None = None
     """Path of the dataset to evaluate on. It must be made with the same two tokenizers as `data.train`."""
     row_length: Annotated[int, Field(ge=32)] = 2048
@@ -73,7 +76,10 @@ class Student(Part):
     """The model to train. Give either pretrained weights or a configuration."""
 
     pretrained: Path | None = None
-    """A Hugging Face folder with safetensors, or a Hub id (docs/training.md#models-from-the-hub), to continue training from."""
+    """A Hugging Face folder with safetensors to continue training from, or a Hub id: docs/training.md#models-from-the-hub.
+
+    A GGUF file must be converted first: docs/teachers.md#gguf-files.
+    """
     config: dict[str, Any] | None = None
     """Fields of a Hugging Face configuration, to train from scratch. `model_type` is required.
 
@@ -87,7 +93,10 @@ class Student(Part):
     A number: the token with that id.
     """
     attention: Attention = "auto"
-    """Attention implementation. `auto` uses FlashAttention 2 if it can, else SDPA: docs/training.md#models-and-attention."""
+    """Attention implementation. `auto` uses FlashAttention 2 if it is installed and supports the device and precision, else SDPA.
+
+    See docs/training.md#models-and-attention.
+    """
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -139,6 +148,8 @@ class Guidance(Part):
     `student`: as many tokens as `guided` keeps, those with the highest student loss.
     `uld`: every token, plus the distance between the sorted probabilities of both models. It works with any vocabulary.
     `kld`: every token, plus the Kullback-Leibler divergence from the teacher. Both models need the same vocabulary.
+
+    `clm`, `random` and `student` never load the teacher.
     """
     aggregate: Aggregate = "max"
     """How the losses of the teacher tokens that cover a student token become one number."""
@@ -152,7 +163,7 @@ class Guidance(Part):
     `global`: all tokens of the step, over all ranks.
     """
     unmapped: Unmapped = "include"
-    """Whether tokens without a teacher token, for example EOS, are trained on."""
+    """Whether unmapped tokens, for example EOS, are trained on: docs/method.md#unmapped-tokens-by-reason."""
     require_positive: bool = False
     """Keep only tokens on which the student's loss is higher than the teacher's."""
     combine: Literal["min", "mean"] = "min"
@@ -163,7 +174,10 @@ class Guidance(Part):
     Both sides of a row are cut into this many equal chunks, and each token is covered by its complete chunk.
     """
     distance_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
-    """Factor of the distance of `uld` and `kld`, which is added to the loss: docs/method.md#distances-between-distributions."""
+    """Factor of the distance that `uld` and `kld` add to the loss. The authors of ULD used 1.5.
+
+    See docs/method.md#distances-between-distributions.
+    """
 
     @property
     def selects(self) -> bool:
@@ -244,7 +258,7 @@ class Schedule(Part):
 
 
 class Training(Part):
-    """The length of the run."""
+    """Length of the run, seed, and reasons to stop early."""
 
     steps: PositiveInt | None = None
     """Optimizer steps. Give exactly one of `training.steps` and `training.tokens`."""
@@ -256,7 +270,7 @@ class Training(Part):
     max_nonfinite_steps: PositiveInt = 5
     """The run stops after this many consecutive steps with a loss or gradient that is not finite."""
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """After this many minutes of wall time, start-up included, the run saves a checkpoint and exits, as on SIGTERM."""
+    """After this many minutes of wall time, start-up included, the run saves and exits, as on SIGTERM and SIGUSR1."""
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

@@ -100,7 +100,8 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
     )
     yield (
         f"training: {workload.steps:,} steps, {_optimizer(workload.settings)}, {schedule.kind} to "
-        f"{schedule.min_lr_ratio:g} of it after {schedule.warmup_steps:,} steps of warm-up, {precision(workload.settings)}, seed {run.training.seed}"
+        f"{schedule.min_lr_ratio:g} of it after {schedule.warmup_steps:,} steps of warm-up, "
+        f"{precision(workload.settings)}, seed {run.training.seed}"
     )
 
 

@@ -31,7 +31,7 @@ def decoder_bytes(teacher: Teacher) -> int:
 def measure(folder: Path, weights: Any, dtype: torch.dtype) -> dict[str, Any]:
     """Of the teacher in `folder`, against itself as it is."""
     input_BU, target_BU = batch(4, 60)
-    whole, small = open_teacher(folder, dtype, "cpu"), open_teacher(folder, dtype, "cpu", weights=weights)
+    whole, small = open_teacher(folder, dtype, "cpu"), open_teacher(folder, dtype, "cpu", quantization=weights)
     exact_N, rough_N = (teacher.loss(input_BU, target_BU)[target_BU != -100] for teacher in (whole, small))
     return {
         "folder": folder.name,
