@@ -24,8 +24,8 @@ from pydantic_core import PydanticUndefined
 from megatron_vocagno.config import Run, Source
 
 PAGE = Path(__file__).parent / "training.md"
-BEGIN = "<!-- Generated from megatron_vocagno/config.py. Do not edit these tables: run python docs/fields.py --write -->"
-END = "<!-- End of the generated tables. -->"
+BEGIN = "<!-- fields -->\n<!-- generated from megatron_vocagno/config.py: python docs/fields.py --write -->"
+END = "<!-- end of fields -->"
 
 
 def main() -> None:

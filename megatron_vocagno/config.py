@@ -55,10 +55,10 @@ class Data(Part):
     row_length: Annotated[int, Field(ge=32)] = 2048
     """Student tokens per row (S). A row is a packed sequence, and the count includes the BOS that the student reads."""
     attention: Literal["row", "document"] = "row"
-    """Which tokens a token attends to, in both models.
+    """The tokens that a token attends to, in both models.
 
-    `row`: all earlier tokens of its row.
-    `document`: only the earlier tokens of its own document.
+    `row`: all earlier tokens in its row.
+    `document`: only the earlier tokens in its document.
     """
 
     @property
@@ -86,11 +86,11 @@ class Student(Part):
     If `vocab_size` is missing, it is taken from the data.
     """
     bos: Bos = "auto"
-    """What the student reads at the start of each row: docs/method.md#what-a-model-reads-in-front-of-text.
+    """Ids that the student reads at the start of each row: docs/method.md#what-a-model-reads-in-front-of-text.
 
-    `auto`: the tokens that its own tokenizer puts before a text.
+    `auto`: the ids that its own tokenizer puts before a text.
     `none`: nothing.
-    A number: the token with that id.
+    A number: that id.
     """
     attention: Attention = "auto"
     """Attention implementation. `auto` uses FlashAttention 2 if it is installed and supports the device and precision, else SDPA.
@@ -120,14 +120,14 @@ class Teacher(Part):
     quantization: Quantization = "none"
     """8-bit weights for the linear layers of the decoder, by torchao: docs/teachers.md#precision-and-8-bits."""
     placement: Literal["replicated", "zero3", "cached"] = "replicated"
-    """Where the teacher's losses come from: docs/teachers.md#where-it-runs.
+    """Source of the teacher's losses: docs/teachers.md#placement.
 
     `replicated`: every rank holds the teacher. The ranks of one pipeline share the rows of a step.
     `zero3`: the weights are sharded over all ranks and gathered layer by layer.
     `cached`: `tools.preprocess.score_teacher` has stored the losses next to the data. No teacher is loaded.
     """
     bos: Bos = "auto"
-    """What the teacher reads at the start of each row or window. The values are those of `student.bos`."""
+    """Ids that the teacher reads at the start of each row or window. The values are those of `student.bos`."""
     tokens_per_batch: PositiveInt = 16384
     """Upper bound for the tokens of one teacher forward pass, padding included.
 
@@ -144,8 +144,8 @@ class Guidance(Part):
     """`guided` is the method. The other values are baselines to compare it with: docs/method.md#baselines.
 
     `clm`: plain language modeling on every token.
-    `random`: as many tokens as `guided` keeps, chosen at random.
-    `student`: as many tokens as `guided` keeps, those with the highest student loss.
+    `random`: the number of tokens that `guided` keeps, chosen at random.
+    `student`: the same number of tokens, those with the highest student loss.
     `uld`: every token, plus the distance between the sorted probabilities of both models. It works with any vocabulary.
     `kld`: every token, plus the Kullback-Leibler divergence from the teacher. Both models need the same vocabulary.
 
@@ -186,7 +186,7 @@ class Guidance(Part):
 
     @property
     def distance(self) -> Literal["uld", "kld"] | None:
-        """The distance from the teacher's distribution that is added to the loss; None if there is none."""
+        """The distance from the teacher's distribution that is added to the loss, or None."""
         return self.objective if self.objective in ("uld", "kld") else None
 
     @property
@@ -300,7 +300,7 @@ class Checkpoint(Part):
 
 
 class Logging(Part):
-    """What the run reports. See docs/monitoring.md."""
+    """Output of the run. See docs/monitoring.md."""
 
     every: PositiveInt = 1
     """Steps between lines on the console. TensorBoard and `metrics.jsonl` get every step."""

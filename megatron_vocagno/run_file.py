@@ -166,7 +166,7 @@ def _place(override: str) -> tuple[str, ...]:
 
 
 def _source(loc: Sequence[str | int], files: Mapping[Path, Mapping[str, Any]], overrides: Sequence[str]) -> str:
-    """Where the value at a place comes from: an override, or the nearest file that has it.
+    """The source of the value at a place: an override, or the nearest file that has it.
 
     An error about several fields is attributed to the first file, together with all overrides of these fields.
     """

@@ -231,7 +231,7 @@ def test_a_mistake_is_told_of_the_command_line_or_of_the_file_that_makes_it(tmp_
     mended = ["training.steps=3", "training.seed=1", "guidance.scope=global"]
     assert told(*mended, "guidance.keep=1.5", "guidance.keep=1.25") == ["--set guidance.keep=1.25:"]
     assert told(*mended, 'data.train=[{path="a", weight=0}]') == ['--set data.train=[{path="a", weight=0}]:', f"{path}:"]
-    # what fields do to each other is no one's alone
+    # an error about several fields is attributed to all of their overrides
     mended += ["guidance.keep=0.5", "guidance.chunks=2", "guidance.objective=clm"]
     assert told(*mended) == [f"{path} with {' '.join(f'--set {each}' for each in mended if 'guidance' in each)}:"]
 

@@ -1,11 +1,10 @@
-"""How each command of the documentation is executed: a table from what a command looks like to how. The first row that fits
-counts.
+"""A table of how each command of the documentation is executed. The first rule that matches a command counts.
 
-A new command without a row fails `test_commands_run.py`, which names it. Add a row to RULES, the first of these that is possible:
+If a new command has no rule, `test_commands_run.py` fails and names it. Add a rule to RULES, the first of these that is possible:
 
-- `Here`: the test runs it, in a folder where what it names is there (`execution.furnish`). `small`: what makes it small
-- `There`: another test or script runs it. Name it, and words of the command that stand there: none of them can go unnoticed
-- `Checked`: it cannot run in a test, for the reason that is given; then as near as possible, by one of the checks of `checks.py`
+- `Here`: the test runs it in a folder with the files that it names (`execution.furnish`). `small`: replacements to make it small
+- `There`: another test or script runs it. Name it, and words of the command that it contains, so that a change is noticed
+- `Checked`: it cannot run in a test, for the given reason. One of the checks of `checks.py` comes as near as possible
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Here:
 
 @dataclass(frozen=True)
 class There:
-    """by: FILE::TEST, or a script. words: each stands in the command, and in that file or in `script`, which it runs."""
+    """by: FILE::TEST, or a script. words: each is in the command, and in that file or in `script`, which the file runs."""
 
     by: str
     words: tuple[str, ...]
@@ -37,7 +36,7 @@ class There:
 
 @dataclass(frozen=True)
 class Checked:
-    """why: it does not run here. given: replacements before it is checked."""
+    """why: the command does not run here for this reason. given: replacements before the check."""
 
     check: Callable[[str], None]
     why: str
@@ -46,7 +45,7 @@ class Checked:
 
 @dataclass(frozen=True)
 class Rule:
-    """files: of commands in these alone."""
+    """files: the rule applies only to commands in files that match this pattern."""
 
     pattern: str
     how: Here | There | Checked
@@ -57,9 +56,9 @@ class Rule:
 
 
 def replaced(text: str, replacements: Replacements) -> str:
-    """Each must change something, or the table tells of a command that is no more."""
+    """Each replacement must change something. Otherwise the table is about a command that no longer exists."""
     for old, new in replacements:
-        assert old in text, f"{old!r} is not in the command any more: {text}"
+        assert old in text, f"{old!r} is no longer in the command: {text}"
         text = text.replace(old, new)
     return text
 
@@ -82,7 +81,7 @@ INSTALLING = (
     Rule(r"source \.venv/bin/activate$", There("Makefile", (".venv",))),
 )
 
-# docs/releasing.md names commands by what they are called in the repository, and in a wheel
+# docs/releasing.md has the names of commands in the repository and in a wheel
 RELEASING = (
     Rule(r"\.ci/[a-z]+$", Checked(checks.is_a_script, "it installs packages from an index, for minutes")),
     Rule(r"python -m (megatron_vocagno\.)?tools\.preprocess\.build_dataset$", There(".ci/release", ("build_dataset",))),
@@ -97,7 +96,7 @@ RELEASING = (
 DOCSTRINGS = (
     Rule(
         r"(python|deepspeed|torchrun) ",
-        Checked(parse, "pages show the same at work"),
+        Checked(parse, "pages show the same commands and run them"),
         r"(megatron_vocagno|tools/preprocess/(build|score|report))",
     ),
 )
@@ -293,9 +292,7 @@ CLUSTERS = (
     ),
     Rule(r"ray (start|up|exec)$", Checked(checks.ray_knows, NO_CLUSTER)),
     Rule(r"(RAY_AUTH_MODE=token )?ray ", Checked(checks.ray_understands, NO_CLUSTER)),
-    Rule(
-        r"aws s3 sync", Checked(checks.shell_reads, "no bucket of Amazon's; tests/corpus/test_places.py has a server of its own")
-    ),
+    Rule(r"aws s3 sync", Checked(checks.shell_reads, "no bucket of Amazon's; tests/corpus/test_places.py starts its own server")),
 )
 
 LOOKING = (
@@ -306,9 +303,9 @@ LOOKING = (
             ("evaluate.sh", "word_problems_cot,word_problems_choice,word_problems_answer", "--device"),
         ),
     ),
-    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads what it asks")),
+    Rule(r"examples/evaluate\.sh ", Checked(checks.evaluation_takes, "it downloads its tasks")),
     Rule(
-        r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "a harness of others, which needs a GPU and a network")
+        r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "an external harness, which needs a GPU and a network")
     ),
     Rule(r"accelerate launch$", There("examples/evaluate.sh", ("accelerate",))),
     Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/examples/evidence runs its parts")),

@@ -70,7 +70,7 @@ PLACES = {
 }
 # the files that docs/tour.md has in its first part, from the package
 TOUR = ["corpus/spans.py", "batch/pack.py", "objective/selection.py", "objective/linear_ce.py", "training/loop.py"]
-# options of others' commands that pages name
+# options of external commands that pages name
 FOREIGN_FLAGS = {
     "--num_gpus", "--hostfile", "--master_addr", "--master_port", "--module", "--local_rank", "--nproc_per_node",  # launchers
     "--array", "--cpus-per-task", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--parsable", "--dependency",  # Slurm
@@ -83,7 +83,7 @@ FOREIGN_FLAGS = {
     "--model_name_or_path", "--output_dir", "--split", "--prompt_type", "--use_vllm", "--save_outputs", "--data_names",
     "--temperature", "--num_test_sample",  # math-evaluation-harness
 }  # fmt: skip
-# of others, where a page tells what to do about them
+# messages of external programs that a page explains
 FOREIGN_MESSAGES = {
     "Address already in use", "pdsh: command not found", "No space left on device", "Hugging Face's tokenizers",
 }  # fmt: skip
@@ -111,7 +111,7 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
         assert any((place / name).exists() for place in places), f"{page.name} names `{name}`"
 
 
-def test_files_are_met() -> None:
+def test_files_are_found() -> None:
     assert sum(1 for page in PAGES for _ in _named_files(page)) > 15
 
 
@@ -175,7 +175,7 @@ def test_the_run_file_of_training_is_one() -> None:
     assert Run.model_validate(tomllib.loads(whole[0])).training.tokens == 15_000_000_000
 
 
-def test_every_message_that_is_explained_is_one_that_we_say() -> None:
+def test_every_message_that_is_explained_exists() -> None:
     said, met = "\n".join(_literals()), 0
     for table in tables(ROOT / "docs/troubleshooting.md"):
         if not table[0][0].startswith("you see"):
@@ -189,7 +189,7 @@ def test_every_message_that_is_explained_is_one_that_we_say() -> None:
     assert met > 15
 
 
-# ---- what is looked up
+# ---- helpers
 
 
 def _inner(block: str) -> str:
@@ -198,7 +198,7 @@ def _inner(block: str) -> str:
 
 
 def _named_files(page: Path) -> Iterator[str]:
-    """Of source and documentation. What a run writes, and what stands for something, begins with a capital, a dot or a ~."""
+    """Names of source and documentation files. Output of a run, and placeholders, begin with a capital, a dot or a ~."""
     for span in code_spans(page):
         for name in re.findall(r"(?<![\w./~$…*{}-])(?:[\w.-]+/)+[\w.-]+\.(?:py|md|toml|sh|sbatch|yaml)(?![\w/])", span):
             first = name.split("/")[0]
@@ -208,7 +208,7 @@ def _named_files(page: Path) -> Iterator[str]:
 
 @cache
 def _flags() -> frozenset[str]:
-    """Every option that a command of the repository, or a script of it, takes."""
+    """Every option of a command or script of the repository."""
     text = "\n".join(
         path.read_text(encoding="utf-8")
         for folder in SOURCES
@@ -221,7 +221,7 @@ def _flags() -> frozenset[str]:
 
 @cache
 def _fields() -> frozenset[str]:
-    """`section.field` of everything that a run file may say; sections too."""
+    """`section.field` of every field of a run file, and the sections."""
     return frozenset(_fields_of(Run, ""))
 
 
@@ -241,7 +241,7 @@ def _parts(annotation: Any) -> Iterator[type[BaseModel]]:
 
 @cache
 def _literals() -> frozenset[str]:
-    """Every string of the sources, the values within it as …"""
+    """Every string of the sources, with … for the values inside."""
     found: set[str] = set()
     for folder in ("megatron_vocagno", "tools"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -21,7 +21,7 @@ from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.runs import REPOSITORY, environment, write_teacher
 from tools.preprocess.score_progress import near_chance
-from tools.preprocess.score_teacher import main, part_of
+from tools.preprocess.score_teacher import main, parser, part_of
 
 Output = tuple[int, str, str]
 
@@ -58,6 +58,9 @@ def run(built: AlignedDataset, teacher: Path, tmp_path: Path, capsys: Any, monke
         return main(words), *capsys.readouterr()
 
     return call
+
+
+OLD_AND_NEW = {"": "none", "--weights as-is": "none", "--weights int8": "int8", "--quantization fp8": "fp8"}
 
 
 def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output], tmp_path: Path) -> None:
@@ -125,6 +128,12 @@ def test_slices_of_slices_are_disjoint_and_whole() -> None:
             assert sorted(task) == jobs[::n], "the ranks of a task share what is the task's"
             met += world > 1 < n
     assert met > 15
+
+
+def test_the_old_name_of_the_option_for_quantization_is_accepted() -> None:
+    given = {words: parser().parse_args(["DATASET", "--teacher", "T", *words.split()]).quantization for words in OLD_AND_NEW}
+    assert given == OLD_AND_NEW
+    assert "--weights" not in parser().format_help() and "--quantization" in parser().format_help()
 
 
 def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Path, tmp_path: Path) -> None:
