@@ -8,8 +8,7 @@ clipping and the ZeRO stage. The run file repeats none of them.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -246,7 +245,7 @@ class Schedule(Part):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up to the peak."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Learning rate of the last step, divided by the peak."""
+    """Learning rate of the last step, divided by the peak. `constant` ignores it."""
 
     def notes(self, steps: int) -> Iterator[str]:
         """A note if the warm-up is longer than a run of `steps` steps."""
@@ -334,11 +333,6 @@ class Run(Part):
         yield from self._notes
         yield from self.guidance.notes()
 
-    @model_validator(mode="before")
-    @classmethod
-    def _accept_old_names(cls, fields: Any) -> Any:
-        return with_current_names(fields)[0] if isinstance(fields, Mapping) else fields
-
     @field_validator("teacher", mode="before")
     @classmethod
     def _one_teacher(cls, teacher: Any) -> Any:
@@ -384,52 +378,3 @@ class Run(Part):
                 f"guidance.objective = {objective!r} does not run in a pipeline: set parallel.pipeline_stages to 0, "
                 f"not {self.parallel.pipeline_stages}"
             )
-
-
-RENAMED: dict[tuple[str, ...], str] = {
-    ("teacher", "weights"): "quantization",
-    ("training", "schedule", "final"): "min_lr_ratio",
-    ("checkpoint", "keep"): "keep_last",
-}
-"""Place of each field's old name, and its name now. Old names are accepted for one release."""
-
-
-def with_current_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
-    """A copy of a run's fields in which old names are replaced, and the places of the old names that were found.
-
-    Raises ValueError: a table has a field under both names.
-
-    >>> with_current_names({"checkpoint": {"keep": 3}})
-    ({'checkpoint': {'keep_last': 3}}, [('checkpoint', 'keep')])
-    """
-    current, found = copy.deepcopy(dict(fields)), []
-    for place, new in RENAMED.items():
-        *sections, old = place
-        for table in _tables(current, sections):
-            if old not in table:
-                continue
-            if new in table:
-                section = ".".join(sections)
-                raise ValueError(f"'{section}.{old}' is the old name of '{section}.{new}': give only '{section}.{new}'")
-            table[new] = "none" if table[old] == "as-is" else table[old]
-            del table[old]
-            found.append(place)
-    return current, found
-
-
-def renaming(place: tuple[str, ...]) -> str:
-    """The sentence for a field that was given under its old name."""
-    *sections, old = place
-    value = " (and its value 'as-is' to 'none')" if old == "weights" else ""
-    return (
-        f"{'.'.join(place)} was renamed to {'.'.join([*sections, RENAMED[place]])}{value}. The next release rejects the old name."
-    )
-
-
-def _tables(fields: dict[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
-    """The tables of a section: one, several for a list of tables, or none."""
-    found: list[Any] = [fields]
-    for section in sections:
-        found = [table[section] for table in found if isinstance(table, dict) and section in table]
-        found = [table for value in found for table in (value if isinstance(value, list | tuple) else [value])]
-    return [table for table in found if isinstance(table, dict)]

@@ -17,8 +17,15 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_vocagno.config import RENAMED, Run, renaming, with_current_names
+from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, looked_for, nearest
+
+RENAMED: dict[tuple[str, ...], str] = {
+    ("teacher", "weights"): "quantization",
+    ("training", "schedule", "final"): "min_lr_ratio",
+    ("checkpoint", "keep"): "keep_last",
+}
+"""Place of each field's old name, and its name now. Old names are accepted for one release."""
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
@@ -240,3 +247,44 @@ def _keys(sections: Sequence[str]) -> list[str]:
         members = [annotation, *getattr(annotation, "__args__", ())]
         part = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
     return list(part.model_fields)
+
+
+def with_current_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """A copy of a run's fields in which old names are replaced, and the places of the old names that were found.
+
+    Raises ValueError: a table has a field under both names.
+
+    >>> with_current_names({"checkpoint": {"keep": 3}})
+    ({'checkpoint': {'keep_last': 3}}, [('checkpoint', 'keep')])
+    """
+    current, found = copy.deepcopy(dict(fields)), []
+    for place, new in RENAMED.items():
+        *sections, old = place
+        for table in _tables(current, sections):
+            if old not in table:
+                continue
+            if new in table:
+                section = ".".join(sections)
+                raise ValueError(f"'{section}.{old}' is the old name of '{section}.{new}': give only '{section}.{new}'")
+            table[new] = "none" if table[old] == "as-is" else table[old]
+            del table[old]
+            found.append(place)
+    return current, found
+
+
+def renaming(place: tuple[str, ...]) -> str:
+    """The sentence for a field that was given under its old name."""
+    *sections, old = place
+    value = " (and its value 'as-is' to 'none')" if old == "weights" else ""
+    return (
+        f"{'.'.join(place)} was renamed to {'.'.join([*sections, RENAMED[place]])}{value}. The next release rejects the old name."
+    )
+
+
+def _tables(fields: dict[str, Any], sections: Sequence[str]) -> list[dict[str, Any]]:
+    """The tables of a section: one, several for a list of tables, or none."""
+    found: list[Any] = [fields]
+    for section in sections:
+        found = [table[section] for table in found if isinstance(table, dict) and section in table]
+        found = [table for value in found for table in (value if isinstance(value, list | tuple) else [value])]
+    return [table for table in found if isinstance(table, dict)]

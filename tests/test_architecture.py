@@ -24,7 +24,7 @@ DIRECTION = {
     "model": {"objective", "config", "hub", "errors"},
     "integrations": {"corpus", "batch"},
     "preprocess": {"corpus", "model", "batch", "config", "hub", "errors", "files"},
-    "engine": {"model", "batch", "objective", "corpus", "config", "hub", "errors", "files"},
+    "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},
     "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub", "command", "errors"},
     "training": {
         *("engine", "model", "batch", "objective", "corpus", "config", "hub", "command", "errors", "files", "__version__"),

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.config import Run, with_current_names
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.build import share_of_peak
 from megatron_vocagno.errors import RunError
-from megatron_vocagno.run_file import load_run
+from megatron_vocagno.run_file import load_run, with_current_names
 
 GOOD = """
 output = "runs/x"
@@ -201,9 +201,9 @@ def test_the_run_json_of_an_earlier_release_can_be_read(tmp_path: Path) -> None:
     del then["teacher"][0]["quantization"]
     then["training"]["schedule"]["final"] = then["training"]["schedule"].pop("min_lr_ratio")
     then["checkpoint"]["keep"] = then["checkpoint"].pop("keep_last")
-    assert with_current_names(then)[0] == now and Run.model_validate(then) == Run.model_validate(now)
+    assert with_current_names(then)[0] == now
     with pytest.raises(ValueError, match=r"'checkpoint.keep' is the old name of 'checkpoint.keep_last'"):
-        Run.model_validate(now | {"checkpoint": {"keep": 2, "keep_last": 2}})
+        with_current_names(now | {"checkpoint": {"keep": 2, "keep_last": 2}})
 
 
 def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.engine.manifest import checkpoint_folders
+from megatron_vocagno.run_file import with_current_names
 from megatron_vocagno.training.monitor import read_metrics
 
 
@@ -35,7 +36,7 @@ class Costs:
 
     def __init__(self, output: Path) -> None:
         checkpoint = checkpoint_folders(output / "checkpoints")[0]
-        run = Run.model_validate(json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))
+        run = Run.model_validate(with_current_names(json.loads((checkpoint / "run.json").read_text(encoding="utf-8")))[0])
         self.parameters = parameters(checkpoint / "student")
         self.student_tokens = {
             int(line["step"]): int(line["throughput/student_tokens"]) for line in read_metrics(output) if "loss/train" in line

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.config import Run, with_current_names
+from megatron_vocagno.config import Run
 from megatron_vocagno.engine.collectives import ErrorCollector, run_on_all_ranks, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
@@ -53,6 +53,7 @@ from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.errors import RunError, SharedError
 from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
 from megatron_vocagno.model.folder import carry_over, on_this_machine
+from megatron_vocagno.run_file import with_current_names
 
 Item = TypeVar("Item")
 log = logging.getLogger(__name__)
