@@ -28,36 +28,25 @@ from benchmarks.offline import TARGETS, Launch, compiled_for
 from benchmarks.page import APPENDIX as PAGE
 from benchmarks.page import write_section
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.objective.rule import Aggregate
+from megatron_vocagno.objective.rule import Aggregate, Rule
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AGGREGATES: tuple[Aggregate, ...] = ("max", "mean", "sum", "min")
-N, H, V, T = 16_384, 2048, 32_000, 4096
+N, T = 16_384, 4096
 
 
 def linear_ce_cases() -> Iterator[str]:
     """Launch one kernel per case, then yield the name of the case."""
-    from megatron_vocagno.objective.linear_ce_triton import dlogits_tile, fold_tile, fused_softmax
+    from megatron_vocagno.objective.linear_ce_triton import dlogits_tile, update_online_softmax
 
-    for rows, width, softcap, name in ((N, T, None, ""), (N, T, 30.0, ", softcap"), (N - 1, T - 7, 30.0, ", odd, softcap")):
-        target, (peak, total, picked) = _empty(rows, dtype=torch.int64), (_empty(rows) for _ in range(3))
-        fold_tile(_empty(rows, width), T, target, peak, total, picked, softcap)
+    for tokens, width, softcap, name in ((N, T, None, ""), (N, T, 30.0, ", softcap"), (N - 1, T - 7, 30.0, ", odd, softcap")):
+        target, (max_, sum_, third) = _empty(tokens, dtype=torch.int64), (_empty(tokens) for _ in range(3))
+        update_online_softmax(_empty(tokens, width), T, target, max_, sum_, third, softcap)
         yield f"float32{name}"
         for dtype in DTYPES:
-            out = _empty(rows, width, dtype=dtype)
-            dlogits_tile(_empty(rows, width), T, target, peak, total, picked, softcap, out)
+            out = _empty(tokens, width, dtype=dtype)
+            dlogits_tile(_empty(tokens, width), T, target, max_, sum_, third, softcap, out)
             yield f"to {_name(dtype)}{name}"
-    for rows, columns, dtypes, name in (
-        (N, V, DTYPES, ""),
-        (N - 1, V + 3, DTYPES, ", odd"),
-        (N, 600_000, DTYPES[:1], ", head above 2 GiB"),  # AMD addresses less with 32 bits
-    ):
-        for softcap, capped in ((None, ""), (30.0, ", softcap")):
-            for dtype in dtypes:
-                hidden, head = (_empty(lines, H, dtype=dtype, device="cuda") for lines in (rows, columns))
-                target = _empty(rows + 1, dtype=torch.int64, device="cuda").narrow(0, 1, rows)  # not aligned
-                fused_softmax(hidden, head, target, softcap, first_id=rows % 2)
-                yield f"{_name(dtype)}{name}{capped}"
 
 
 def selection_cases(lanes: int) -> Iterator[str]:
@@ -83,11 +72,7 @@ def selection_cases(lanes: int) -> Iterator[str]:
                     _empty(*batch, dtype=torch.int32),
                     _empty(*batch, dtype=torch.int32),
                     _empty(*batch, dtype=torch.bool),
-                    aggregate=aggregate,
-                    keep=0.4,
-                    scope=scope,
-                    unmapped=unmapped,
-                    require_positive=positive,
+                    Rule(0.4, aggregate, scope, unmapped, positive),  # type: ignore[arg-type]
                 )
                 yield ", ".join(filter(None, (name, aggregate, unmapped, "require_positive" if positive else "")))
 

@@ -16,7 +16,6 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.guidance import weighted_loss
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.preprocess.workers import ONE_THREAD
 from megatron_vocagno.run_file import load_run
@@ -169,6 +169,8 @@ class Bare:
 
     def __init__(self, run: Run, case: Case) -> None:
         self.run, self.case, self.steps = run, case, 0
+        g = run.guidance
+        self.rule = Rule(g.keep, g.aggregate, g.scope, g.unmapped)
         asked = run.teacher[0]
         assert asked.path is not None and run.student.config is not None
         data = AlignedDataset.open(run.data.train[0].path)
@@ -185,9 +187,7 @@ class Bare:
         batches = self.batches.step(self.steps * self.case.layout.rows)
         self.steps += 1
         losses, teacher = self._score(batches)
-        g = self.run.guidance
-        planned = partial(planned_kept, keep=g.keep, scope=g.scope, unmapped=g.unmapped)
-        kept = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
+        kept = sum(planned_kept(batch.row_mapped, batch.row_unmapped, self.rule) for batch in batches)
         stages = [self._learn(batch, loss_BU, kept) for batch, loss_BU in zip(batches, losses, strict=True)]
         begin = time.process_time()
         nn.utils.clip_grad_norm_(self.parameters, self.case.clip)
@@ -217,7 +217,7 @@ class Bare:
 
     def _learn(self, batch: Batch, teacher_loss_BU: Tensor, kept: int) -> tuple[float, float]:
         """Run forward and backward of a micro-batch; returns the CPU time of each stage."""
-        g, learned = self.run.guidance, LearnedRows()
+        selected = SelectedTokens()
         times = [time.process_time()]
         border_BSH = batch.input_BS
         for layer in self.first:
@@ -226,19 +226,16 @@ class Bare:
         hidden_BSH = entry_BSH = border_BSH.detach().requires_grad_()
         for layer in self.second:
             hidden_BSH = layer(hidden_BSH)
-        loss_BS = self.head(hidden_BSH, batch.target_BS, learned)
+        loss_BS = self.head(hidden_BSH, batch.target_BS, selected)
         selection = select_tokens(
             loss_BS.detach(),
             teacher_loss_BU,
             batch.first_BS,
             batch.last_BS,
             batch.target_BS != IGNORE,
-            aggregate=g.aggregate,
-            keep=g.keep,
-            scope=g.scope,
-            unmapped=g.unmapped,
+            self.rule,
         )
-        learned.tell(selection.rows_C)
+        selected.set(selection.tokens_C)
         weighted_loss(loss_BS, selection.weight_BS, kept).backward()
         times.append(time.process_time())
         border_BSH.backward(entry_BSH.grad)

@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from functools import partial
 from importlib.metadata import version
 from typing import TypeAlias
 
@@ -32,7 +31,7 @@ from benchmarks import selection
 from benchmarks.head_arms import Loss, dense, torch_chunked
 from benchmarks.page import PAGE, circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, LearnedRows, token_loss
+from megatron_vocagno.objective.linear_ce import GPU_TILE_BYTES, SelectedTokens, token_loss
 
 WARM_UP, ROUNDS, SECONDS = 3, 21, 20.0
 """Rounds of a group: three as a warm-up, then 21, or as many as fit into 20 seconds."""
@@ -104,10 +103,6 @@ def tiles_work(head: Head, kept: float | None, itemsize: int = 2) -> Work:
 
 def _tiles(rows: float, vocabulary: int) -> int:
     return math.ceil(vocabulary * rows * 4 / GPU_TILE_BYTES)
-
-
-def fused_work(head: Head, itemsize: int = 2) -> Work:
-    return Work(head.product, itemsize * (head.tokens + head.vocabulary) * head.size)
 
 
 def dense_work(head: Head, learns: bool, itemsize: int = 2) -> Work:
@@ -188,7 +183,7 @@ def _memory(run: Callable[[], object], device: torch.device) -> int:
 
 
 def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
-    """(arms with forward and backward, arms with a forward only), in bfloat16. The fused forward needs a GPU."""
+    """(arms with forward and backward, arms with a forward only), in bfloat16."""
     generator = torch.Generator(device).manual_seed(0)
     draw = {"generator": generator, "device": device, "dtype": torch.bfloat16}
     hidden = torch.randn(head.tokens, head.size, **draw).requires_grad_()  # type: ignore[call-overload]
@@ -200,9 +195,9 @@ def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
     every = torch.full_like(kept, 1.0 / head.tokens)
 
     def ours(gradient: Tensor, learned: Tensor) -> None:
-        rows = LearnedRows()
-        loss = token_loss(hidden, weight, target, rows=rows)
-        rows.tell(learned)
+        selected = SelectedTokens()
+        loss = token_loss(hidden, weight, target, selected=selected)
+        selected.set(learned)
         torch.autograd.grad(loss, (hidden, weight), gradient)
 
     def learn(loss: Loss) -> None:
@@ -223,10 +218,8 @@ def head_arms(head: Head, device: torch.device) -> tuple[list[Arm], list[Arm]]:
         Arm("F.cross_entropy, dense float32 logits", lambda: score(dense), dense_work(head, learns=False)),
         Arm("F.linear_cross_entropy", lambda: score(torch_chunked)),
     ]
-    if device.type != "cpu":
-        scoring.insert(1, Arm("ours, fused", lambda: score(partial(token_loss, forward="fused")), fused_work(head)))
-        if (liger := _liger()) is not None:
-            learning.append(Arm(f"Liger {version('liger-kernel')}", lambda: learn(liger)))
+    if device.type != "cpu" and (liger := _liger()) is not None:
+        learning.append(Arm(f"Liger {version('liger-kernel')}", lambda: learn(liger)))
     return learning, scoring
 
 

@@ -1,7 +1,7 @@
 """Compile Triton kernels for GPUs that are not present, through the functions that would launch them.
 
     with FakeTensorMode(), compiled_for("sm_90") as launches:
-        linear_ce_triton.fold_tile(torch.empty(16_384, 1024), ...)
+        linear_ce_triton.update_online_softmax(torch.empty(16_384, 1024), ...)
 
 A driver that only knows its target replaces the real driver, and a launch ends after the compiler. A launch therefore passes
 through the JIT's own specialization (pointers, strides and sizes divisible by 16; sizes of 1), with the grid, the block sizes

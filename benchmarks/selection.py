@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.page import APPENDIX, circumstances, write_section
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.objective.ranking import kept_count
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import select_tokens
 
 ROWS, WIDTH, RATIO = 8, 2048, 2.15
@@ -106,8 +107,8 @@ def compare(x: Inputs, aggregate: str, scope: str, rounds: int) -> list[list[str
     arms = {"select_tokens": ours, "padded": padded, "segments": segments}
     chosen = {name: arm(x, aggregate, scope) for name, arm in arms.items()}
     if aggregate in ("max", "min"):  # a mean is rounded differently by each arm, so the last ranks may differ
-        for weight_BS, rows_C in chosen.values():
-            assert torch.equal(weight_BS, chosen["padded"][0]) and torch.equal(rows_C, chosen["padded"][1])
+        for weight_BS, tokens_C in chosen.values():
+            assert torch.equal(weight_BS, chosen["padded"][0]) and torch.equal(tokens_C, chosen["padded"][1])
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(WARM_UP + rounds):
         for name in list(arms)[:: 1 if turn % 2 else -1]:
@@ -158,9 +159,9 @@ def inputs() -> Inputs:
 
 
 def ours(x: Inputs, aggregate: str, scope: str) -> tuple[Tensor, Tensor]:
-    settings = {"aggregate": aggregate, "keep": KEEP, "scope": scope, "unmapped": "include"}
-    selected = select_tokens(x.student_BS, x.teacher_BU, x.first_BS, x.last_BS, x.valid_BS, **settings)  # type: ignore[arg-type]
-    return selected.weight_BS, selected.rows_C
+    rule = Rule(KEEP, aggregate, scope)  # type: ignore[arg-type]
+    selection = select_tokens(x.student_BS, x.teacher_BU, x.first_BS, x.last_BS, x.valid_BS, rule)
+    return selection.weight_BS, selection.tokens_C
 
 
 def padded(x: Inputs, aggregate: str, scope: str) -> tuple[Tensor, Tensor]:

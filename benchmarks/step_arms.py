@@ -31,7 +31,8 @@ from megatron_vocagno.model.folder import PretrainedWeights
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.objective.guidance import weighted_loss
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 
 KEEP = 0.4
@@ -80,7 +81,7 @@ def _inputs(batch: Batch) -> Inputs:
         batch,
         pad_sequence(inputs, batch_first=True),
         pad_sequence(targets, batch_first=True, padding_value=IGNORE),
-        planned_kept(batch.row_mapped, batch.row_unmapped, keep=KEEP, scope="microbatch", unmapped="include"),
+        planned_kept(batch.row_mapped, batch.row_unmapped, Rule(keep=KEEP)),
     )
 
 
@@ -135,21 +136,18 @@ def _learner(case: Case) -> Callable[[Inputs, Tensor], None]:
     optimizer = _optimizer(student)
 
     def learn(inputs: Inputs, teacher_loss_BU: Tensor) -> None:
-        batch, rows = inputs.batch, LearnedRows()
-        loss_BS = student(batch.input_BS, batch.target_BS, rows)
+        batch, selected = inputs.batch, SelectedTokens()
+        loss_BS = student(batch.input_BS, batch.target_BS, selected)
         selection = select_tokens(
             loss_BS.detach(),
             teacher_loss_BU,
             batch.first_BS,
             batch.last_BS,
             batch.target_BS != IGNORE,
-            aggregate="max",
-            keep=KEEP,
-            scope="microbatch",
-            unmapped="include",
+            Rule(keep=KEEP),
             capacity=inputs.kept,
         )
-        rows.tell(selection.rows_C)
+        selected.set(selection.tokens_C)
         optimizer.zero_grad()
         weighted_loss(loss_BS, selection.weight_BS, inputs.kept).backward()
         optimizer.step()

@@ -1,9 +1,9 @@
-"""The method inside transformers' Trainer: a small model goes on learning under a teacher with another vocabulary.
+"""The method inside transformers' Trainer: continue to train a small model under a teacher with another vocabulary.
 
     python examples/with_hf_trainer.py
 
-`GuidedTrainer` is all there is to it, and is meant to be copied; docs/reference.md takes it apart. The rest reads a corpus and
-starts a training. B texts, S student positions, U teacher positions; losses in nats.
+`GuidedTrainer` is the method. Copy it into your own code. docs/reference.md explains it. The rest of the file reads a corpus and
+starts a training. B texts, S student positions, U teacher positions. Losses are in nats.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from megatron_vocagno.errors import UserError
 from megatron_vocagno.integrations.text_collator import TextCollator
 from megatron_vocagno.model.folder import carry_over, model_folder
 from megatron_vocagno.model.teacher import Teacher, open_teacher
-from megatron_vocagno.objective import STATS, gather_guide, guided_loss, planned_kept, summarize
+from megatron_vocagno.objective import Rule, guided_loss, planned_kept, summarize
 
 
 class GuidedTrainer(Trainer):
-    """Learns the tokens where the student is behind its teacher most, and logs which share of the mapped ones that is."""
+    """Trains on the tokens for which the student is furthest behind its teacher, and logs their share of the mapped tokens."""
 
     loss_is_scaled_for_ga = True  # by get_batch_samples
 
     def __init__(self, *args: Any, teacher: Teacher, keep: float = 0.4, **kwargs: Any) -> None:
-        """keep: share of the mapped tokens that is learned. The others as for Trainer; its data_collator is a TextCollator."""
+        """keep: share of the mapped tokens that is learned. The others as for Trainer. data_collator must be a TextCollator."""
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.rule: dict[str, Any] = {"keep": keep, "scope": "microbatch", "unmapped": "include"}
-        self.seen = torch.zeros(len(STATS), dtype=torch.float64)
+        self.keep = keep
+        self.stats: list[Tensor] = []
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
@@ -48,12 +48,18 @@ class GuidedTrainer(Trainer):
         outputs = model(input_ids=inputs["input_ids"], use_cache=False)
         loss_BS = cross_entropy(outputs.logits.float().transpose(1, 2), labels_BS, reduction="none")
         teacher_loss_BU = self.teacher.loss(inputs["teacher_input_ids"], inputs["teacher_labels"])
-        guide_BS = gather_guide(teacher_loss_BU, inputs["first"], inputs["last"], "max")
-        # in evaluation the Trainer counts all labels, and not those that are kept
-        divisor = num_items_in_batch if model.training else None
-        guided = guided_loss(loss_BS, guide_BS, labels_BS != -100, normalizer=divisor, **self.rule)
+        guided = guided_loss(
+            loss_BS,
+            teacher_loss_BU,
+            inputs["first"],
+            inputs["last"],
+            labels_BS != -100,
+            keep=self.keep,
+            # in evaluation, the Trainer counts all labels instead of those that are kept
+            normalizer=num_items_in_batch if model.training else None,
+        )
         if model.training:
-            self.seen += guided.stats.cpu()
+            self.stats.append(guided.stats.cpu())
         return (guided.loss, outputs) if return_outputs else guided.loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
@@ -65,12 +71,12 @@ class GuidedTrainer(Trainer):
     def _planned(self, batch: dict[str, Tensor]) -> int:
         mapped_BS = batch["first"] < batch["last"]
         unmapped_BS = (batch["labels"] != -100) & ~mapped_BS
-        return planned_kept(mapped_BS.sum(1).tolist(), unmapped_BS.sum(1).tolist(), **self.rule)
+        return planned_kept(mapped_BS.sum(1).tolist(), unmapped_BS.sum(1).tolist(), Rule(keep=self.keep))
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds share_kept and share_unmapped since the last time; of this rank, where there are several."""
-        shares = {name: round(share, 4) for name, share in summarize(self.seen).items() if name.startswith("share_")}
-        self.seen.zero_()
+        """Adds share_kept and share_unmapped since the last call. With several ranks, those of this rank."""
+        shares = {name: round(share, 4) for name, share in summarize(*self.stats).items() if name.startswith("share_")}
+        self.stats.clear()
         super().log(logs | shares, *args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_vocagno import pretrain
 from megatron_vocagno.engine import loss
 from megatron_vocagno.model import student
-from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective import plain
 
@@ -21,17 +21,15 @@ def token_loss(hidden_NH: Tensor, head_VH: Tensor, target_N: Tensor, **_: object
 
 
 def select_tokens(
-    student_BS: Tensor, teacher_BU: Tensor, first_BS: Tensor, last_BS: Tensor, valid_BS: Tensor, **choices: object
+    student_BS: Tensor, teacher_BU: Tensor, first_BS: Tensor, last_BS: Tensor, valid_BS: Tensor, rule: Rule, *, capacity: int
 ) -> Selection:
     spans = [zip(*rows, strict=True) for rows in zip(first_BS.tolist(), last_BS.tolist(), strict=True)]
     guides = [
-        [plain.guide(losses, first, last, str(choices["aggregate"])) for first, last in row]
+        [plain.guide(losses, first, last, rule.aggregate) for first, last in row]
         for losses, row in zip(teacher_BU.tolist(), spans, strict=True)
     ]
-    assert choices["scope"] == "microbatch"
-    weights, _ = plain.weights(
-        student_BS.tolist(), guides, valid_BS.tolist(), str(choices["keep"]), "microbatch", str(choices["unmapped"]), False
-    )
+    assert rule.scope == "microbatch"
+    weights, _ = plain.weights(student_BS.tolist(), guides, valid_BS.tolist(), str(rule.keep), "microbatch", rule.unmapped, False)
     weight_BS = torch.tensor(weights, dtype=torch.float32)
     nothing = torch.zeros(1, len(STATS), dtype=torch.float64)
     return Selection(weight_BS, torch.tensor(guides), weight_BS.flatten().nonzero().squeeze(1), nothing)

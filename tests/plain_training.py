@@ -23,7 +23,8 @@ from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.objective.guidance import weighted_loss
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
@@ -41,6 +42,7 @@ def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, hal
     layout = Layout(settings["train_micro_batch_size_per_gpu"], settings["train_batch_size"] // 2, 1)
     batches, scorer = Batches(rows, layout, 0), ReplicatedScorer(teacher, None, run.teacher[0].tokens_per_batch, cpu)
     g = run.guidance
+    rule = Rule(g.keep, g.aggregate, g.scope, g.unmapped)
 
     student = Student(student_config(run.student.config, data.student_tokenizer.vocab_size), run.training.seed)
     if half:
@@ -52,25 +54,19 @@ def train_plainly(path: Path, overrides: Sequence[str], settings_path: Path, hal
     steps = []
     for step in range(run.training.steps):
         micro_batches = batches.step(step * layout.rows)
-        kept = sum(
-            planned_kept(b.row_mapped, b.row_unmapped, keep=g.keep, scope=g.scope, unmapped=g.unmapped) for b in micro_batches
-        )
+        kept = sum(planned_kept(b.row_mapped, b.row_unmapped, rule) for b in micro_batches)
         total = 0.0
         for master in masters:
             master.grad = torch.zeros_like(master)
         for batch, teacher_loss_BU in zip(micro_batches, scorer.score(micro_batches), strict=True):
-            learned = LearnedRows()
-            loss_BS = student(batch.input_BS, batch.target_BS, learned)
+            loss_BS = student(batch.input_BS, batch.target_BS, SelectedTokens())
             selection = select_tokens(
                 loss_BS.detach(),
                 teacher_loss_BU,
                 batch.first_BS,
                 batch.last_BS,
                 batch.target_BS != IGNORE,
-                aggregate=g.aggregate,
-                keep=g.keep,
-                scope=g.scope,
-                unmapped=g.unmapped,
+                rule,
             )
             loss = weighted_loss(loss_BS, selection.weight_BS, kept)
             loss.backward()

@@ -27,7 +27,7 @@ from megatron_vocagno import pretrain
 from megatron_vocagno.engine import loss, placement
 from megatron_vocagno.engine.placement import ShardedTeacher
 from megatron_vocagno.engine.processes import start, stop
-from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import loop
 
@@ -37,15 +37,17 @@ seen: dict[str, list[np.ndarray]] = defaultdict(list)
 teachers: list[ShardedTeacher] = []
 
 
-def select_and_note(*losses_and_spans: Tensor, **choices: object) -> Selection:
-    selection = select_tokens(*losses_and_spans, **choices)  # type: ignore[arg-type]
-    seen[f"chosen-{dist.get_rank(choices['group'])}"].append(selection.weight_BS.numpy())
+def select_and_note(*inputs: Tensor | Rule, capacity: int | None) -> Selection:
+    selection = select_tokens(*inputs, capacity=capacity)  # type: ignore[arg-type]
+    rule = inputs[-1]
+    assert isinstance(rule, Rule)
+    seen[f"chosen-{dist.get_rank(rule.group)}"].append(selection.weight_BS.numpy())
     return selection
 
 
 def call_and_note(objective: loss.Objective, loss_BS: Tensor, *others: object) -> Tensor:
     kind = "learned" if loss_BS.requires_grad else "looked" if objective._looked is not None else "evaluated"
-    seen[f"{kind}-{dist.get_rank(objective.group)}"].append(loss_BS.detach().float().numpy().copy())
+    seen[f"{kind}-{dist.get_rank(objective.rule.group)}"].append(loss_BS.detach().float().numpy().copy())
     return call(objective, loss_BS, *others)  # type: ignore[arg-type]
 
 

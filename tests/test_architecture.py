@@ -51,7 +51,7 @@ DOORS = {
     "rich": [],
     "gguf": ["model/gguf.py"],
     "torchao": ["model/quantised.py"],
-    "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py", "objective/selection_kernels_triton.py"],
+    "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py"],
 }
 
 

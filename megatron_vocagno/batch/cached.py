@@ -82,8 +82,8 @@ class CombinedGuides:
 
 
 def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:
-    """g [n] of each target, as `objective.gather_guide` computes it: sums and means in float64, rounded once; NaN where a target
-    is unmapped or a loss in its range is NaN.
+    """g [n] of each target, as objective.selection.gather_guide computes it: sums and means in float64, rounded once. NaN if a
+    target is unmapped or a loss in its range is NaN.
     """
     assert side.losses is not None
     mapped = side.first < side.last

@@ -9,6 +9,7 @@ from functools import partial
 
 import deepspeed
 import torch
+from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
@@ -44,26 +45,29 @@ def build_engine(
     Raises RunError: what DeepSpeed refuses.
     """
     stages, recompute = run.parallel.pipeline_stages, run.parallel.activation_checkpointing
-    objective = Objective(run.guidance, processes.device, logit_softcap(config))
     pipeline = {"use_reentrant": False, **settings.get("pipeline", {})}
     if stages:
         # DeepSpeed copies tied weights between stages here, which autograd would otherwise record and warn of
         with torch.no_grad():
-            module: nn.Module = StudentPipeline(
+            staged = StudentPipeline(
                 config,
                 # not twice where the DeepSpeed configuration asks for its own
                 pipeline_layers(
                     config, run.training.seed, weights, recompute and not pipeline.get("activation_checkpoint_interval")
                 ),
                 num_stages=stages,
-                loss_fn=objective.of_hidden_states,
                 partition_method=run.parallel.partition,
                 checkpointable_layers=[DecoderLayer.__name__],
             )
+        # the data-parallel groups are created with the module
+        objective = Objective(run.guidance, processes.device, staged.mpu().get_data_parallel_group(), logit_softcap(config))
+        staged.loss_fn = objective.of_hidden_states
+        module: nn.Module = staged
     else:
         module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
+        objective = Objective(run.guidance, processes.device, dist.get_world_group(), logit_softcap(config))
     batches = {
         "train_batch_size": layout.rows,
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,

@@ -28,7 +28,7 @@ from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.teacher import Teacher
 from megatron_vocagno.objective.distance import Kind, Reference, compared
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
 
 
 def check_vocabularies(run: Run, data: AlignedDataset) -> None:
@@ -98,8 +98,8 @@ class Distiller:
             for b, row in enumerate(rows):
                 here_M = (row_N == row).nonzero().squeeze(1)
                 hidden_NH[here_M.to(self.device)] = hidden_BUH[b, (batch.teacher_leads[row] + first_N[here_M]).to(self.device)]
-        rows_N = (row_N * compared_BS.shape[1] + position_N).to(self.device)
-        return Reference(self.kind, rows_N, hidden_NH, self.head_WH, self.teacher.head.softcap, self.vocabulary)
+        tokens_N = (row_N * compared_BS.shape[1] + position_N).to(self.device)
+        return Reference(self.kind, tokens_N, hidden_NH, self.head_WH, self.teacher.head.softcap, self.vocabulary)
 
     def _padded(self, rows_of_batch: Sequence[Int32], rows: Sequence[int]) -> Tensor:
         """[B, U] int64"""
@@ -122,13 +122,13 @@ class DistillingEngine(DataParallelEngine):
         return super().train(batches, teacher_losses, counts)
 
     def _training_loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
-        device, rows, reference = self.engine.device, LearnedRows(), self.distiller.reference(batch)
+        device, selected, reference = self.engine.device, SelectedTokens(), self.distiller.reference(batch)
         labels = type(labels)(*(label.to(device) for label in labels))
-        loss_BS, distance_BS = self.engine(self._on_device(batch), labels.target_BS, rows, reference)
+        loss_BS, distance_BS = self.engine(self._on_device(batch), labels.target_BS, selected, reference)
         apart = distance_BS.sum()
         self._seen += apart.detach()
         mean = apart / self._divisor(self._compared).to(device).squeeze()
-        return self.objective(loss_BS, labels, rows) + self.objective.guidance.distance_weight * mean
+        return self.objective(loss_BS, labels, selected) + self.objective.guidance.distance_weight * mean
 
     def take_numbers(self, counts: StepCounts) -> dict[str, float]:
         seen, self._seen = self._seen, torch.zeros_like(self._seen)

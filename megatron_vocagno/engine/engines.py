@@ -15,11 +15,11 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from megatron_vocagno.batch.loader import IGNORE, Batch, Layout
-from megatron_vocagno.engine.loss import Chosen, Labels, Objective
+from megatron_vocagno.engine.loss import Chosen, Labels, Objective, to_tensors
 from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.model.attention import document_positions
 from megatron_vocagno.model.student import LayerInput
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
 from megatron_vocagno.objective.rule import Selection
 
 
@@ -135,7 +135,6 @@ class PipelineEngine(TrainEngine):
         self.data_group = engine.grid.get_data_parallel_group()
         self.pipe_group = engine.grid.get_pipe_parallel_group()
         self.speaks = engine.grid.get_stage_id() == 0
-        objective.group = self.data_group
 
     def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
         with self.objective.looking() as losses:
@@ -148,10 +147,12 @@ class PipelineEngine(TrainEngine):
     def evaluate(self, batches: Sequence[Batch]) -> float:
         return float(self.engine.eval_batch(self._items(batches, [self._unguided(batch) for batch in batches])))
 
-    def _items(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> Iterator[tuple[LayerInput, Labels | Chosen]]:
+    def _items(
+        self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]
+    ) -> Iterator[tuple[LayerInput, tuple[Tensor, ...]]]:
         """What the first stage reads, and what the last one does."""
         for batch, of_batch in zip(batches, labels, strict=True):
-            yield self._inputs(batch), of_batch
+            yield self._inputs(batch), to_tensors(of_batch)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         start = self.engine.module._local_start
@@ -168,7 +169,6 @@ class DataParallelEngine(TrainEngine):
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
         self.pipe_group, self.speaks = None, True
-        objective.group = self.data_group
 
     @torch.no_grad()
     def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
@@ -213,10 +213,10 @@ class DataParallelEngine(TrainEngine):
         return self._loss(batch, labels)
 
     def _loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
-        device, rows = self.engine.device, LearnedRows()
+        device, selected = self.engine.device, SelectedTokens()
         labels = type(labels)(*(label.to(device) for label in labels))
-        loss_BS = self.engine(self._on_device(batch), labels.target_BS, rows)
-        return self.objective(loss_BS, labels, rows)
+        loss_BS = self.engine(self._on_device(batch), labels.target_BS, selected)
+        return self.objective(loss_BS, labels, selected)
 
     def _on_device(self, batch: Batch) -> LayerInput:
         """What the student's first layer takes."""

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.objective.guidance import weighted_loss
-from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
-from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
+from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS, tally
 
@@ -46,50 +46,80 @@ class Chosen(NamedTuple):
     """int64"""
     weight_BS: Tensor
     """float32"""
-    rows_C: Tensor
+    tokens_C: Tensor
     """int64, positions b * S + s of the tokens that will have a gradient."""
     divisor_1: Tensor
     """float32"""
 
 
-def named(labels: tuple[Tensor, ...]) -> Labels | Chosen:
-    """A pipeline hands on plain tuples; the two kinds differ in length."""
-    return Labels(*labels) if len(labels) == len(Labels._fields) else Chosen(*labels)
+_TYPES: tuple[type[Labels], type[Chosen]] = (Labels, Chosen)
+
+
+def to_tensors(labels: Labels | Chosen) -> tuple[Tensor, ...]:
+    """Labels as a pipeline transports them: a plain tuple of tensors. The shape of the first one, [type, 0], encodes their type.
+
+    A shape can be read without waiting for the device.
+    """
+    return torch.empty(_TYPES.index(type(labels)), 0), *labels
+
+
+def from_tensors(tensors: tuple[Tensor, ...]) -> Labels | Chosen:
+    """The inverse of to_tensors."""
+    type_T0, *labels = tensors
+    return _TYPES[len(type_T0)](*labels)
+
+
+def selection_rule(guidance: Guidance, group: dist.ProcessGroup | None = None) -> Rule:
+    """How a run selects tokens. group: the data-parallel ranks."""
+    g = guidance
+    rule = Rule(g.keep, g.aggregate, g.scope, g.unmapped, g.require_positive, group)
+    # if nothing is selected, all tokens are unmapped, and included
+    return rule if g.selects else replace(rule, scope="microbatch", unmapped="include")
 
 
 class Objective:
     """Per-token losses and labels -> the loss of a micro-batch. Adds up what it saw until it is asked."""
 
-    def __init__(self, guidance: Guidance, device: torch.device, softcap: float | None = None) -> None:
-        """softcap: c, where a student's logits are c * tanh(logits / c)."""
+    def __init__(
+        self,
+        guidance: Guidance,
+        device: torch.device,
+        group: dist.ProcessGroup | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        """group: the data-parallel ranks, over which scope `global` selects. None means this process only.
+
+        softcap: c, if the student's logits are c * tanh(logits / c).
+        """
         self.guidance, self.device, self.softcap = guidance, device, softcap
-        self.group: dist.ProcessGroup | None = None
-        """The data-parallel ranks, over which `global` scope selects; known once the engine is built."""
+        self.rule = selection_rule(guidance, group)
         self._looked: list[Tensor] | None = None
         self._seen = torch.zeros(len(STATS), dtype=torch.float64, device=device)
         self._text_nats = torch.zeros((), dtype=torch.float64, device=device)
         """Sum of the student's losses of text."""
 
-    def __call__(self, loss_BS: Tensor, labels: Labels | Chosen, rows: LearnedRows) -> Tensor:
-        """Tells `rows` which tokens are learned."""
+    def __call__(self, loss_BS: Tensor, labels: Labels | Chosen, selected: SelectedTokens) -> Tensor:
+        """The loss, [] float32. Sets `selected` to the tokens that are learned."""
         if self._looked is not None:
             self._looked.append(loss_BS)
             return loss_BS.sum()
         if isinstance(labels, Labels):
             selection = self._select(loss_BS.detach(), labels, len(labels.capacity_C0))
-            weight_BS, rows_C = selection.weight_BS, selection.rows_C
+            weight_BS, tokens_C = selection.weight_BS, selection.tokens_C
         else:
-            weight_BS, rows_C = labels.weight_BS, labels.rows_C
-        rows.tell(rows_C)
+            weight_BS, tokens_C = labels.weight_BS, labels.tokens_C
+        selected.set(tokens_C)
         return weighted_loss(loss_BS, weight_BS, labels.divisor_1.squeeze())
 
     def of_hidden_states(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
         """The same from what a pipeline's last stage gives: hidden states and head, so that no logits are kept."""
         hidden_BSH, head_VH = outputs
-        of_batch, rows = named(labels), LearnedRows()
+        of_batch, selected = from_tensors(labels), SelectedTokens()
         target_N = of_batch.target_BS.flatten()
-        loss_N = token_loss(hidden_BSH.flatten(0, 1), head_VH, target_N, ignore_index=IGNORE, softcap=self.softcap, rows=rows)
-        return self(loss_N.view_as(of_batch.target_BS), of_batch, rows)
+        loss_N = token_loss(
+            hidden_BSH.flatten(0, 1), head_VH, target_N, ignore_index=IGNORE, softcap=self.softcap, selected=selected
+        )
+        return self(loss_N.view_as(of_batch.target_BS), of_batch, selected)
 
     def looks_first(self, micro_batches: int) -> bool:
         """Whether the losses of a whole step are needed before the first of them is learned."""
@@ -126,17 +156,16 @@ class Objective:
 
     def judge(self, loss_BS: Tensor, labels: Labels) -> Selection:
         """What would be kept of rows that are a micro-batch by themselves: nothing is counted, and no other rank is asked."""
-        return self._selection(loss_BS, labels, None, None)
+        return self._selection(loss_BS, labels, None, replace(self.rule, group=None))
 
     def _select(self, loss_BS: Tensor, labels: Labels, capacity: int | None) -> Selection:
-        selection = self._selection(loss_BS, labels, capacity, self.group)
-        self._seen += selection.stats_PK.sum(0)
+        selection = self._selection(loss_BS, labels, capacity, self.rule)
+        self._seen += selection.stats
         self._text_nats += loss_BS.where(labels.text_BS, 0.0).sum(dtype=torch.float64)
         return selection
 
-    def _selection(self, loss_BS: Tensor, labels: Labels, capacity: int | None, group: dist.ProcessGroup | None) -> Selection:
-        g, valid_BS = self.guidance, labels.target_BS != IGNORE
-        chance = g.objective == "random"
+    def _selection(self, loss_BS: Tensor, labels: Labels, capacity: int | None, rule: Rule) -> Selection:
+        valid_BS, chance = labels.target_BS != IGNORE, self.guidance.objective == "random"
         selection = select_tokens(
             # chance asks of a loss only whether it is a number
             loss_BS.where(loss_BS.isnan(), 0.0) if chance else loss_BS,
@@ -144,13 +173,7 @@ class Objective:
             labels.first_BS,
             labels.last_BS,
             valid_BS,
-            aggregate=g.aggregate,
-            keep=g.keep,
-            # where nothing is selected, all tokens are unmapped, and included
-            scope=g.scope if g.selects else "microbatch",
-            unmapped=g.unmapped if g.selects else "include",
-            require_positive=g.require_positive,
-            group=group,
+            rule,
             capacity=capacity,
         )
         return _with_sums_of(loss_BS, selection, valid_BS) if chance else selection

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from deepspeed import comm as dist
@@ -17,6 +16,7 @@ from deepspeed import comm as dist
 from megatron_vocagno.batch.loader import Batch
 from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.config import Guidance
+from megatron_vocagno.engine.loss import selection_rule
 from megatron_vocagno.objective.distance import compared
 from megatron_vocagno.objective.selection import planned_kept
 
@@ -39,9 +39,9 @@ class StepCounts:
 
 def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.ProcessGroup, device: torch.device) -> StepCounts:
     """Counts of a step from the micro-batches of this data-parallel rank. Collective over `group`, the data-parallel ranks."""
-    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    rule = selection_rule(guidance)
     capacities = [_capacity(batch, guidance) for batch in batches]
-    kept_here = sum(planned(batch.row_mapped, batch.row_unmapped) for batch in batches)
+    kept_here = sum(planned_kept(batch.row_mapped, batch.row_unmapped, rule) for batch in batches)
     teacher_tokens = sum(len(ids) for batch in batches for ids in batch.teacher_targets)
     mapping = [sum(batch.mapping_counts[reason] for batch in batches) for reason in MappingStatus]
     distances = 0
@@ -51,7 +51,7 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
     if guidance.scope == "global":
         # one selection goes over the whole step
         mapped = mapping[MappingStatus.MAPPED]
-        kept = planned([mapped], [sum(mapping) - mapped])
+        kept = planned_kept([mapped], [sum(mapping) - mapped], rule)
     if not guidance.selects:
         kept = sum(mapping)
     return StepCounts(max(1, kept), sum(mapping), teacher_tokens, tuple(mapping), distances, tuple(capacities))
@@ -62,10 +62,10 @@ def _capacity(batch: Batch, guidance: Guidance) -> int:
     # under `global` scope the best tokens of all ranks may all be this rank's
     if not guidance.selects or guidance.scope == "global":
         return sum(mapped + unmapped for mapped, unmapped in rows)
-    planned = partial(planned_kept, keep=guidance.keep, scope=guidance.scope, unmapped=guidance.unmapped)
+    rule = selection_rule(guidance)
     if guidance.scope == "sequence":
-        return max(planned([mapped], [unmapped]) for mapped, unmapped in rows)
-    return planned(batch.row_mapped, batch.row_unmapped)
+        return max(planned_kept([mapped], [unmapped], rule) for mapped, unmapped in rows)
+    return planned_kept(batch.row_mapped, batch.row_unmapped, rule)
 
 
 def sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:

@@ -28,7 +28,7 @@ from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import layer_arguments
 from megatron_vocagno.model.folder import PretrainedWeights, skeleton
 from megatron_vocagno.objective.distance import Reference, distance
-from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
+from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
 
 # ---- layers --------------------------------------------------------------------------------------------------------
 
@@ -176,18 +176,18 @@ class LossHead(nn.Module):
         self.weight, self.softcap = weight_VH, softcap
 
     def forward(
-        self, hidden_BSH: Tensor, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
+        self, hidden_BSH: Tensor, target_BS: Tensor, selected: SelectedTokens | None = None, reference: Reference | None = None
     ) -> Tensor:
-        """[B, S] float32, nats; 0 where the target is -100. rows: see token_loss.
+        """[B, S] float32, nats; 0 if the target is -100. selected: see token_loss.
 
         With a reference [2, B, S]: the losses, and the distances from it, 0 at targets that it says nothing of.
         """
         hidden_NH = hidden_BSH.flatten(0, 1)
-        loss_N = token_loss(hidden_NH, self.weight, target_BS.flatten(), softcap=self.softcap, rows=rows)
+        loss_N = token_loss(hidden_NH, self.weight, target_BS.flatten(), softcap=self.softcap, selected=selected)
         if reference is None:
             return loss_N.view(target_BS.shape)
-        apart = distance(hidden_NH.index_select(0, reference.rows_N), self.weight, self.softcap, reference)
-        distance_N = torch.zeros_like(loss_N).index_copy(0, reference.rows_N, apart)
+        apart = distance(hidden_NH.index_select(0, reference.tokens_N), self.weight, self.softcap, reference)
+        distance_N = torch.zeros_like(loss_N).index_copy(0, reference.tokens_N, apart)
         return torch.stack([loss_N, distance_N]).unflatten(1, target_BS.shape)
 
 
@@ -309,16 +309,16 @@ class Student(nn.Module):
             load_layer(self.config, i, layer, weights)
 
     def forward(
-        self, inputs: LayerInput, target_BS: Tensor, rows: LearnedRows | None = None, reference: Reference | None = None
+        self, inputs: LayerInput, target_BS: Tensor, selected: SelectedTokens | None = None, reference: Reference | None = None
     ) -> Tensor:
         """Losses, [B, S] float32, nats, 0 where the target is -100; with a reference [2, B, S], see LossHead.
 
         inputs     ids_BS [B, S] int64; or (ids_BS, position_BS), see attention.document_positions
         target_BS  [B, S] int64, the target of position i being token i + 1
-        rows       which of the B * S tokens are learned, told before the backward; without it the backward asks the gradient
+        selected   which of the B * S tokens are learned, set before the backward. Without it, the backward reads the gradient
         """
         *body, head = self.layers
         for layer in body:
             inputs = layer(inputs)
-        losses: Tensor = head(inputs, target_BS, rows, reference)
+        losses: Tensor = head(inputs, target_BS, selected, reference)
         return losses

@@ -1,34 +1,31 @@
-"""Losses -> weights -> loss: the method itself, in torch. Nothing here knows a model, an engine, a file or the configuration.
+"""Losses -> weights -> loss: the method itself, in torch. Imports no model, engine or configuration, opens no file.
 
-    linear_ce.py    where the losses come from: one float32 loss a token out of hidden states and a head, no logits kept
-      linear_ce_tiles.py         tile by tile of the vocabulary, in torch; linear_ce_triton.py  on a GPU
-    selection.py    both models' losses -> which tokens the student learns from, in one call
-      selection_triton.py        on a GPU; selection_kernels_triton.py  its kernels
-      rule.py         what a selection is asked for, and what it answers
-      ranking.py      the highest k of each group, exactly, over ranks as well
-      statistics.py   what a selection did, as sums that add up
-    guidance.py     the equation that the weights go into: the guided loss
-    distance.py     what two baselines add to the loss instead: how far the student's distribution is from the teacher's
+    linear_ce.py    one float32 loss per token from hidden states and a head; no logits are kept
+      linear_ce_tiles.py   the work on one tile of the vocabulary, in torch; linear_ce_triton.py  on a GPU
+    selection.py    losses of both models -> the tokens that the student learns from, in one call
+      selection_triton.py  on a GPU
+      rule.py         input and result of a selection
+      ranking.py      the k highest tokens of each group, exactly, also over ranks
+      statistics.py   statistics of a selection, as sums that add up
+    guidance.py     the guided loss: the loss of the selected tokens
+    distance.py     added to the loss by two baselines: the distance between the student's and the teacher's distributions
 
-The order of use: `token_loss` of the teacher, `token_loss` of the student, `select_tokens`, `weighted_loss`; the backward of the
-student's losses then visits the rows that the selection named. For loops that have losses already, `gather_guide` and
-`guided_loss` are the same in two calls (docs/reference.md). What runs on a GPU in place of torch is in the files whose names end
-in _triton; they are imported when a tensor of a GPU comes along, and not before. docs/method.md explains the method and what the
-paper leaves open, docs/performance.md how it is computed.
+Call `token_loss` for the teacher, `token_loss` for the student, `select_tokens`, `SelectedTokens.set` and `weighted_loss`, in
+this order. The backward of the student's losses then computes the selected tokens only. If you have the losses of both models
+already, call `guided_loss` instead (docs/reference.md). Files whose names end in _triton contain the GPU backend. They are
+imported with the first GPU tensor. docs/method.md explains the method and the choices that the paper leaves open.
+docs/performance.md explains how it is computed.
 """
 
-from megatron_vocagno.objective.guidance import GuidedLoss, guided_loss, weighted_loss
-from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
-from megatron_vocagno.objective.rule import Selection
-from megatron_vocagno.objective.selection import gather_guide, planned_kept, select_tokens
-from megatron_vocagno.objective.statistics import STATS, summarize
+from megatron_vocagno.objective.guidance import guided_loss, weighted_loss
+from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
+from megatron_vocagno.objective.rule import Rule
+from megatron_vocagno.objective.selection import planned_kept, select_tokens
+from megatron_vocagno.objective.statistics import summarize
 
 __all__ = [
-    "STATS",
-    "GuidedLoss",
-    "LearnedRows",
-    "Selection",
-    "gather_guide",
+    "Rule",
+    "SelectedTokens",
     "guided_loss",
     "planned_kept",
     "select_tokens",

@@ -1,12 +1,12 @@
-"""How far a student's distribution is from its teacher's, token by token: what the baselines `uld` and `kld` add to the loss.
+"""Distance between a student's and a teacher's distribution, per token. The baselines `uld` and `kld` add it to the loss.
 
-    uld    sum_r |sort(p_S)_r - sort(p_T)_r|    the shorter one padded with zeros: for any two vocabularies; between 0 and 2
-    kld    sum_v p_T[v] log(p_T[v] / p_S[v])    for one vocabulary; nats
+    uld    sum_r |sort(p_S)_r - sort(p_T)_r|    the shorter one padded with zeros, for any two vocabularies. Between 0 and 2
+    kld    sum_v p_T[v] log(p_T[v] / p_S[v])    for one vocabulary, nats
 
-Distributions are float32 (float64 of float64), of a tile of tokens at a time; [N, V] and [N, W] never exist. Nothing of a tile is
-kept: the backward pass computes it again. No gradient reaches the teacher.
+Distributions are float32 (float64 if the inputs are float64). They are computed for a tile of tokens at a time, so [N, V] and [N,
+W] are never stored. The backward pass computes each tile again. No gradient reaches the teacher.
 
-N tokens, V and W the two vocabularies, H a model's own hidden size.
+N tokens, V and W the two vocabularies, H the hidden size of the respective model.
 """
 
 from __future__ import annotations
@@ -22,22 +22,23 @@ from torch.nn import functional as F
 Kind = Literal["uld", "kld"]
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 40 * 2**20, 256 * 2**20
-"""Of a tile's logits, of both models together. The work on them takes a few times as much; a smaller tile reads the heads, and
-adds to the gradient of one, more often.
+"""Size of a tile's logits, of both models together. The computation takes a few times as much. A smaller tile reads both heads,
+and adds to the gradient of the student's head, more often.
 """
 
 
 def compared(first_BS: Tensor, last_BS: Tensor) -> Tensor:
-    """Which student targets have a teacher distribution to be compared with: that of the first teacher token of their range.
+    """Which student targets are compared with a teacher distribution, that of the first teacher token of their range.
 
-    first_BS, last_BS  [B, S] int, teacher targets of the row, half-open; first == last where unmapped
+    first_BS, last_BS  [B, S] int, teacher targets of the row, half-open. first == last if unmapped
     returns            [B, S] bool
 
-    Both models must predict from the same text. Where a target's range begins with a teacher token that an earlier target needs
-    too, the teacher's prediction comes before the target does: it is left out. (An earlier token that is no target of the row, or
-    is unmapped, is not seen: at most the first mapped target of a row is taken for one that begins with its range.)
+    Both models must predict from the same text. If the first teacher token of a target's range also belongs to an earlier target,
+    the teacher's prediction starts before the target does, and the target is not compared. Earlier tokens that are unmapped or
+    are not targets of the row are unknown here. At most the first mapped target of a row is compared for this reason although it
+    should not be.
 
-    Student [sel][ection], teacher [select][ion]: `ection` begins inside of a teacher token.
+    Student [sel][ection], teacher [select][ion]: `ection` starts inside a teacher token.
 
     >>> compared(torch.tensor([[0, 0]]), torch.tensor([[1, 2]]))
     tensor([[ True, False]])
@@ -49,31 +50,31 @@ def compared(first_BS: Tensor, last_BS: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a teacher predicts at N of a student's targets."""
+    """Predictions of a teacher at N of a student's targets."""
 
     kind: Kind
-    rows_N: Tensor
+    tokens_N: Tensor
     """[N] int64, positions b * S + s, each at most once."""
     hidden_NH: Tensor
-    """[N, H] the teacher's hidden states that predict them."""
+    """[N, H], the teacher's hidden states that predict the targets."""
     head_WH: Tensor
-    """[W, H] of the ids of its tokenizer: a model's head may have rows that no id names."""
+    """[W, H], the part of the teacher's head for the ids of its tokenizer. A model's head may be larger."""
     softcap: float | None
-    """c, where its logits are c * tanh(logits / c)."""
+    """c, if the teacher's logits are c * tanh(logits / c)."""
     vocabulary: int
-    """V, ids of the student's tokenizer. `kld`: V == W."""
+    """V, the number of ids of the student's tokenizer. For `kld`, V == W."""
 
 
 def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, reference: Reference, tile: int | None = None) -> Tensor:
-    """Of a student's predictions from a teacher's, of each token (docs/method.md, Distances between distributions).
+    """Distance between the student's and the teacher's distribution for each token (docs/method.md, Distances between
+    distributions).
 
-    hidden_NH, head_VH  [N, H], [V or more, H], one dtype: the student's, in the order of reference.rows_N
-    softcap             c, where the student's logits are c * tanh(logits / c)
-    tile                tokens at a time; by default what CPU_TILE_BYTES or GPU_TILE_BYTES hold. Nothing beyond rounding
-                        depends on it
-    returns             [N] float32 (float64 of float64): nats for kld. N may be 0
+    hidden_NH, head_VH  [N, H], [V or more, H], of one dtype: the student's, in the order of reference.tokens_N
+    softcap             c, if the student's logits are c * tanh(logits / c)
+    tile                tokens per tile. By default as many as fit into CPU_TILE_BYTES or GPU_TILE_BYTES. It affects rounding only
+    returns             [N] float32 (float64 if the inputs are float64). In nats for kld. N may be 0
 
-    Raises ValueError: `kld` of two vocabularies, or fewer rows in the student's head than its tokenizer has ids.
+    Raises ValueError: `kld` of two vocabularies, or a student's head that is smaller than its tokenizer's vocabulary.
 
     >>> teacher = Reference("uld", torch.tensor([0]), torch.tensor([[1.0]]), torch.tensor([[9.0], [-9.0]]), None, vocabulary=2)
     >>> distance(torch.tensor([[1.0]]), torch.tensor([[0.0], [0.0]]), None, teacher)
@@ -81,9 +82,9 @@ def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, referenc
     """
     V, W = reference.vocabulary, len(reference.head_WH)
     if len(head_VH) < V:
-        raise ValueError(f"distance: the tokenizer has {V:,} ids, the student's head {len(head_VH):,} rows")
+        raise ValueError(f"distance: the tokenizer has {V:,} ids, the student's head {len(head_VH):,}: do they belong together?")
     if reference.kind == "kld" and V != W:
-        raise ValueError(f"distance: kld compares id with id; the student has {V:,} of them, the teacher {W:,}")
+        raise ValueError(f"distance: kld needs one vocabulary, the student has {V:,} ids, the teacher {W:,}: use uld")
     if tile is None:
         budget = CPU_TILE_BYTES if hidden_NH.device.type == "cpu" else GPU_TILE_BYTES
         tile = max(1, budget // (4 * (V + W)))
@@ -92,10 +93,10 @@ def distance(hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, referenc
 
 
 def uld(student_NV: Tensor, teacher_NW: Tensor) -> Tensor:
-    """[N, V], [N, W] logits -> [N], 0 to 2: of probabilities by their rank, whatever the tokens that have them (Boizard et al.,
-    arXiv 2402.12030).
+    """[N, V], [N, W] logits -> [N], 0 to 2: compares probabilities by rank, independently of the tokens (Boizard et al., arXiv
+    2402.12030).
 
-    Two thirds and one third, whichever token has them, against certainty:
+    Probabilities of two thirds and one third, in either order, against certainty:
 
     >>> student_NV = torch.tensor([[2 / 3, 1 / 3], [1 / 3, 2 / 3]]).log()
     >>> uld(student_NV, torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]).log())
@@ -120,7 +121,7 @@ def kld(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
 class _Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, softcap: float | None, reference: Reference, tile: int) -> Tensor:
-        # the whole head: a slice of it would keep alive what ZeRO-3 lets go between the two passes
+        # the whole head: a slice would keep memory alive that ZeRO-3 frees between the two passes
         ctx.save_for_backward(hidden_NH, head_VH)
         ctx.options = softcap, reference, tile
         distance_N = hidden_NH.new_empty(len(hidden_NH), dtype=_exact(hidden_NH))
@@ -134,7 +135,7 @@ class _Distance(torch.autograd.Function):
         hidden_NH, head_VH = ctx.saved_tensors
         softcap, reference, tile = ctx.options
         dhidden_NH = torch.empty_like(hidden_NH)
-        # added up over tiles: 16 bits would lose what the later ones bring
+        # added up over tiles: in 16 bits, the contributions of later tiles would be lost
         dhead_VH = torch.zeros_like(head_VH, dtype=_exact(head_VH))
         for part, student_TV, teacher_TW in _tiles(hidden_NH, head_VH, reference, tile):
             student_TV.requires_grad_()
@@ -147,13 +148,13 @@ class _Distance(torch.autograd.Function):
 
 
 def _between(student_TV: Tensor, teacher_TW: Tensor, softcap: float | None, reference: Reference) -> Tensor:
-    """[T], from logits before their caps."""
+    """[T], from logits before the softcap."""
     measure = uld if reference.kind == "uld" else kld
     return measure(_capped(student_TV, softcap), _capped(teacher_TW, reference.softcap))
 
 
 def _tiles(hidden_NH: Tensor, head_VH: Tensor, reference: Reference, tile: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(which tokens, the student's logits [T, V], the teacher's [T, W]); the last tile may be shorter."""
+    """(tokens, the student's logits [T, V], the teacher's [T, W]). The last tile may be shorter."""
     head_HV, head_HW = head_VH[: reference.vocabulary].T, reference.head_WH.T
     for begin in range(0, len(hidden_NH), tile):
         part = slice(begin, begin + tile)
@@ -165,7 +166,7 @@ def _capped(logits_TV: Tensor, softcap: float | None) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of factors of 16 bits or more, in float32 or more: rounded once, where it is used."""
+    """a @ b in float32, or in float64 if the factors are float64. The caller rounds the result once."""
     with torch.autocast(a.device.type, enabled=False):
         if a.dtype == _exact(a):
             return a @ b

@@ -1,7 +1,7 @@
-"""How many of n tokens are kept, and which: the k = ceil(keep * n) highest, exactly, ties to the lower index.
+"""The k = ceil(keep * n) highest of n values, exactly. Ties go to the lower index.
 
-G groups of T values. Values are float32: infinities are legal, -0 equals +0, and NaN is never eligible. Nothing here rounds:
-counts are integers, the share is a fraction, and a threshold is one of the values. So equal inputs give equal choices.
+G groups of T values. Values are float32. Infinities are legal, -0 equals +0, and NaN is never eligible. Nothing is rounded:
+counts are integers, the share is a fraction, and a threshold is one of the values. Equal inputs therefore give equal results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @lru_cache
 def share(keep: float) -> Fraction:
-    """`keep` as it was written: 0.4 is 2/5 here, and not the double above it that makes ceil(0.4 * 5) doubtful.
+    """`keep` as the decimal fraction that was written: 0.4 is 2/5, not the nearest double, with which ceil(0.4 * 5) could be 3.
 
     Raises ValueError unless 0 < keep <= 1 with at most 6 decimals.
     """
@@ -43,11 +43,11 @@ def highest(value_GT: Tensor, eligible_GT: Tensor, keep: float, ranks: dist.Proc
     """The k highest eligible values of each group, and the lowest of them.
 
     value_GT     [G, T] float32
-    eligible_GT  [G, T] bool, False where the value is NaN
-    ranks        where a group of values continues on other ranks; None is this process alone
-    returns      [G, T] bool; [G] float32, of all ranks, +inf where k is 0
+    eligible_GT  [G, T] bool. Must be False if the value is NaN
+    ranks        the ranks that hold the other values of a group. None means this process only
+    returns      [G, T] bool; and [G] float32, over all ranks, +inf if k is 0
 
-    Reads k on the host, which on a CPU costs nothing; over several ranks nothing is read.
+    Reads k on the host, which is free on a CPU. With several ranks, nothing is read.
     """
     if spans_ranks(ranks):
         kept_GT = _highest_over_ranks(_sortable(value_GT, eligible_GT), keep, ranks)
@@ -56,16 +56,16 @@ def highest(value_GT: Tensor, eligible_GT: Tensor, keep: float, ranks: dist.Proc
 
 
 def lowest(value_GT: Tensor, kept_GT: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
-    """The lowest of the kept values of each group, [G] float32, of all ranks; +inf where there is none."""
+    """The lowest kept value of each group over all ranks, [G] float32. +inf if no value is kept."""
     value_GT = torch.where(kept_GT, value_GT, torch.inf)
     lowest_G = value_GT.amin(1) if value_GT.shape[1] else value_GT.new_full(value_GT.shape[:1], torch.inf)
     return over_ranks(lowest_G, ranks, dist.ReduceOp.MIN)
 
 
 def _highest_here(value_GT: Tensor, eligible_GT: Tensor, keep: float) -> tuple[Tensor, Tensor]:
-    """All that reach the k-th highest value; where those are more than k, the last of the ties fall out."""
+    """Keep the values that reach the k-th highest. If ties make more than k of them, drop the last ties."""
     k_G = [kept_count(n, keep) for n in eligible_GT.sum(1).tolist()]
-    # what is not eligible can at most tie with an eligible -inf, and `eligible` tells the two apart
+    # an ineligible value can only tie with an eligible -inf, and eligible_GT distinguishes the two
     ranked_GT = torch.where(eligible_GT, value_GT, -torch.inf)
     none = value_GT.new_tensor(torch.inf)
     threshold_G = [row.topk(k, sorted=False).values.amin() if k else none for row, k in zip(ranked_GT, k_G, strict=True)]
@@ -81,9 +81,9 @@ def _highest_here(value_GT: Tensor, eligible_GT: Tensor, keep: float) -> tuple[T
 
 
 def _sortable(value_GT: Tensor, eligible_GT: Tensor) -> Tensor:
-    """Integers in the order of the floats: [0, 2^32) in int64, and -1 where not eligible.
+    """Integers in the order of the floats: [0, 2^32) in int64, or -1 if not eligible.
 
-    The bits of positive floats are ordered already; those of negative ones run backwards. Adding 0 turns -0 into +0.
+    The bits of positive floats are in order already. Those of negative floats are in reverse order. Adding 0 turns -0 into +0.
     """
     bits_GT = (value_GT + 0.0).view(torch.int32).long()
     key_GT = torch.where(bits_GT >= 0, bits_GT + 2**31, -1 - bits_GT)
@@ -91,7 +91,7 @@ def _sortable(value_GT: Tensor, eligible_GT: Tensor) -> Tensor:
 
 
 def _highest_over_ranks(key_GT: Tensor, keep: float, ranks: dist.ProcessGroup | None) -> Tensor:
-    """True for the k highest keys of each group, ties to the lower rank, then to the lower index."""
+    """True for the k highest keys of each group. Ties go to the lower rank, then to the lower index."""
 
     def count_digits(found_G1: Tensor, shift: int, width: int) -> Tensor:
         alike_GT = key_GT >> (shift + width) == found_G1
@@ -109,12 +109,12 @@ def threshold_from_digits(
 ) -> tuple[Tensor, Tensor]:
     """The k-th highest key of each group, and how many of the keys equal to it are among the k. Both [G, 1] int64.
 
-    count_digits  (found_G1, shift, width) -> [G, 2^width] int64: of this rank's eligible keys (32 bits) whose bits above
-                  shift + width are `found`, how many have which next `width` bits
+    count_digits  (found_G1, shift, width) -> [G, 2^width] int64: a histogram of the next `width` bits, over this rank's eligible
+                  keys (32 bits) whose bits above shift + width equal `found`
     found_G1      zeros [G, 1] int64, on the device of the keys
 
-    The key is found digit by digit, from counts. Counts of several ranks add up, which makes it exact at 40 KiB a rank,
-    whatever the number of tokens; and integer sums do not depend on an order, so the result repeats bitwise.
+    The key is found digit by digit, from counts. Counts of several ranks add up, so the result is exact with 40 KiB per rank for
+    any number of tokens. Integer sums do not depend on the order of addition, so the result is bitwise reproducible.
     """
     part, k_G1 = share(keep), None
     for shift, width in ((21, 11), (10, 11), (0, 10)):  # histograms that stay small
@@ -123,26 +123,26 @@ def threshold_from_digits(
             k_G1 = (count_GD.sum(1, keepdim=True) * part.numerator + part.denominator - 1) // part.denominator
         at_least_GD = count_GD.flip(1).cumsum(1).flip(1)
         digit_G1 = (at_least_GD >= k_G1).sum(1, keepdim=True) - 1
-        k_G1 = k_G1 - (at_least_GD - count_GD).gather(1, digit_G1)  # so many are still to be found among equal digits
+        k_G1 = k_G1 - (at_least_GD - count_GD).gather(1, digit_G1)  # the number still to be found among equal digits
         found_G1 = (found_G1 << width) | digit_G1
     assert k_G1 is not None
     return found_G1, k_G1
 
 
 def spans_ranks(ranks: dist.ProcessGroup | None) -> bool:
-    """Whether there is anyone to add counts with."""
+    """True if counts must be added over several ranks."""
     return ranks is not None and dist.get_world_size(ranks) > 1
 
 
 def over_ranks(x: Tensor, ranks: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """`x`, added up (or what `op` says) over the ranks, in place."""
+    """All-reduce `x` over the ranks, in place. The default operation is a sum."""
     if spans_ranks(ranks):
         dist.all_reduce(x, op=op, group=ranks)
     return x
 
 
 def on_lower_ranks(count: Tensor, ranks: dist.ProcessGroup | None) -> Tensor:
-    """The sum of `count`, a scalar, over the ranks before this one."""
+    """Sum of the scalar `count` over the ranks below this one."""
     if not spans_ranks(ranks):
         return torch.zeros_like(count)
     counts_R = count.new_zeros(dist.get_world_size(ranks))

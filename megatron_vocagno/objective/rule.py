@@ -1,9 +1,9 @@
-"""What a selection is asked for, and what it answers: the same in torch and in Triton."""
+"""Input and result of a selection. The torch and the Triton backend share both."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,47 +16,63 @@ Unmapped = Literal["include", "exclude"]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """What a selection answers; see select_tokens. On the device of the student's losses."""
-
-    weight_BS: Tensor
-    """[B, S] float32 of 0 and 1."""
-    guide_BS: Tensor
-    """[B, S] float32, nats; NaN where unmapped."""
-    rows_C: Tensor
-    """[C] int64, positions b * S + s, each at most once. One list for each row ('sequence') or one for all; in a list those with
-    weight, ascending. A GPU, which must know C beforehand, fills each list up to its capacity with tokens of weight 0, ascending.
-    """
-    stats_PK: Tensor
-    """[P, len(STATS)] float64, parts of the sums named in STATS: add over P."""
-
-
-@dataclass(frozen=True)
 class Rule:
-    """How tokens are selected; each field is explained in select_tokens. Raises ValueError: unknown choices, keep."""
+    """How tokens are selected. The defaults are the paper's values.
 
-    keep: float
-    scope: Scope
-    unmapped: Unmapped
+    Raises ValueError: an unknown choice, or `keep` out of range.
+
+    >>> Rule(keep=0.6)
+    Rule(keep=0.6, aggregate='max', scope='microbatch', unmapped='include', require_positive=False, group=None)
+    """
+
+    keep: float = 0.4
+    """Share of the mapped tokens that is kept: above 0, at most 1, with at most 6 decimals."""
+    aggregate: Aggregate = "max"
+    """How the teacher's losses in a token's range become one guide: see gather_guide."""
+    scope: Scope = "microbatch"
+    """Which tokens are ranked together. 'sequence': each row separately. 'microbatch': all tokens of the call. 'global': the
+    tokens of all ranks of `group`, as if their batches were concatenated in rank order. Every rank of the group must then make
+    the call."""
+    unmapped: Unmapped = "include"
+    """'include': unmapped tokens have weight 1. 'exclude': they have weight 0."""
     require_positive: bool = False
+    """Of the k highest tokens, keep only those with an excess above 0."""
     group: dist.ProcessGroup | None = None
-    capacity: int | None = None
+    """Used by scope 'global' only. None means this process only."""
 
     def __post_init__(self) -> None:
-        check_choices(self.scope, self.unmapped)
+        for name, choices in (("aggregate", Aggregate), ("scope", Scope), ("unmapped", Unmapped)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise ValueError(f"Rule: {name} = {value!r}: expected one of {', '.join(get_args(choices))}")
         share(self.keep)
-        if self.capacity is not None and (not isinstance(self.capacity, int) or self.capacity < 0):
-            raise ValueError(f"capacity = {self.capacity}: expected a number of tokens, or None for room for all")
 
     @property
     def ranks(self) -> dist.ProcessGroup | None:
-        """Those whose tokens are ranked together."""
+        """The ranks whose tokens are ranked together."""
         return self.group if self.scope == "global" else None
 
 
-def check_choices(scope: str, unmapped: str) -> None:
-    """Raises ValueError: none of those that there are."""
-    if scope not in ("sequence", "microbatch", "global"):
-        raise ValueError(f"unknown scope {scope!r}: expected sequence, microbatch or global")
-    if unmapped not in ("include", "exclude"):
-        raise ValueError(f"unknown policy {unmapped!r} for unmapped tokens: expected include or exclude")
+PAPER = Rule()
+"""The paper's values."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Result of select_tokens, on the device of the student's losses."""
+
+    weight_BS: Tensor
+    """[B, S] float32, 0 or 1."""
+    guide_BS: Tensor
+    """[B, S] float32, nats. NaN if the token is unmapped."""
+    tokens_C: Tensor
+    """[C] int64, positions b * S + s, each at most once. Scope 'sequence' has one list per row, the other scopes have one list. A
+    list contains the tokens with weight, ascending. On a GPU, C must be known in advance: each list is filled up to its capacity
+    with tokens of weight 0, ascending.
+    """
+    stats_PK: Tensor
+    """[P, K] float64: the sums in parts, K = len(statistics.STATS). Add them over P."""
+
+    @property
+    def stats(self) -> Tensor:
+        """[K] float64, sums over the tokens. Add them over micro-batches and ranks, and pass the total to `summarize`."""
+        return self.stats_PK.sum(0)

@@ -1,17 +1,16 @@
-"""Losses of both models -> which tokens the student learns from. One call a micro-batch, and no gradient.
+"""Losses of both models -> the tokens that the student learns from. One call per micro-batch, without a gradient.
 
     g[i] = aggregate of l_T over the teacher tokens that cover student token i       gather_guide
     d[i] = l_S[i] - g[i]                                                             the excess
-    w[i] = 1 for the k = ceil(keep * n) mapped tokens of highest d, 0 for the rest   select
-    w[i] = 1 ('include') or 0 ('exclude') where i is unmapped
+    w[i] = 1 for the k = ceil(keep * n) mapped tokens of highest d, 0 for the rest   ranking.highest
+    w[i] = 1 ('include') or 0 ('exclude') if i is unmapped
 
-A student loss of NaN has weight 0 and is counted. A NaN in the range, as an empty range, makes a token unmapped. Infinite
-losses are legal; where both are (d = inf - inf), the token is mapped and never kept.
+A token with a student loss of NaN has weight 0 and is counted. A token is unmapped if its range is empty or contains a NaN.
+Infinite losses are legal. If both losses are infinite (d = inf - inf), the token is mapped but never kept.
 
 B rows, S student positions, U teacher positions, N = B * S tokens, G selection groups of T tokens. Losses are float32, in nats.
-`loss_BS[b, i]`, `first_BS[b, i]` and `valid_BS[b, i]` speak of the token that position i predicts. What runs on a GPU is in
-`selection_triton`, with the same results; below is the method in torch, for every other device. Equal inputs give bitwise
-equal weights.
+`loss_BS[b, i]`, `first_BS[b, i]` and `valid_BS[b, i]` belong to the token that position i predicts. This file is the method in
+torch. `selection_triton` is the GPU backend, with the same results. Equal inputs give bitwise equal weights.
 """
 
 from __future__ import annotations
@@ -19,12 +18,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_vocagno.objective.ranking import highest, kept_count, lowest
-from megatron_vocagno.objective.rule import Aggregate, Rule, Scope, Selection, Unmapped, check_choices
+from megatron_vocagno.objective.rule import PAPER, Aggregate, Rule, Selection
 from megatron_vocagno.objective.statistics import tally
 
 
@@ -35,91 +33,62 @@ def select_tokens(
     first_BS: Tensor,
     last_BS: Tensor,
     valid_BS: Tensor,
+    rule: Rule = PAPER,
     *,
-    aggregate: Aggregate,
-    keep: float,
-    scope: Scope,
-    unmapped: Unmapped,
-    require_positive: bool = False,
-    group: dist.ProcessGroup | None = None,
     capacity: int | None = None,
 ) -> Selection:
-    """Weights, the list of the rows that carry them, and sums, from the losses of both models (docs/method.md, 2 and 3).
+    """Weights, the positions of the tokens with weight, and statistics (docs/method.md, 2 and 3).
 
     student_loss_BS    [B, S] float, nats
-    teacher_loss_BU    [B, U] float, nats; NaN marks a teacher token without a usable loss. U may be 0
-    first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last); first == last is unmapped
-    valid_BS           [B, S] bool; False (padding, ignored target) has weight 0 and is counted nowhere
-    aggregate          of the losses in a range: see gather_guide
-    keep               the share of the mapped tokens that is kept, above 0, at most 1, with at most 6 decimals
-    scope              'sequence': each row by itself; 'microbatch': all N tokens; 'global': the tokens of all ranks of `group`
-                       as if their batches were concatenated in the order of the ranks (every rank must call)
-    unmapped           'include': weight 1; 'exclude': weight 0
-    require_positive   of the k tokens, keep only those with an excess above 0
-    group              heard by 'global' alone; None is this process alone
-    capacity           room in the list of rows, for 'sequence' in the list of each row: an upper bound of the tokens with
-                       weight, known before any loss is (planned_kept). It holds: where NaN turns mapped tokens into unmapped
-                       ones and more would have weight, the last of them lose it and are counted as over_capacity. None is
-                       room for all
+    teacher_loss_BU    [B, U] float, nats. NaN marks a teacher token without a usable loss. U may be 0
+    first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last). A token with first == last is unmapped
+    valid_BS           [B, S] bool. A False token (padding, ignored target) has weight 0 and is not counted
+    rule               how tokens are selected. By default the paper's values
+    capacity           length of the list of tokens (for scope 'sequence', of each row's list): an upper bound of the tokens with
+                       weight that is known before the losses, see planned_kept. More tokens can have weight only if a NaN turned
+                       a mapped token into an unmapped one. The last of them then lose their weight and are counted as
+                       over_capacity. None means no bound
 
-    Ties go to the lower index; where nothing is eligible, nothing is kept. Raises ValueError: unknown choices, keep, shapes
-    that do not fit; on the CPU also ranges outside of the teacher's row.
+    Ties go to the lower index. If no token is eligible, none is kept. Raises ValueError: shapes or a capacity that do not fit. On
+    the CPU also ranges outside of the teacher's row.
 
-    Five student tokens, of which the last ends the document and has no teacher tokens; two of the other four are kept, those
-    where the student is furthest behind. It does worst on the second; but so does the teacher.
+    Five student tokens. The last one ends the document and has no teacher token. Two of the other four are kept, those with the
+    largest excess. The student's loss is largest for the second token, but so is the teacher's:
 
     >>> student_BS = torch.tensor([[2.0, 9.0, 4.0, 3.0, 1.0]])
     >>> teacher_BU = torch.tensor([[1.5, 8.5, 0.5, 1.0]])
     >>> first_BS, last_BS = torch.tensor([[0, 1, 2, 3, 4]]), torch.tensor([[1, 2, 3, 4, 4]])
-    >>> rule = {"aggregate": "max", "keep": 0.5, "scope": "microbatch", "unmapped": "include"}
-    >>> chosen = select_tokens(student_BS, teacher_BU, first_BS, last_BS, torch.ones(1, 5, dtype=torch.bool), **rule)
-    >>> student_BS - chosen.guide_BS
+    >>> valid_BS = torch.ones(1, 5, dtype=torch.bool)
+    >>> selection = select_tokens(student_BS, teacher_BU, first_BS, last_BS, valid_BS, Rule(keep=0.5))
+    >>> student_BS - selection.guide_BS
     tensor([[0.5000, 0.5000, 3.5000, 2.0000,    nan]])
-    >>> chosen.weight_BS, chosen.rows_C
+    >>> selection.weight_BS, selection.tokens_C
     (tensor([[0., 0., 1., 1., 1.]]), tensor([2, 3, 4]))
     """
-    rule = Rule(keep, scope, unmapped, require_positive, group, capacity)
-    _check_same_shape(student_loss_BS, first_BS, valid_BS)
+    _check(student_loss_BS, first_BS, valid_BS, capacity)
     if student_loss_BS.is_cuda:
         from megatron_vocagno.objective import selection_triton
 
-        _check_ranges(teacher_loss_BU, first_BS, last_BS, aggregate)
-        return selection_triton.select(
-            student_loss_BS, selection_triton.Spans(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, rule
+        _check_ranges(teacher_loss_BU, first_BS, last_BS, rule.aggregate)
+        return selection_triton.select_tokens(
+            student_loss_BS, teacher_loss_BU, first_BS, last_BS, valid_BS, rule, capacity=capacity
         )
-    return _select(student_loss_BS, gather_guide(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, rule)
-
-
-@torch.no_grad()
-def select_by_guide(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
-    """select_tokens where the guide [B, S] is known: float, nats, NaN where unmapped.
-
-    Raises ValueError: shapes that differ.
-    """
-    _check_same_shape(student_loss_BS, guide_BS, valid_BS)
-    if student_loss_BS.is_cuda:
-        from megatron_vocagno.objective import selection_triton
-
-        return selection_triton.select(student_loss_BS, guide_BS, valid_BS, rule)
-    return _select(student_loss_BS, guide_BS, valid_BS, rule)
-
-
-def _select(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
-    student_BS, guide_BS, valid_BS = student_loss_BS.float(), guide_BS.float(), valid_BS.bool()
+    guide_BS = gather_guide(teacher_loss_BU, first_BS, last_BS, rule.aggregate)
+    student_BS, valid_BS = student_loss_BS.float(), valid_BS.bool()
     weight_BS, threshold_G = _keep(student_BS - guide_BS, valid_BS, rule)
     if rule.unmapped == "include":
         weight_BS = weight_BS | (valid_BS & guide_BS.isnan() & ~student_BS.isnan())
     over_capacity = 0
-    if rule.capacity is not None:
-        room_BS = _first(weight_BS, rule.capacity, rule)
-        over_capacity = int((weight_BS ^ room_BS).sum())
-        weight_BS = room_BS
+    if capacity is not None:
+        within_BS = _first(weight_BS, capacity, rule)
+        over_capacity = int((weight_BS ^ within_BS).sum())
+        weight_BS = within_BS
     stats_PK = tally(student_BS, guide_BS, valid_BS, weight_BS, threshold_G, over_capacity)
     return Selection(weight_BS.float(), guide_BS, weight_BS.flatten().nonzero().squeeze(1), stats_PK)
 
 
 def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    """[B, S] bool: the k highest in each scope; [G]: the lowest of them. NaN is not eligible, whatever is said."""
+    """[B, S] bool, the k highest of each group; and [G], the lowest of them. An excess of NaN is never eligible."""
     excess_GT, eligible_GT = _grouped(excess_BS, rule), _grouped(eligible_BS & (excess_BS == excess_BS), rule)
     kept_GT, lowest_G = highest(excess_GT, eligible_GT, rule.keep, rule.ranks)
     if rule.require_positive:
@@ -129,17 +98,17 @@ def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> tuple[Tensor, T
 
 
 def _first(weight_BS: Tensor, capacity: int, rule: Rule) -> Tensor:
-    """The first `capacity` of the tokens with weight, in each list."""
+    """The first `capacity` tokens with weight of each list."""
     weight_GT = _grouped(weight_BS, rule)
     return (weight_GT & (weight_GT.cumsum(1) <= capacity)).view(weight_BS.shape)
 
 
 def _grouped(x_BS: Tensor, rule: Rule) -> Tensor:
-    """[B, S] -> [G, T]: the groups of a scope on this rank, which are the lists of rows too."""
+    """[B, S] -> [G, T]: the selection groups on this rank. They are the lists of tokens as well."""
     return x_BS if rule.scope == "sequence" else x_BS.reshape(1, -1)
 
 
-# ---------------------------------------------------------------- the guide
+# ---------------------------------------------------------------- guide
 
 _COMBINE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, torch.dtype]] = {
     "max": (torch.maximum, -torch.inf, torch.float32),
@@ -151,21 +120,22 @@ _COMBINE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], float, torch.dtype
 
 @torch.no_grad()
 def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggregate) -> Tensor:
-    """g: teacher losses, moved from teacher positions onto student positions (docs/method.md, 2).
+    """The guide g: teacher losses, gathered from teacher positions to student positions (docs/method.md, 2).
 
-    loss_BU            [B, U] float, nats; NaN marks a teacher token without a usable loss (no context, broken score)
+    loss_BU            [B, U] float, nats. NaN marks a teacher token without a usable loss (no context, broken score)
     first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last)
-    how                'max' | 'mean' | 'sum' | 'min' over the range; sums and means add in float64 and round once
-    returns            [B, S] float32; NaN exactly where first == last (unmapped) or a loss in the range is NaN. U may be 0
+    how                'max' | 'mean' | 'sum' | 'min' over the range. Sums and means add in float64 and round once
+    returns            [B, S] float32. NaN if first == last (unmapped) or if a loss in the range is NaN. U may be 0
 
-    Raises ValueError: unknown `how`, shapes that do not fit; on the CPU also a range outside of [0, U] (elsewhere the check
-    would wait for the device, and such a range is undefined).
+    Raises ValueError: unknown `how`, shapes that do not fit. On the CPU also a range outside of [0, U]. On other devices this
+    check would wait for the device, and the result for such a range is undefined.
 
-    A range is cut into the powers of two of its width, and level by level a table holds the aggregate of the next 1, 2, 4...
-    losses: log2 of the widest range gathers serve every width, exactly for max and min, in pairwise order for sums, and
-    without a [B, S, U] mask. Only on the CPU is the widest range asked for; elsewhere it is U.
+    A range is divided into the powers of two of its width. At each level, a table holds the aggregate of the next 1, 2, 4, ...
+    losses. The number of gathers is log2 of the widest range, and no [B, S, U] mask is needed. The result is exact for max and
+    min, and in pairwise order for sums. On the CPU the widest range is computed; on other devices it is taken to be U.
 
-    Three teacher tokens; the student's first token needs two of them, its second shares one, its third has none.
+    Three teacher tokens. The student's first token is covered by two of them, its second token shares one of these, and its third
+    token has none:
 
     >>> teacher_BU = torch.tensor([[0.5, 2.0, 1.0]])
     >>> first_BS, last_BS = torch.tensor([[0, 1, 3]]), torch.tensor([[2, 3, 3]])
@@ -177,7 +147,7 @@ def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggreg
     levels = _check_ranges(loss_BU, first_BS, last_BS, how).bit_length()
     combine, nothing, dtype = _COMBINE[how]
     width_BS = last_BS.long() - first_BS
-    # columns of `nothing` on the left, for the ranges that lack a level: its first is there at every level
+    # a range that has no part at a level reads column 0, which is `nothing` at every level
     table_BU = pad(loss_BU.to(dtype), (1 << levels, 0), value=nothing)
     start_BS = first_BS.long() + (1 << levels)
     guide_BS = torch.full_like(width_BS, nothing, dtype=dtype)
@@ -193,93 +163,61 @@ def gather_guide(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: Aggreg
     return guide_BS.float().masked_fill_(width_BS == 0, torch.nan)
 
 
-# ---------------------------------------------------------------- the parts, and how many
+# ---------------------------------------------------------------- counts
 
 
-def select(
-    excess_BS: Tensor,
-    eligible_BS: Tensor,
-    keep: float,
-    scope: Scope,
-    group: dist.ProcessGroup | None = None,
-    require_positive: bool = False,
-) -> Tensor:
-    """w of the mapped tokens: the k = ceil(keep * eligible) tokens of highest excess, in each scope (docs/method.md, 3).
+def planned_kept(mapped_B: Sequence[int], unmapped_B: Sequence[int], rule: Rule = PAPER) -> int:
+    """The sum of the weights of one selection, from counts that are known before the losses. The denominator of docs/method.md,
+    4.
 
-    excess_BS    [B, S] float, nats; NaN is never eligible
-    eligible_BS  [B, S] bool
-    the others   as for select_tokens
-    returns      [B, S] float32 of 0 and 1; all 0 where nothing is eligible
+    mapped_B, unmapped_B  valid tokens of each row of the micro-batch. For scope 'global', of the rows of all ranks
+    returns               the sum. 0 if there are no rows
 
-    Raises ValueError: see kept_count; unknown scope; shapes.
+    The weights can sum to less: with `require_positive`, or if a loss is NaN.
 
-    >>> excess_BS, eligible_BS = torch.tensor([[3.0, 1.0, 2.0], [0.5, 0.2, 0.1]]), torch.ones(2, 3, dtype=torch.bool)
-    >>> select(excess_BS, eligible_BS, 0.5, "microbatch")
-    tensor([[1., 1., 1.],
-            [0., 0., 0.]])
-    >>> select(excess_BS, eligible_BS, 0.5, "sequence")
-    tensor([[1., 0., 1.],
-            [1., 1., 0.]])
-    """
-    rule = Rule(keep, scope, "exclude", require_positive, group)
-    if excess_BS.shape != eligible_BS.shape:
-        raise ValueError(f"select: excess {list(excess_BS.shape)} and eligible {list(eligible_BS.shape)} differ in shape")
-    weight_BS, _ = _keep(excess_BS.detach().float(), eligible_BS.bool(), rule)
-    return weight_BS.float()
+    40 % of 5 + 3 mapped tokens is 3.2, so 4 are kept. With scope 'sequence' it is 2 + 2. The two unmapped tokens are added:
 
-
-def planned_kept(
-    mapped_rows: Sequence[int], unmapped_rows: Sequence[int], *, keep: float, scope: Scope, unmapped: Unmapped
-) -> int:
-    """The sum of the weights of one selection, from counts that are known before any loss is.
-
-    mapped_rows, unmapped_rows  valid tokens of each row: the rows of the micro-batch, for 'global' those of all ranks
-
-    The weights may sum to less: with `require_positive`, and where a loss is NaN. No row at all gives 0. It is the denominator of
-    docs/method.md, 4. Raises ValueError: unknown choices, keep.
-
-    Of 5 + 3 mapped tokens 40 % are 3.2, so 4; row by row 2 + 2. The two unmapped ones come on top.
-
-    >>> planned_kept([5, 3], [1, 1], keep=0.4, scope="microbatch", unmapped="include")
+    >>> planned_kept([5, 3], [1, 1])
     6
-    >>> planned_kept([5, 3], [1, 1], keep=0.4, scope="sequence", unmapped="exclude")
+    >>> planned_kept([5, 3], [1, 1], Rule(scope="sequence", unmapped="exclude"))
     4
     """
-    check_choices(scope, unmapped)
-    kept = sum(kept_count(row, keep) for row in mapped_rows) if scope == "sequence" else kept_count(sum(mapped_rows), keep)
-    return kept + (sum(unmapped_rows) if unmapped == "include" else 0)
+    kept = sum(kept_count(n, rule.keep) for n in mapped_B) if rule.scope == "sequence" else kept_count(sum(mapped_B), rule.keep)
+    return kept + (sum(unmapped_B) if rule.unmapped == "include" else 0)
 
 
-# ---------------------------------------------------------------- refusals
+# ---------------------------------------------------------------- checks
 
 
 def _check_ranges(loss_BU: Tensor, first_BS: Tensor, last_BS: Tensor, how: str) -> int:
-    """An upper bound of the ranges' widths: on the CPU the widest, elsewhere U."""
+    """An upper bound of the ranges' widths: the widest range on the CPU, U on other devices."""
     if how not in _COMBINE:
-        raise ValueError(f"unknown aggregate {how!r}: expected one of {', '.join(_COMBINE)}")
+        raise ValueError(f"gather_guide: unknown aggregate {how!r}: expected one of {', '.join(_COMBINE)}")
     longest = loss_BU.shape[-1]
     if loss_BU.dim() != 2 or first_BS.shape != last_BS.shape or first_BS.shape[:1] != loss_BU.shape[:1]:
         raise ValueError(
-            f"gather_guide: losses [B, U] and ranges [B, S] expected, got losses {list(loss_BU.shape)}, "
+            f"gather_guide: expected losses [B, U] and ranges [B, S], got losses {list(loss_BU.shape)}, "
             f"first {list(first_BS.shape)}, last {list(last_BS.shape)}"
         )
     if first_BS.is_floating_point() or last_BS.is_floating_point():
-        raise ValueError(f"gather_guide: ranges of integers expected, got {first_BS.dtype} and {last_BS.dtype}")
+        raise ValueError(f"gather_guide: expected ranges of integers, got {first_BS.dtype} and {last_BS.dtype}")
     if loss_BU.device.type != "cpu" or not first_BS.numel():
         return longest
     least, widest = map(int, (last_BS - first_BS).aminmax())
     begin, end = int(first_BS.amin()), int(last_BS.amax())
     if begin < 0 or least < 0 or end > longest:
         raise ValueError(
-            f"gather_guide: ranges reach from {begin} to {end} and must be ordered within [0, {longest}]: "
+            f"gather_guide: ranges from {begin} to {end}, expected ordered ranges within [0, {longest}]: "
             "do the spans belong to this row of the teacher, and count from its first token?"
         )
     return widest
 
 
-def _check_same_shape(student_loss_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor) -> None:
-    if not student_loss_BS.shape == guide_BS.shape == valid_BS.shape or student_loss_BS.dim() != 2:
+def _check(student_loss_BS: Tensor, first_BS: Tensor, valid_BS: Tensor, capacity: int | None) -> None:
+    if not student_loss_BS.shape == first_BS.shape == valid_BS.shape or student_loss_BS.dim() != 2:
         raise ValueError(
-            f"[B, S] three times expected, got student losses {list(student_loss_BS.shape)}, guide or ranges "
-            f"{list(guide_BS.shape)}, valid {list(valid_BS.shape)}"
+            f"select_tokens: expected [B, S] three times, got student losses {list(student_loss_BS.shape)}, ranges "
+            f"{list(first_BS.shape)}, valid {list(valid_BS.shape)}"
         )
+    if capacity is not None and (not isinstance(capacity, int) or capacity < 0):
+        raise ValueError(f"select_tokens: capacity = {capacity}: expected a number of tokens, or None for no bound")

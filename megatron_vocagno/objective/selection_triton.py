@@ -1,49 +1,43 @@
-"""`select_tokens` on a GPU: three launches for a micro-batch, one for rows by themselves, and no wait for the device.
+"""GPU backend of `select_tokens`: three launches per micro-batch, or one if rows are ranked separately. It never waits for the
+device.
 
-    keys       guide g, excess d = l_S - g, and its 32 bits as an integer in the order of the floats
+    keys       guide g, excess d = l_S - g, and the 32 bits of d as an integer in the order of the floats
     threshold  k = ceil(keep * n), and the k-th highest key, bit by bit from the top: 32 counts of keys in registers
-    weights    w = 1 above the threshold and for the first ties at it; the list of rows; the sums of STATS
+    weights    w = 1 above the threshold and for the first ties at it; the list of tokens; the sums of STATS
 
-A ranking of more tokens than the registers of one program hold, or of several ranks, finds the threshold from three histograms
-of 11, 11 and 10 bits. Only their counts are added atomically: integers, exact in any order. No float is, so equal inputs give
-bitwise equal results. Scratch: 4 bytes a token.
+If the ranking has more tokens than the registers of one program hold, or spans several ranks, the threshold is found from three
+histograms of 11, 11 and 10 bits. Only their counts are added atomically. They are integers, so the result is exact in any order.
+No float is added atomically, so equal inputs give bitwise equal results. Scratch memory: 4 bytes per token.
 
-B rows, S student positions, U teacher positions, N = B * S tokens in P blocks, L lists of rows, C room in all of them, K =
-len(STATS).
+A key is the 32 bits of an excess as an unsigned integer in the order of the floats, with -0 as +0. Two keys are below those of
+all floats: one for tokens that cannot have weight (padding, a loss of NaN), and one for unmapped tokens.
+
+B rows, S student positions, U teacher positions, N = B * S tokens in P blocks, L lists of tokens, C their total capacity, K =
+len(STATS). A program holds T tokens at a time. Offsets are 64 bits wide. Shapes are given next to the pointers, which are to
+contiguous memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import triton
+import triton.language as tl
 from torch import Tensor
 
-from megatron_vocagno.objective import selection_kernels_triton as kernels
 from megatron_vocagno.objective.ranking import on_lower_ranks, over_ranks, share, spans_ranks, threshold_from_digits
-from megatron_vocagno.objective.rule import Aggregate, Rule, Selection
+from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.objective.statistics import STATS
 
 IN_REGISTERS = 32_768
 """Tokens that one program can rank: 32 keys in each of 1,024 threads."""
 BLOCK = 512
-"""Tokens that a program which ranks nothing reads and writes; and at a time, one that does all for a row."""
+"""Tokens that a program reads and writes at a time, apart from the ranking."""
 LANES = 64 if torch.version.hip else 32
 """Threads of a warp."""
-
-
-@dataclass(frozen=True)
-class Spans:
-    """What a guide is made from: see select_tokens."""
-
-    teacher_loss_BU: Tensor
-    first_BS: Tensor
-    last_BS: Tensor
-    aggregate: Aggregate
 
 
 def select_tokens(
@@ -52,22 +46,19 @@ def select_tokens(
     first_BS: Tensor,
     last_BS: Tensor,
     valid_BS: Tensor,
+    rule: Rule,
     *,
-    aggregate: Aggregate,
-    **rule: Any,
+    capacity: int | None = None,
 ) -> Selection:
-    """As selection.select_tokens, which see, with full lists of rows: C = capacity, for 'sequence' B * capacity."""
-    return select(student_loss_BS, Spans(teacher_loss_BU, first_BS, last_BS, aggregate), valid_BS, Rule(**rule))
-
-
-def select(student_loss_BS: Tensor, guide: Spans | Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
-    """The same from what the guide is made from, or from the guide [B, S] itself. B, S and U may be 0."""
+    """See selection.select_tokens. The lists are full: C = capacity, or B * capacity for scope 'sequence'. B, S and U may be
+    0."""
     rows, width = student_loss_BS.shape
+    inputs = student_loss_BS, teacher_loss_BU, first_BS, last_BS, valid_BS
     if rule.scope == "sequence":
         if rows and width > IN_REGISTERS:
-            return _row_by_row(student_loss_BS, guide, valid_BS, rule)
-        return _rows_at_once(_Batch.of(student_loss_BS, guide, valid_BS, rule, rows * _blocks(width, BLOCK)), rule)
-    batch = _Batch.of(student_loss_BS, guide, valid_BS, rule, _blocks(rows * width, BLOCK))
+            return _row_by_row(inputs, rule, capacity)
+        return _rows_at_once(_Batch.of(*inputs, rule, capacity, rows * _blocks(width, BLOCK)), rule)
+    batch = _Batch.of(*inputs, rule, capacity, _blocks(rows * width, BLOCK))
     if rows * width > IN_REGISTERS or spans_ranks(rule.ranks):
         return _all_tokens(batch, rule, _cut_from_histograms)
     return _all_tokens(batch, rule, _cut_in_registers)
@@ -78,80 +69,85 @@ def select(student_loss_BS: Tensor, guide: Spans | Tensor, valid_BS: Tensor, rul
 
 @dataclass(frozen=True)
 class _Batch:
-    """What the kernels read, contiguous, and what they write."""
+    """Inputs of the kernels, contiguous, and their outputs."""
 
     student_BS: Tensor
-    loss: Tensor
-    """The teacher's losses [B, U], or the guide [B, S] where there are no spans."""
-    first_BS: Tensor | None
-    last_BS: Tensor | None
+    teacher_BU: Tensor
+    first_BS: Tensor
+    last_BS: Tensor
     valid_BS: Tensor
     """uint8."""
-    aggregate: str
     capacity: int
-    """Of each list of rows, at most its tokens."""
+    """Capacity of each list of tokens, at most the number of its tokens."""
     key_BS: Tensor
-    """uint32: where the excess stands among all floats."""
+    """uint32: the rank of the excess among all floats."""
     selection: Selection
 
     @staticmethod
-    def of(student_BS: Tensor, guide: Spans | Tensor, valid_BS: Tensor, rule: Rule, blocks: int) -> _Batch:
+    def of(
+        student_BS: Tensor,
+        teacher_BU: Tensor,
+        first_BS: Tensor,
+        last_BS: Tensor,
+        valid_BS: Tensor,
+        rule: Rule,
+        capacity: int | None,
+        blocks: int,
+    ) -> _Batch:
         rows, width = student_BS.shape
         lists, tokens = (rows, width) if rule.scope == "sequence" else (1, rows * width)
-        capacity = tokens if rule.capacity is None else min(rule.capacity, tokens)
-        spans = guide if isinstance(guide, Spans) else None
+        capacity = tokens if capacity is None else min(capacity, tokens)
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=student_BS.device)
 
         return _Batch(
             student_BS=student_BS.contiguous(),
-            loss=(guide.teacher_loss_BU if isinstance(guide, Spans) else guide).contiguous(),
-            first_BS=spans.first_BS.contiguous() if spans else None,
-            last_BS=spans.last_BS.contiguous() if spans else None,
+            teacher_BU=teacher_BU.contiguous(),
+            first_BS=first_BS.contiguous(),
+            last_BS=last_BS.contiguous(),
             valid_BS=valid_BS.bool().contiguous().view(torch.uint8),
-            aggregate=spans.aggregate if spans else "max",
             capacity=capacity,
             key_BS=empty(torch.uint32, rows, width),
             selection=Selection(
                 weight_BS=empty(torch.float32, rows, width),
                 guide_BS=empty(torch.float32, rows, width),
-                rows_C=empty(torch.int64, lists * capacity),
+                tokens_C=empty(torch.int64, lists * capacity),
                 stats_PK=empty(torch.float64, blocks, len(STATS)),
             ),
         )
 
 
 def _blocks(tokens: int, size: int) -> int:
-    """At least one, which then finds no token: so that nothing need be said of the empty case."""
+    """Number of blocks, at least one. If there is no token, the one block is empty, so the empty case needs no special code."""
     return max(1, triton.cdiv(tokens, size))
 
 
 def _warps(tokens: int, most_threads: int) -> int:
-    """8 tokens a thread as long as a program may grow."""
+    """8 tokens per thread, up to the largest number of threads."""
     return min(max(tokens // 8, 128), most_threads) // LANES
 
 
 def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
     (rows, width), part, out = batch.student_BS.shape, share(rule.keep), batch.selection
     tokens = max(BLOCK, triton.next_power_of_2(width))
-    kernels.select_row[(rows,)](
+    _select_row[(rows,)](
         batch.student_BS,
-        batch.loss,
+        batch.teacher_BU,
         batch.first_BS,
         batch.last_BS,
         batch.valid_BS,
         batch.key_BS,
         out.guide_BS,
         out.weight_BS,
-        out.rows_C,
+        out.tokens_C,
         out.stats_PK,
         width,
-        batch.loss.shape[1],
+        batch.teacher_BU.shape[1],
         batch.capacity,
         part.numerator,
         part.denominator,
-        AGGREGATE=batch.aggregate,
+        AGGREGATE=rule.aggregate,
         POSITIVE=rule.require_positive,
         INCLUDE=rule.unmapped == "include",
         BLOCK=BLOCK,
@@ -161,53 +157,52 @@ def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
     return out
 
 
-def _row_by_row(student_BS: Tensor, guide: Spans | Tensor, valid_BS: Tensor, rule: Rule) -> Selection:
-    """Rows that no program can rank alone, each as a micro-batch."""
+def _row_by_row(inputs: tuple[Tensor, ...], rule: Rule, capacity: int | None) -> Selection:
+    """Rows that are too long to be ranked by one program, each selected as a micro-batch."""
+    rows, width = inputs[0].shape
+    rule = replace(rule, scope="microbatch")
     parts = []
-    for b in range(len(student_BS)):
-        row = slice(b, b + 1)
-        if isinstance(guide, Tensor):
-            guide_of_row: Spans | Tensor = guide[row]
-        else:
-            guide_of_row = Spans(guide.teacher_loss_BU[row], guide.first_BS[row], guide.last_BS[row], guide.aggregate)
-        parts.append(select(student_BS[row], guide_of_row, valid_BS[row], replace(rule, scope="microbatch")))
+    for b in range(rows):
+        student_1S, teacher_1U, first_1S, last_1S, valid_1S = (x[b : b + 1] for x in inputs)
+        parts.append(select_tokens(student_1S, teacher_1U, first_1S, last_1S, valid_1S, rule, capacity=capacity))
     return Selection(
         weight_BS=torch.cat([part.weight_BS for part in parts]),
         guide_BS=torch.cat([part.guide_BS for part in parts]),
-        rows_C=torch.cat([part.rows_C + b * student_BS.shape[1] for b, part in enumerate(parts)]),
+        tokens_C=torch.cat([part.tokens_C + b * width for b, part in enumerate(parts)]),
         stats_PK=torch.cat([part.stats_PK for part in parts]),
     )
 
 
 @dataclass(frozen=True)
 class _Cut:
-    """Where a ranking cuts, on the device."""
+    """Cut of a ranking, on the device."""
 
     at_3: Tensor
-    """int64: the threshold's key; how many of the keys equal to it are kept here; how many tokens have weight here."""
+    """int64: the threshold's key, the number of keys equal to it that are kept, and the number of tokens with weight, on this
+    rank."""
     before_2P: Tensor
-    """int64: ties, and tokens with weight, in the blocks before each."""
+    """int64: the numbers of ties and of tokens with weight before each block."""
     lowest_1: Tensor
-    """float32: the smallest kept excess; infinite or NaN where there is none."""
+    """float32: the smallest kept excess. Infinite or NaN if none is kept."""
 
 
 def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) -> Selection:
     (rows, width), out = batch.student_BS.shape, batch.selection
-    kernels.keys[(rows * _blocks(width, BLOCK),)](
+    _keys[(rows * _blocks(width, BLOCK),)](
         batch.student_BS,
-        batch.loss,
+        batch.teacher_BU,
         batch.first_BS,
         batch.last_BS,
         batch.valid_BS,
         batch.key_BS,
         out.guide_BS,
         width,
-        batch.loss.shape[1],
-        AGGREGATE=batch.aggregate,
+        batch.teacher_BU.shape[1],
+        AGGREGATE=rule.aggregate,
         BLOCK=BLOCK,
     )
     found = cut(batch.key_BS.flatten(), rule)
-    kernels.weights[(len(out.stats_PK),)](
+    _weights[(len(out.stats_PK),)](
         batch.student_BS,
         out.guide_BS,
         batch.valid_BS,
@@ -216,7 +211,7 @@ def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) 
         found.before_2P,
         found.lowest_1,
         out.weight_BS,
-        out.rows_C,
+        out.tokens_C,
         out.stats_PK,
         rows * width,
         len(out.stats_PK),
@@ -235,7 +230,7 @@ def _cut_in_registers(key_N: Tensor, rule: Rule) -> _Cut:
         lowest_1=torch.empty(1, dtype=torch.float32, device=key_N.device),
     )
     tile = triton.next_power_of_2(blocks)
-    kernels.threshold[(1,)](
+    _threshold[(1,)](
         key_N,
         cut.at_3,
         cut.before_2P,
@@ -254,24 +249,22 @@ def _cut_in_registers(key_N: Tensor, rule: Rule) -> _Cut:
 
 
 def _cut_from_histograms(key_N: Tensor, rule: Rule) -> _Cut:
-    """Of any number of tokens, and over ranks: ties go to the lower rank, then to the lower index."""
+    """For any number of tokens, and over ranks. Ties go to the lower rank, then to the lower index."""
     ranks, tokens = rule.ranks, len(key_N)
 
     def count_digits(found_11: Tensor, shift: int, width: int) -> Tensor:
         count_D = torch.zeros(1 << width, dtype=torch.int32, device=key_N.device)
-        kernels.histogram[(_blocks(tokens, 4 * BLOCK),)](
-            key_N, found_11, count_D, tokens, SHIFT=shift, WIDTH=width, BLOCK=4 * BLOCK
-        )
+        _histogram[(_blocks(tokens, 4 * BLOCK),)](key_N, found_11, count_D, tokens, SHIFT=shift, WIDTH=width, BLOCK=4 * BLOCK)
         return count_D.long()[None]
 
     zero_11 = torch.zeros(1, 1, dtype=torch.int64, device=key_N.device)
     key_11, missing_11 = threshold_from_digits(count_digits, zero_11, rule.keep, ranks)
     if rule.require_positive:
-        missing_11 = missing_11.where(key_11 > kernels.ZERO.value, 0)
-        key_11 = key_11.clamp(min=kernels.ZERO.value)
+        missing_11 = missing_11.where(key_11 > _ZERO.value, 0)
+        key_11 = key_11.clamp(min=_ZERO.value)
     count_2P = torch.empty(2, _blocks(tokens, BLOCK), dtype=torch.int64, device=key_N.device)
     lowest_P = torch.empty_like(count_2P[0], dtype=torch.float32)
-    kernels.count[(len(lowest_P),)](
+    _count[(len(lowest_P),)](
         key_N, key_11, missing_11, count_2P, lowest_P, tokens, len(lowest_P), INCLUDE=rule.unmapped == "include", BLOCK=BLOCK
     )
     ties_P, certain_P = count_2P
@@ -284,3 +277,380 @@ def _cut_from_histograms(key_N: Tensor, rule: Rule) -> _Cut:
         before_2P=torch.stack([ties_before_P, before_P]),
         lowest_1=over_ranks(lowest_P.amin(0, keepdim=True), ranks, dist.ReduceOp.MIN),
     )
+
+
+# ---------------------------------------------------------------- kernels
+
+_NOTHING = tl.constexpr(0)
+_UNMAPPED = tl.constexpr(1)
+_ZERO = tl.constexpr(0x80000000)  # the key of 0.0. The key of -inf is 0x007FFFFF, that of +inf is 0xFF800000
+_NONE = tl.constexpr(0xFFFFFFFF)  # above all keys
+_SUMS = tl.constexpr(len(STATS))
+
+
+@triton.jit
+def _many(mask_T):
+    return tl.sum(mask_T.to(tl.int32))
+
+
+@triton.jit
+def _total(x_T, where_T):
+    return tl.sum(tl.where(where_T, x_T.to(tl.float64), 0.0))
+
+
+@triton.jit
+def _aggregate(loss, first_T, last_T, AGGREGATE: tl.constexpr):
+    """Aggregate of the losses in [first, last) of one teacher row. NaN if last <= first, or if one of them is NaN."""
+    width_T = last_T - first_T
+    if AGGREGATE == "max":
+        guide_T = tl.full(first_T.shape, float("-inf"), tl.float32)
+    elif AGGREGATE == "min":
+        guide_T = tl.full(first_T.shape, float("inf"), tl.float32)
+    else:
+        guide_T = tl.zeros(first_T.shape, tl.float64)  # wide enough to round once, in any order
+    nan_T = width_T <= 0
+    for j in range(tl.max(width_T, 0)):
+        inside_T = j < width_T
+        loss_T = tl.load(loss + first_T + j, mask=inside_T, other=0.0).to(tl.float32)
+        nan_T = nan_T | (loss_T != loss_T)  # max and min of the hardware ignore NaN
+        if AGGREGATE == "max":
+            guide_T = tl.where(inside_T, tl.maximum(guide_T, loss_T), guide_T)
+        elif AGGREGATE == "min":
+            guide_T = tl.where(inside_T, tl.minimum(guide_T, loss_T), guide_T)
+        else:
+            guide_T += loss_T
+    if AGGREGATE == "mean":
+        guide_T = guide_T / tl.maximum(width_T, 1)
+    return tl.where(nan_T, float("nan"), guide_T.to(tl.float32))
+
+
+@triton.jit
+def _write_keys(
+    student,  # [B, S] float
+    loss,  # [B, U] float
+    first,  # [B, S] int
+    last,  # [B, S] int
+    valid,  # [B, S] uint8
+    key,  # [B, S] uint32, written
+    guide,  # [B, S] float32, written
+    b,
+    s_T,
+    S,
+    U,
+    AGGREGATE: tl.constexpr,
+):
+    """Write guide and key of the tokens s of row b."""
+    row, inside_T = b * S, s_T < S
+    first_T = tl.load(first + row + s_T, mask=inside_T, other=0)
+    last_T = tl.load(last + row + s_T, mask=inside_T, other=0)
+    guide_T = _aggregate(loss + b * U, first_T, last_T, AGGREGATE)
+    tl.store(guide + row + s_T, guide_T, mask=inside_T)
+    student_T = tl.load(student + row + s_T, mask=inside_T, other=0.0).to(tl.float32)
+    known_T = (tl.load(valid + row + s_T, mask=inside_T, other=0) != 0) & (student_T == student_T)
+    excess_T = student_T - guide_T + 0.0  # -0 becomes +0
+    bits_T = excess_T.to(tl.uint32, bitcast=True)
+    ordered_T = tl.where((bits_T >> 31) != 0, bits_T ^ _NONE, bits_T | _ZERO)
+    other_T = tl.where(known_T & (guide_T != guide_T), _UNMAPPED, _NOTHING).to(tl.uint32)
+    tl.store(key + row + s_T, tl.where(known_T & (excess_T == excess_T), ordered_T, other_T), mask=inside_T)
+
+
+@triton.jit(do_not_specialize=("U",))
+def _keys(
+    student,  # [B, S] float
+    loss,  # [B, U] float
+    first,  # [B, S] int
+    last,  # [B, S] int
+    valid,  # [B, S] uint8
+    key,  # [B, S] uint32, written
+    guide,  # [B, S] float32, written
+    S,
+    U,
+    AGGREGATE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens of one row."""
+    blocks = tl.maximum(tl.cdiv(S, BLOCK), 1)
+    b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
+    _write_keys(student, loss, first, last, valid, key, guide, b, block * BLOCK + tl.arange(0, BLOCK), S, U, AGGREGATE)
+
+
+@triton.jit
+def _excess(key):
+    """The float with this key. NaN for _NONE."""
+    bits = tl.where((key >> 31) != 0, key ^ _ZERO, key ^ _NONE)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _kth_highest(key, numerator, denominator):
+    """The k-th highest key, and k.
+
+    It is the largest integer that at least k keys reach, built from the highest bit down. Tokens that are not eligible have lower
+    keys. If k = 0, it is _NONE, which no key reaches.
+    """
+    eligible = _many(key > _UNMAPPED)
+    k = ((eligible.to(tl.int64) * numerator + denominator - 1) // denominator).to(tl.int32)
+    found = tl.full((), 0, tl.uint32)
+    bit = tl.full((), 0x80000000, tl.uint32)
+    for _ in range(32):
+        candidate = found | bit
+        found = tl.where(_many(key >= candidate) >= k, candidate, found)
+        bit = bit >> 1
+    return found, k
+
+
+@triton.jit
+def _above_zero(key, cut_key, missing):
+    """The cut if only those of the k highest above 0 are kept, the number of ties that are kept at it, and the smallest kept key.
+
+    The last is _NONE if no key is kept.
+    """
+    missing = tl.where(cut_key > _ZERO, missing, 0)
+    cut_key = tl.where(cut_key > _ZERO, cut_key, _ZERO)
+    above = tl.min(tl.where(key > cut_key, key, _NONE).to(tl.uint32))
+    return cut_key, missing, tl.where(missing > 0, cut_key, above)
+
+
+@triton.jit
+def _threshold(
+    key,  # [N] uint32
+    at,  # [3] int64, written
+    before,  # [2, P] int64, written
+    lowest,  # [1] float32, written
+    N,
+    P,
+    numerator,
+    denominator,
+    POSITIVE: tl.constexpr,
+    INCLUDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: all tokens, one block per line of the tile."""
+    p_P = tl.arange(0, BLOCKS)
+    i_PT = p_P[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    key_PT = tl.load(key + i_PT, mask=i_PT < N, other=0)
+    cut_key, k = _kth_highest(key_PT, numerator, denominator)
+    certain_P = tl.sum((key_PT > cut_key).to(tl.int32), 1)
+    missing = k - tl.sum(certain_P)
+    smallest = cut_key
+    if POSITIVE:
+        cut_key, missing, smallest = _above_zero(key_PT, cut_key, missing)
+        certain_P = tl.sum((key_PT > cut_key).to(tl.int32), 1)
+    ties_P = tl.sum((key_PT == cut_key).to(tl.int32), 1)
+    if INCLUDE:
+        certain_P += tl.sum((key_PT == _UNMAPPED).to(tl.int32), 1)
+    ties_before_P = tl.cumsum(ties_P) - ties_P
+    before_P = tl.cumsum(certain_P) - certain_P + tl.minimum(ties_before_P, missing)
+    tl.store(before + p_P, ties_before_P, mask=p_P < P)
+    tl.store(before + P + p_P, before_P, mask=p_P < P)
+    tl.store(at, cut_key)
+    tl.store(at + 1, missing)
+    tl.store(at + 2, tl.sum(certain_P) + missing)
+    tl.store(lowest, _excess(smallest))
+
+
+@triton.jit
+def _histogram(
+    key,  # [N] uint32
+    found,  # [1] int64, the bits above SHIFT + WIDTH that are known
+    count,  # [2^WIDTH] int32, added to
+    N,
+    SHIFT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens. Count the next WIDTH bits of the eligible keys that begin with `found`."""
+    i_T = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key_T = tl.load(key + i_T, mask=i_T < N, other=0).to(tl.int64)
+    alike_T = (key_T > _UNMAPPED) & ((key_T >> (SHIFT + WIDTH)) == tl.load(found))
+    digit_T = ((key_T >> SHIFT) & ((1 << WIDTH) - 1)).to(tl.int32)
+    count_D = tl.histogram(digit_T, 1 << WIDTH, mask=alike_T)
+    tl.atomic_add(count + tl.arange(0, 1 << WIDTH), count_D, mask=count_D > 0, sem="relaxed")
+
+
+@triton.jit
+def _count(
+    key,  # [N] uint32
+    found,  # [1] int64
+    missing,  # [1] int64, over all ranks
+    counts,  # [2, P] int64, written: ties, and tokens that have weight independently of ties
+    lowest,  # [P] float32, written: the smallest kept excess, inf if none is kept
+    N,
+    P,
+    INCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens."""
+    p = tl.program_id(0).to(tl.int64)
+    i_T = p * BLOCK + tl.arange(0, BLOCK)
+    key_T = tl.load(key + i_T, mask=i_T < N, other=0)
+    cut_key = tl.load(found).to(tl.uint32)
+    above_T, tie_T = key_T > cut_key, key_T == cut_key
+    certain_T = above_T
+    if INCLUDE:
+        certain_T = certain_T | (key_T == _UNMAPPED)
+    kept_T = above_T | (tie_T & (tl.load(missing) > 0))
+    tl.store(counts + p, tl.sum(tie_T.to(tl.int32)))
+    tl.store(counts + P + p, tl.sum(certain_T.to(tl.int32)))
+    tl.store(lowest + p, tl.min(tl.where(kept_T, _excess(key_T), float("inf"))))
+
+
+@triton.jit
+def _write_sums(
+    stats,  # [K] float64, written
+    student_T,
+    guide_T,
+    valid_T,
+    weighted_T,  # has weight, if within the capacity
+    w_T,  # has weight
+    lowest,
+):
+    known_T = valid_T & (student_T == student_T)
+    mapped_T, unmapped_T = known_T & (guide_T == guide_T), known_T & (guide_T != guide_T)
+    kept_T, dropped_T = mapped_T & w_T, mapped_T & ~w_T
+    has_lowest = tl.abs(lowest) < float("inf")
+    sums = (  # in the order of STATS
+        _many(valid_T),
+        _many(valid_T & ~(tl.abs(student_T) < float("inf"))),
+        _many(mapped_T),
+        _many(kept_T),
+        _many(unmapped_T),
+        _many(unmapped_T & w_T),
+        _many(weighted_T & ~w_T),
+        _total(student_T, kept_T),
+        _total(student_T, dropped_T),
+        _total(student_T, unmapped_T),
+        _total(guide_T, kept_T),
+        _total(guide_T, dropped_T),
+        _many(w_T),
+        _total(student_T, w_T),
+        tl.where(has_lowest, lowest, 0.0),
+        has_lowest,
+    )
+    for k in tl.static_range(_SUMS):
+        tl.store(stats + k, sums[k].to(tl.float64))
+
+
+@triton.jit
+def _write_weights(
+    student,  # [L, size] float
+    guide,  # [L, size] float32
+    valid,  # [L, size] uint8
+    key,  # [L, size] uint32
+    weight,  # [L, size] float32, written
+    tokens,  # [L, capacity] int64, written
+    stats,  # [K] float64, of this block, written
+    list_,
+    i_T,
+    size,
+    capacity,
+    cut,  # the threshold, the number of keys equal to it that are kept, and the number of tokens with weight, in this list
+    ties,  # number of keys equal to the threshold before these tokens
+    weighted,  # number of tokens with weight before these tokens
+    lowest,  # the threshold to be counted here. NaN: it is counted elsewhere
+    INCLUDE: tl.constexpr,
+):
+    """Write weights, positions and sums of the tokens i of a list. Returns the numbers of ties and of tokens with weight."""
+    cut_key, missing, total = cut
+    first, inside_T = list_ * size, i_T < size
+    key_T = tl.load(key + first + i_T, mask=inside_T, other=0)
+    tie_T = key_T == cut_key
+    weighted_T = (key_T > cut_key) | (tie_T & (ties + tl.cumsum(tie_T.to(tl.int32)) <= missing))
+    if INCLUDE:
+        weighted_T = weighted_T | (key_T == _UNMAPPED)
+    place_T = weighted + tl.cumsum(weighted_T.to(tl.int32)) - weighted_T.to(tl.int32)
+    w_T = weighted_T & (place_T < capacity)
+    tl.store(weight + first + i_T, w_T.to(tl.float32), mask=inside_T)
+    at_T = tl.where(weighted_T, place_T, total + i_T - place_T)  # tokens of weight 0 come after all with weight
+    tl.store(tokens + list_ * capacity + at_T, first + i_T, mask=inside_T & (at_T < capacity))
+
+    student_T = tl.load(student + first + i_T, mask=inside_T, other=0.0).to(tl.float32)
+    guide_T = tl.load(guide + first + i_T, mask=inside_T, other=0.0)
+    valid_T = tl.load(valid + first + i_T, mask=inside_T, other=0) != 0
+    _write_sums(stats, student_T, guide_T, valid_T, weighted_T, w_T, lowest)
+    return _many(tie_T), _many(weighted_T)
+
+
+@triton.jit(do_not_specialize=("capacity",))
+def _weights(
+    student,  # [N] float
+    guide,  # [N] float32
+    valid,  # [N] uint8
+    key,  # [N] uint32
+    at,  # [3] int64
+    before,  # [2, P] int64
+    lowest,  # [1] float32
+    weight,  # [N] float32, written
+    tokens,  # [C] int64, written
+    stats,  # [P, K] float64, written
+    N,
+    P,
+    capacity,
+    INCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: BLOCK tokens."""
+    p = tl.program_id(0).to(tl.int64)
+    i_T = p * BLOCK + tl.arange(0, BLOCK)
+    cut = (tl.load(at).to(tl.uint32), tl.load(at + 1), tl.load(at + 2))
+    ties, weighted = tl.load(before + p), tl.load(before + P + p)
+    lowest = tl.where(p == 0, tl.load(lowest), float("nan"))
+    stats += p * _SUMS
+    _write_weights(student, guide, valid, key, weight, tokens, stats, 0, i_T, N, capacity, cut, ties, weighted, lowest, INCLUDE)
+
+
+@triton.jit(do_not_specialize=("U", "capacity"))
+def _select_row(
+    student,  # [B, S] float
+    loss,  # [B, U] float
+    first,  # [B, S] int
+    last,  # [B, S] int
+    valid,  # [B, S] uint8
+    key,  # [B, S] uint32, written
+    guide,  # [B, S] float32, written
+    weight,  # [B, S] float32, written
+    tokens,  # [B, capacity] int64, written
+    stats,  # [B, ceil(S / BLOCK), K] float64, written
+    S,
+    U,
+    capacity,
+    numerator,
+    denominator,
+    AGGREGATE: tl.constexpr,
+    POSITIVE: tl.constexpr,
+    INCLUDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program: one row. Keys and weights BLOCK tokens at a time, the ranking in registers."""
+    b = tl.program_id(0).to(tl.int64)
+    steps = tl.maximum(tl.cdiv(S, BLOCK), 1)
+    for step in range(steps):
+        _write_keys(student, loss, first, last, valid, key, guide, b, step * BLOCK + tl.arange(0, BLOCK), S, U, AGGREGATE)
+    tl.debug_barrier()  # other threads wrote the keys that this one reads
+    s_S = tl.arange(0, TOKENS)
+    key_S = tl.load(key + b * S + s_S, mask=s_S < S, other=0)
+    cut_key, k = _kth_highest(key_S, numerator, denominator)
+    above = _many(key_S > cut_key)
+    missing = k - above
+    smallest = cut_key
+    if POSITIVE:
+        cut_key, missing, smallest = _above_zero(key_S, cut_key, missing)
+        above = _many(key_S > cut_key)
+    total = above + missing
+    if INCLUDE:
+        total += _many(key_S == _UNMAPPED)
+    cut = (cut_key, missing, total)
+    stats += b * steps * _SUMS
+    ties = 0
+    weighted = 0
+    for step in range(steps):
+        s_T = step * BLOCK + tl.arange(0, BLOCK)
+        lowest = tl.where(step == 0, _excess(smallest), float("nan"))
+        more_ties, more = _write_weights(
+            student, guide, valid, key, weight, tokens, stats, b, s_T, S, capacity, cut, ties, weighted, lowest, INCLUDE
+        )
+        ties += more_ties
+        weighted += more
+        stats += _SUMS

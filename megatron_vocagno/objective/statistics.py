@@ -1,4 +1,4 @@
-"""What a selection did, as sums that add up over micro-batches, steps and ranks; divided once, at the end."""
+"""Statistics of a selection: sums that add up over micro-batches, steps and ranks, and are divided once, at the end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from megatron_vocagno.objective.rule import Selection
+
 STATS = (
     "valid",  # tokens: neither padding nor ignored
     "nonfinite",  # valid tokens whose student loss is NaN or infinite
@@ -14,7 +16,7 @@ STATS = (
     "kept",  # mapped, weight 1
     "unmapped",  # valid, student loss not NaN, guide NaN
     "unmapped_kept",  # unmapped, weight 1
-    "over_capacity",  # would have weight 1, and did not find room in the list of rows: 0 unless losses were NaN
+    "over_capacity",  # would have weight 1, but exceed the list of tokens: 0 unless losses are NaN
     "student_kept_sum",  # l_S over kept, nats
     "student_dropped_sum",  # l_S over mapped, weight 0
     "student_unmapped_sum",  # l_S over unmapped
@@ -22,33 +24,33 @@ STATS = (
     "guide_dropped_sum",  # g over mapped, weight 0
     "weight_sum",
     "weighted_sum",  # weight * l_S
-    "threshold_sum",  # the smallest excess that the ranking kept, over the selection groups that have a finite one; nats
-    "thresholds",  # how many groups those are
+    "threshold_sum",  # the smallest excess that the ranking kept, over the selection groups in which it is finite; nats
+    "thresholds",  # the number of these groups
 )
-"""The sums' names, in their order. Add them over micro-batches, steps and ranks, then `summarize`."""
+"""Names of the sums, in order. Add the sums over micro-batches, steps and ranks, then call `summarize`."""
 
-_DROPPED, _KEPT, _UNMAPPED, _UNMAPPED_KEPT, _NAN = range(1, 6)  # and 0: not valid
+_DROPPED, _KEPT, _UNMAPPED, _UNMAPPED_KEPT, _NAN = range(1, 6)  # 0: not valid
 
 
 def tally(
     student_BS: Tensor, guide_BS: Tensor, valid_BS: Tensor, weight_BS: Tensor, threshold_G: Tensor, over_capacity: int
 ) -> Tensor:
-    """The sums named in STATS. A token whose student loss is NaN stands in valid and nonfinite alone.
+    """The sums named in STATS. A token with a student loss of NaN is counted in valid and nonfinite only.
 
-    student_BS, guide_BS  [B, S] float32, nats; a guide of NaN is unmapped
-    valid_BS, weight_BS   [B, S] bool; where the student is NaN there is no weight
-    threshold_G           [G] float32, the smallest excess that the ranking kept in each group; infinite where there is none
-    over_capacity         tokens that lost their weight
+    student_BS, guide_BS  [B, S] float32, nats. A guide of NaN means unmapped
+    valid_BS, weight_BS   [B, S] bool. The weight must be False if the student's loss is NaN
+    threshold_G           [G] float32, the smallest excess that the ranking kept in each group. Infinite if it kept none
+    over_capacity         number of tokens that lost their weight
     returns               [1, len(STATS)] float64
 
-    Every token is of one kind, and a sum is over one or two kinds: so each loss is read once. The device is waited for.
+    Each token is of one kind, and each sum is over one or two kinds, so each loss is read once. Waits for the device.
     """
     kind_BS = guide_BS.isnan() * (_UNMAPPED - _DROPPED) + weight_BS + _DROPPED
     kind_N = kind_BS.add_(student_BS.isnan(), alpha=_NAN).clamp_(max=_NAN).mul_(valid_BS).flatten()
     count = torch.bincount(kind_N, minlength=6).tolist()
     student = torch.bincount(kind_N, student_BS.flatten().double(), minlength=6).tolist()
     guide = torch.bincount(kind_N, guide_BS.flatten().double(), minlength=6).tolist()
-    # an infinite loss shows in the sum over its kind
+    # an infinite loss makes the sum over its kind infinite or NaN
     infinite = 0 if all(map(math.isfinite, student[_DROPPED:_NAN])) else int((student_BS.isinf() & valid_BS).sum())
     thresholds = [threshold for threshold in threshold_G.tolist() if math.isfinite(threshold)]
     named = {
@@ -72,26 +74,33 @@ def tally(
     return torch.tensor([[named[name] for name in STATS]], dtype=torch.float64, device=student_BS.device)
 
 
-def summarize(stats: Tensor) -> dict[str, float]:
-    """Shares and means of added-up stats, divided here and only here. Losses in nats.
+def summarize(*stats: Selection | Tensor) -> dict[str, float]:
+    """Shares and means of one or more selections. Losses are in nats.
 
-    stats    [len(STATS)] float64
-    returns  share_kept (of mapped), share_unmapped (of valid), loss (the weighted mean), threshold; and the mean
-             student_loss, guide and excess of `_kept` and of `_dropped` mapped tokens; student_loss_unmapped, and
-             student_loss_all. A mean over no tokens is absent
+    stats    selections, or their `stats` [len(STATS)] float64 (for example of earlier micro-batches). They are added first
+    returns  share_kept (of mapped), share_unmapped (of valid), loss (the weighted mean) and threshold. The mean student_loss,
+             guide and excess of `_kept` and of `_dropped` mapped tokens. student_loss_unmapped and student_loss_all. A mean over
+             no tokens is left out
 
-    Copies the sums from the device, and waits for it. Raises ValueError: not one vector of sums.
+    Copies the sums from the device, and waits for it. Raises ValueError: a tensor of another shape.
 
-    >>> stats = torch.zeros(len(STATS), dtype=torch.float64)
-    >>> summarize(stats)
-    {}
-    >>> stats[STATS.index("mapped")], stats[STATS.index("kept")], stats[STATS.index("student_kept_sum")] = 5, 2, 6.0
-    >>> summarize(stats)["share_kept"], summarize(stats)["student_loss_kept"]
+    Two of five mapped tokens are kept:
+
+    >>> from megatron_vocagno.objective import guided_loss
+    >>> first_BS, valid_BS = torch.arange(5)[None], torch.ones(1, 5, dtype=torch.bool)
+    >>> guided = guided_loss(torch.tensor([[4.0, 0.0, 2.0, 0.0, 0.0]]), torch.zeros(1, 5), first_BS, first_BS + 1, valid_BS)
+    >>> summarize(guided)["share_kept"], summarize(guided)["student_loss_kept"]
     (0.4, 3.0)
+    >>> summarize()
+    {}
     """
-    if stats.shape != (len(STATS),):
-        raise ValueError(f"summarize: expected the {len(STATS)} sums of STATS, got shape {list(stats.shape)}")
-    sums = dict(zip(STATS, stats.tolist(), strict=True))
+    total = torch.zeros(len(STATS), dtype=torch.float64)
+    for part in stats:
+        sums_K = part.stats if isinstance(part, Selection) else part
+        if sums_K.shape != total.shape:
+            raise ValueError(f"summarize: expected selections, or the {len(STATS)} sums of each, got shape {list(sums_K.shape)}")
+        total += sums_K.cpu()
+    sums = dict(zip(STATS, total.tolist(), strict=True))
     kept, dropped = sums["kept"], sums["mapped"] - sums["kept"]
     student = sums["student_kept_sum"] + sums["student_dropped_sum"] + sums["student_unmapped_sum"]
     ratios = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu import CHIPS, HEADS, Arm, Result, Work, contest, dense_work, fused_work, table, tiles_work
+from benchmarks.gpu import CHIPS, HEADS, Arm, Result, Work, contest, dense_work, table, tiles_work
 from benchmarks.page import APPENDIX
 
 CPU = torch.device("cpu")
@@ -33,7 +33,6 @@ def test_the_appendix_has_the_current_estimates() -> None:
         "ours, f = 1": lambda head: tiles_work(head, 1.0),
         "forward only (teacher): dense": lambda head: dense_work(head, learns=False),
         "forward only: tiles": lambda head: tiles_work(head, None),
-        "forward only: fused": lambda head: fused_work(head),
     }.items():
         assert f"| {name} | {cells([count(head) for head in HEADS])} |" in page, (name, cells([count(h) for h in HEADS]))
 

@@ -245,18 +245,18 @@ def test_a_teacher_predicts_of_each_row_what_it_does_of_the_row_alone(pairs: dic
         for budget in (1, 150, 10**6):
             found = Distiller(teacher, "uld", (FEW, MANY), budget, torch.device("cpu"), documents).reference(batch)
             assert found.head_WH.shape[0] == MANY and not found.head_WH.requires_grad and not found.hidden_NH.requires_grad
-            check_reference(found.rows_N.tolist(), 4 * (found.hidden_NH @ found.head_WH.T / 4).tanh(), batch, model, documents)
-            met += len(found.rows_N)
+            check_reference(found.tokens_N.tolist(), 4 * (found.hidden_NH @ found.head_WH.T / 4).tanh(), batch, model, documents)
+            met += len(found.tokens_N)
         cut += sum(int(segments.max()) for segments in batch.teacher_segments)
     assert met > 2000 and cut > 5
 
 
-def check_reference(rows_N: list[int], logits_NW: Tensor, batch: Batch, model: torch.nn.Module, documents: bool) -> None:
+def check_reference(tokens_N: list[int], logits_NW: Tensor, batch: Batch, model: torch.nn.Module, documents: bool) -> None:
     whole = [
         whole_row(model, torch.from_numpy(ids).long(), torch.from_numpy(segments), documents)
         for ids, segments in zip(batch.teacher_inputs, batch.teacher_segments, strict=True)
     ]
-    places = [divmod(place, 64) for place in rows_N]
+    places = [divmod(place, 64) for place in tokens_N]
     expected = torch.stack([whole[b][int(batch.first_BS[b, s]), :MANY] for b, s in places])
     torch.testing.assert_close(logits_NW, expected, rtol=1e-4, atol=1e-4)
 

@@ -8,8 +8,8 @@ import torch
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.engine.loss import Chosen, Labels, Objective, named
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.engine.loss import Chosen, Labels, Objective, from_tensors, to_tensors
+from megatron_vocagno.objective.linear_ce import SelectedTokens
 from megatron_vocagno.objective.rule import Unmapped
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective import plain
@@ -65,8 +65,8 @@ def test_the_tokens_of_a_step_are_chosen_as_if_it_were_one_batch(dataset: Aligne
         )
         assert torch.cat([of_batch.weight_BS for of_batch in chosen]).tolist() == expected.weight
         for of_batch in chosen:
-            assert of_batch.rows_C.tolist() == of_batch.weight_BS.flatten().nonzero().squeeze(1).tolist()
-            met += len(of_batch.rows_C)
+            assert of_batch.tokens_C.tolist() == of_batch.weight_BS.flatten().nonzero().squeeze(1).tolist()
+            met += len(of_batch.tokens_C)
         seen = dict(zip(STATS, objective._seen.tolist(), strict=True))
         assert seen["nonfinite"] == 3 and seen["weight_sum"] == sum(map(sum, expected.weight))
         # a micro-batch alone would have chosen others
@@ -78,13 +78,13 @@ def test_the_tokens_of_a_step_are_chosen_as_if_it_were_one_batch(dataset: Aligne
 def test_a_loss_with_chosen_tokens_is_that_of_a_loss_that_chooses(dataset: AlignedDataset) -> None:
     losses, labels = step_of(dataset, 4)
     for loss_BS, of_batch in zip(losses, labels, strict=True):
-        choosing, told = Objective(Guidance(), CPU), LearnedRows()
+        choosing, told = Objective(Guidance(), CPU), SelectedTokens()
         one = choosing(loss_BS.requires_grad_(), of_batch, told)
         [chosen] = Objective(Guidance(), CPU).choose([loss_BS.detach()], [of_batch])
-        knowing, told_again = Objective(Guidance(), CPU), LearnedRows()
+        knowing, told_again = Objective(Guidance(), CPU), SelectedTokens()
         other = knowing(loss_BS, chosen, told_again)
         assert torch.equal(one, other) and one > 0
-        assert torch.equal(told.rows_R, told_again.rows_R)  # type: ignore[arg-type]
+        assert torch.equal(told.tokens_R, told_again.tokens_R)  # type: ignore[arg-type]
         assert torch.equal(*torch.autograd.grad(one, loss_BS), *torch.autograd.grad(other, loss_BS))
         # what was chosen before was counted before
         assert choosing._seen.any() and not knowing._seen.any()
@@ -95,10 +95,10 @@ def test_looking_selects_nothing_and_keeps_the_losses(dataset: AlignedDataset) -
     objective = Objective(Guidance(scope="global"), CPU)
     with objective.looking() as looked:
         for loss_BS, of_batch in zip(losses, labels, strict=True):
-            objective(loss_BS, of_batch, LearnedRows())
+            objective(loss_BS, of_batch, SelectedTokens())
     assert all(a is b for a, b in zip(looked, losses, strict=True))
     assert not objective._seen.any()
-    objective(losses[0], labels[0], LearnedRows())
+    objective(losses[0], labels[0], SelectedTokens())
     assert objective._seen.any() and len(looked) == 3
 
 
@@ -120,4 +120,6 @@ def test_a_step_is_looked_at_first_where_one_selection_goes_over_several_micro_b
 def test_a_pipeline_tells_the_two_kinds_of_labels_apart(dataset: AlignedDataset) -> None:
     _, labels = step_of(dataset, 6)
     chosen = Chosen(labels[0].target_BS, torch.ones(2, 64), torch.arange(128), torch.ones(1))
-    assert isinstance(named(tuple(labels[0])), Labels) and isinstance(named(tuple(chosen)), Chosen)
+    for sent in (labels[0], chosen):
+        received = from_tensors(to_tensors(sent))
+        assert type(received) is type(sent) and all(a is b for a, b in zip(received, sent, strict=True))

@@ -11,7 +11,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import step_counts
 from megatron_vocagno.engine.step_counts import _capacity
 from megatron_vocagno.objective.rule import Rule
-from megatron_vocagno.objective.selection import select_by_guide, select_tokens
+from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS
 
 
@@ -34,13 +34,10 @@ def test_the_capacity_has_room_for_every_token_with_weight_and_is_needed(
                 batch.first_BS,
                 batch.last_BS,
                 batch.target_BS != IGNORE,
-                aggregate="max",
-                keep=guidance.keep,
-                scope=scope,  # type: ignore[arg-type]
-                unmapped=unmapped,  # type: ignore[arg-type]
+                Rule(scope=scope, unmapped=unmapped),  # type: ignore[arg-type]
                 capacity=room,
             )
-            over = selection.stats_PK.sum(0)[STATS.index("over_capacity")].item()
+            over = selection.stats[STATS.index("over_capacity")].item()
             assert (over == 0) == fits
             met += int(selection.weight_BS.sum()) > 0
     assert met == 10
@@ -69,7 +66,9 @@ def test_the_divisor_is_the_number_of_tokens_that_will_have_weight(
     for group in groups:
         valid_BS = torch.cat([batch.target_BS for batch in group]) != IGNORE
         mapped_BS = torch.cat([batch.last_BS > batch.first_BS for batch in group])
-        guide_BS = torch.where(mapped_BS, torch.rand(valid_BS.shape) * 9, torch.nan)
-        rule = Rule(guidance.keep, scope, unmapped)
-        weights += select_by_guide(torch.rand(valid_BS.shape) * 9, guide_BS, valid_BS, rule).weight_BS.sum().item()
+        student_BS, teacher_BS = torch.rand(2, *valid_BS.shape) * 9
+        first_BS = torch.arange(valid_BS.shape[1]).expand(valid_BS.shape)
+        rule = Rule(scope=scope, unmapped=unmapped)
+        selection = select_tokens(student_BS, teacher_BS, first_BS, first_BS + mapped_BS, valid_BS, rule)
+        weights += selection.weight_BS.sum().item()
     assert planned.kept == weights > 0.3 * planned.targets > 100

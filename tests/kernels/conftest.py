@@ -1,19 +1,33 @@
-"""Nothing here is collected without a GPU or the interpreter; tests/objective/test_triton.py starts the latter."""
+"""Each test runs with every backend that this process has. Tests of Triton alone are collected only if Triton can run."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.kernels import INTERPRETED
+from tests.kernels import BACKENDS, INTERPRETED, TRITON, Backend
 
-if INTERPRETED:
-    collect_ignore = ["test_doors.py"]
-elif not torch.cuda.is_available():
-    collect_ignore_glob = ["test_*.py"]
+collect_ignore = []
+if INTERPRETED or not torch.cuda.is_available():
+    collect_ignore.append("test_gpu.py")
+if not TRITON:
+    collect_ignore.append("test_launches.py")
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """Where the kernels run; the interpreter's tensors are the CPU's."""
-    return torch.device("cpu" if INTERPRETED else "cuda")
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return Backend(request.param)
+
+
+@pytest.fixture
+def device(backend: Backend) -> torch.device:
+    return backend.device
+
+
+@pytest.fixture(params=[f"{name}{way}" for name in BACKENDS for way in (["", " histograms"] if name == "triton" else [""])])
+def each_ranking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Every backend, and Triton again with the histograms that it uses for more tokens than one program ranks, or over ranks."""
+    name, _, way = request.param.partition(" ")
+    if way:
+        monkeypatch.setattr("megatron_vocagno.objective.selection_triton.IN_REGISTERS", 0)
+    return Backend(name)

@@ -1,36 +1,34 @@
-"""`token_loss` from end to end through the kernels, over random cases, against dense logits in float64 and autograd."""
+"""`token_loss` from end to end over random cases, against dense logits in float64 and autograd."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_vocagno.objective import linear_ce, linear_ce_triton
-from megatron_vocagno.objective.linear_ce import LearnedRows, token_loss
-from tests.kernels import HALVES
+from megatron_vocagno.objective import linear_ce
+from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
+from tests.kernels import HALVES, Backend
 
-CASES = 30  # of each combination of a forward, a softcap and a dtype
+CASES = 30  # for each combination of a softcap and a dtype
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class Case:
     hidden_NH: Tensor
-    """NaN in some of the rows that are not learned."""
+    """NaN for some of the tokens that are not learned."""
     head_VH: Tensor
     target_N: Tensor
     gradient_N: Tensor
-    """dloss; 0 for the rows that are not learned."""
-    told_R: Tensor | None
-    """The learned rows and some others, in any order; None: nothing is told."""
-    z_loss: float
+    """dloss, 0 for the tokens that are not learned."""
+    selected_R: Tensor | None
+    """The learned tokens and some others, in any order. None: nothing is set."""
     frozen: bool
     """The head needs no gradient."""
 
@@ -44,28 +42,27 @@ class Case:
 
     def traits(self) -> dict[str, bool]:
         (rows, size), columns = self.hidden_NH.shape, len(self.head_VH)
-        told, broken_N = self.told_R is not None, self.broken_N
+        told, broken_N = self.selected_R is not None, self.broken_N
         return {
-            "rows of weight 0 are told": told and len(self.told_R) > int(self.learned_N.sum()),
-            "NaN in a row of weight 0": told and bool(broken_N[self.told_R].any()),
-            "NaN in a row not told": told and int(broken_N.sum()) > int(broken_N[self.told_R].sum()),
-            "nothing told": not told,
+            "tokens of weight 0 are selected": told and len(self.selected_R) > int(self.learned_N.sum()),
+            "NaN in a token of weight 0": told and bool(broken_N[self.selected_R].any()),
+            "NaN in a token not selected": told and int(broken_N.sum()) > int(broken_N[self.selected_R].sum()),
+            "nothing set": not told,
             "nothing learned": rows > 0 and not self.learned_N.any(),
             "ignored target with a gradient": bool(((self.gradient_N != 0) & (self.target_N == IGNORED)).any()),
-            "no row": rows == 0,
+            "no token": rows == 0,
             "several tiles": columns > 128,
             "ragged tile": columns % 128 != 0,
-            "ragged rows": rows % 4 != 0,
+            "ragged tokens": rows % 4 != 0,
             "odd hidden size": size % 2 == 1,
-            "z-loss": self.z_loss > 0,
             "frozen head": self.frozen,
         }
 
 
-def random_case(rng: random.Random, dtype: torch.dtype, forward: str, device: torch.device) -> Case:
+def random_case(rng: random.Random, dtype: torch.dtype, device: torch.device) -> Case:
     generator = torch.Generator().manual_seed(rng.getrandbits(32))
     rows, columns = rng.choice([0, 1, 2, 5, 8, 13, 19]), rng.choice([1, 2, 31, 127, 128, 129, 200, 333])
-    size = rng.choice([16, 32, 48]) if forward == "fused" else rng.choice([1, 3, 8, 17, 40])
+    size = rng.choice([1, 3, 8, 17, 40])
     hidden_NH = torch.randn(rows, size, generator=generator)
     head_VH = torch.randn(columns, size, generator=generator) * rng.choice([0.1, 1.0, 3.0]) * size**-0.5
     target_N = torch.randint(0, columns, (rows,), generator=generator)
@@ -75,26 +72,25 @@ def random_case(rng: random.Random, dtype: torch.dtype, forward: str, device: to
     gradient_N *= torch.where(torch.rand(rows, generator=generator) < 0.2, -1.0, 1.0)
     others = (~learned_N).nonzero().squeeze(1)
     hidden_NH[others[torch.rand(len(others), generator=generator) < rng.choice([0.0, 0.5])]] = torch.nan
-    told_R = torch.cat([learned_N.nonzero().squeeze(1), others[torch.rand(len(others), generator=generator) < 0.5]])
-    told_R = told_R[torch.randperm(len(told_R), generator=generator)]
+    selected_R = torch.cat([learned_N.nonzero().squeeze(1), others[torch.rand(len(others), generator=generator) < 0.5]])
+    selected_R = selected_R[torch.randperm(len(selected_R), generator=generator)]
     return Case(
         hidden_NH=hidden_NH.to(device, dtype),
         head_VH=head_VH.to(device, dtype),
         target_N=target_N.to(device),
         gradient_N=gradient_N.to(device),
-        told_R=told_R.to(device) if rng.random() < 0.8 else None,
-        z_loss=rng.choice([0.0, 1e-3, 0.05]),
+        selected_R=selected_R.to(device) if rng.random() < 0.8 else None,
         frozen=rng.random() < 0.2,
     )
 
 
-def ours(case: Case, softcap: float | None, forward: Literal["tiles", "fused"]) -> tuple[Tensor, list[Tensor]]:
-    """The losses; gradients of the hidden states and, unless frozen, of the head."""
+def ours(case: Case, softcap: float | None) -> tuple[Tensor, list[Tensor]]:
+    """The losses, and the gradients of the hidden states and, unless frozen, of the head."""
     factors = [case.hidden_NH.clone().requires_grad_(), case.head_VH.clone().requires_grad_(not case.frozen)]
-    rows = LearnedRows()
-    loss_N = token_loss(*factors, case.target_N, softcap=softcap, z_loss=case.z_loss, rows=rows, forward=forward)
-    if case.told_R is not None:
-        rows.tell(case.told_R)
+    selected = SelectedTokens()
+    loss_N = token_loss(*factors, case.target_N, softcap=softcap, selected=selected)
+    if case.selected_R is not None:
+        selected.set(case.selected_R)
     return loss_N, list(torch.autograd.grad(loss_N, [x for x in factors if x.requires_grad], case.gradient_N))
 
 
@@ -104,13 +100,12 @@ def dense(case: Case, softcap: float | None) -> tuple[Tensor, list[Tensor]]:
     z_NV = factors[0] @ factors[1].T
     z_NV = z_NV if softcap is None else softcap * torch.tanh(z_NV / softcap)
     loss_N = F.cross_entropy(z_NV, case.target_N, reduction="none", ignore_index=IGNORED)
-    loss_N = loss_N + case.z_loss * z_NV.logsumexp(1) ** 2 * (case.target_N != IGNORED)
     gradient_N = case.gradient_N.double()
     return loss_N, list(torch.autograd.grad(loss_N, [x for x in factors if x.requires_grad], gradient_N))
 
 
-def assert_close_to_dense(case: Case, softcap: float | None, forward: Literal["tiles", "fused"]) -> None:
-    (loss_N, gradients), (true_N, true_gradients) = ours(case, softcap, forward), dense(case, softcap)
+def assert_close_to_dense(case: Case, softcap: float | None) -> None:
+    (loss_N, gradients), (true_N, true_gradients) = ours(case, softcap), dense(case, softcap)
     assert torch.equal(loss_N.isnan(), case.broken_N & (case.target_N != IGNORED))
     whole_N = ~case.broken_N
     torch.testing.assert_close(loss_N[whole_N].double(), true_N[whole_N], rtol=2e-6, atol=1e-5)
@@ -120,28 +115,22 @@ def assert_close_to_dense(case: Case, softcap: float | None, forward: Literal["t
         assert gradient.dtype == case.hidden_NH.dtype and gradient.isfinite().all()
         error, eps = (gradient.double() - true).norm(), max(torch.finfo(gradient.dtype).eps, 2e-6)
         assert error <= eps * true.norm() + cancelled, (error, true.norm())
-    assert not gradients[0][~case.learned_N].any(), "a row of weight 0 has exact zeros"
+    assert not gradients[0][~case.learned_N].any(), "a token of weight 0 has exact zeros"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("forward", ["tiles", "fused"])
 def test_losses_and_gradients_of_random_cases_are_those_of_dense_float64(
-    forward: Literal["tiles", "fused"],
-    softcap: float | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
+    softcap: float | None, dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(linear_ce, "_tile_passes", lambda _: linear_ce_triton)
+    monkeypatch.setattr(linear_ce, "_tile_backend", lambda _: backend.tiles)
     monkeypatch.setattr(linear_ce, "CPU_TILE_BYTES", 1)  # the narrowest tiles: 128 columns
     monkeypatch.setattr(linear_ce, "GPU_TILE_BYTES", 1)
-    rng = random.Random(f"{forward} {softcap} {dtype}")
+    rng = random.Random(f"{dtype} {softcap} 0")
     met: Counter[str] = Counter()
     for _ in range(CASES):
-        case = random_case(rng, dtype, forward, device)
-        assert_close_to_dense(case, softcap, forward)
+        case = random_case(rng, dtype, backend.device)
+        assert_close_to_dense(case, softcap)
         met.update({name: there for name, there in case.traits().items() if there})
-    expected = set(case.traits()) - ({"odd hidden size"} if forward == "fused" else set())
-    assert set(met) == expected, expected - set(met)
-    assert met["rows of weight 0 are told"] > CASES // 4 and met["several tiles"] > CASES // 6, met
+    assert set(met) == set(case.traits()), set(case.traits()) - set(met)
+    assert met["tokens of weight 0 are selected"] > CASES // 4 and met["several tiles"] > CASES // 6, met

@@ -1,4 +1,4 @@
-"""The method in plain Python, one token after the other: what the tests hold the tensors against. No torch, no vector."""
+"""The method in plain Python, one token after the other, as the reference of the tests. No torch, no vector."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def select(excess: list[Row], eligible: list[list[bool]], keep: str, scope: str,
 
 
 def weights(student: list[Row], guides: list[Row], valid: list[list[bool]], keep: str, scope: str, unmapped: str, positive: bool):
-    """All weights, unmapped tokens included; and the smallest kept excess of each group that keeps something."""
+    """All weights, including those of unmapped tokens; and the smallest kept excess of each group that keeps any token."""
     excess = [[single(s - g) for s, g in zip(*rows, strict=True)] for rows in zip(student, guides, strict=True)]
     kept = select(excess, valid, keep, scope, positive)
     groups = zip(excess, kept, strict=True) if scope == "sequence" else [(list(chain(*excess)), list(chain(*kept)))]
@@ -66,8 +66,8 @@ def weights(student: list[Row], guides: list[Row], valid: list[list[bool]], keep
 class Selected:
     weight: list[list[int]]
     guide: list[Row]
-    rows: list[list[int]]
-    """Positions of the tokens with weight, a list for each row ('sequence') or one for all."""
+    tokens: list[list[int]]
+    """Positions of the tokens with weight, one list per row ('sequence') or one for all."""
     stats: dict[str, float]
 
 
@@ -93,13 +93,13 @@ def select_tokens(
     width, over = len(student[0]), 0
     everywhere = [[(row, i) for i in range(width)] for row in range(len(student))]
     lists = everywhere if scope == "sequence" else [list(chain(*everywhere))]
-    rows = [[(row, i) for row, i in places if weight[row][i]] for places in lists]
-    for places in rows:
+    tokens = [[(row, i) for row, i in places if weight[row][i]] for places in lists]
+    for places in tokens:
         for row, i in places[capacity if capacity is not None else len(places) :]:
             weight[row][i] = 0
             over += 1
-    rows = [[row * width + i for row, i in places[:capacity]] for places in rows]
-    return Selected(weight, guides, rows, stats(student, guides, valid, weight, thresholds, over))
+    tokens = [[row * width + i for row, i in places[:capacity]] for places in tokens]
+    return Selected(weight, guides, tokens, stats(student, guides, valid, weight, thresholds, over))
 
 
 def stats(

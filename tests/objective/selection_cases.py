@@ -1,4 +1,4 @@
-"""Random micro-batches for the selection, by what is hard about them, and what a selection of them must be."""
+"""Random micro-batches for the selection, by kind of difficulty, and the check of a selection against the slow method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vocagno.objective.rule import Selection
+from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.objective.statistics import STATS
 from tests.objective import plain
 
@@ -42,8 +42,14 @@ class Case:
         spans = [torch.tensor(x, dtype=torch.int32, device=device) for x in (self.first, self.last)]
         return [*losses, *spans, torch.tensor(self.valid, device=device)]
 
-    def arguments(self) -> dict[str, Any]:
-        return self.settings | {"keep": float(self.settings["keep"])}
+    def rule(self, **changes: Any) -> Rule:
+        fields = {name: self.settings[name] for name in SETTINGS} | {"keep": float(self.settings["keep"])}
+        return Rule(**(fields | changes))
+
+    @property
+    def capacity(self) -> int | None:
+        capacity: int | None = self.settings["capacity"]
+        return capacity
 
     def expected(self) -> plain.Selected:
         return plain.select_tokens(self.student, self.teacher, self.first, self.last, self.valid, **self.settings)
@@ -77,7 +83,7 @@ def random_case(rng: random.Random, kind: str, rows: int, width: int) -> Case:
 
 def _losses(rng: random.Random, kind: str):  # type: ignore[no-untyped-def]
     level = rng.choice([1, 2, 8, 1024])
-    special = [NAN, INF, -INF, 0.0, -0.0, 3.4e38]  # sums cancel nothing, so that their order is not heard
+    special = [NAN, INF, -INF, 0.0, -0.0, 3.4e38]  # nothing cancels in sums, so their order does not matter
     return {
         "ties": lambda: rng.randint(0, level) / 8,
         "special": lambda: plain.single(rng.choice(special) if rng.random() < 0.4 else rng.randint(0, level) / 8),
@@ -87,8 +93,8 @@ def _losses(rng: random.Random, kind: str):  # type: ignore[no-untyped-def]
     }.get(kind, lambda: plain.single(rng.random() * 12))
 
 
-def assert_selected(got: Selection, case: Case, room: bool) -> None:
-    """`got` is what the slow method selects. room: the lists of rows are as long as there is room in them."""
+def assert_selected(got: Selection, case: Case, full: bool) -> None:
+    """`got` is the selection of the slow method. full: the lists of tokens are filled up to the capacity."""
     want, settings = case.expected(), case.settings
     lists = len(case.student) if settings["scope"] == "sequence" else 1
     tokens = len(case.student) * len(case.student[0]) // lists
@@ -98,19 +104,19 @@ def assert_selected(got: Selection, case: Case, room: bool) -> None:
     assert got.weight_BS.tolist() == want.weight
     assert same(got.guide_BS, torch.tensor(want.guide)), (got.guide_BS, want.guide)
 
-    assert got.rows_C.dtype == torch.int64
-    if room:
-        rows = got.rows_C.view(lists, capacity).tolist()
+    assert got.tokens_C.dtype == torch.int64
+    if full:
+        listed = got.tokens_C.view(lists, capacity).tolist()
     else:
-        ends = [sum(map(len, want.rows[: k + 1])) for k in range(lists)]
-        rows = [got.rows_C.tolist()[end - len(places) : end] for end, places in zip(ends, want.rows, strict=True)]
-        assert len(got.rows_C) == ends[-1]
-    for k, (places, weighted) in enumerate(zip(rows, want.rows, strict=True)):
+        ends = [sum(map(len, want.tokens[: k + 1])) for k in range(lists)]
+        listed = [got.tokens_C.tolist()[end - len(places) : end] for end, places in zip(ends, want.tokens, strict=True)]
+        assert len(got.tokens_C) == ends[-1]
+    for k, (places, weighted) in enumerate(zip(listed, want.tokens, strict=True)):
         others = sorted(set(range(k * tokens, (k + 1) * tokens)) - set(weighted))
-        assert places == (weighted + others)[: capacity if room else len(weighted)]
+        assert places == (weighted + others)[: capacity if full else len(weighted)]
 
     assert got.stats_PK.dtype == torch.float64 and got.stats_PK.shape[1] == len(STATS)
-    named = dict(zip(STATS, got.stats_PK.sum(0).tolist(), strict=True))
+    named = dict(zip(STATS, got.stats.tolist(), strict=True))
     largest = max(abs(loss) for row in (*case.student, *want.guide) for loss in (*row, 1.0) if math.isfinite(loss))
     for name, value in want.stats.items():
         close = named[name] == value or math.isclose(named[name], value, rel_tol=1e-12, abs_tol=1e-12 * largest)
@@ -118,12 +124,12 @@ def assert_selected(got: Selection, case: Case, room: bool) -> None:
 
 
 def same(left: Tensor, right: Tensor) -> bool:
-    """Equal, NaN where the other is NaN."""
+    """Equal. NaN equals NaN."""
     return torch.allclose(left.cpu(), right.cpu(), rtol=0, atol=0, equal_nan=True)
 
 
 def traits(case: Case) -> dict[str, bool]:
-    """What a case has that could go wrong; tests count them."""
+    """Properties of a case that could go wrong. Tests count them."""
     want = case.expected()
     tokens = [t for rows in zip(case.student, want.guide, case.valid, want.weight, strict=True) for t in zip(*rows, strict=True)]
     mapped = [(plain.single(s - g), w) for s, g, v, w in tokens if v and not math.isnan(s - g)]

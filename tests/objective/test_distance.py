@@ -1,4 +1,4 @@
-"""Distances between distributions: those of plain loops, in tiles of any size, with gradients that end at the teacher."""
+"""Distances between distributions, against plain loops: in tiles of any size, with gradients that end at the teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def softmax(logits: list[float]) -> list[float]:
 
 
 def slow_distance(kind: Kind, student: list[float], teacher: list[float]) -> float:
-    """Of one token, from its logits, as the papers have it."""
+    """The distance of one token, from its logits, as the papers define it."""
     p_S, p_T = softmax(student), softmax(teacher)
     if kind == "kld":
         return sum(t * math.log(t / s) for s, t in zip(p_S, p_T, strict=True))
@@ -39,7 +39,7 @@ def slow_distance(kind: Kind, student: list[float], teacher: list[float]) -> flo
 
 
 def models(kind: Kind, N: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Reference]:
-    """hidden [N, 12], head [41, 12] of 37 ids, and a teacher of another hidden size; uld: of another vocabulary."""
+    """hidden [N, 12], head [41, 12] of 37 ids, and a teacher of another hidden size and, for uld, another vocabulary."""
     random = torch.Generator().manual_seed(seed)
     V, W = 37, 37 if kind == "kld" else 53
 
@@ -85,7 +85,7 @@ def test_logits_of_16_bit_factors_are_not_rounded_to_16_bits(kind: Kind) -> None
 
 
 def dense(kind: Kind, hidden_NH: Tensor, head_VH: Tensor, softcap: float, reference: Reference) -> Tensor:
-    """[N], from whole matrices; the ranks by counting, not by sorting."""
+    """[N], from dense matrices. The ranks are counted, not sorted."""
     z_NV, y_NW = hidden_NH @ head_VH[: reference.vocabulary].T, reference.hidden_NH @ reference.head_WH.T
     cap = reference.softcap
     assert cap is not None
@@ -151,7 +151,7 @@ def test_a_student_that_equals_its_teacher_is_no_distance_away(kind: Kind) -> No
 
 
 class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the most elements that any tensor within it had."""
+    """Records the largest number of elements of any tensor."""
 
     elements = 0
 
@@ -184,9 +184,9 @@ def test_nothing_to_compare_is_no_error() -> None:
 
 def test_vocabularies_that_do_not_fit_are_refused() -> None:
     hidden_NH, head_VH, reference = models("uld", 3)
-    with pytest.raises(ValueError, match="has 37 of them, the teacher 53"):
+    with pytest.raises(ValueError, match="needs one vocabulary, the student has 37 ids, the teacher 53"):
         distance(hidden_NH, head_VH, None, replace(reference, kind="kld"))
-    with pytest.raises(ValueError, match="the tokenizer has 37 ids, the student's head 30 rows"):
+    with pytest.raises(ValueError, match="the tokenizer has 37 ids, the student's head 30"):
         distance(hidden_NH, head_VH[:30], None, reference)
 
 

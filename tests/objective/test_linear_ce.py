@@ -1,8 +1,7 @@
-"""Token losses from hidden states and a head, against dense logits."""
+"""Token losses from hidden states and a head: precision, memory, and what is computed. tests/kernels holds their values."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -13,12 +12,10 @@ from torch import Tensor
 from megatron_vocagno.objective import linear_ce
 from megatron_vocagno.objective.linear_ce import token_loss
 
-TILE = 128
-
 
 @pytest.fixture
 def narrow_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """128 columns, the narrowest: a small vocabulary has several tiles."""
+    """128 columns, the narrowest tile: a small vocabulary has several tiles."""
     monkeypatch.setattr(linear_ce, "CPU_TILE_BYTES", 1)
     yield
 
@@ -49,13 +46,9 @@ def run(function, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor) 
 
 SHAPES = [
     (1, 1, 1),
-    (2, 3, 5),
     (33, 17, 127),
     (64, 32, 128),
-    (65, 31, 129),
     (40, 48, 257),
-    (96, 64, 1024),
-    (7, 5, 1000),
     (16, 32, 8200),
 ]
 
@@ -70,8 +63,8 @@ def test_no_less_exact_than_dense_torch_in_the_same_dtype(shape: tuple[int, int,
     assert ours[0].dtype == torch.float32 and ours[1].dtype == ours[2].dtype == dtype
     for name, true, mine, other in zip(("loss", "dhidden", "dhead"), truth, ours, theirs, strict=True):
         error, bar = ((x.double() - true).norm().item() for x in (mine, other))
-        # a twelfth part more, or an error that rounding alone makes (16 bits: of the result, once; 32: of what leads to it
-        # too), as neither road is always the luckier one
+        # a twelfth more, or the error of rounding alone (in 16 bits the result is rounded once, in 32 bits intermediate results
+        # too), because neither way is always the more exact one
         low = name != "loss" and dtype != torch.float32
         floor = true.norm().item() * (torch.finfo(dtype).eps / 4 if low else torch.finfo(torch.float32).eps)
         assert error <= max(1.08 * bar, floor), f"{name}: {error:.2e} against {bar:.2e} of dense torch"
@@ -84,32 +77,6 @@ def test_losses_of_16_bit_inputs_are_float32_losses(dtype: torch.dtype) -> None:
     truth = dense(hidden.double(), head.double(), target)
     assert (token_loss(hidden, head, target) - truth).abs().max() < 1e-5
     assert (dense(hidden, head, target) - truth).abs().max() > 1e-3
-
-
-@pytest.mark.usefixtures("narrow_tiles")
-def test_every_target_finds_its_logit_in_every_tile() -> None:
-    """Ragged last tiles, targets on both sides of each border: a target of the next tile must not be met in this one."""
-    met = 0
-    for vocabulary in (TILE - 1, TILE, TILE + 1, 2 * TILE - 1, 2 * TILE + 1, 3 * TILE):
-        hidden, head, _, _ = make(vocabulary, 16, vocabulary, torch.float32)
-        target, weight = torch.arange(vocabulary), torch.ones(vocabulary)
-        for ours, theirs in zip(
-            run(token_loss, hidden, head, target, weight), run(dense, hidden, head, target, weight), strict=True
-        ):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        met += vocabulary
-    assert met > 1000
-
-
-@pytest.mark.usefixtures("narrow_tiles")
-def test_an_extreme_logit_in_any_tile_neither_overflows_nor_is_lost() -> None:
-    hidden = torch.ones(4, 1)
-    for place, height in itertools.product([0, TILE - 1, TILE, 299], [1e4, -1e4, 88.0]):
-        head = torch.zeros(300, 1)
-        head[place] = height
-        target = torch.tensor([place, 0, 299, TILE])
-        truth = dense(hidden.double(), head.double(), target)
-        torch.testing.assert_close(token_loss(hidden, head, target).double(), truth, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("narrow_tiles")
@@ -130,14 +97,14 @@ def test_ignored_targets_have_no_loss_and_no_gradient() -> None:
 
 
 def test_tokens_of_weight_zero_cost_nothing_and_leak_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward computes logits of the kept rows alone; a NaN hidden state elsewhere stays where it is."""
-    rows: list[int] = []
+    """The backward computes logits of the kept tokens only. A NaN hidden state of another token does not spread."""
+    tokens: list[int] = []
     tiles = linear_ce._tiles
-    monkeypatch.setattr(linear_ce, "_tiles", lambda hidden, head: rows.append(len(hidden)) or tiles(hidden, head))
+    monkeypatch.setattr(linear_ce, "_tiles", lambda hidden, head: tokens.append(len(hidden)) or tiles(hidden, head))
     hidden, head, target, weight = make(50, 16, 300, torch.float32)
     hidden[weight == 0] = torch.nan
     loss, dhidden, dhead = run(lambda *x: token_loss(*x).nan_to_num(), hidden, head, target, weight)
-    assert rows == [50, int((weight > 0).sum())] and 5 < rows[1] < 45
+    assert tokens == [50, int((weight > 0).sum())] and 5 < tokens[1] < 45
     assert dhidden.isfinite().all() and dhead.isfinite().all() and not dhidden[weight == 0].any() and loss.isfinite().all()
     _, want, _ = run(dense, hidden.nan_to_num(), head, target, weight)
     torch.testing.assert_close(dhidden, want)
@@ -167,7 +134,7 @@ def test_what_is_frozen_is_not_computed(trained: str, monkeypatch: pytest.Monkey
 
 
 def test_nothing_as_wide_as_the_vocabulary_is_kept_or_made() -> None:
-    """At 16 times the tile's memory, no tensor of the forward or backward exceeds the tile or the head."""
+    """Logits would be far larger than a tile. No tensor of the forward or backward is larger than the tile or the head."""
     hidden, head, target, weight = make(2048, 8, 131_072, torch.float32)
     sizes: list[int] = []
 
@@ -185,12 +152,11 @@ def test_nothing_as_wide_as_the_vocabulary_is_kept_or_made() -> None:
 
 
 @pytest.mark.usefixtures("narrow_tiles")
-def test_no_row_works() -> None:
+def test_no_token_works() -> None:
     loss, dhidden, dhead = run(token_loss, *make(0, 16, 300, torch.float32))
     assert loss.shape == (0,) and dhidden.shape == (0, 16) and dhead.shape == (300, 16) and not dhead.any()
-    for weight in (torch.zeros(9),):
-        _, dhidden, dhead = run(token_loss, *make(9, 16, 300, torch.bfloat16)[:3], weight)
-        assert not dhidden.any() and not dhead.any()
+    _, dhidden, dhead = run(token_loss, *make(9, 16, 300, torch.bfloat16)[:3], torch.zeros(9))
+    assert not dhidden.any() and not dhead.any()
 
 
 def test_autocast_leaves_the_loss_in_float32() -> None:
@@ -212,7 +178,7 @@ def test_misfits_are_refused_with_both_values() -> None:
         token_loss(hidden, head[:, :7], target)
     with pytest.raises(ValueError, match=r"4 hidden states.*\[3\]"):
         token_loss(hidden, head, target[:3])
-    with pytest.raises(ValueError, match=r"bfloat16: give it head\.to"):
+    with pytest.raises(ValueError, match=r"bfloat16: pass head\.to"):
         token_loss(hidden, head.bfloat16(), target)
     with pytest.raises(ValueError, match=r"\[2, 2, 8\].*flatten"):
         token_loss(hidden.view(2, 2, 8), head, target)
@@ -221,17 +187,18 @@ def test_misfits_are_refused_with_both_values() -> None:
     for other in (target.float(), target > 0):
         with pytest.raises(ValueError, match="integers of token ids"):
             token_loss(hidden, head, other)
-    with pytest.raises(ValueError, match="'fuesd'"):
-        token_loss(hidden, head, target, forward="fuesd")  # type: ignore[arg-type]
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="softcap"):
+            token_loss(hidden, head, target, softcap=bad)
     for bad in (20, -1):
         target[2] = bad
-        with pytest.raises(ValueError, match=f"target {bad} .* 20 rows"):
+        with pytest.raises(ValueError, match=f"target {bad} .* vocabulary of 20"):
             token_loss(hidden, head, target)
 
 
 @pytest.mark.usefixtures("narrow_tiles")
 def test_a_target_out_of_range_is_nan_where_it_cannot_be_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the check would wait for the device; the token then must not be learned as if it were another one."""
+    """On a GPU the check would wait for the device. The token must not be learned as if it were another one."""
     hidden, head, _, _ = make(5, 8, 300, torch.float32)
     monkeypatch.setattr(linear_ce, "_check_targets", lambda *_: None)
     loss = token_loss(hidden, head, torch.tensor([300, -1, 299, 10_000, 0]))

@@ -14,7 +14,8 @@ from megatron_vocagno.config import Guidance
 from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import Student
-from megatron_vocagno.objective.linear_ce import LearnedRows
+from megatron_vocagno.objective.linear_ce import SelectedTokens
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept
 from megatron_vocagno.planning.cost import _passes, learned_share
 from megatron_vocagno.planning.layouts import Stage
@@ -70,12 +71,12 @@ def test_flops_are_those_that_a_step_computes(spec: dict[str, Any], recompute: b
     config = student_config(spec)
     student, found, tokens = Student(config, 0, recompute), sizes(config), ROWS * LENGTH
     learned = tokens * 2 // 5
-    ids_BS, rows = torch.randint(0, found.vocabulary, (ROWS, LENGTH)), LearnedRows()
+    ids_BS, selected = torch.randint(0, found.vocabulary, (ROWS, LENGTH)), SelectedTokens()
     # fused attention is not counted on a CPU
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss_BS = student(ids_BS, ids_BS, rows)
+        loss_BS = student(ids_BS, ids_BS, selected)
         forward = counter.get_total_flops()
-        rows.tell(torch.arange(learned))
+        selected.set(torch.arange(learned))
         (loss_BS.flatten() * (torch.arange(tokens) < learned)).sum().backward()
     planned = _passes(Stage(found.layers, True, True), found, tokens, LENGTH, 1, learned / tokens, recompute)
     # torch counts the whole square of attention, we the half under the diagonal
@@ -94,7 +95,7 @@ def test_the_head_learns_the_share_of_tokens_that_the_selection_plans() -> None:
             for policy in ("include", "exclude"):
                 guidance = Guidance(keep=keep, unmapped=policy)
                 lost = round(unmapped * 100_000)
-                kept = planned_kept([100_000 - lost], [lost], keep=keep, scope="microbatch", unmapped=policy)
+                kept = planned_kept([100_000 - lost], [lost], Rule(keep=keep, unmapped=policy))
                 assert learned_share(guidance, 4, unmapped) == pytest.approx(kept / 100_000, abs=1e-4)
                 met += 1
     assert met == 24

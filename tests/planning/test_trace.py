@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import DecoderLayer, Student
 from megatron_vocagno.objective.distance import Kind, Reference, distance
-from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, LearnedRows, token_loss
+from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, SelectedTokens, token_loss
 from megatron_vocagno.planning import memory
 from megatron_vocagno.planning.layouts import Candidate, Layout, Stage
 from megatron_vocagno.planning.memory import StudentSpec
@@ -115,9 +115,9 @@ def test_the_peak_of_the_head_is_that_of_the_allocator(share: float, monkeypatch
     target_N = torch.randint(0, V, (tokens,))
 
     def learn() -> None:
-        rows = LearnedRows()
-        loss_N = token_loss(hidden_NH, head_VH, target_N, rows=rows)
-        rows.tell(torch.arange(learned))
+        selected = SelectedTokens()
+        loss_N = token_loss(hidden_NH, head_VH, target_N, selected=selected)
+        selected.set(torch.arange(learned))
         (loss_N * (torch.arange(tokens) < learned)).sum().backward()
 
     learn()
@@ -162,10 +162,10 @@ def test_the_peak_of_a_whole_micro_batch_is_that_of_the_allocator(recompute: boo
     ids_BS = torch.randint(0, count.vocabulary, (rows, length))
 
     def learn() -> None:
-        told = LearnedRows()
-        loss_BS = student(ids_BS, ids_BS, told)
+        selected = SelectedTokens()
+        loss_BS = student(ids_BS, ids_BS, selected)
         learned = round(share * rows * length)
-        told.tell(torch.arange(learned))
+        selected.set(torch.arange(learned))
         (loss_BS.flatten() * (torch.arange(rows * length) < learned)).sum().backward()
 
     learn()

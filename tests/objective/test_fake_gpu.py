@@ -1,6 +1,6 @@
-"""What training does with tensors on a GPU, without one: fake tensors go through the doors, and kernels through the compiler.
+"""Training on a GPU, without one: fake tensors go through the functions that training calls, and kernels through the compiler.
 
-Shapes, dtypes and launches are real, values are not: those are the affair of tests/kernels.
+Shapes, dtypes and launches are real. Values are not: tests/kernels checks them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.offline import Launch, compiled_for
-from megatron_vocagno.objective.linear_ce import LearnedRows, _Options, _TokenLoss, token_loss
+from megatron_vocagno.objective.linear_ce import SelectedTokens, _Options, _TokenLoss
+from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS
 from tests.kernels import INTERPRETED
@@ -28,8 +29,8 @@ GPU = torch.device("cuda")
 
 
 class _NoGuard(TorchFunctionMode):
-    """x[i] by functions that ask for no device guard, which a torch without CUDA does not have; what writes to out=x, by the very
-    overload that training calls, on meta tensors."""
+    """x[i] through functions without a device guard, which a torch without CUDA does not have. Functions that write to out=x are
+    called on meta tensors, with the overload that training calls."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is Tensor.__getitem__:
@@ -67,7 +68,7 @@ def on_a_gpu(target: str = "sm_90") -> Iterator[list[Launch]]:
 
 
 class _Context:
-    """What autograd hands from the forward to the backward. Its engine needs a device even for fake tensors."""
+    """Autograd's context between forward and backward. Its engine needs a device even for fake tensors."""
 
     needs_input_grad = (True, True, False, False)
     saved_tensors: tuple[Tensor, ...]
@@ -76,37 +77,29 @@ class _Context:
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize("forward", ["tiles", "fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_token_loss_runs_its_kernels_on_float32_tiles(dtype: torch.dtype, forward: str) -> None:
-    rows, size, vocabulary, learned = 16_384, 2048, 32_003, 6000
+def test_the_token_loss_runs_its_kernels_on_float32_tiles(dtype: torch.dtype) -> None:
+    tokens, size, vocabulary, learned = 16_384, 2048, 32_003, 6000
     with on_a_gpu() as launches:
-        hidden = torch.empty(rows, size, device=GPU, dtype=dtype)
+        hidden = torch.empty(tokens, size, device=GPU, dtype=dtype)
         head = torch.empty(vocabulary, size, device=GPU, dtype=dtype)
-        target = torch.empty(rows, device=GPU, dtype=torch.int64)
-        told, context = LearnedRows(), _Context()
-        options = _Options(ignore_index=-100, softcap=None, z_loss=1e-4, rows=told, group=None, first_id=0, forward=forward)
+        target = torch.empty(tokens, device=GPU, dtype=torch.int64)
+        selected, context = SelectedTokens(), _Context()
+        options = _Options(ignore_index=-100, softcap=None, selected=selected)
         loss = _TokenLoss.forward(context, hidden, head, target, options)
         tiles = Counter(launch.kernel for launch in launches)
-        assert loss.is_cuda and loss.dtype == torch.float32 and loss.shape == (rows,)
-        assert tiles["_fused_softmax"] == 1 if forward == "fused" else tiles["_fold_tile"] > 1
-        assert len(tiles) == 1
+        assert loss.is_cuda and loss.dtype == torch.float32 and loss.shape == (tokens,)
+        assert set(tiles) == {"_update_online_softmax"} and tiles["_update_online_softmax"] > 1
         launches.clear()
-        told.tell(torch.empty(learned, device=GPU, dtype=torch.int64))
+        selected.set(torch.empty(learned, device=GPU, dtype=torch.int64))
         dhidden, dhead, *_ = _TokenLoss.backward(context, torch.empty_like(loss))
         assert {launch.kernel for launch in launches} == {"_dlogits_tile"}
         assert all(launch.grid[0] == learned // 4 for launch in launches)
     assert (dhidden.shape, dhidden.dtype, dhead.shape, dhead.dtype) == (hidden.shape, dtype, head.shape, dtype)
 
 
-def test_the_fused_forward_on_a_cpu_says_what_to_do() -> None:
-    hidden, head, target = torch.ones(8, 16), torch.ones(9, 16), torch.zeros(8, dtype=torch.int64)
-    with pytest.raises(ValueError, match='hidden states on cpu, where its kernel needs a GPU: use forward="tiles"'):
-        token_loss(hidden, head, target, forward="fused")
-
-
 def test_a_float32_product_of_16_bits_writes_into_its_tile() -> None:
-    """An overload that torch has for CUDA alone, so no test runs it on a CPU."""
+    """An overload that torch has only for CUDA, so no test runs it on a CPU."""
     seen: list[Any] = []
 
     class Watch(TorchDispatchMode):
@@ -125,15 +118,15 @@ def test_a_float32_product_of_16_bits_writes_into_its_tile() -> None:
 @pytest.mark.parametrize(
     ("scope", "batch", "kernels"),
     [
-        ("sequence", (8, 2048), {"select_row": 1}),
-        ("microbatch", (8, 2048), {"keys": 1, "threshold": 1, "weights": 1}),
-        ("global", (16, 4096), {"keys": 1, "histogram": 3, "count": 1, "weights": 1}),
+        ("sequence", (8, 2048), {"_select_row": 1}),
+        ("microbatch", (8, 2048), {"_keys": 1, "_threshold": 1, "_weights": 1}),
+        ("global", (16, 4096), {"_keys": 1, "_histogram": 3, "_count": 1, "_weights": 1}),
     ],
 )
-def test_a_selection_waits_for_nothing_and_launches_what_it_says(
+def test_a_selection_waits_for_nothing_and_launches_these_kernels(
     scope: str, batch: tuple[int, int], kernels: dict[str, int]
 ) -> None:
-    """A value asked of the device (item, nonzero, a mask as index) is an error of fake tensors."""
+    """Reading a value from the device (item, nonzero, a mask as index) is an error of fake tensors."""
     with on_a_gpu() as launches:
         float_BS, int_BS = torch.empty(*batch, device=GPU), torch.empty(*batch, device=GPU, dtype=torch.int32)
         selection = select_tokens(
@@ -142,13 +135,10 @@ def test_a_selection_waits_for_nothing_and_launches_what_it_says(
             int_BS,
             int_BS,
             int_BS.bool(),
-            aggregate="max",
-            keep=0.4,
-            scope=scope,
-            unmapped="include",
+            Rule(scope=scope),  # type: ignore[arg-type]
             capacity=1000,
         )
     assert Counter(launch.kernel for launch in launches) == kernels
     assert selection.weight_BS.shape == batch and selection.weight_BS.is_cuda
-    assert selection.rows_C.shape == (1000 * (batch[0] if scope == "sequence" else 1),)
+    assert selection.tokens_C.shape == (1000 * (batch[0] if scope == "sequence" else 1),)
     assert selection.stats_PK.shape[1] == len(STATS)
