@@ -63,6 +63,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6.1",
+            "inline-snapshot>=0.36",
             "psutil>=6",
             "megatron-core>=0.16",
             "moto[server]>=5.1",

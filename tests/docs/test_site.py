@@ -79,7 +79,7 @@ FOREIGN_FLAGS = {
     "--ray-address", "--address", "--head", "--generate", "--disable-usage-stats", "--yes",  # ray
     "--from-file", "--follow", "--selector",  # kubectl
     "--no-deps", "--target", "--requirement", "--logdir", "--shm-size", "--inject_missing_state",  # pip, tensorboard, docker
-    "--strict",  # pip-audit
+    "--strict", "--inline-snapshot",  # pip-audit, pytest
     "--model_name_or_path", "--output_dir", "--split", "--prompt_type", "--use_vllm", "--save_outputs", "--data_names",
     "--temperature", "--num_test_sample",  # math-evaluation-harness
 }  # fmt: skip

@@ -13,11 +13,13 @@ from megatron_vocagno.errors import HubError, UserError
 
 
 @contextmanager
-def told(message: str, **names: object) -> Iterator[None]:
-    """The block raises an error of the user's with this message, where each of `names` stands for a path or a number."""
+def told(message: str, *, after: str = "", **names: object) -> Iterator[None]:
+    """The block raises a user's error with the text `after` and then `message`. Each of `names` stands for its value in them."""
     with pytest.raises((UserError, HubError)) as refusal:
         yield
-    assert readable(str(refusal.value), names) == message
+    text = readable(str(refusal.value), names)
+    assert text.startswith(after)
+    assert text.removeprefix(after) == message
 
 
 def readable(text: str, names: dict[str, object]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub.constants import HF_HUB_CACHE
+from inline_snapshot import snapshot
 
 from megatron_vocagno import command, plan, pretrain
 from megatron_vocagno.batch.front import NO_FRONTS
@@ -38,25 +39,31 @@ def test_a_plan_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     def asked(*arguments: object, settings: Path = SETTINGS) -> None:
         refused(plan.main, *run_file(case), "--deepspeed_config", settings, *arguments)
 
-    with told("--gpus is 0 and --gpus-per-node is 8: both must be at least 1"):
+    with told(snapshot("--gpus is 0 and --gpus-per-node is 8: both must be at least 1")):
         asked("--gpus", 0)
-    with told("unknown GPU type 'h1000' (--gpu). Known types: a100-40gb, a100, h100, h200, b200, mi300x, l40s"):
+    with told(snapshot("unknown GPU type 'h1000' (--gpu). Known types: a100-40gb, a100, h100, h200, b200, mi300x, l40s")):
         asked("--gpus", 8, "--gpu", "h1000")
-    with told("no layout divides a global batch of 512 rows over 7 GPUs: change train_batch_size or --gpus"):
+    with told(snapshot("no layout divides a global batch of 512 rows over 7 GPUs: change train_batch_size or --gpus")):
         asked("--gpus", 7)
-    with told("--mfu is 3: it must be above 0 and at most 1"):
+    with told(snapshot("--mfu is 3: it must be above 0 and at most 1")):
         asked("--gpus", 8, "--mfu", 3)
-    with told("no such file: DIR/x.json (--teacher-config)", DIR=tmp_path):
+    with told(snapshot("no such file: DIR/x.json (--teacher-config)"), DIR=tmp_path):
         asked("--gpus", 8, "--teacher-config", tmp_path / "x.json")
     (tmp_path / "bert.json").write_text('{"model_type": "bert"}')
-    with told("cannot plan a student of type 'bert'. Supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"):
+    with told(
+        snapshot(
+            "cannot plan a student of type 'bert'. Supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
+        )
+    ):
         asked("--gpus", 8, "--student-config", tmp_path / "bert.json")
     with told(
-        "a cached teacher has no teacher.path, and the plan includes the cost of scoring: give its config.json with "
-        "--teacher-config, once per teacher"
+        snapshot(
+            "a cached teacher has no teacher.path, and the plan includes the cost of scoring: give its config.json with "
+            "--teacher-config, once per teacher"
+        )
     ):
         asked("--gpus", 8, "--set", 'teacher={placement="cached"}')
-    with told("parallel.partition lists 2 stages with 2 decoder layers in total, but there are 2 stages and 3 layers"):
+    with told(snapshot("parallel.partition lists 2 stages with 2 decoder layers in total, but there are 2 stages and 3 layers")):
         asked("--gpus", 8, "--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[1,1]")
 
 
@@ -64,8 +71,10 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
     config = (case.teacher / "config.json").read_text().replace('"vocab_size": 49152', '"vocab_size": 500')
     (tmp_path / "small.json").write_text(config)
     with told(
-        "TRAIN: the teacher tokenizer has 49,152 tokens, but the teacher has a vocab_size of 500. Was the dataset aligned for "
-        "another teacher?",
+        snapshot(
+            "TRAIN: the teacher tokenizer has 49,152 tokens, but the teacher has a vocab_size of 500. Was the dataset aligned for "
+            "another teacher?"
+        ),
         TRAIN=case.train,
     ):
         arguments = ["--deepspeed_config", case.folder / "commands" / "ds.json", "--teacher-config", tmp_path / "small.json"]
@@ -74,32 +83,40 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
 
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     with told(
-        "no configuration of the teacher at DIR/nowhere: there is no config.json. It is taken for a path: "
-        "a Hub id is org/name or org/name@revision.\n"
-        "  Give its config.json with --teacher-config. examples/plan has those of the recipes.",
+        snapshot(
+            "no configuration of the teacher at DIR/nowhere: there is no config.json. It is taken for a path: "
+            "a Hub id is org/name or org/name@revision.\n"
+            "  Give its config.json with --teacher-config. examples/plan has those of the recipes."
+        ),
         DIR=tmp_path,
     ):
         read_config(tmp_path / "nowhere", "teacher")
     with told(
-        "no configuration of the student at org/name: org/name is not, or not whole, in the Hub's cache "
-        "CACHE, and the Hub was not asked. Download it where there is a network: hf "
-        "download org/name --exclude '*.bin'.\n"
-        "  Give its config.json with --student-config. examples/plan has those of the recipes.",
+        snapshot(
+            "no configuration of the student at org/name: org/name is not, or not whole, in the Hub's cache "
+            "CACHE, and the Hub was not asked. Download it where there is a network: hf "
+            "download org/name --exclude '*.bin'.\n"
+            "  Give its config.json with --student-config. examples/plan has those of the recipes."
+        ),
         CACHE=HF_HUB_CACHE,
     ):
         read_config(Path("org/name"), "student")
     (tmp_path / "lama.json").write_text('{"model_type": "lama"}')
     with told(
-        "DIR/lama.json is no configuration of a model that transformers knows: The checkpoint you are trying to load has model "
-        "type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the "
-        "checkpoint, or because your version of Transformers is out of date.",
+        snapshot(
+            "DIR/lama.json is no configuration of a model that transformers knows: The checkpoint you are trying to load has model "
+            "type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the "
+            "checkpoint, or because your version of Transformers is out of date."
+        ),
         DIR=tmp_path,
     ):
         given_config(tmp_path / "lama.json", "--student-config")
     (tmp_path / "binary.json").write_bytes(b"\xff")
     with told(
-        "DIR/binary.json is no configuration of a model that transformers knows: It looks like the config file at "
-        "'DIR/binary.json' is not a valid JSON file.",
+        snapshot(
+            "DIR/binary.json is no configuration of a model that transformers knows: It looks like the config file at "
+            "'DIR/binary.json' is not a valid JSON file."
+        ),
         DIR=tmp_path,
     ):
         given_config(tmp_path / "binary.json", "--student-config")
@@ -108,13 +125,13 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (command.positive_int, "0", "a number of at least 1, not '0'"),
-        (command.positive_float, "-1", "-1 is not above 0, or has no end"),
-        (command.positive_float, "many", "'many' is no number"),
-        (command.fraction, "2", "2 is not between 0 and 1"),
-        (report.row_length, "8", "8 is too short, 17 at least"),
-        (score_teacher.bos_of, "<bos>", "'<bos>': auto, none or the id of a token expected"),
-        (console.slice_of, "3/2", "3/2: two numbers are needed, I/N with I from 1 to N"),
+        (command.positive_int, "0", snapshot("a number of at least 1, not '0'")),
+        (command.positive_float, "-1", snapshot("-1 is not above 0, or has no end")),
+        (command.positive_float, "many", snapshot("'many' is no number")),
+        (command.fraction, "2", snapshot("2 is not between 0 and 1")),
+        (report.row_length, "8", snapshot("8 is too short, 17 at least")),
+        (score_teacher.bos_of, "<bos>", snapshot("'<bos>': auto, none or the id of a token expected")),
+        (console.slice_of, "3/2", snapshot("3/2: two numbers are needed, I/N with I from 1 to N")),
     ],
 )
 def test_values_of_options(read: Any, text: str, message: str) -> None:
@@ -124,13 +141,13 @@ def test_values_of_options(read: Any, text: str, message: str) -> None:
 
 
 def test_documents_that_are_not_there(case: Case) -> None:
-    with told("DATA: no document 10; there are 10, the first is 0", DATA=case.valid):
+    with told(snapshot("DATA: no document 10; there are 10, the first is 0"), DATA=case.valid):
         refused(show_document.main, case.valid, 10)
-    with told("DATA has no ids: it was built without --id-key; name a document by its number", DATA=case.valid):
+    with told(snapshot("DATA has no ids: it was built without --id-key; name a document by its number"), DATA=case.valid):
         refused(show_document.main, case.valid, "--id", "x")
-    with told("document 0 has 433 student tokens; [5, 2) is not within", DATA=case.valid):
+    with told(snapshot("document 0 has 433 student tokens; [5, 2) is not within"), DATA=case.valid):
         refused(show_document.main, case.valid, 0, "--start", 5, "--stop", 2)
-    with told("data/tokenizer.json: token 0, 'ab', cannot have the 4 bytes that byte_lengths.npy records"):
+    with told(snapshot("data/tokenizer.json: token 0, 'ab', cannot have the 4 bytes that byte_lengths.npy records")):
         token_bytes(Path("data/tokenizer.json"), {"ab": 0}, np.array([4], np.int32))
 
 
@@ -140,18 +157,22 @@ def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     rows = Samples(run, [data], data, None, NO_FRONTS).rows
     page = tmp_path / "page.html"
     write_rows(tmp_path, replace(rows, dataset="/nowhere", fingerprint="OTHER"))
-    with told("DIR holds no evaluation of its sample rows yet: the first is written before the first step", DIR=tmp_path):
+    with told(
+        snapshot("DIR holds no evaluation of its sample rows yet: the first is written before the first step"), DIR=tmp_path
+    ):
         refused(report.main, "--run", tmp_path, "--out", page)
     nothing = np.zeros(rows.target_RS.shape, np.float32)
     write_step(tmp_path, SampleStep(1, nothing, nothing, nothing, run.guidance))
     with told(
-        "/nowhere is not a dataset: the path does not exist\n"
-        "  DIR holds rows of it. Where it lies elsewhere now, name it: --data FOLDER.",
+        snapshot(
+            "/nowhere is not a dataset: the path does not exist\n"
+            "  DIR holds rows of it. Where it lies elsewhere now, name it: --data FOLDER."
+        ),
         DIR=tmp_path,
     ):
         refused(report.main, "--run", tmp_path, "--out", page)
     with told(
-        "DATA (HASH) is not the dataset whose rows DIR holds (OTHER).\n  Name that one: --data FOLDER.",
+        snapshot("DATA (HASH) is not the dataset whose rows DIR holds (OTHER).\n  Name that one: --data FOLDER."),
         DIR=tmp_path,
         DATA=case.valid,
         HASH=data.fingerprint,
@@ -160,19 +181,21 @@ def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
 
 
 def test_builds_that_cannot_be(case: Case, tmp_path: Path) -> None:
-    with told("DIR is not a dataset: the folder has no dataset.json", DIR=tmp_path):
+    with told(snapshot("DIR is not a dataset: the folder has no dataset.json"), DIR=tmp_path):
         refused(build_dataset.main, "verify", tmp_path)
     args, progress = argparse.Namespace(engine="local", workers=2), SimpleNamespace(within=None)
-    with told("--out memory://out: the memory of one process; use --workers 1"):
+    with told(snapshot("--out memory://out: the memory of one process; use --workers 1")):
         build_dataset.engine_of(args, build_dataset.place("memory://out"), progress)  # type: ignore[arg-type]
     copy = shutil.copytree(case.valid, tmp_path / "copy")
     file = copy / "shards" / "0000" / "spans.bin"
     names = {"DIR": tmp_path, "WAS": sha256(file)}
     file.write_bytes(bytes(file.stat().st_size))
     with told(
-        "DIR/copy is not as it was written:\n"
-        "DIR/copy/shards/0000/spans.bin: sha256 NOW, recorded WAS: changed since it was written\n"
-        "delete the folder of each damaged shard, and run its build again: it makes what is missing",
+        snapshot(
+            "DIR/copy is not as it was written:\n"
+            "DIR/copy/shards/0000/spans.bin: sha256 NOW, recorded WAS: changed since it was written\n"
+            "delete the folder of each damaged shard, and run its build again: it makes what is missing"
+        ),
         NOW=sha256(file),
         **names,
     ):

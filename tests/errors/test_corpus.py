@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from backports import zstd
+from inline_snapshot import snapshot
 
 from megatron_vocagno.corpus.places import place, reaching
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -26,7 +27,7 @@ from megatron_vocagno.preprocess.inputs import cut, find
 from megatron_vocagno.preprocess.plan import Slice, plan
 from megatron_vocagno.preprocess.ray_engine import run_ray
 from megatron_vocagno.preprocess.shards import BuildConfig
-from tests.errors.telling import told
+from tests.errors.telling import readable, told
 from tests.tokenizers_for_tests import mistral_tokenizer_path
 
 
@@ -36,92 +37,106 @@ def write(file: Path, data: bytes | str) -> Path:
 
 
 def test_inputs_that_are_not_there(tmp_path: Path) -> None:
-    with told("DIR/corpus.jsonl: no such file or folder", DIR=tmp_path):
+    with told(snapshot("DIR/corpus.jsonl: no such file or folder"), DIR=tmp_path):
         find([str(tmp_path / "corpus.jsonl")])
     with told(
-        "DIR: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder", DIR=tmp_path
+        snapshot("DIR: no *.jsonl, *.ndjson, *.json, *.txt (perhaps .gz, .zst, .bz2, .xz) or *.parquet in this folder"),
+        DIR=tmp_path,
     ):
         find([str(tmp_path)])
-    with told("DIR/list.txt: this list names no file", DIR=tmp_path):
+    with told(snapshot("DIR/list.txt: this list names no file"), DIR=tmp_path):
         find([f"@{write(tmp_path / 'list.txt', '# nothing yet')}"])
     with told(
-        "cannot read DIR/nowhere.txt: FileNotFoundError: [Errno 2] No such file or directory: 'DIR/nowhere.txt'", DIR=tmp_path
+        snapshot("cannot read DIR/nowhere.txt: FileNotFoundError: [Errno 2] No such file or directory: 'DIR/nowhere.txt'"),
+        DIR=tmp_path,
     ):
         find([f"@{tmp_path / 'nowhere.txt'}"])
-    with told("DIR/gone.jsonl: no such file", DIR=tmp_path):
+    with told(snapshot("DIR/gone.jsonl: no such file"), DIR=tmp_path):
         cut(tmp_path / "gone.jsonl", 100)
-    with told("cannot open s4://bucket/data: Unsupported filesystem: 's4'"):
+    with told(snapshot("cannot open s4://bucket/data: Unsupported filesystem: 's4'")):
         place("s4://bucket/data")
-    with told("cannot use memory://data: RuntimeError: 403 Forbidden"), reaching(place("memory://data")):
+    with told(snapshot("cannot use memory://data: RuntimeError: 403 Forbidden")), reaching(place("memory://data")):
         raise RuntimeError("403 Forbidden")
 
 
 def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> None:
-    with told("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text", DIR=tmp_path):
+    with told(snapshot("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text"), DIR=tmp_path):
         cut(write(tmp_path / "paper.pdf", b"%PDF-1.7"), 100)
     with told(
-        "DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': plain text? Rename it",
+        snapshot("DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': plain text? Rename it"),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.jsonl.gz", '{"text": "plain"}\n'), 100)
     with told(
-        "DIR/b.jsonl.zst is called .zst, but its first bytes are b'BZh91AY&': that is bzip2: rename it",
+        snapshot("DIR/b.jsonl.zst is called .zst, but its first bytes are b'BZh91AY&': that is bzip2: rename it"),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "b.jsonl.zst", bz2.compress(b"{}\n")), 100)
-    with told("DIR/c.gz is called .gz, but its first bytes are b'\\x1e\\x8b\\x08\\x00': is it damaged?", DIR=tmp_path):
+    with told(snapshot("DIR/c.gz is called .gz, but its first bytes are b'\\x1e\\x8b\\x08\\x00': is it damaged?"), DIR=tmp_path):
         cut(write(tmp_path / "c.gz", b"\x1e\x8b\x08\0"), 100)
     with told(
-        "DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl",
+        snapshot("DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl"),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json", '[\n{"text": "one"}\n]'), 100)
     with told(
-        "DIR/a.json.gz is JSON over several lines, not JSON with a document a line: convert it, "
-        "e.g. gzip -dc FILE | jq -c . > FILE.jsonl",
+        snapshot(
+            "DIR/a.json.gz is JSON over several lines, not JSON with a document a line: convert it, "
+            "e.g. gzip -dc FILE | jq -c . > FILE.jsonl"
+        ),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json.gz", gzip.compress(b'{\n"text": "one"\n}')), 100)
     with told(
-        "DIR/a.csv is a table as text, not JSON lines or parquet: write it as parquet, "
-        "e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)",
+        snapshot(
+            "DIR/a.csv is a table as text, not JSON lines or parquet: write it as parquet, "
+            "e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)"
+        ),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.csv", "text,id\none,1\n"), 100)
-    with told("DIR/b.jsonl is a web page or XML, not JSON lines: did a download go wrong? Else extract its text", DIR=tmp_path):
+    with told(
+        snapshot("DIR/b.jsonl is a web page or XML, not JSON lines: did a download go wrong? Else extract its text"), DIR=tmp_path
+    ):
         cut(write(tmp_path / "b.jsonl", "<html><title>404 Not Found"), 100)
     with told(
-        "DIR/a.parquet: damaged parquet data (Parquet file size is 4 bytes, smaller than the minimum file "
-        "footer (8 bytes)): is it complete?",
+        snapshot(
+            "DIR/a.parquet: damaged parquet data (Parquet file size is 4 bytes, smaller than the minimum file "
+            "footer (8 bytes)): is it complete?"
+        ),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.parquet", b"PAR1"), 100)
     settings = BuildConfig(str(teacher_tokenizer), str(teacher_tokenizer))
-    with told("'DIR/caf\\udce9.txt': a file name that is not UTF-8 cannot be recorded; rename it", DIR=tmp_path):
+    with told(snapshot("'DIR/caf\\udce9.txt': a file name that is not UTF-8 cannot be recorded; rename it"), DIR=tmp_path):
         plan([write(tmp_path / os.fsdecode(b"caf\xe9.txt"), "text")], settings)
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('["text"]', "a list, not a JSON object"),
-        ('{"content": "x"}', "no key 'text' (it has 'content'); --text-key names another"),
-        ('{"text": 7}', "'text' is a number, not a string"),
-        ('{"text": null}', "'text' is null, not a string"),
-        ('{"text": "x"}', "no key 'id' (it has 'text'); --id-key names another"),
-        ('{"text": "x", "id": [1]}', "'id' is a list, not a string or an integer"),
+        ('["text"]', snapshot("a list, not a JSON object")),
+        ('{"content": "x"}', snapshot("no key 'text' (it has 'content'); --text-key names another")),
+        ('{"text": 7}', snapshot("'text' is a number, not a string")),
+        ('{"text": null}', snapshot("'text' is null, not a string")),
+        ('{"text": "x"}', snapshot("no key 'id' (it has 'text'); --id-key names another")),
+        ('{"text": "x", "id": [1]}', snapshot("'id' is a list, not a string or an integer")),
         (
             '{"text": "x"',
-            "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12)): "
-            "cut off, or one object over several lines? Then jq -c . FILE > FILE.jsonl joins them",
+            snapshot(
+                "invalid JSON (Expecting ',' delimiter: line 1 column 13 (char 12)): "
+                "cut off, or one object over several lines? Then jq -c . FILE > FILE.jsonl joins them"
+            ),
         ),
-        (b'{"text": "\xff"}', "invalid UTF-8 at byte 10 of the line"),
-        ('{"a": ' * 99_999, "nested too deeply: more than some thousand lists and objects within each other"),
+        (b'{"text": "\xff"}', snapshot("invalid UTF-8 at byte 10 of the line")),
+        ('{"a": ' * 99_999, snapshot("nested too deeply: more than some thousand lists and objects within each other")),
         (
             "Words.",
-            "invalid JSON (Expecting value: line 1 column 1 (char 0)): plain text? That is read from files that are called *.txt",
+            snapshot(
+                "invalid JSON (Expecting value: line 1 column 1 (char 0)): plain text? That is read from files that are called *.txt"
+            ),
         ),
-        ('{"text": "\\ud800"}', "a lone surrogate at character 0 of 'text'"),
+        ('{"text": "\\ud800"}', snapshot("a lone surrogate at character 0 of 'text'")),
     ],
 )
 def test_records_without_a_text(tmp_path: Path, line: str | bytes, message: str) -> None:
@@ -134,16 +149,19 @@ def test_compressed_data_that_give_no_more(tmp_path: Path) -> None:
     line, file = b'{"text": "one"}\n', tmp_path / "a.jsonl"
     trained = zstd.train_dict([b"some words of sample %d" % (i * 7919) for i in range(999)], 1000)
     for data, message in (
-        (gzip.compress(line)[:-1], "the gzip data ends in the middle: cut off?"),
-        (gzip.compress(line) + b"END", "at byte 36 of the file its gzip data end, and what follows is something else: b'END'"),
-        (b"\x1f\x8b\x08\xff" + line, "damaged gzip data (flags 0xff in a header: RFC 1952 has no such)"),
+        (gzip.compress(line)[:-1], snapshot("broken input: the gzip data ends in the middle: cut off?")),
+        (
+            gzip.compress(line) + b"END",
+            snapshot("broken input: at byte 36 of the file its gzip data end, and what follows is something else: b'END'"),
+        ),
+        (b"\x1f\x8b\x08\xff" + line, snapshot("broken input: damaged gzip data (flags 0xff in a header: RFC 1952 has no such)")),
         (
             zstd.compress(line, zstd_dict=trained),
-            f"zstd data that were packed with a dictionary ({trained.dict_id}): unpack them with it (zstd -d -D)",
+            snapshot("broken input: zstd data that were packed with a dictionary (ID): unpack them with it (zstd -d -D)"),
         ),
     ):
         *_, broken = documents.read(cut(write(file, data), 10**6)[0], "text", None, lambda _: None)
-        assert broken.reason == f"broken input: {message}"
+        assert broken.reason is not None and readable(broken.reason, {"ID": trained.dict_id}) == message
 
 
 def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
@@ -152,32 +170,37 @@ def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
         list(documents.read(cut(tmp_path / "a.parquet", 10**6)[0], text_key, None, lambda _: None))
 
     table = pa.table({"body": ["one"], "n": [1]})
-    with told("DIR/a.parquet: no column 'text' (it has 'body', 'n'); --text-key names another", DIR=tmp_path):
+    with told(snapshot("DIR/a.parquet: no column 'text' (it has 'body', 'n'); --text-key names another"), DIR=tmp_path):
         read(table, "text")
-    with told("DIR/a.parquet: column 'n' is int64, not strings (these are: 'body'); --text-key names another", DIR=tmp_path):
+    with told(
+        snapshot("DIR/a.parquet: column 'n' is int64, not strings (these are: 'body'); --text-key names another"), DIR=tmp_path
+    ):
         read(table, "n")
-    with told("DIR/a.parquet: 2 columns are called 'text': rename all but one", DIR=tmp_path):
+    with told(snapshot("DIR/a.parquet: 2 columns are called 'text': rename all but one"), DIR=tmp_path):
         read(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), "text")
 
 
 def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
-    with told("--force with --shards: other tasks may use what it would remove. Name another --out"):
+    with told(snapshot("--force with --shards: other tasks may use what it would remove. Name another --out")):
         build([corpus], tmp_path / "out", settings, force=True, part=Slice(1, 2))
-    with told("--shards 3/2: the first number goes from 1 to the second"):
+    with told(snapshot("--shards 3/2: the first number goes from 1 to the second")):
         Slice(3, 2)
-    with told("DIR/corpus.jsonl is a file, and a dataset is a folder: name another --out", DIR=tmp_path):
+    with told(snapshot("DIR/corpus.jsonl is a file, and a dataset is a folder: name another --out"), DIR=tmp_path):
         build([corpus], corpus, settings)
-    with told("DIR is not empty and holds no dataset: name another --out", DIR=tmp_path):
+    with told(snapshot("DIR is not empty and holds no dataset: name another --out"), DIR=tmp_path):
         build([corpus], tmp_path, settings)
     with told(
-        "DIR/out has no plan (.build/plan.json): no build was started there, or run it once without --shards", DIR=tmp_path
+        snapshot("DIR/out has no plan (.build/plan.json): no build was started there, or run it once without --shards"),
+        DIR=tmp_path,
     ):
         finish(tmp_path / "out", settings)
     with (
         told(
-            "a build or a scoring is at work in DIR/out (DIR/out/.build/lock is locked): wait for it, or name another folder",
+            snapshot(
+                "a build or a scoring is at work in DIR/out (DIR/out/.build/lock is locked): wait for it, or name another folder"
+            ),
             DIR=tmp_path,
         ),
         locked(tmp_path / "out", None),
@@ -198,11 +221,18 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     def told_of(**changes: Any) -> str:
         return first.other_settings(plan([corpus], replace(settings, **changes), 40))
 
-    assert told_of(id_key=None) == "--id-key id then, none now"
-    assert told_of(text_key="body", on_bad_line="skip") == "--text-key text then, body now; --on-bad-line error then, skip now"
-    assert told_of(teacher=str(mistral_tokenizer_path())) == (
-        f"--teacher {teacher.fingerprint} ({teacher_tokenizer}) then, {mistral.fingerprint} ({mistral_tokenizer_path()}) now; "
-        f"--teacher-eos {teacher.eos_token} then, </s> now"
+    assert told_of(id_key=None) == snapshot("--id-key id then, none now")
+    assert told_of(text_key="body", on_bad_line="skip") == snapshot(
+        "--text-key text then, body now; --on-bad-line error then, skip now"
+    )
+    names = {
+        "THEN": teacher.fingerprint,
+        "NOW": mistral.fingerprint,
+        "TEACHER": teacher_tokenizer,
+        "MISTRAL": mistral_tokenizer_path(),
+    }
+    assert readable(told_of(teacher=str(mistral_tokenizer_path())), names) == snapshot(
+        "--teacher THEN (TEACHER) then, NOW (MISTRAL) now; --teacher-eos <|endoftext|> then, </s> now"
     )
     assert told_of(student_eos="<|im_end|>").endswith("--student-eos <|endoftext|> then, <|im_end|> now")
     # what this release would not know to be a setting is told, too
@@ -211,16 +241,22 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     assert "an older release planned it" in old.other_settings(plan([corpus], replace(settings, id_key=None), 40))
 
     assert first.other_input(plan([corpus], settings, 80)) == (
-        "files of the same names and sizes, cut otherwise: other lines in them, or another --shard-mb or --max-documents"
+        snapshot(
+            "files of the same names and sizes, cut otherwise: other lines in them, or another --shard-mb or --max-documents"
+        )
     )
     second = write(tmp_path / "more.jsonl", lines[0])
-    assert first.other_input(plan([corpus, second], settings, 40)) == "no file then, more.jsonl of 28 bytes now"
+    assert first.other_input(plan([corpus, second], settings, 40)) == snapshot("no file then, more.jsonl of 28 bytes now")
     write(corpus, "".join(lines[:2]))
-    assert first.other_input(plan([corpus], settings, 40)) == "corpus.jsonl of 112 bytes then, corpus.jsonl of 56 bytes now"
+    assert first.other_input(plan([corpus], settings, 40)) == snapshot(
+        "corpus.jsonl of 112 bytes then, corpus.jsonl of 56 bytes now"
+    )
     with told(
-        "DIR/out was planned with other input than are asked for now: corpus.jsonl of 56 bytes then, "
-        "more.jsonl of 28 bytes now.\n"
-        "  1 shards then, 1 now. Name another --out, or use --force.",
+        snapshot(
+            "DIR/out was planned with other input than are asked for now: corpus.jsonl of 56 bytes then, "
+            "more.jsonl of 28 bytes now.\n"
+            "  1 shards then, 1 now. Name another --out, or use --force."
+        ),
         DIR=tmp_path,
     ):
         for name in (corpus, second):
@@ -236,43 +272,55 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
     os.utime(corpus, ns=(0, 5))
     build([corpus], out, settings, shard_bytes=40, part=Slice(1, 2))
     with told(
-        "DIR/out was planned with other settings than are asked for now: --no-nfc absent then, given now.\n"
-        "  2 shards then, 2 now. Name another --out, or use --force.",
+        snapshot(
+            "DIR/out was planned with other settings than are asked for now: --no-nfc absent then, given now.\n"
+            "  2 shards then, 2 now. Name another --out, or use --force."
+        ),
         **names,
     ):
         build([corpus], out, other, shard_bytes=40, part=Slice(2, 2))
     with told(
-        "DIR/out was planned with other settings than these: --no-nfc absent then, given now.\n"
-        "  finalize takes the options of its build.",
+        snapshot(
+            "DIR/out was planned with other settings than these: --no-nfc absent then, given now.\n"
+            "  finalize takes the options of its build."
+        ),
         **names,
     ):
         finish(out, other)
     with told(
-        "1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards. Do all machines see this folder?",
+        snapshot(
+            "1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards. Do all machines see this folder?"
+        ),
         **names,
     ):
         finish(out, settings)
     os.utime(corpus, ns=(0, 0))
     with told(
-        "DIR/out: the input has changed since another task of this job array planned it: ('corpus.jsonl', "
-        "76, '5') then, ('corpus.jsonl', 76, '0') now (size, time). Run the build once without --shards, or "
-        "name another --out",
+        snapshot(
+            "DIR/out: the input has changed since another task of this job array planned it: ('corpus.jsonl', "
+            "76, '5') then, ('corpus.jsonl', 76, '0') now (size, time). Run the build once without --shards, or "
+            "name another --out"
+        ),
         **names,
     ):
         build([corpus], out, settings, shard_bytes=40, part=Slice(2, 2))
     build([corpus], out, settings, shard_bytes=40)
     (out / "shards" / "0009").mkdir()
     with told(
-        "DIR/out/shards/0009 is not part of this plan of 2 shards: other input or --shard-mb? Name another "
-        "--out, or use --force, which removes it",
+        snapshot(
+            "DIR/out/shards/0009 is not part of this plan of 2 shards: other input or --shard-mb? Name another "
+            "--out, or use --force, which removes it"
+        ),
         **names,
     ):
         build([corpus], out, settings, shard_bytes=40)
     (out / "shards" / "0009").rmdir()
     (out / ".build" / "plan.json").unlink()
     with told(
-        "DIR/out/shards/0000 was made from other settings or tokenizers (THIS) than are asked for now "
-        "(OTHER): name another --out, or rebuild it with --force",
+        snapshot(
+            "DIR/out/shards/0000 was made from other settings or tokenizers (THIS) than are asked for now "
+            "(OTHER): name another --out, or rebuild it with --force"
+        ),
         **names,
     ):
         build([corpus], out, other, shard_bytes=40)
@@ -282,24 +330,30 @@ def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenize
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"body": "two"}\n')
     settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
     with told(
-        "1 of 1 shards could not be made; others are finished and stay\n"
-        "shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: "
-        'b\'{"body": "two"}\'\n'
-        "  --on-bad-line skip leaves such records out, quarantine keeps them aside",
+        snapshot(
+            "1 of 1 shards could not be made; others are finished and stay\n"
+            "shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: "
+            'b\'{"body": "two"}\'\n'
+            "  --on-bad-line skip leaves such records out, quarantine keeps them aside"
+        ),
         DIR=tmp_path,
     ):
         build([corpus], tmp_path / "out", settings)
     lenient = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer), on_bad_line="skip")
     with told(
-        "1 of 2 records are bad (50.00%); --max-bad-fraction allows 0.10%. Look at them (--on-bad-line "
-        "quarantine keeps them), or allow more"
+        snapshot(
+            "1 of 2 records are bad (50.00%); --max-bad-fraction allows 0.10%. Look at them (--on-bad-line "
+            "quarantine keeps them), or allow more"
+        )
     ):
         build([corpus], tmp_path / "lenient", lenient, max_bad_fraction=0.001)
-    with told("no document was read: the input files are empty"):
+    with told(snapshot("no document was read: the input files are empty")):
         build([write(tmp_path / "empty.jsonl", "")], tmp_path / "none", settings)
     with told(
-        "no document is left: 1 were empty, 0 lines were bad, the tokens of 0 did not cover their text. Is "
-        "--text-key the key of the text?"
+        snapshot(
+            "no document is left: 1 were empty, 0 lines were bad, the tokens of 0 did not cover their text. Is "
+            "--text-key the key of the text?"
+        )
     ):
         build([write(tmp_path / "blank.jsonl", '{"text": ""}\n')], tmp_path / "blank", settings)
 
@@ -308,12 +362,12 @@ def test_a_ray_cluster_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> N
     def run(address: str) -> None:
         list(run_ray(len, ["job"], address=address))
 
-    with told("--ray-address somewhere: neither 'auto' nor HOST:PORT"):
+    with told(snapshot("--ray-address somewhere: neither 'auto' nor HOST:PORT")):
         run("somewhere")
-    with told("no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused"):
+    with told(snapshot("no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused")):
         run("127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "ray", None)
-    with told("Ray is not installed: pip install 'megatron-vocagno[ray]'"):
+    with told(snapshot("Ray is not installed: pip install 'megatron-vocagno[ray]'")):
         run("auto")
 
 
@@ -330,25 +384,31 @@ def test_a_ray_cluster_that_refuses_or_ends(monkeypatch: pytest.MonkeyPatch) -> 
 
     ray.init = fail(kinds["AuthenticationError"]())
     with told(
-        "this process has no token for the Ray cluster: name its file in RAY_AUTH_TOKEN_PATH, or copy it to "
-        "~/.ray/auth_token. For a cluster that takes anybody, set RAY_AUTH_MODE=disabled"
+        snapshot(
+            "this process has no token for the Ray cluster: name its file in RAY_AUTH_TOKEN_PATH, or copy it to "
+            "~/.ray/auth_token. For a cluster that takes anybody, set RAY_AUTH_MODE=disabled"
+        )
     ):
         ray_engine._connect("auto")
     ray.init = fail(ConnectionError("Could not find any running Ray instance."))
     with told(
-        "cannot use the Ray cluster at auto: Could not find any running Ray instance.\n"
-        "  If it runs, its token (RAY_AUTH_TOKEN_PATH) or its version may be another one"
+        snapshot(
+            "cannot use the Ray cluster at auto: Could not find any running Ray instance.\n"
+            "  If it runs, its token (RAY_AUTH_TOKEN_PATH) or its version may be another one"
+        )
     ):
         ray_engine._connect("auto")
     ray.get = fail(kinds["LocalRayletDiedError"]())
-    with told("Ray has ended on this machine; what is finished will be reused by the next run"):
+    with told(snapshot("Ray has ended on this machine; what is finished will be reused by the next run")):
         ray_engine._answer(ray, None)
     task_error = kinds["RayTaskError"]()
     task_error.cause = ModuleNotFoundError("No module named 'megatron_vocagno'")  # type: ignore[attr-defined]
     ray.get = fail(task_error)
     with told(
-        "the task cannot run on the cluster: No module named 'megatron_vocagno' (the nodes need the same "
-        "version of this package, and the same Python)"
+        snapshot(
+            "the task cannot run on the cluster: No module named 'megatron_vocagno' (the nodes need the same "
+            "version of this package, and the same Python)"
+        )
     ):
         ray_engine._answer(ray, None)
 
@@ -364,5 +424,5 @@ def test_workers_that_cannot_start() -> None:
     process = SimpleNamespace(join=lambda timeout=None: None, kill=lambda: None, exitcode=1)
     worker: Any = SimpleNamespace(pipe=Pipe(), process=process, entry=None, ready=False, death="with status 1")
     crew: Any = SimpleNamespace(workers={0: worker}, false_starts=0)
-    with told("workers cannot start: the last one died with status 1; see what it wrote above"):
+    with told(snapshot("workers cannot start: the last one died with status 1; see what it wrote above")):
         list(workers._Crew._bury(crew, worker))

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from inline_snapshot import snapshot
 
 from megatron_vocagno.corpus import verify as verification
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
@@ -44,24 +45,30 @@ def seal(folder: Path, **changes: object) -> None:
 
 
 def test_a_folder_that_is_no_dataset(tmp_path: Path) -> None:
-    with told("DIR/nowhere is not a dataset: the path does not exist", DIR=tmp_path):
+    with told(snapshot("DIR/nowhere is not a dataset: the path does not exist"), DIR=tmp_path):
         AlignedDataset.open(tmp_path / "nowhere")
-    with told("DIR is not a dataset: the folder has no dataset.json", DIR=tmp_path):
+    with told(snapshot("DIR is not a dataset: the folder has no dataset.json"), DIR=tmp_path):
         AlignedDataset.open(tmp_path)
     (tmp_path / "corpus.jsonl").touch()
     with told(
-        "DIR/corpus.jsonl is not a dataset: it is a file. python -m tools.preprocess.build_dataset makes a "
-        "dataset of a corpus, and that is a folder",
+        snapshot(
+            "DIR/corpus.jsonl is not a dataset: it is a file. python -m tools.preprocess.build_dataset makes a "
+            "dataset of a corpus, and that is a folder"
+        ),
         DIR=tmp_path,
     ):
         AlignedDataset.open(tmp_path / "corpus.jsonl")
     (tmp_path / "shards").mkdir()
-    with told("DIR/dataset.json is missing: the build of the dataset did not finish; run the same command again", DIR=tmp_path):
+    with told(
+        snapshot("DIR/dataset.json is missing: the build of the dataset did not finish; run the same command again"), DIR=tmp_path
+    ):
         AlignedDataset.open(tmp_path)
     with told(
-        "s3://bucket/data is not on this machine, and a dataset is read through memory maps: copy the folder "
-        "first (`aws s3 sync URL DIR`, or fsspec.filesystem(PROTOCOL).get(URL, DIR, recursive=True)) and "
-        "name the copy"
+        snapshot(
+            "s3://bucket/data is not on this machine, and a dataset is read through memory maps: copy the folder "
+            "first (`aws s3 sync URL DIR`, or fsspec.filesystem(PROTOCOL).get(URL, DIR, recursive=True)) and "
+            "name the copy"
+        )
     ):
         AlignedDataset.open("s3://bucket/data")
 
@@ -72,28 +79,32 @@ def test_a_dataset_that_has_changed(copy: Path) -> None:
     (copy / "dataset.json").write_bytes(whole.replace(b'"nfc": true', b'"nfc": false'))
     altered = hashlib.sha256((copy / "dataset.json").read_bytes().replace(sha256.encode(), UNSEALED.encode(), 1)).hexdigest()
     with told(
-        "DIR/dataset.json is damaged: its sha256 is ACTUAL, it records RECORDED: changed since it was written",
+        snapshot("DIR/dataset.json is damaged: its sha256 is ACTUAL, it records RECORDED: changed since it was written"),
         DIR=copy,
         ACTUAL=altered,
         RECORDED=sha256,
     ):
         AlignedDataset.open(copy)
     (copy / "dataset.json").write_bytes(b"{")
-    with told("DIR/dataset.json is damaged: unexpected end of data: line 1 column 2 (char 1)", DIR=copy):
+    with told(snapshot("DIR/dataset.json is damaged: unexpected end of data: line 1 column 2 (char 1)"), DIR=copy):
         AlignedDataset.open(copy)
     (copy / "dataset.json").write_bytes(whole)
     seal(copy, format=1)
-    with told("DIR/dataset.json: format 1, this reads format 2: made by another release? Build it again", DIR=copy):
+    with told(snapshot("DIR/dataset.json: format 1, this reads format 2: made by another release? Build it again"), DIR=copy):
         AlignedDataset.open(copy)
     seal(copy, format=2, codec="other")
     with told(
-        "DIR/dataset.json: spans are coded as 'other', this reads 'width << 1 | shared, uint8, 255 escapes; anchors every 4096'",
+        snapshot(
+            "DIR/dataset.json: spans are coded as 'other', this reads 'width << 1 | shared, uint8, 255 escapes; anchors every 4096'"
+        ),
         DIR=copy,
     ):
         AlignedDataset.open(copy)
     seal(copy, surprise=1)
     with told(
-        "DIR/dataset.json is not understood: surprise: Extra inputs are not permitted. Made by another release? Build it again",
+        snapshot(
+            "DIR/dataset.json is not understood: surprise: Extra inputs are not permitted. Made by another release? Build it again"
+        ),
         DIR=copy,
     ):
         AlignedDataset.open(copy)
@@ -104,15 +115,17 @@ def test_a_dataset_that_was_not_copied_whole(copy: Path) -> None:
     whole, size = file.read_bytes(), f"{file.stat().st_size:,}"
     file.write_bytes(whole[:10])
     with told(
-        "DIR/shards/0000/student.bin: 10 bytes, dataset.json records SIZE: cut off while copying, or disk full?",
+        snapshot("DIR/shards/0000/student.bin: 10 bytes, dataset.json records SIZE: cut off while copying, or disk full?"),
         DIR=copy,
         SIZE=size,
     ):
         AlignedDataset.open(copy)
     file.unlink()
     with told(
-        "DIR/shards/0000/student.bin is missing; dataset.json records it with SIZE bytes (No such file or "
-        "directory): was the copy interrupted?",
+        snapshot(
+            "DIR/shards/0000/student.bin is missing; dataset.json records it with SIZE bytes (No such file or "
+            "directory): was the copy interrupted?"
+        ),
         DIR=copy,
         SIZE=size,
     ):
@@ -121,10 +134,15 @@ def test_a_dataset_that_was_not_copied_whole(copy: Path) -> None:
     table = copy / "tokenizers" / "student" / "byte_lengths.npy"
     raw = table.read_bytes()
     table.write_bytes(raw.replace(b"'<i4'", b"'<u4'"))
-    with told("DIR/tokenizers/student/byte_lengths.npy is damaged: it holds uint32 (32000,), expected int32 (32000,)", DIR=copy):
+    with told(
+        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it holds uint32 (32000,), expected int32 (32000,)"),
+        DIR=copy,
+    ):
         AlignedDataset.open(copy)
     table.write_bytes(b"x" * len(raw))
-    with told("DIR/tokenizers/student/byte_lengths.npy is damaged: it is no array of numpy; copy the dataset again", DIR=copy):
+    with told(
+        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it is no array of numpy; copy the dataset again"), DIR=copy
+    ):
         AlignedDataset.open(copy)
 
 
@@ -135,9 +153,11 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     raw["model"]["merges"].pop()
     (model / "tokenizer.json").write_text(json.dumps(raw))
     with told(
-        "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges "
-        "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was "
-        "built for",
+        snapshot(
+            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges "
+            "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was "
+            "built for"
+        ),
         DATA=data.path,
         MODEL=model,
     ):
@@ -147,9 +167,11 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     shutil.copytree(other.path / "tokenizers" / "teacher", other.path / "tokenizers" / "student")
     other.manifest = other.manifest.model_copy(update={"student": data.manifest.teacher})
     with told(
-        "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: "
-        "end-of-text token (0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, "
-        "pre-tokenizer; build one of them again with the other's tokenizer",
+        snapshot(
+            "TMP/other: its student ids were made with another tokenizer than those of DATA. They differ in: "
+            "end-of-text token (0 and 2), number of tokens (49,152 and 32,000), vocabulary, merges, settings of its BPE, normalizer, "
+            "pre-tokenizer; build one of them again with the other's tokenizer"
+        ),
         TMP=tmp_path,
         DATA=data.path,
     ):
@@ -174,8 +196,10 @@ def test_a_dataset_that_was_made_without_its_added_tokens(tmp_path: Path) -> Non
     record = data.manifest.teacher.model_copy(update={"fingerprint": bare})
     data.manifest = data.manifest.model_copy(update={"teacher": record})
     with told(
-        "DATA: it was made without the 1 added tokens of its teacher tokenizer that texts may give ('<br>', …): its teacher ids "
-        "are not those of MODEL. Build the dataset again",
+        snapshot(
+            "DATA: it was made without the 1 added tokens of its teacher tokenizer that texts may give ('<br>', …): its teacher ids "
+            "are not those of MODEL. Build the dataset again"
+        ),
         DATA=data.path,
         MODEL=model,
     ):
@@ -200,17 +224,19 @@ def test_a_model_with_tokenizer_model_alone_is_compared(case: Case, tmp_path: Pa
 
 
 def test_datasets_that_cannot_be_merged(case: Case, copy: Path, tmp_path: Path) -> None:
-    with told("DATA already holds a dataset; merge into a new folder", DATA=case.valid):
+    with told(snapshot("DATA already holds a dataset; merge into a new folder"), DATA=case.valid):
         merge([copy], case.valid)
-    with told("nothing to merge: no dataset was named"):
+    with told(snapshot("nothing to merge: no dataset was named")):
         merge([], tmp_path / "out")
     with told(
-        "one dataset is named twice: its documents would count twice. To read it more often, give it a "
-        "weight in the run's data.train instead"
+        snapshot(
+            "one dataset is named twice: its documents would count twice. To read it more often, give it a "
+            "weight in the run's data.train instead"
+        )
     ):
         merge([copy, copy], tmp_path / "out")
     seal(copy, nfc=False)
-    with told("TMP/data: nfc is False, in DATA it is True: build one of them again", DATA=case.valid, TMP=tmp_path):
+    with told(snapshot("TMP/data: nfc is False, in DATA it is True: build one of them again"), DATA=case.valid, TMP=tmp_path):
         merge([case.valid, copy], tmp_path / "out")
 
 
@@ -220,8 +246,10 @@ def test_losses_that_are_not_those_of_the_dataset(copy: Path) -> None:
     files = ({"teacher_loss.json": FileRecord(size=3, sha256="x")},)
     losses = TeacherLosses(scoring=scoring, totals=LossTotals(), shards=files)
     with told(
-        "DIR/shards/0000/teacher_loss.json is not what DIR/dataset.json records: was the shard scored anew, "
-        "as part of another dataset?",
+        snapshot(
+            "DIR/shards/0000/teacher_loss.json is not what DIR/dataset.json records: was the shard scored anew, "
+            "as part of another dataset?"
+        ),
         DIR=copy,
     ):
         require_whole(copy, read_manifest(copy).model_copy(update={"teacher_losses": losses}))
@@ -230,16 +258,21 @@ def test_losses_that_are_not_those_of_the_dataset(copy: Path) -> None:
 DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
     (
         lambda b: b"MMIDIDY" + b[7:],
-        "DIR/x.idx: starts with b'MMIDIDY\\x00\\x00' (142 bytes), an index with b'MMIDIDX\\x00\\x00' and 34 bytes or more",
+        snapshot(
+            "DIR/x.idx: starts with b'MMIDIDY\\x00\\x00' (142 bytes), an index with b'MMIDIDX\\x00\\x00' and 34 bytes or more"
+        ),
     ),
-    (lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], "DIR/x.idx: version 2, this reads version 1"),
-    (lambda b: b[:17] + b"\x09" + b[18:], "DIR/x.idx: dtype code 9, known are [1, 2, 3, 4, 5, 6, 7, 8]"),
-    (lambda b: b[:-1], "DIR/x.idx: 141 bytes, 5 documents need 142: cut off while copying or writing?"),
+    (lambda b: b[:9] + struct.pack("<Q", 2) + b[17:], snapshot("DIR/x.idx: version 2, this reads version 1")),
+    (lambda b: b[:17] + b"\x09" + b[18:], snapshot("DIR/x.idx: dtype code 9, known are [1, 2, 3, 4, 5, 6, 7, 8]")),
+    (lambda b: b[:-1], snapshot("DIR/x.idx: 141 bytes, 5 documents need 142: cut off while copying or writing?")),
     (
         lambda b: b[:26] + struct.pack("<Q", 5) + b[34:-8],
-        "DIR/x.idx: 5 sequences in 4 documents; here each document is one sequence",
+        snapshot("DIR/x.idx: 5 sequences in 4 documents; here each document is one sequence"),
     ),
-    (lambda b: b[:HEADER] + struct.pack("<i", -6) + b[HEADER + 4 :], "DIR/x.idx: a document of -6 numbers: the file is damaged"),
+    (
+        lambda b: b[:HEADER] + struct.pack("<i", -6) + b[HEADER + 4 :],
+        snapshot("DIR/x.idx: a document of -6 numbers: the file is damaged"),
+    ),
 ]
 
 
@@ -261,30 +294,27 @@ def pair(prefix: Path, dtype: Any) -> Path:
 def test_pairs_that_do_not_fit(tmp_path: Path) -> None:
     idx = pair(tmp_path / "x", np.int32)
     whole = idx.read_bytes()
-    with told("DIR/y: uint16, DIR/x: int32: pairs of one name have one dtype", DIR=tmp_path):
+    with told(snapshot("DIR/y: uint16, DIR/x: int32: pairs of one name have one dtype"), DIR=tmp_path):
         PairReader(tmp_path / "x", pair(tmp_path / "y", np.uint16).with_suffix(""))
-    with told("DIR/z: 65536 or 0 does not fit uint16", DIR=tmp_path):
+    with told(snapshot("DIR/z: 65536 or 0 does not fit uint16"), DIR=tmp_path):
         PairWriter(tmp_path / "z", np.uint16).add(np.array([0, 65_536]))
-    with told("DIR/z: a document of 2,147,483,648 numbers; an index holds 2,147,483,647 at most", DIR=tmp_path):
+    with told(snapshot("DIR/z: a document of 2,147,483,648 numbers; an index holds 2,147,483,647 at most"), DIR=tmp_path):
         write_index(tmp_path / "z", np.dtype(np.uint16), np.array([5, 2**31]))
+    pointers = snapshot("DIR/x.idx: its pointers do not follow from its lengths: the file is damaged")
+    sequences = snapshot("DIR/x.idx: a document of several sequences; here each document is one")
     for at in (HEADER + 20, HEADER + 60):
         idx.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
-        with told(
-            "DIR/x.idx: its pointers do not follow from its lengths: the file is damaged"
-            if at < HEADER + 60
-            else "DIR/x.idx: a document of several sequences; here each document is one",
-            DIR=tmp_path,
-        ):
+        with told(pointers if at < HEADER + 60 else sequences, DIR=tmp_path):
             check_pointers(tmp_path / "x")
     idx.write_bytes(whole)
     (tmp_path / "x.bin").write_bytes(b"short")
-    with told("DIR/x.bin: 5 bytes, its index describes 64: cut off while copying or writing?", DIR=tmp_path):
+    with told(snapshot("DIR/x.bin: 5 bytes, its index describes 64: cut off while copying or writing?"), DIR=tmp_path):
         PairReader(tmp_path / "x").read(0)
     (tmp_path / "x.bin").unlink()
-    with told("DIR/x.bin cannot be read (No such file or directory): a pair is a .bin and a .idx", DIR=tmp_path):
+    with told(snapshot("DIR/x.bin cannot be read (No such file or directory): a pair is a .bin and a .idx"), DIR=tmp_path):
         PairReader(tmp_path / "x").read(0)
     idx.unlink()
-    with told("DIR/x.idx cannot be read (No such file or directory): a pair is a .bin and a .idx", DIR=tmp_path):
+    with told(snapshot("DIR/x.idx cannot be read (No such file or directory): a pair is a .bin and a .idx"), DIR=tmp_path):
         PairReader(tmp_path / "x")
 
 
@@ -292,16 +322,22 @@ def test_tokens_that_cannot_be_aligned() -> None:
     def tokens(*ends: int, ends_from: Any = "table") -> Tokens:
         return Tokens(np.arange(len(ends), dtype=np.int32), np.array(ends, np.int64), ends_from)
 
-    with told("the byte ends of the teacher's tokens are unknown: does its tokenizer change the text?"):
+    with told(snapshot("the byte ends of the teacher's tokens are unknown: does its tokenizer change the text?")):
         align(tokens(1, 2), tokens(3, ends_from="unknown"))
     with told(
-        "student reads 2 bytes, teacher 3: both must read the same text; is one of the tokenizers "
-        "normalising (NFKC, lower-casing)?"
+        snapshot(
+            "student reads 2 bytes, teacher 3: both must read the same text; is one of the tokenizers "
+            "normalising (NFKC, lower-casing)?"
+        )
     ):
         align(tokens(1, 2), tokens(3))
-    with told("student token 1 has no text and is not at the document's start: ends must rise"):
+    with told(snapshot("student token 1 has no text and is not at the document's start: ends must rise")):
         align(tokens(1, 1, 3), tokens(3))
-    with told("token 1 starts at teacher token 3, the one before it ends at 1: neighbours must touch or share one teacher token"):
+    with told(
+        snapshot(
+            "token 1 starts at teacher token 3, the one before it ends at 1: neighbours must touch or share one teacher token"
+        )
+    ):
         encode(Spans(np.array([0, 3], np.int32), np.array([1, 4], np.int32), 0))
 
 
@@ -310,8 +346,10 @@ def test_what_verify_finds(copy: Path) -> None:
     (copy / "notes.txt").touch()
     seal(copy, totals=totals | {"documents": 11})
     with told(
-        "DIR/notes.txt does not belong to the dataset: left by a killed worker, or put there since?\n"
-        "DIR/dataset.json: its totals are not the sum of its shards'",
+        snapshot(
+            "DIR/notes.txt does not belong to the dataset: left by a killed worker, or put there since?\n"
+            "DIR/dataset.json: its totals are not the sum of its shards'"
+        ),
         DIR=copy,
     ):
         verify(copy)
@@ -321,14 +359,14 @@ def test_ids_and_losses_that_were_written_wrong(monkeypatch: pytest.MonkeyPatch)
     student: Any = SimpleNamespace(
         prefix="DIR/student", lengths=np.array([2]), starts=np.array([0, 2]), flat=np.array([70, 2]), refuse=lambda *_: None
     )
-    with told("DIR/student.bin has id 70 or 2, the student's vocabulary has 50"):
+    with told(snapshot("DIR/student.bin has id 70 or 2, the student's vocabulary has 50")):
         verification._check_ids(student, SimpleNamespace(eos_id=2, vocab_size=50), "student")  # type: ignore[arg-type]
     losses = SimpleNamespace(prefix="DIR/teacher_loss", lengths=np.array([1]), flat=np.zeros(1, np.uint16))
     monkeypatch.setattr(verification, "_Pair", lambda _: losses)
     monkeypatch.setattr(verification, "read_losses", lambda *_: None)
     check: Any = SimpleNamespace(folder=Path("DIR"), record=None)
-    with told("DIR/teacher_loss.idx: not one loss for each teacher token"):
+    with told(snapshot("DIR/teacher_loss.idx: not one loss for each teacher token")):
         verification._check_losses(check, student)
     student.lengths = losses.lengths
-    with told("DIR/teacher_loss.bin: 0 NaN and 0 infinite losses of 1, its record says otherwise: None"):
+    with told(snapshot("DIR/teacher_loss.bin: 0 NaN and 0 infinite losses of 1, its record says otherwise: None")):
         verification._check_losses(check, student)

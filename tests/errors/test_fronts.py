@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from inline_snapshot import snapshot
+
 from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_of
@@ -20,12 +22,14 @@ from tests.tokenizers_with_bos import with_front
 
 
 def test_ids_that_a_model_does_not_have(teacher_tokenizer: Path, tmp_path: Path) -> None:
-    with told("student.bos = 6 is no id of the model: its embedding has 6 rows, ids 0 to 5"):
+    with told(snapshot("student.bos = 6 is no id of the model: its embedding has 6 rows, ids 0 to 5")):
         front_of(6, [], "student.bos", 6)
     two = with_front(teacher_tokenizer, tmp_path / "two", ["<|im_start|>", "<|im_end|>"])
     with told(
-        "teacher.bos = 'auto': the tokenizer puts 2 in front of a text, which is no id of the model: its embedding has 2 rows, "
-        "ids 0 to 1"
+        snapshot(
+            "teacher.bos = 'auto': the tokenizer puts 2 in front of a text, which is no id of the model: its embedding has 2 rows, "
+            "ids 0 to 1"
+        )
     ):
         front_of("auto", [two], "teacher.bos", 2)
 
@@ -36,8 +40,10 @@ def test_two_ids_before_each_document(case: Case, teacher_tokenizer: Path, tmp_p
     with_front(teacher_tokenizer, data.path / "tokenizers" / "student", ["<|im_start|>", "<|im_end|>"])
     run = load_run(Path(case.command("by-document")[0]), ["data.attention=document"])
     with told(
-        "data.attention = 'document' puts one id before each document, and the student's tokenizer puts 2 in front of a text: "
-        "[1, 2]. Use data.attention = 'row', or name one id: student.bos = 2"
+        snapshot(
+            "data.attention = 'document' puts one id before each document, and the student's tokenizer puts 2 in front of a text: "
+            "[1, 2]. Use data.attention = 'row', or name one id: student.bos = 2"
+        )
     ):
         open_fronts(run, data, student_config(STUDENT, 49_152), None)
 
@@ -47,9 +53,11 @@ def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_pa
     score(data.path, replace(ScoringOptions(case.teacher, "float32", context=64, stride=32), bos=5))
     run = load_run(Path(case.command("scored-with-5")[0]), ["teacher.placement=cached"])
     with told(
-        "DATA was scored with <file_sep> (5) in front of each window, teacher.bos = 'auto' asks for nothing.\n"
-        "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
-        "  python -m tools.preprocess.score_teacher DATA --teacher MODEL --replace",
+        snapshot(
+            "DATA was scored with <file_sep> (5) in front of each window, teacher.bos = 'auto' asks for nothing.\n"
+            "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
+            "  python -m tools.preprocess.score_teacher DATA --teacher MODEL --replace"
+        ),
         DATA=data.path,
         MODEL=case.teacher,
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from safetensors.torch import save_file
 
 from megatron_vocagno.model.folder import PretrainedWeights
@@ -25,78 +26,95 @@ def headed(text: str) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x09", "damaged: the file has 1 bytes, and its header alone would take 9. Was the download complete?"),
+        (
+            b"\x09",
+            snapshot(
+                "the weights in FILE are damaged: the file has 1 bytes, and its header alone would take 9. Was the download complete?"
+            ),
+        ),
         (
             headed('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}') + bytes(7),
-            "damaged: the file has 76 bytes, its header says 77. Was the download complete?",
+            snapshot("the weights in FILE are damaged: the file has 76 bytes, its header says 77. Was the download complete?"),
         ),
         (
             headed("{}") + bytes(7),
-            "damaged: the file has 17 bytes, its header says 10. Was something added after it was written?",
+            snapshot(
+                "the weights in FILE are damaged: the file has 17 bytes, its header says 10. Was something added after it was written?"
+            ),
         ),
         (
             headed('{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}') + bytes(8),
-            "damaged: Error while deserializing header: invalid shape, data type, or offset for tensor. Was the "
-            "download complete?",
+            snapshot(
+                "the weights in FILE are damaged: Error while deserializing header: invalid shape, data type, or offset for tensor. Was the "
+                "download complete?"
+            ),
         ),
         (
             headed("<html>"),
-            "damaged: its header is no JSON: Expecting value: line 1 column 1 (char 0). Is it a safetensors file, and was the "
-            "download complete?",
+            snapshot(
+                "the weights in FILE are damaged: its header is no JSON: Expecting value: line 1 column 1 (char 0). Is it a safetensors file, and was the "
+                "download complete?"
+            ),
         ),
-        (headed("[]"), "damaged: its header is a list, not an object. Who wrote it?"),
-        (headed('{"a": 1, "a": 2}'), "damaged: its header has a twice, and readers take one or the other. Who wrote it?"),
+        (headed("[]"), snapshot("the weights in FILE are damaged: its header is a list, not an object. Who wrote it?")),
+        (
+            headed('{"a": 1, "a": 2}'),
+            snapshot("the weights in FILE are damaged: its header has a twice, and readers take one or the other. Who wrote it?"),
+        ),
     ],
 )
-def test_a_damaged_file(model: Path, tmp_path: Path, content: bytes, message: str) -> None:
+def test_a_damaged_file(model: Path, content: bytes, message: str) -> None:
     (model / "model.safetensors").write_bytes(content)
-    with told(f"the weights in DIR/model/model.safetensors are {message}", DIR=tmp_path):
+    with told(message, FILE=model / "model.safetensors"):
         PretrainedWeights(model)
 
 
-def test_a_pointer_of_git_lfs(model: Path, tmp_path: Path) -> None:
-    said = "is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder."
+def test_a_pointer_of_git_lfs(model: Path) -> None:
+    message = snapshot("FILE is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder.")
     pointer = b"version https://git-lfs.github.com/spec/v1\n"
     (model / "model.safetensors").write_bytes(pointer)
-    with told(f"DIR/model/model.safetensors {said}", DIR=tmp_path):
+    with told(message, FILE=model / "model.safetensors"):
         PretrainedWeights(model)
     (model / "model.safetensors").rename(model / "model.safetensors.index.json")
-    with told(f"DIR/model/model.safetensors.index.json {said}", DIR=tmp_path):
+    with told(message, FILE=model / "model.safetensors.index.json"):
         PretrainedWeights(model)
 
 
 INDICES: list[tuple[Callable[[dict[str, str]], object], str]] = [
-    (lambda _: [], "INDEX cannot be read: it is a list, not an object. Who wrote it?"),
-    (lambda _: {"metadata": {}}, "INDEX cannot be read: it has no 'weight_map'. Was the download complete?"),
+    (lambda _: [], snapshot("INDEX cannot be read: it is a list, not an object. Who wrote it?")),
+    (lambda _: {"metadata": {}}, snapshot("INDEX cannot be read: it has no 'weight_map'. Was the download complete?")),
     (
         lambda _: {"metadata": {}, "weight_map": []},
-        "INDEX cannot be read: its weight_map is a list, not an object. Who wrote it?",
+        snapshot("INDEX cannot be read: its weight_map is a list, not an object. Who wrote it?"),
     ),
     (
         lambda _: {"metadata": {}, "weight_map": {}},
-        "INDEX cannot be read: its weight_map lists nothing. Was it written before the weights were?",
+        snapshot("INDEX cannot be read: its weight_map lists nothing. Was it written before the weights were?"),
     ),
     (
         lambda file_of: {"weight_map": file_of},
-        "INDEX has no 'metadata', or none that is an object, and transformers reads no index without it. Add "
-        '"metadata": {} to it.',
+        snapshot(
+            "INDEX has no 'metadata', or none that is an object, and transformers reads no index without it. Add "
+            '"metadata": {} to it.'
+        ),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"a": "../x"}},
-        "INDEX says that a lies in '../x', which is no name of a safetensors file within DIR. Who wrote the index?",
+        snapshot("INDEX says that a lies in '../x', which is no name of a safetensors file within DIR. Who wrote the index?"),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"b": ONE}},
-        f"INDEX says that b lies in {ONE}, but it lies in {TWO}. Is the index that of these files?",
+        snapshot("INDEX says that b lies in ONE, but it lies in TWO. Is the index that of these files?"),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"c": TWO}},
-        f"INDEX says that c lies in {TWO}, but no file of the index has it. Is the index that of these files?",
+        snapshot("INDEX says that c lies in TWO, but no file of the index has it. Is the index that of these files?"),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": {"a": ONE, "b": TWO}},
-        f"INDEX does not list more, which lies in {TWO}: its files hold 3 tensors, and it lists 2. Is the "
-        "index that of these files?",
+        snapshot(
+            "INDEX does not list more, which lies in TWO: its files hold 3 tensors, and it lists 2. Is the index that of these files?"
+        ),
     ),
 ]
 
@@ -108,7 +126,7 @@ def test_an_index_that_tells_otherwise(model: Path, written: Callable[[dict[str,
     save_file({"b": torch.ones(1), "more": torch.ones(1)}, model / TWO)
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps(written({"a": ONE, "b": TWO, "more": TWO})))
-    with told(message, INDEX=index, DIR=model):
+    with told(message, INDEX=index, DIR=model, ONE=ONE, TWO=TWO):
         PretrainedWeights(model)
 
 
@@ -119,7 +137,9 @@ def test_a_tensor_in_two_files(model: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": ONE, "b": TWO}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with told(
-        f"the weights in DIR are ambiguous: a lies in {ONE} and in {TWO}. Are these files of two downloads?",
+        snapshot("the weights in DIR are ambiguous: a lies in ONE and in TWO. Are these files of two downloads?"),
         DIR=model,
+        ONE=ONE,
+        TWO=TWO,
     ):
         PretrainedWeights(model)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import errors as hub_errors
+from inline_snapshot import snapshot
 from torch import nn
 from transformers import AutoConfig
 
@@ -31,26 +32,32 @@ __all__ = ["model"]
 
 def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     with told(
-        "no model at DIR/nowhere: the path does not exist. It is taken for a path: a Hub id is org/name or org/name@revision.",
+        snapshot(
+            "no model at DIR/nowhere: the path does not exist. It is taken for a path: a Hub id is org/name or org/name@revision."
+        ),
         DIR=tmp_path,
     ):
         model_folder(tmp_path / "nowhere")
-    with told("no model at DIR: it has no config.json. Is it a folder in Hugging Face's layout?", DIR=tmp_path):
+    with told(snapshot("no model at DIR: it has no config.json. Is it a folder in Hugging Face's layout?"), DIR=tmp_path):
         model_folder(tmp_path)
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
     with told(
-        "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. Was the download complete?",
+        snapshot(
+            "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. Was the download complete?"
+        ),
         DIR=tmp_path,
     ):
         model_folder(model)
     (model / "pytorch_model.bin").touch()
     with told(
-        "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. It has "
-        "pytorch_model.bin, which can run code when it is read. Convert it: "
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), on a machine where that "
-        "risk is acceptable.",
+        snapshot(
+            "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. It has "
+            "pytorch_model.bin, which can run code when it is read. Convert it: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), on a machine where that "
+            "risk is acceptable."
+        ),
         DIR=tmp_path,
     ):
         model_folder(model)
@@ -59,23 +66,28 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
         '{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     )
     with told(
-        "DIR/model/model.safetensors.index.json lists 2 files that are not there, "
-        "model-00001-of-00002.safetensors first. Was the download complete?",
+        snapshot(
+            "DIR/model/model.safetensors.index.json lists 2 files that are not there, "
+            "model-00001-of-00002.safetensors first. Was the download complete?"
+        ),
         DIR=tmp_path,
     ):
         model_folder(model)
     index.write_text("{}")
     with told(
-        "DIR/model/model.safetensors.index.json cannot be read: it has no 'weight_map'. Was the download complete?", DIR=tmp_path
+        snapshot("DIR/model/model.safetensors.index.json cannot be read: it has no 'weight_map'. Was the download complete?"),
+        DIR=tmp_path,
     ):
         model_folder(model)
     weights.write_bytes(whole)
     change(model, model_type="lama")
     with told(
-        "DIR/model/config.json is no configuration of a model that transformers knows: The checkpoint you "
-        "are trying to load has model type `lama` but Transformers does not recognize this architecture. "
-        "This could be because of an issue with the checkpoint, or because your version of Transformers is "
-        "out of date.",
+        snapshot(
+            "DIR/model/config.json is no configuration of a model that transformers knows: The checkpoint you "
+            "are trying to load has model type `lama` but Transformers does not recognize this architecture. "
+            "This could be because of an issue with the checkpoint, or because your version of Transformers is "
+            "out of date."
+        ),
         DIR=tmp_path,
     ):
         student_config(model)
@@ -84,33 +96,43 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
 STUDENTS: list[tuple[dict[str, Any], str]] = [
     (
         {"model_type": "gpt2"},
-        "student models of type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text",
+        snapshot(
+            "student models of type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
+        ),
     ),
     (
         {"model_type": None},
-        "the student's configuration names no 'model_type'; these are supported: llama, mistral, qwen2, "
-        "qwen3, gemma, gemma2, gemma3_text",
+        snapshot(
+            "the student's configuration names no 'model_type'; these are supported: llama, mistral, qwen2, "
+            "qwen3, gemma, gemma2, gemma3_text"
+        ),
     ),
-    ({"num_hiden_layers": 2}, "no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?"),
-    ({"num_hidden_layers": 0}, "a llama model with num_hidden_layers = 0: a whole number above 0 expected"),
+    ({"num_hiden_layers": 2}, snapshot("no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?")),
+    ({"num_hidden_layers": 0}, snapshot("a llama model with num_hidden_layers = 0: a whole number above 0 expected")),
     (
         {"num_key_value_heads": 3, "num_attention_heads": 4},
-        "not a valid llama model: num_attention_heads = 4 is no multiple of num_key_value_heads = 3",
+        snapshot("not a valid llama model: num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
     ),
     (
         {"hidden_size": "many"},
-        "not a valid llama model: Validation error for field 'hidden_size':\n"
-        "    TypeError: Field 'hidden_size' expected int, got str (value: 'many')",
+        snapshot(
+            "not a valid llama model: Validation error for field 'hidden_size':\n"
+            "    TypeError: Field 'hidden_size' expected int, got str (value: 'many')"
+        ),
     ),
     (
         {"vocab_size": 5},
-        "the tokenizer has 10 tokens, the student model has 5: ids would have no embedding. Is it the "
-        "tokenizer that the model was made for?",
+        snapshot(
+            "the tokenizer has 10 tokens, the student model has 5: ids would have no embedding. Is it the "
+            "tokenizer that the model was made for?"
+        ),
     ),
     (
         {"attention_dropout": 0.1},
-        "attention_dropout is 0.1; set it to 0. Random numbers would make a resumed run another one, and a "
-        "loss depend on the layout.",
+        snapshot(
+            "attention_dropout is 0.1; set it to 0. Random numbers would make a resumed run another one, and a "
+            "loss depend on the layout."
+        ),
     ),
 ]
 
@@ -122,11 +144,13 @@ def test_a_student_that_cannot_be_made(changes: dict[str, Any], message: str) ->
 
 
 def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
-    with told("the student model has no vocab_size, and no tokenizer gives one"):
+    with told(snapshot("the student model has no vocab_size, and no tokenizer gives one")):
         student_config({name: value for name, value in LLAMA.items() if name != "vocab_size"})
     with told(
-        "rows have 2,048 tokens (data.row_length), the student reads 64 (max_position_embeddings). Use shorter rows, or a "
-        "model made for longer ones."
+        snapshot(
+            "rows have 2,048 tokens (data.row_length), the student reads 64 (max_position_embeddings). Use shorter rows, or a "
+            "model made for longer ones."
+        )
     ):
         check_row_length(student_config(LLAMA), 2048)
 
@@ -134,19 +158,25 @@ def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
         Student(student_config(LLAMA | changes), 0).load(PretrainedWeights(model))
 
     with told(
-        "DIR/model has no tensor model.layers.1.self_attn.q_proj.weight: its model is another one than the configuration.",
+        snapshot(
+            "DIR/model has no tensor model.layers.1.self_attn.q_proj.weight: its model is another one than the configuration."
+        ),
         DIR=tmp_path,
     ):
         load(num_hidden_layers=2)
     with told(
-        "vocabulary mismatch at model.embed_tokens.weight: DIR/model has 10 tokens (10, 8), the student 12 "
-        "(12, 8). Pretrained weights need their own vocabulary size.",
+        snapshot(
+            "vocabulary mismatch at model.embed_tokens.weight: DIR/model has 10 tokens (10, 8), the student 12 "
+            "(12, 8). Pretrained weights need their own vocabulary size."
+        ),
         DIR=tmp_path,
     ):
         load(vocab_size=12)
     with told(
-        "shape mismatch at model.layers.0.mlp.gate_proj.weight: DIR/model has (16, 8), the student (32, 8). "
-        "Do the configurations differ?",
+        snapshot(
+            "shape mismatch at model.layers.0.mlp.gate_proj.weight: DIR/model has (16, 8), the student (32, 8). "
+            "Do the configurations differ?"
+        ),
         DIR=tmp_path,
     ):
         load(intermediate_size=32)
@@ -155,13 +185,15 @@ def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
 def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None:
     config = student_config(LLAMA)
     with told(
-        "cannot write the model: 11 tensors are missing ['model.embed_tokens.weight', "
-        "'model.layers.0.input_layernorm.weight', 'model.layers.0.mlp.down_proj.weight'], 1 unknown "
-        "['model.norm']. Is the configuration the one that the weights were trained with?"
+        snapshot(
+            "cannot write the model: 11 tensors are missing ['model.embed_tokens.weight', "
+            "'model.layers.0.input_layernorm.weight', 'model.layers.0.mlp.down_proj.weight'], 1 unknown "
+            "['model.norm']. Is the configuration the one that the weights were trained with?"
+        )
     ):
         to_hugging_face(config, {"model.norm": torch.zeros(8)}, tmp_path)
     state = {name: torch.zeros(tensor.shape) for name, tensor in folders.skeleton(config).state_dict().items()}
-    with told("cannot write the model: model.norm.weight is (9,), the configuration says (8,)"):
+    with told(snapshot("cannot write the model: model.norm.weight is (9,), the configuration says (8,)")):
         to_hugging_face(config, state | {"model.norm.weight": torch.zeros(9)}, tmp_path)
 
 
@@ -169,18 +201,24 @@ def test_teachers_that_cannot_teach(model: Path) -> None:
     teacher = open_teacher(model, torch.float32, "cpu")
     row = torch.zeros(1, 65, dtype=torch.long)
     with told(
-        "a row has 65 teacher tokens, the teacher reads 64. Use shorter rows (data.row_length): one text can "
-        "have more teacher tokens than student tokens."
+        snapshot(
+            "a row has 65 teacher tokens, the teacher reads 64. Use shorter rows (data.row_length): one text can "
+            "have more teacher tokens than student tokens."
+        )
     ):
         teacher.loss(row, row)
     gemma = AutoConfig.for_model("gemma2", use_bidirectional_attention=True)
     with told(
-        "this gemma2 model lets tokens see the tokens after them (use_bidirectional_attention), so it predicts none of them"
+        snapshot(
+            "this gemma2 model lets tokens see the tokens after them (use_bidirectional_attention), so it predicts none of them"
+        )
     ):
         resolve_attention(gemma, "auto", torch.float32, "cpu")
-    with told("sdpa cannot compute the attention of a gemma2 model. Use attention = 'auto'."):
+    with told(snapshot("sdpa cannot compute the attention of a gemma2 model. Use attention = 'auto'.")):
         resolve_attention(AutoConfig.for_model("gemma2"), "sdpa", torch.float32, "cpu")
-    with told("a mamba teacher cannot cut its attention at document borders: use data.attention = 'row', for both models"):
+    with told(
+        snapshot("a mamba teacher cannot cut its attention at document borders: use data.attention = 'row', for both models")
+    ):
         check_documents(nn.Identity(), AutoConfig.for_model("mamba"), torch.device("cpu"))
 
     class WithBias(nn.Module):
@@ -193,43 +231,47 @@ def test_teachers_that_cannot_teach(model: Path) -> None:
         def get_decoder(self) -> None:
             return None
 
-    with told("this llama teacher has a bias in its head, which is not supported yet"):
+    with told(snapshot("this llama teacher has a bias in its head, which is not supported yet")):
         Teacher(WithBias())
     WithBias.bias = False
-    with told("this llama teacher has no separate decoder and head"):
+    with told(snapshot("this llama teacher has no separate decoder and head")):
         Teacher(WithBias())
 
 
 def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with told("teacher.quantization = 'int8': the teacher's decoder has no torch linear layers. Use 'none'"):
+    with told(snapshot("teacher.weights = 'int8': this teacher's decoder has no linear layers of torch. Use 'as-is'")):
         quantise(nn.Embedding(2, 2), "int8", "cpu")
     linear = nn.Linear(2, 2)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with told(
-        "teacher.quantization = 'int8' needs torchao (import of torchao.quantization halted; None in "
-        "sys.modules): pip install torchao, or use 'none'"
+        snapshot(
+            "teacher.weights = 'int8' needs torchao (import of torchao.quantization halted; None in "
+            "sys.modules): pip install torchao, or use teacher.weights = 'as-is'"
+        )
     ):
         quantise(linear, "int8", "cpu")
     linear.weight.ds_id = 0  # type: ignore[assignment]
     with told(
-        "teacher.quantization = 'fp8' with teacher.placement = 'zero3': quantised weights cannot be sharded. Use placement "
-        "'replicated', or quantization 'none'."
+        snapshot(
+            "teacher.weights = 'fp8' with teacher.placement = 'zero3': a quantised matrix cannot be sharded. Use "
+            "'replicated', which takes half as much with it, or 'as-is'."
+        )
     ):
         quantise(linear, "fp8", "cpu")
 
 
 def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
-    with told("no GGUF file at DIR/no.gguf", DIR=tmp_path):
+    with told(snapshot("no GGUF file at DIR/no.gguf"), DIR=tmp_path):
         dequantise(tmp_path / "no.gguf", tmp_path / "out")
     file = tmp_path / "x.gguf"
     file.write_bytes(b"<htm")
-    with told("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?", DIR=tmp_path):
+    with told(snapshot("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?"), DIR=tmp_path):
         dequantise(file, tmp_path / "out")
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    with told("cannot write DIR: it exists", DIR=tmp_path):
+    with told(snapshot("cannot write DIR: it exists"), DIR=tmp_path):
         dequantise(file, tmp_path)
     with told(
-        "transformers cannot read the model in DIR/x.gguf: DIR/x.gguf has no `general.architecture` in its metadata.",
+        snapshot("transformers cannot read the model in DIR/x.gguf: DIR/x.gguf has no `general.architecture` in its metadata."),
         DIR=tmp_path,
     ):
         dequantise(file, tmp_path / "out")
@@ -243,12 +285,12 @@ def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(gguf, "_write_model", lambda *_: None)
     monkeypatch.setattr(gguf.AutoTokenizer, "from_pretrained", refuse)
-    with told("transformers cannot read the tokenizer in DIR/x.gguf: Directory not empty", DIR=tmp_path):
+    with told(snapshot("transformers cannot read the tokenizer in DIR/x.gguf: Directory not empty"), DIR=tmp_path):
         dequantise(file, tmp_path / "out")
     monkeypatch.setattr(gguf, "_write_tokenizer", lambda *_: None)
     monkeypatch.setattr(gguf, "_write_origin", lambda *_: None)
     monkeypatch.setattr("pathlib.Path.rename", refuse)
-    with told("cannot write DIR/out: Directory not empty. Was it written by another process meanwhile?", DIR=tmp_path):
+    with told(snapshot("cannot write DIR/out: Directory not empty. Was it written by another process meanwhile?"), DIR=tmp_path):
         dequantise(file, tmp_path / "out")
 
 
@@ -268,47 +310,57 @@ def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return error
 
     answer(of(hub_errors.GatedRepoError))
-    with told("org/name is gated: accept its terms on the Hub, and set HF_TOKEN to a token of that account"):
+    with told(snapshot("org/name is gated: accept its terms on the Hub, and set HF_TOKEN to a token of that account")):
         hub.snapshot("org/name")
     answer(of(hub_errors.RepositoryNotFoundError))
-    with told("the Hub has no org/name, or hides it from those without its HF_TOKEN"):
+    with told(snapshot("the Hub has no org/name, or hides it from those without its HF_TOKEN")):
         hub.snapshot("org/name")
     answer(of(hub_errors.RevisionNotFoundError))
-    with told("org/name has no revision 'v2' on the Hub"):
+    with told(snapshot("org/name has no revision 'v2' on the Hub")):
         hub.snapshot("org/name@v2")
     answer(of(hub_errors.LocalEntryNotFoundError))
     with told(
-        "org/name@v2 is not, or not whole, in the Hub's cache CACHE, and the Hub does not answer. Download "
-        "it where there is a network: hf download org/name --revision v2 --exclude '*.bin'."
+        snapshot(
+            "org/name@v2 is not, or not whole, in the Hub's cache CACHE, and the Hub does not answer. Download "
+            "it where there is a network: hf download org/name --revision v2 --exclude '*.bin'."
+        )
     ):
         hub.snapshot("org/name@v2")
     answer(OSError(28, "No space left on device"))
-    with told("org/name cannot be downloaded: OSError: [Errno 28] No space left on device"):
+    with told(snapshot("org/name cannot be downloaded: OSError: [Errno 28] No space left on device")):
         hub.snapshot("org/name")
     with told(
-        "no model at org/name: the path does not exist, and as a Hub id: org/name cannot be downloaded: "
-        "OSError: [Errno 28] No space left on device"
+        snapshot(
+            "no model at org/name: the path does not exist, and as a Hub id: org/name cannot be downloaded: "
+            "OSError: [Errno 28] No space left on device"
+        )
     ):
         model_folder("org/name")
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["config.json"])
     with told(
-        "org/name is not, or not whole, in the Hub's cache CACHE, and the Hub did not answer when it was "
-        "asked for the rest, though it does now. Download it where there is a network: hf download org/name "
-        "--exclude '*.bin'."
+        snapshot(
+            "org/name is not, or not whole, in the Hub's cache CACHE, and the Hub did not answer when it was "
+            "asked for the rest, though it does now. Download it where there is a network: hf download org/name "
+            "--exclude '*.bin'."
+        )
     ):
         hub.require_unlisted("org/name", ["config.json"])
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: tmp_path)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["pytorch_model.bin"])
     with told(
-        "no weights in org/name: the Hub has no model.safetensors, no model.safetensors.index.json or no "
-        "config.json there. Pickled weights are not downloaded, as they can run code when they are read. Has "
-        'the Hub\'s bot offered a conversion (Community, "Adding `safetensors` variant")? Name it: '
-        "org/name@refs/pr/1."
+        snapshot(
+            "no weights in org/name: the Hub has no model.safetensors, no model.safetensors.index.json or no "
+            "config.json there. Pickled weights are not downloaded, as they can run code when they are read. Has "
+            'the Hub\'s bot offered a conversion (Community, "Adding `safetensors` variant")? Name it: '
+            "org/name@refs/pr/1."
+        )
     ):
         model_folder("org/name")
     (tmp_path / "pins.json").write_text('{"org/name": "org/name@main"}')
     with told(
-        "DIR/pins.json, the commits of Hub ids, cannot be read: a name without its commit. Without it the Hub is asked anew.",
+        snapshot(
+            "DIR/pins.json, the commits of Hub ids, cannot be read: a name without its commit. Without it the Hub is asked anew."
+        ),
         DIR=tmp_path,
     ):
         folders.pinned([Path("org/name")], tmp_path / "pins.json")

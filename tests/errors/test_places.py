@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
 from megatron_vocagno import hub
 from megatron_vocagno.corpus.manifest import read_manifest
@@ -79,8 +80,10 @@ def test_a_base_counts_from_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('base = "models/comon.toml"')
     (tmp_path / "models" / "common.toml").touch()
     with told(
-        "no run file at ../models/comon.toml (base of ../run.toml, relative to its folder): No such file or directory\n"
-        "  Did you mean ../models/common.toml?"
+        snapshot(
+            "no run file at ../models/comon.toml, the base of ../run.toml, from whose folder it counts: No such file or directory\n"
+            "  Did you mean ../models/common.toml?"
+        )
     ):
         load_run(Path("../run.toml"))
 
@@ -89,8 +92,10 @@ def test_a_file_in_another_format_names_the_command_that_converts_it(tmp_path: P
     monkeypatch.delenv("PYTHONPATH", raising=False)
     (tmp_path / "work" / "tiny.gguf").write_bytes(b"GGUF")
     with told(
-        "no model at tiny.gguf: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
-        "  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny"
+        snapshot(
+            "no model at tiny.gguf: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
+            "  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny"
+        )
     ):
         model_folder("tiny.gguf")
     assert looked_for("tiny") == "\n  " + PLACE.replace("DIR", str(tmp_path)).replace("NAME", "work/tiny")

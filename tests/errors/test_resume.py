@@ -8,6 +8,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from megatron_vocagno.config import Run
 from megatron_vocagno.engine import checkpoint
@@ -48,44 +49,56 @@ def folder(tmp_path: Path) -> Path:
         (
             {"dataset": "1 of 9e01"},
             {},
-            "DIR/checkpoints/step-00000004 was written with data.train = 1 of 5c7a, this run has 1 of 9e01: its "
-            "rows would not follow on.\n"
-            "  Give the run another 'output', or the old value back.",
+            snapshot(
+                "DIR/checkpoints/step-00000004 was written with data.train = 1 of 5c7a, this run has 1 of 9e01: its "
+                "rows would not follow on.\n"
+                "  Give the run another 'output', or the old value back."
+            ),
         ),
         (
             {"row_length": 48},
             {},
-            "DIR/checkpoints/step-00000004 was written with data.row_length = 64, this run has 48: its rows "
-            "would not follow on.\n"
-            "  Give the run another 'output', or the old value back.",
+            snapshot(
+                "DIR/checkpoints/step-00000004 was written with data.row_length = 64, this run has 48: its rows "
+                "would not follow on.\n"
+                "  Give the run another 'output', or the old value back."
+            ),
         ),
         (
             {"seed": 1},
             {},
-            "DIR/checkpoints/step-00000004 was written with training.seed = 0, this run has 1: its rows would "
-            "not follow on.\n"
-            "  Give the run another 'output', or the old value back.",
+            snapshot(
+                "DIR/checkpoints/step-00000004 was written with training.seed = 0, this run has 1: its rows would "
+                "not follow on.\n"
+                "  Give the run another 'output', or the old value back."
+            ),
         ),
         (
             {},
             {"precision": "bf16"},
-            "DIR/checkpoints/step-00000004 was written with precision = fp32, the DeepSpeed configuration now "
-            "says bf16: its optimizer states are of no use here.\n"
-            "  Resume with the old value, or start another run from the exported weights (student.pretrained).",
+            snapshot(
+                "DIR/checkpoints/step-00000004 was written with precision = fp32, the DeepSpeed configuration now "
+                "says bf16: its optimizer states are of no use here.\n"
+                "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
+            ),
         ),
         (
             {},
             {"optimizer": "Lion"},
-            "DIR/checkpoints/step-00000004 was written with optimizer.type = AdamW, the DeepSpeed configuration "
-            "now says Lion: its optimizer states are of no use here.\n"
-            "  Resume with the old value, or start another run from the exported weights (student.pretrained).",
+            snapshot(
+                "DIR/checkpoints/step-00000004 was written with optimizer.type = AdamW, the DeepSpeed configuration "
+                "now says Lion: its optimizer states are of no use here.\n"
+                "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
+            ),
         ),
         (
             {},
             {"student": "580d"},
-            "DIR/checkpoints/step-00000004 holds another student than this run's: hidden_size = 64 (was 32); "
-            "num_hidden_layers = 2 (was None).\n"
-            "  Give the run another 'output', or the student its old configuration back.",
+            snapshot(
+                "DIR/checkpoints/step-00000004 holds another student than this run's: hidden_size = 64 (was 32); "
+                "num_hidden_layers = 2 (was None).\n"
+                "  Give the run another 'output', or the student its old configuration back."
+            ),
         ),
     ],
 )
@@ -101,9 +114,11 @@ def test_a_checkpoint_of_another_dataset_names_both(folder: Path, tmp_path: Path
     (folder / "run.json").write_text('{"data": {"train": [{"path": "data/old"}, {"path": "/more"}]}}')
     fresh = POSITION.model_copy(update={"dataset": "1 of 9e01"})
     with told(
-        "DIR/checkpoints/step-00000004 was written with data.train = data/old, /more (1 of 5c7a), this run has data/new "
-        "(1 of 9e01): its rows would not follow on.\n"
-        "  Give the run another 'output', or the old value back.",
+        snapshot(
+            "DIR/checkpoints/step-00000004 was written with data.train = data/old, /more (1 of 5c7a), this run has data/new "
+            "(1 of 9e01): its rows would not follow on.\n"
+            "  Give the run another 'output', or the old value back."
+        ),
         DIR=tmp_path,
     ):
         check_resumable(folder, read_manifest(folder), fresh, LAYOUT, {}, [Path("data/new")])
@@ -128,16 +143,20 @@ def test_the_states_of_another_optimizer(tmp_path: Path) -> None:
     check_implementation(tmp_path, adamw, counters("float32"))
     check_implementation(tmp_path, FusedAdam(), counters(None))
     with told(
-        "DIR was written with an optimizer of torch, this run has DeepSpeed's FusedAdam: its optimizer "
-        "states are of no use here.\n"
-        "  Resume with optimizer.params.torch_adam = true in the DeepSpeed configuration.",
+        snapshot(
+            "DIR was written with an optimizer of torch, this run has DeepSpeed's FusedAdam: its optimizer "
+            "states are of no use here.\n"
+            "  Resume with optimizer.params.torch_adam = true in the DeepSpeed configuration."
+        ),
         DIR=tmp_path,
     ):
         check_implementation(tmp_path, FusedAdam(), counters("float32"))
     with told(
-        "DIR was written with an optimizer of DeepSpeed, this run has torch's AdamW: its optimizer states "
-        "are of no use here.\n"
-        "  Resume with optimizer.params.torch_adam = false in the DeepSpeed configuration.",
+        snapshot(
+            "DIR was written with an optimizer of DeepSpeed, this run has torch's AdamW: its optimizer states "
+            "are of no use here.\n"
+            "  Resume with optimizer.params.torch_adam = false in the DeepSpeed configuration."
+        ),
         DIR=tmp_path,
     ):
         check_implementation(tmp_path, adamw, counters(None))
@@ -152,31 +171,37 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
         return lines[0].replace(str(folder), "STEP")
 
     (folder / "config.json").write_text('{"hidden_size": 33}')
-    assert passed_over() == "passing over STEP: config.json is not what was written: its sha256 differs"
+    assert passed_over() == snapshot("passing over STEP: config.json is not what was written: its sha256 differs")
     (folder / "config.json").write_text("{}")
-    assert passed_over() == "passing over STEP: config.json holds 2 bytes, 19 were written"
+    assert passed_over() == snapshot("passing over STEP: config.json holds 2 bytes, 19 were written")
     (folder / "config.json").unlink()
-    assert passed_over() == "passing over STEP: config.json is missing"
+    assert passed_over() == snapshot("passing over STEP: config.json is missing")
     file = folder / "manifest.json"
     fields = orjson.loads(file.read_bytes())
     file.write_bytes(orjson.dumps(fields | {"layout": {}}))
-    with told("DIR/checkpoints/step-00000004/manifest.json cannot be read: layout.precision: Field required", DIR=tmp_path):
+    with told(
+        snapshot("DIR/checkpoints/step-00000004/manifest.json cannot be read: layout.precision: Field required"), DIR=tmp_path
+    ):
         read_manifest(folder)
     file.write_bytes(orjson.dumps(fields | {"version": 1}))
     with told(
-        "DIR/checkpoints/step-00000004/manifest.json has version 1, this release reads version 2: go on with "
-        "the release that wrote it, or from its exported weights",
+        snapshot(
+            "DIR/checkpoints/step-00000004/manifest.json has version 1, this release reads version 2: go on with "
+            "the release that wrote it, or from its exported weights"
+        ),
         DIR=tmp_path,
     ):
         read_manifest(folder)
     file.write_bytes(b"{")
     with told(
-        "DIR/checkpoints/step-00000004/manifest.json cannot be read: unexpected end of data: line 1 column 2 (char 1)",
+        snapshot("DIR/checkpoints/step-00000004/manifest.json cannot be read: unexpected end of data: line 1 column 2 (char 1)"),
         DIR=tmp_path,
     ):
         read_manifest(folder)
     file.unlink()
-    with told("DIR/checkpoints/step-00000004/manifest.json is missing: the checkpoint was never finished", DIR=tmp_path):
+    with told(
+        snapshot("DIR/checkpoints/step-00000004/manifest.json is missing: the checkpoint was never finished"), DIR=tmp_path
+    ):
         read_manifest(folder)
 
 
@@ -199,23 +224,29 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
 
     new = tmp_path / "checkpoints" / "step-00000008"
     with told(
-        "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
-        "space left on device\n"
-        "  DIR/checkpoints/step-00000004 is untouched: make room there, and the same command goes on from it.",
+        snapshot(
+            "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
+            "space left on device\n"
+            "  DIR/checkpoints/step-00000004 is untouched: make room there, and the same command goes on from it."
+        ),
         DIR=tmp_path,
     ):
         keeper._check(Disk(), new)  # type: ignore[arg-type]
     with told(
-        "none of the 1 checkpoints in DIR/checkpoints is whole (see above); starting over would remove them.\n"
-        "  Put a whole one back, or move them away to start from the beginning.",
+        snapshot(
+            "none of the 1 checkpoints in DIR/checkpoints is whole (see above); starting over would remove them.\n"
+            "  Put a whole one back, or move them away to start from the beginning."
+        ),
         DIR=tmp_path,
     ):
         keeper._check_nothing_is_lost()
     (folder / "manifest.json").rename(tmp_path / "aside")
     with told(
-        "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
-        "space left on device\n"
-        "  There is no older one: make room there, and the same command goes on from the start.",
+        snapshot(
+            "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
+            "space left on device\n"
+            "  There is no older one: make room there, and the same command goes on from the start."
+        ),
         DIR=tmp_path,
     ):
         keeper._check(Disk(), new)  # type: ignore[arg-type]
@@ -225,19 +256,23 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
     monkeypatch.setattr(checkpoint, "check_resumable", lambda *_: None)
     keeper.state, keeper.config = (type("Fake", (), {"read": lambda *_: None, "to_json_string": lambda _: "{}"})(),) * 2
     with told(
-        "DIR/checkpoints/step-00000004 could not be loaded (rank 3): student: [Errno 28] No space left on "
-        "device\n"
-        "  Its files were whole a moment ago: do all machines see the same files?",
+        snapshot(
+            "DIR/checkpoints/step-00000004 could not be loaded (rank 3): student: [Errno 28] No space left on "
+            "device\n"
+            "  Its files were whole a moment ago: do all machines see the same files?"
+        ),
         DIR=tmp_path,
     ):
         keeper.resume(print)
 
 
 def test_an_export_that_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with told("no whole checkpoint below DIR/nowhere: is it the 'output' folder of a run that has saved one?", DIR=tmp_path):
+    with told(
+        snapshot("no whole checkpoint below DIR/nowhere: is it the 'output' folder of a run that has saved one?"), DIR=tmp_path
+    ):
         export(tmp_path / "nowhere", tmp_path / "out")
     with told(
-        "DIR/checkpoints/step-00000004 is not empty: exporting would mix two models. Remove it, or give another --out",
+        snapshot("DIR/checkpoints/step-00000004 is not empty: exporting would mix two models. Remove it, or give another --out"),
         DIR=tmp_path,
     ):
         export(tmp_path, folder)

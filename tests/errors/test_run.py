@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.config import Run
@@ -71,26 +72,32 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
     student, teacher = data.student_tokenizer, data.teacher_tokenizer
     names = {"DATA": data.path, "STUDENT": student.fingerprint, "TEACHER": teacher.fingerprint, "MODEL": case.teacher}
     with told(
-        "DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which "
-        "could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its "
-        "49,152 tokens.\n"
-        "  Build the dataset again with that model's tokenizer, or name the model it was built for.",
+        snapshot(
+            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which "
+            "could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its "
+            "49,152 tokens.\n"
+            "  Build the dataset again with that model's tokenizer, or name the model it was built for."
+        ),
         **names,
     ):
         data.require_tokenizer("student", case.teacher)
     with told(
-        "guidance.objective = 'kld' compares two distributions over one vocabulary, and DATA was aligned for "
-        "two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).\n"
-        "  Take a teacher of the student's own family and build the dataset with its tokenizer on both "
-        "sides, or compare by guidance.objective = 'uld', which needs no common vocabulary.",
+        snapshot(
+            "guidance.objective = 'kld' compares two distributions over one vocabulary, and DATA was aligned for "
+            "two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).\n"
+            "  Take a teacher of the student's own family and build the dataset with its tokenizer on both "
+            "sides, or compare by guidance.objective = 'uld', which needs no common vocabulary."
+        ),
         **names,
     ):
         check_vocabularies(run_of(case, "guidance.objective=kld"), data)
     copy = shutil.copytree(case.valid, tmp_path / "copy")
-    with told("DIR/copy and DATA in data.train are one dataset: name it once, with both weights", DIR=tmp_path, **names):
+    with told(
+        snapshot("DIR/copy and DATA in data.train are one dataset: name it once, with both weights"), DIR=tmp_path, **names
+    ):
         open_data(run_of(case, f'data.train=[{{path="{case.valid}"}}, {{path="{copy}"}}]').data.train)
     assert with_fields(run_of(case, "data.train=/nowhere"), UserError("/nowhere is not a dataset: why", "/nowhere")) == (
-        "data.train: /nowhere is not a dataset: why"
+        snapshot("data.train: /nowhere is not a dataset: why")
     )
 
 
@@ -100,7 +107,9 @@ def test_a_teacher_with_too_few_tokens(case: Case, monkeypatch: pytest.MonkeyPat
     data = AlignedDataset.open(case.valid)
     processes: Any = SimpleNamespace(device=torch.device("cpu"))
     with told(
-        "DATA: its teacher tokenizer has 49,152 tokens, the teacher MODEL has 5: the dataset was aligned for another teacher",
+        snapshot(
+            "DATA: its teacher tokenizer has 49,152 tokens, the teacher MODEL has 5: the dataset was aligned for another teacher"
+        ),
         DATA=data.path,
         MODEL=case.teacher,
     ):
@@ -112,17 +121,21 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
     assert data.scoring is not None
     names = {"SCORED": scored, "DATA": plain.path, "MODEL": case.teacher, "HASH": data.scoring.teacher}
     with told(
-        "DATA has no losses of its teacher, and teacher.placement is 'cached': 0 of 4 shards are scored.\n"
-        "  python -m tools.preprocess.score_teacher DATA --teacher MODEL",
+        snapshot(
+            "DATA has no losses of its teacher, and teacher.placement is 'cached': 0 of 4 shards are scored.\n"
+            "  python -m tools.preprocess.score_teacher DATA --teacher MODEL"
+        ),
         **names,
     ):
         training_rows(run_of(case, "teacher.placement=cached"), [plain], None, NO_FRONTS)
     with told(
-        "SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this "
-        "machine).\n"
-        "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the "
-        "dataset, or\n"
-        "  score it anew (python -m tools.preprocess.score_teacher … --replace).",
+        snapshot(
+            "SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this "
+            "machine).\n"
+            "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the "
+            "dataset, or\n"
+            "  score it anew (python -m tools.preprocess.score_teacher … --replace)."
+        ),
         **names,
     ):
         training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None, NO_FRONTS)
@@ -131,67 +144,86 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
     losses = other.manifest.teacher_losses.model_copy(update={"scoring": data.scoring.model_copy(update={"dtype": "float16"})})
     other.manifest = other.manifest.model_copy(update={"teacher_losses": losses})
     with told(
-        "SCORED and SCORED were not scored in one way:\n"
-        "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()\n"
-        "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()\n"
-        "  One teacher's losses guide a run. Score one of them anew (python -m tools.preprocess.score_teacher … "
-        "--replace).",
+        snapshot(
+            "SCORED and SCORED were not scored in one way:\n"
+            "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()\n"
+            "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()\n"
+            "  One teacher's losses guide a run. Score one of them anew (python -m tools.preprocess.score_teacher … "
+            "--replace)."
+        ),
         **names,
     ):
         open_scored(run_of(case, "teacher.placement=cached"), 0, [data, other])
     two = f'teacher=[{{placement="cached"}}, {{placement="cached", data=["{scored}"]}}]'
     with told(
-        "logging.samples = 2 with 2 teachers: [[teacher]] 2 names no losses of data.valid (VALID).\n"
-        "  Leave logging.samples out, or name one teacher.",
+        snapshot(
+            "logging.samples = 2 with 2 teachers: [[teacher]] 2 names no losses of data.valid (VALID).\n"
+            "  Leave logging.samples out, or name one teacher."
+        ),
         **names,
         VALID=case.valid,
     ):
         held_out_source(run_of(case, two, "logging.samples=2"), [data], data, None, NO_FRONT)
     train = AlignedDataset.open(case.train)
     with told(
-        "SCORED and TRAIN are not of the same documents: 4 documents in 4 shards, 80 in 3; shard 0 is the "
-        "first that differs.\n"
-        "  Build both from the same input with the same --shard-mb, and look for documents that one build "
-        "has quarantined.",
+        snapshot(
+            "SCORED and TRAIN are not of the same documents: 4 documents in 4 shards, 80 in 3; shard 0 is the "
+            "first that differs.\n"
+            "  Build both from the same input with the same --shard-mb, and look for documents that one build "
+            "has quarantined."
+        ),
         **names,
         TRAIN=case.train,
     ):
         open_scored(run_of(case, two), 1, [train])
     train.manifest = train.manifest.model_copy(update={"student": train.manifest.teacher})
     tokenizers = {"STUDENT": data.student_tokenizer.fingerprint, "TEACHER": data.teacher_tokenizer.fingerprint}
-    with told("SCORED was built with the student tokenizer STUDENT, TRAIN with TEACHER", **names, **tokenizers, TRAIN=case.train):
+    with told(
+        snapshot("SCORED was built with the student tokenizer STUDENT, TRAIN with TEACHER"),
+        **names,
+        **tokenizers,
+        TRAIN=case.train,
+    ):
         open_scored(run_of(case, two), 1, [train])
 
 
 def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: ScoringOptions, tmp_path: Path) -> None:
-    with told("--context 1,000: the teacher MODEL reads 256 tokens", MODEL=case.teacher):
+    with told(snapshot("--context 1,000: the teacher MODEL reads 256 tokens"), MODEL=case.teacher):
         score(tiny, replace(asked, context=1000))
-    with told("--stride 65 is more than --context 64: tokens between windows would be left out"):
+    with told(snapshot("--stride 65 is more than --context 64: tokens between windows would be left out")):
         score(tiny, replace(asked, stride=65))
     with told(
-        "SCORED was scored otherwise:\n  context: 64 then, 32 now\n  Ask for the same again, or use --replace to score it anew.",
+        snapshot(
+            "SCORED was scored otherwise:\n  context: 64 then, 32 now\n  Ask for the same again, or use --replace to score it anew."
+        ),
         SCORED=scored,
     ):
         score(scored, replace(asked, context=32))
     data = shutil.copytree(tiny, tmp_path / "data")
     score(data, asked, part=Slice(1, 2))
     with told(
-        "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. "
-        "Do all machines see this folder?",
+        snapshot(
+            "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. "
+            "Do all machines see this folder?"
+        ),
         DIR=tmp_path,
     ):
         finish(data)
     with told(
-        "DIR/data/shards/0000 was scored otherwise:\n"
-        "  context: 64 then, 32 now\n"
-        "  Ask for the same again, or use --replace to score it anew.",
+        snapshot(
+            "DIR/data/shards/0000 was scored otherwise:\n"
+            "  context: 64 then, 32 now\n"
+            "  Ask for the same again, or use --replace to score it anew."
+        ),
         DIR=tmp_path,
     ):
         score(data, replace(asked, context=32), part=Slice(1, 2))
     small = write_teacher_of(tmp_path / "small", case.teacher)
     with told(
-        "DATA: its teacher tokenizer has 49,152 tokens, the teacher DIR/small has 500: the dataset was "
-        "aligned for another teacher",
+        snapshot(
+            "DATA: its teacher tokenizer has 49,152 tokens, the teacher DIR/small has 500: the dataset was "
+            "aligned for another teacher"
+        ),
         DIR=tmp_path,
         DATA=tiny,
     ):
@@ -200,11 +232,13 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
 
 def test_scoring_that_does_not_end(case: Case, asked: ScoringOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     failure: Any = Failure(SimpleNamespace(folder="data/shards/0000"), "the worker died of signal 9")  # type: ignore[arg-type]
-    with told("1 of 1 shards could not be scored; the others are, and stay\ndata/shards/0000: the worker died of signal 9"):
+    with told(
+        snapshot("1 of 1 shards could not be scored; the others are, and stay\ndata/shards/0000: the worker died of signal 9")
+    ):
         scoring._run([failure.job], lambda *_, **__: iter([failure]), lambda _: None)
     monkeypatch.setattr(scoring, "_seal", lambda _, manifest: manifest)
     monkeypatch.setattr(scoring, "unscored", lambda *_: [])
-    with told("DATA: its shards were scored in different ways; score it with --replace", DATA=case.valid):
+    with told(snapshot("DATA: its shards were scored in different ways; score it with --replace"), DATA=case.valid):
         finish(case.valid)
 
 
@@ -222,45 +256,53 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
     sample_files.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
     (tmp_path / "samples" / "step-00000001.safetensors").touch()
     with told(
-        "DIR/samples holds 2 rows of VALID (OTHER), this run asks for 2 of VALID (HASH).\n"
-        "  They differ in the dataset (data.valid), and files of both cannot be compared: move the folder "
-        "away, or set that back.",
+        snapshot(
+            "DIR/samples holds 2 rows of VALID (OTHER), this run asks for 2 of VALID (HASH).\n"
+            "  They differ in the dataset (data.valid), and files of both cannot be compared: move the folder "
+            "away, or set that back."
+        ),
         DIR=tmp_path,
         VALID=case.valid,
         HASH=data.fingerprint,
     ):
         mine._begin(5, print)
     with told(
-        "DIR/samples/step-00000001.safetensors is no file that a run wrote: Error while deserializing header: header too small",
+        snapshot(
+            "DIR/samples/step-00000001.safetensors is no file that a run wrote: Error while deserializing header: header too small"
+        ),
         DIR=tmp_path,
     ):
         sample_files.read_steps(tmp_path)
     nothing = {name: np.zeros(1, np.float32) for name in ("student_loss", "guide", "weight")}
     sample_files._write(tmp_path / "samples" / "step-00000001.safetensors", nothing, {"guidance": '{"keep": 7}'})
     with told(
-        "DIR/samples/step-00000001.safetensors holds a rule that this release does not know: guidance.keep: "
-        "Input should be less than or equal to 1",
+        snapshot(
+            "DIR/samples/step-00000001.safetensors holds a rule that this release does not know: guidance.keep: "
+            "Input should be less than or equal to 1"
+        ),
         DIR=tmp_path,
     ):
         sample_files.read_steps(tmp_path)
     monkeypatch.setattr("megatron_vocagno.training.samples.Rows", lambda *_: [])
-    with told("VALID holds fewer than two tokens: there is no row for logging.samples", VALID=case.valid):
+    with told(snapshot("VALID holds fewer than two tokens: there is no row for logging.samples"), VALID=case.valid):
         Samples(run, [data], data, None, NO_FRONTS)
     sample_files._write(tmp_path / "samples" / "rows.safetensors", {}, {})
     with told(
-        "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
-        "first, last, mapping, target, teacher, token",
+        snapshot(
+            "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
+            "first, last, mapping, target, teacher, token"
+        ),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path)
     monkeypatch.setattr(sample_files, "VERSION", "2")
     with told(
-        "DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it",
+        snapshot("DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it"),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path)
     with told(
-        "DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows",
+        snapshot("DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows"),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path / "none")
@@ -268,38 +310,44 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with told("'output', DIR/file, is a file; a run writes into a folder: name another one", DIR=tmp_path):
+    with told(snapshot("'output', DIR/file, is a file; a run writes into a folder: name another one"), DIR=tmp_path):
         make_output(tmp_path / "file")
-    with told("cannot make the folder of 'output', DIR/file/within: DIR/file is a file", DIR=tmp_path):
+    with told(snapshot("cannot make the folder of 'output', DIR/file/within: DIR/file is a file"), DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
     monkeypatch.setattr(run_lock, "run_on_rank0", lambda action, *_: action())
-    with told("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'", DIR=tmp_path):
+    with told(snapshot("cannot write to 'output', DIR: [Errno 21] Is a directory: 'DIR/.lock'"), DIR=tmp_path):
         RunLock(tmp_path).acquire(print, lambda: 0)
     (tmp_path / ".lock").rmdir()
     monkeypatch.setattr(run_lock, "all_gather", lambda item: [item, (False, "node2", "/disk/out")])
     monkeypatch.setattr(run_lock, "my_rank", lambda: 0)
     with told(
-        "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
-        "  rank 1 on node2: /disk/out\n"
-        "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
-        "All ranks write checkpoints: name an 'output' on a file system that all machines share, by its whole path.",
+        snapshot(
+            "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
+            "  rank 1 on node2: /disk/out\n"
+            "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
+            "All ranks write checkpoints: name an 'output' on a file system that all machines share, by its whole path."
+        ),
         DIR=tmp_path,
         HOST=socket.gethostname(),
     ):
         RunLock(tmp_path).acquire(print, lambda: 0)
     monkeypatch.setattr(RunLock, "_try", lambda _: "held")
     with told(
-        "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
-        "  Wait for it, end what an earlier start has left behind, or give this run another 'output'.",
+        snapshot(
+            "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
+            "  Wait for it, end what an earlier start has left behind, or give this run another 'output'."
+        ),
         DIR=tmp_path,
     ):
         RunLock(tmp_path, patience=0).acquire(print, lambda: 0)
     monkeypatch.setattr("os.access", lambda *_: False)
-    with told("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions", DIR=tmp_path):
+    with told(
+        snapshot("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions"), DIR=tmp_path
+    ):
         make_output(tmp_path)
     (tmp_path / BROKEN_STEPS_FILE).mkdir()
-    with told("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'", DIR=tmp_path):
+    with told(snapshot("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'"), DIR=tmp_path):
         Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
 
 
@@ -308,21 +356,25 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
     guard.in_a_row = 2
     last = BrokenStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
     with told(
-        "2 steps in a row were not finite (training.max_nonfinite_steps), last step 7 (loss nan, gradient "
-        "norm inf, 3 tokens without a finite loss).\n"
-        "  The last checkpoint is from before them. Look at:\n"
-        "  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is "
-        "too high;\n"
-        "  - their documents, in OUT/broken_steps.jsonl: the same ones again say that the text is broken "
-        "(python -m tools.preprocess.show_document DATASET N shows one);\n"
-        "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
+        snapshot(
+            "2 steps in a row were not finite (training.max_nonfinite_steps), last step 7 (loss nan, gradient "
+            "norm inf, 3 tokens without a finite loss).\n"
+            "  The last checkpoint is from before them. Look at:\n"
+            "  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is "
+            "too high;\n"
+            "  - their documents, in OUT/broken_steps.jsonl: the same ones again say that the text is broken "
+            "(python -m tools.preprocess.show_document DATASET N shows one);\n"
+            "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
+        )
     ):
         guard.stop_at_limit(last, Path("OUT/broken_steps.jsonl"))
     engine: Any = SimpleNamespace(has_finite_weights=lambda: False)
     position: Any = SimpleNamespace(step=7)
     with told(
-        "after step 7 the student's weights are not finite, and no checkpoint was written of them; the "
-        "newest is of step 4. Likely causes: a learning rate too high, or broken weights at the start."
+        snapshot(
+            "after step 7 the student's weights are not finite, and no checkpoint was written of them; the "
+            "newest is of step 4. Likely causes: a learning rate too high, or broken weights at the start."
+        )
     ):
         save_last(engine, None, position, 4, None)  # type: ignore[arg-type]
 
@@ -333,7 +385,7 @@ def test_held_out_rows_without_text(case: Case, monkeypatch: pytest.MonkeyPatch)
     anything: Any = SimpleNamespace(layout=None, data_rank=0, data_group=None, device=None)
     data = AlignedDataset.open(case.valid)
     evaluator = Evaluator(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything, NO_FRONT)
-    with told("VALID: the rows to evaluate hold no text (eval.rows = 1)", VALID=case.valid):
+    with told(snapshot("VALID: the rows to evaluate hold no text (eval.rows = 1)"), VALID=case.valid):
         evaluator._bits_per_byte(data)
 
 
@@ -341,5 +393,7 @@ def test_what_one_machine_alone_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = collectives.Failure((1, 3), "no model at models/x: the path does not exist.")
     monkeypatch.setattr(collectives.ErrorCollector, "failure", lambda _: failure)
     monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 4)
-    with told("no model at models/x: the path does not exist.\n  Met by rank 1, 3 alone: do all machines see the same files?"):
+    with told(
+        snapshot("no model at models/x: the path does not exist.\n  Met by rank 1, 3 alone: do all machines see the same files?")
+    ):
         collectives.run_on_all_ranks(lambda: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from inline_snapshot import snapshot
 
 from megatron_vocagno.pretrain import main
 from megatron_vocagno.run_file import load_run
@@ -12,43 +13,53 @@ from tests.errors.telling import readable, told
 from tests.test_config import GOOD
 
 ONE_FIELD = [
-    ("guidance.kep=0.5", "no field 'guidance.kep'; did you mean 'guidance.keep'?"),
-    ("guidance.keep=nan", "'guidance.keep': Input should be less than or equal to 1, not nan"),
+    ("guidance.kep=0.5", snapshot("no field 'guidance.kep'; did you mean 'guidance.keep'?")),
+    ("guidance.keep=nan", snapshot("'guidance.keep': Input should be less than or equal to 1, not nan")),
     (
         "guidance.keep=0.3333333",
-        "'guidance.keep': at most 6 decimals are allowed, because the number of kept tokens is computed exactly, not 0.3333333",
+        snapshot("'guidance.keep': at most 6 decimals: the number of kept tokens is computed exactly from them, not 0.3333333"),
     ),
-    ("guidance.keep=[1]", "'guidance.keep': expected a number, not [1]"),
-    ("guidance=5", "'guidance': expected a table, not 5"),
-    ("student.config=7", "'student.config': expected a table, not 7"),
-    ("output=5", "'output': expected a path, not 5"),
-    ("data.train=7", "'data.train': expected a list, not 7"),
-    ("training.steps=1.5", "'training.steps': expected an integer, not 1.5"),
-    ("training.steps=many", "'training.steps': expected an integer, not 'many'"),
-    ("training.seed=-1", "'training.seed': Input should be greater than or equal to 0, not -1"),
-    ("training.schedule.kind=cos", "'training.schedule.kind': Input should be 'cosine', 'linear' or 'constant', not 'cos'"),
-    ("teacher.dtype=fp16", "'teacher.dtype': Input should be 'bfloat16', 'float16' or 'float32', not 'fp16'"),
+    ("guidance.keep=[1]", snapshot("'guidance.keep': a number expected, not [1]")),
+    ("guidance=5", snapshot("'guidance': a table expected, not 5")),
+    ("student.config=7", snapshot("'student.config': a table expected, not 7")),
+    ("output=5", snapshot("'output': a path expected, not 5")),
+    ("data.train=7", snapshot("'data.train': a list expected, not 7")),
+    ("training.steps=1.5", snapshot("'training.steps': a whole number expected, not 1.5")),
+    ("training.steps=many", snapshot("'training.steps': a whole number expected, not 'many'")),
+    ("training.seed=-1", snapshot("'training.seed': Input should be greater than or equal to 0, not -1")),
+    (
+        "training.schedule.kind=cos",
+        snapshot("'training.schedule.kind': Input should be 'cosine', 'linear' or 'constant', not 'cos'"),
+    ),
+    ("teacher.dtype=fp16", snapshot("'teacher.dtype': Input should be 'bfloat16', 'float16' or 'float32', not 'fp16'")),
     (
         "parallel.partition=equal",
-        "'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'\n"
-        "  'parallel.partition': expected a list, not 'equal'",
+        snapshot(
+            "'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'\n"
+            "  'parallel.partition': a list expected, not 'equal'"
+        ),
     ),
 ]
 
 SEVERAL_FIELDS = [
-    ("teacher=[]", "guidance.objective = 'guided' needs a [teacher]; without one, use 'clm'"),
-    ("eval.every=2", "eval.every needs data.valid, which is missing"),
-    ("logging.samples=2", "logging.samples needs data.valid, which is missing"),
-    ('teacher={dtype="float32"}', "teacher.path is missing: it is required with placement 'replicated'"),
-    ('teacher.data=["a"]', "teacher.data is only for the second and each further teacher: the first one reads data.train"),
+    ("teacher=[]", snapshot("guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one")),
+    ("eval.every=2", snapshot("eval.every is given, but there is no data.valid to evaluate on")),
+    ("logging.samples=2", snapshot("logging.samples is given, but there is no data.valid to take rows from")),
+    ('teacher={dtype="float32"}', snapshot("teacher.path is missing: a replicated teacher is read from there")),
+    ('teacher.data=["a"]', snapshot("teacher.data is for the second and every further teacher: the first one reads data.train")),
     (
         'teacher=[{path="a"}, {path="b"}]',
-        "[[teacher]] 1 of 2 has placement 'replicated': several teachers must all be 'cached' "
-        "(python -m tools.preprocess.score_teacher)",
+        snapshot(
+            "[[teacher]] 1 of 2 has placement 'replicated': several teachers must all be 'cached' "
+            "(python -m tools.preprocess.score_teacher)"
+        ),
     ),
     (
         'teacher=[{placement="cached"}, {placement="cached"}]',
-        "[[teacher]] 2 of 2 has 0 datasets in 'data', data.train has 1: align each dataset of data.train for this teacher too",
+        snapshot(
+            "[[teacher]] 2 of 2 names 0 datasets in 'data', and data.train 1: each further teacher needs every one of them, "
+            "aligned for it"
+        ),
     ),
 ]
 
@@ -61,40 +72,48 @@ def run_file(tmp_path: Path, text: str = GOOD) -> Path:
 
 @pytest.mark.parametrize(("override", "message"), ONE_FIELD, ids=[override for override, _ in ONE_FIELD])
 def test_one_field(tmp_path: Path, override: str, message: str) -> None:
-    with told(f"--set {override}:\n  {message}"):
+    with told(message, after=f"--set {override}:\n  "):
         load_run(run_file(tmp_path), [override])
 
 
 @pytest.mark.parametrize(("override", "message"), SEVERAL_FIELDS, ids=[override for override, _ in SEVERAL_FIELDS])
 def test_several_fields(tmp_path: Path, override: str, message: str) -> None:
-    with told(f"DIR/run.toml with --set {override}:\n  {message}", DIR=tmp_path):
+    with told(message, after=f"DIR/run.toml with --set {override}:\n  ", DIR=tmp_path):
         load_run(run_file(tmp_path), [override])
 
 
 def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     path = run_file(tmp_path)
     with told(
-        "DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:\n"
-        "  'guidance': chunks applies only to objective 'guided' (objective is 'random')",
+        snapshot(
+            "DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:\n"
+            "  'guidance': chunks replaces the alignment of 'guided'; objective is 'random'"
+        ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=random", "guidance.chunks=4"])
     with told(
-        "DIR/run.toml with --set guidance.distance_weight=2.0:\n"
-        "  'guidance': distance_weight applies only to objectives 'uld' and 'kld' (objective is 'guided')",
+        snapshot(
+            "DIR/run.toml with --set guidance.distance_weight=2.0:\n"
+            "  'guidance': distance_weight is of 'uld' and 'kld'; objective is 'guided'"
+        ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.distance_weight=2.0"])
     with told(
-        "DIR/run.toml with --set guidance.objective=uld --set teacher.placement=zero3:\n"
-        "  guidance.objective = 'uld' needs one teacher with placement 'replicated': it compares distributions",
+        snapshot(
+            "DIR/run.toml with --set guidance.objective=uld --set teacher.placement=zero3:\n"
+            "  guidance.objective = 'uld' needs one teacher of placement 'replicated': it compares distributions"
+        ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=uld", "teacher.placement=zero3"])
     with told(
-        "DIR/run.toml with --set guidance.objective=kld --set parallel.pipeline_stages=2:\n"
-        "  guidance.objective = 'kld' does not run in a pipeline: set parallel.pipeline_stages to 0, "
-        "not 2",
+        snapshot(
+            "DIR/run.toml with --set guidance.objective=kld --set parallel.pipeline_stages=2:\n"
+            "  guidance.objective = 'kld' runs in the engine without a pipeline: parallel.pipeline_stages = 0, "
+            "not 2"
+        ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=kld", "parallel.pipeline_stages=2"])
@@ -103,9 +122,9 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("guidance", "--set guidance: expected section.key=value"),
-        ("data.valid=", "--set data.valid=: the value after '=' is empty"),
-        ("output.x=1", "--set output.x=1: 'output' is a value, not a section"),
+        ("guidance", snapshot("--set guidance: expected section.key=value")),
+        ("data.valid=", snapshot("--set data.valid=: no value after the '='")),
+        ("output.x=1", snapshot("--set output.x=1: 'output' is a value, not a section")),
     ],
 )
 def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: str) -> None:
@@ -116,20 +135,27 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a = = 1", "DIR/run.toml is not valid TOML: Invalid value (at line 1, column 5)"),
-        ("base = 3", "DIR/run.toml: 'base' must be the path of another run file, not 3"),
-        ("base = 'run.toml'", "DIR/run.toml: base = 'run.toml' is a cycle: DIR/run.toml starts from this file"),
+        ("a = = 1", snapshot("DIR/run.toml is not TOML: Invalid value (at line 1, column 5)")),
+        ("base = 3", snapshot("DIR/run.toml: 'base' is the path of another run file, not 3")),
+        (
+            "base = 'run.toml'",
+            snapshot("DIR/run.toml: base = 'run.toml' leads back to DIR/run.toml, which starts from this file"),
+        ),
         (
             "base = 'b.toml'",
-            "no run file at DIR/b.toml (base of DIR/run.toml, relative to its folder): No such file or directory",
+            snapshot(
+                "no run file at DIR/b.toml, the base of DIR/run.toml, from whose folder it counts: No such file or directory"
+            ),
         ),
-        (GOOD.replace("[training]\nsteps = 3", ""), "DIR/run.toml:\n  'training' is missing"),
-        (GOOD + "tokens = 9", "DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'"),
+        (GOOD.replace("[training]\nsteps = 3", ""), snapshot("DIR/run.toml:\n  'training' is missing")),
+        (GOOD + "tokens = 9", snapshot("DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'")),
         (
             GOOD.replace("[student.config]", "[student]\npretrained = 'x'\n[student.config]"),
-            "DIR/run.toml:\n"
-            "  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (train from "
-            "scratch)",
+            snapshot(
+                "DIR/run.toml:\n"
+                "  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (start from "
+                "nothing)"
+            ),
         ),
     ],
 )
@@ -174,10 +200,12 @@ def test_a_file_with_both_names_of_a_field(tmp_path: Path) -> None:
 
 def test_the_command_says_one_error_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path / "x.toml")]) == 2
-    assert readable(capsys.readouterr().err, {"DIR": tmp_path}) == "error: no run file at DIR/x.toml: No such file or directory\n"
+    assert readable(capsys.readouterr().err, {"DIR": tmp_path}) == snapshot(
+        "error: no run file at DIR/x.toml: No such file or directory\n"
+    )
     assert main([str(run_file(tmp_path))]) == 2
     assert capsys.readouterr().err == (
-        "error: --deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)\n"
+        snapshot("error: --deepspeed_config is missing: it owns batch sizes, precision and the optimizer (see ds_configs/)\n")
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Parallel
@@ -23,75 +24,91 @@ CHANGES: list[tuple[dict[str, Any], int, str]] = [
     (
         {"optimizer": {}},
         0,
-        "DIR/ds.json: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate",
+        snapshot("DIR/ds.json: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate"),
     ),
     (
         {"optimizer": {"type": "AdamW"}},
         0,
-        "DIR/ds.json: optimizer.params.lr is missing; the highest learning rate expected, a number above 0.\n"
-        "  [training.schedule] of the run file says how it rises and falls.",
+        snapshot(
+            "DIR/ds.json: optimizer.params.lr is missing; the highest learning rate expected, a number above 0.\n"
+            "  [training.schedule] of the run file says how it rises and falls."
+        ),
     ),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": -1.0}}},
         0,
-        "DIR/ds.json: optimizer.params.lr is -1.0; the highest learning rate expected, a number above 0.\n"
-        "  [training.schedule] of the run file says how it rises and falls.",
+        snapshot(
+            "DIR/ds.json: optimizer.params.lr is -1.0; the highest learning rate expected, a number above 0.\n"
+            "  [training.schedule] of the run file says how it rises and falls."
+        ),
     ),
     (
         {"train_batchsize": 8},
         0,
-        "DIR/ds.json: DeepSpeed knows no 'train_batchsize', and would say nothing; did you mean 'train_batch_size'?",
+        snapshot("DIR/ds.json: DeepSpeed knows no 'train_batchsize', and would say nothing; did you mean 'train_batch_size'?"),
     ),
-    ({"zero_optimization": 1}, 0, 'DIR/ds.json: zero_optimization is 1; a section {"...": ...} expected, as in ds_configs/'),
-    ({"bf16": True}, 0, 'DIR/ds.json: bf16 is True; a section {"...": ...} expected, as in ds_configs/'),
+    (
+        {"zero_optimization": 1},
+        0,
+        snapshot('DIR/ds.json: zero_optimization is 1; a section {"...": ...} expected, as in ds_configs/'),
+    ),
+    ({"bf16": True}, 0, snapshot('DIR/ds.json: bf16 is True; a section {"...": ...} expected, as in ds_configs/')),
     (
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         0,
-        "DIR/ds.json: bf16 and fp16 are both enabled: switch one of them off",
+        snapshot("DIR/ds.json: bf16 and fp16 are both enabled: switch one of them off"),
     ),
     (
         {"gradient_clipping": -1},
         0,
-        "DIR/ds.json: gradient_clipping is -1; the largest gradient norm expected, or 0 for no limit",
+        snapshot("DIR/ds.json: gradient_clipping is -1; the largest gradient norm expected, or 0 for no limit"),
     ),
-    ({"scheduler": {}}, 0, "DIR/ds.json: 'scheduler' belongs into the run file, as [training.schedule]"),
+    ({"scheduler": {}}, 0, snapshot("DIR/ds.json: 'scheduler' belongs into the run file, as [training.schedule]")),
     (
         {"tensor_parallel": {"autotp_size": 2}},
         0,
-        "DIR/ds.json: 'tensor_parallel' is not supported: ranks that share a matrix would read different "
-        "rows here.\n"
-        "  Use pipeline stages, or ZeRO-2/3.",
+        snapshot(
+            "DIR/ds.json: 'tensor_parallel' is not supported: ranks that share a matrix would read different "
+            "rows here.\n"
+            "  Use pipeline stages, or ZeRO-2/3."
+        ),
     ),
     (
         {"zero_optimization": {"stage": 0}},
         0,
-        "DIR/ds.json: zero_optimization.stage is 0; use 1, 2 or 3.\n"
-        "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
-        "stage's norm alone.",
+        snapshot(
+            "DIR/ds.json: zero_optimization.stage is 0; use 1, 2 or 3.\n"
+            "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
+            "stage's norm alone."
+        ),
     ),
     (
         {"zero_optimization": {"stage": "two"}},
         0,
-        "DIR/ds.json: zero_optimization.stage is 'two'; use 1, 2 or 3.\n"
-        "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
-        "stage's norm alone.",
+        snapshot(
+            "DIR/ds.json: zero_optimization.stage is 'two'; use 1, 2 or 3.\n"
+            "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
+            "stage's norm alone."
+        ),
     ),
     (
         {"zero_optimization": {"stage": 2}},
         2,
-        "DIR/ds.json: zero_optimization.stage is 2, parallel.pipeline_stages is 2: ZeRO-2 cannot run in a "
-        "pipeline.\n"
-        "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline.",
+        snapshot(
+            "DIR/ds.json: zero_optimization.stage is 2, parallel.pipeline_stages is 2: ZeRO-2 cannot run in a "
+            "pipeline.\n"
+            "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline."
+        ),
     ),
     (
         {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "float32"}},
         0,
-        "DIR/ds.json: data_types.grad_accum_dtype is 'float32'; use 'fp32', or leave it out",
+        snapshot("DIR/ds.json: data_types.grad_accum_dtype is 'float32'; use 'fp32', or leave it out"),
     ),
     (
         {"train_batch_size": True},
         0,
-        "the DeepSpeed configuration has train_batch_size = True; a whole number above 0 expected",
+        snapshot("the DeepSpeed configuration has train_batch_size = True; a whole number above 0 expected"),
     ),
 ]
 
@@ -104,11 +121,11 @@ def test_a_setting_that_cannot_work(tmp_path: Path, changes: dict[str, Any], sta
 
 
 def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
-    with told("no DeepSpeed configuration at DIR/ds.json: No such file or directory", DIR=tmp_path):
+    with told(snapshot("no DeepSpeed configuration at DIR/ds.json: No such file or directory"), DIR=tmp_path):
         read_settings(tmp_path / "ds.json", 0, "cpu")
     for text, message in (
-        ("{", "DIR/ds.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
-        ("[]", "DIR/ds.json: a JSON object expected"),
+        ("{", snapshot("DIR/ds.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")),
+        ("[]", snapshot("DIR/ds.json: a JSON object expected")),
     ):
         (tmp_path / "ds.json").write_text(text)
         with told(message, DIR=tmp_path):
@@ -120,55 +137,55 @@ BATCHES: list[tuple[dict[str, Any], int, int, str]] = [
         {},
         1,
         0,
-        "the DeepSpeed configuration must give train_micro_batch_size_per_gpu, and train_batch_size or "
-        "gradient_accumulation_steps",
+        snapshot(
+            "the DeepSpeed configuration must give train_micro_batch_size_per_gpu, and train_batch_size or "
+            "gradient_accumulation_steps"
+        ),
     ),
     (
         {"train_micro_batch_size_per_gpu": "auto"},
         1,
         0,
-        "the DeepSpeed configuration has train_micro_batch_size_per_gpu = 'auto'; a whole number above 0 expected",
+        snapshot("the DeepSpeed configuration has train_micro_batch_size_per_gpu = 'auto'; a whole number above 0 expected"),
     ),
     (
         {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 7},
         1,
         0,
-        "train_batch_size is 7, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
-        "(gradient_accumulation_steps, not given) * 1 data-parallel rank (1 process / 1 stage) is 6.\n"
-        "  It must be a multiple of 2, train_micro_batch_size_per_gpu.",
+        snapshot(
+            "train_batch_size is 7, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
+            "(gradient_accumulation_steps, not given) * 1 data-parallel rank (1 process / 1 stage) is 6.\n"
+            "  It must be a multiple of 2, train_micro_batch_size_per_gpu."
+        ),
     ),
     (
         {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8},
         3,
         0,
-        "train_batch_size is 8, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 1 micro-batch "
-        "(gradient_accumulation_steps, not given) * 3 data-parallel ranks (3 processes / 1 stage) is 6.\n"
-        "  It can be dealt to 2 or 4 processes.",
+        snapshot(
+            "train_batch_size is 8, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 1 micro-batch "
+            "(gradient_accumulation_steps, not given) * 3 data-parallel ranks (3 processes / 1 stage) is 6.\n"
+            "  It can be dealt to 2 or 4 processes."
+        ),
     ),
     (
         {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 4, "gradient_accumulation_steps": 3},
         2,
         0,
-        "train_batch_size is 4, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
-        "(gradient_accumulation_steps) * 2 data-parallel ranks (2 processes / 1 stage) is 12.\n"
-        "  It must be a multiple of 6, train_micro_batch_size_per_gpu * gradient_accumulation_steps.",
-    ),
-    *(
-        (
-            {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8, name: {"enabled": True}},
-            2,
-            stages,
-            f"bf16 with {micro_batches} micro-batches a step needs data_types.grad_accum_dtype = 'fp32' in the DeepSpeed "
-            "configuration, not None: summed in bf16, the gradients of many micro-batches lose their small parts",
-        )
-        for name, stages, micro_batches in (("bf16", 0, 2), ("bfloat16", 0, 2), ("bf16", 2, 4))
+        snapshot(
+            "train_batch_size is 4, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
+            "(gradient_accumulation_steps) * 2 data-parallel ranks (2 processes / 1 stage) is 12.\n"
+            "  It must be a multiple of 6, train_micro_batch_size_per_gpu * gradient_accumulation_steps."
+        ),
     ),
     (
         {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8},
         3,
         2,
-        "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): start a multiple of it, "
-        "as with deepspeed --num_gpus",
+        snapshot(
+            "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): start a multiple of it, "
+            "as with deepspeed --num_gpus"
+        ),
     ),
 ]
 
@@ -179,21 +196,35 @@ def test_a_batch_that_cannot_be_dealt(settings: dict[str, Any], world: int, stag
         batch_layout(settings, world, stages)
 
 
+@pytest.mark.parametrize(("name", "stages", "micro_batches"), [("bf16", 0, 2), ("bfloat16", 0, 2), ("bf16", 2, 4)])
+def test_gradients_that_would_be_summed_in_bf16(name: str, stages: int, micro_batches: int) -> None:
+    with told(
+        snapshot(
+            "bf16 with MICRO_BATCHES a step needs data_types.grad_accum_dtype = 'fp32' in the DeepSpeed configuration, not None: "
+            "summed in bf16, the gradients of many micro-batches lose their small parts"
+        ),
+        MICRO_BATCHES=f"{micro_batches} micro-batches",
+    ):
+        batch_layout({"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8, name: {"enabled": True}}, 2, stages)
+
+
 def test_stages_that_do_not_fit() -> None:
-    with told("parallel.pipeline_stages is 5, the student has 4 decoder layers to deal to them"):
+    with told(snapshot("parallel.pipeline_stages is 5, the student has 4 decoder layers to deal to them")):
         check_stages(Parallel(pipeline_stages=5), 4)
-    with told("parallel.partition = [1, 1, 2] deals layers to 3 stages, parallel.pipeline_stages is 2"):
+    with told(snapshot("parallel.partition = [1, 1, 2] deals layers to 3 stages, parallel.pipeline_stages is 2")):
         check_stages(Parallel(pipeline_stages=2, partition=(1, 1, 2)), 4)
     with told(
-        "parallel.partition = [1, 2] deals 3 decoder layers, the student has 4.\n"
-        "  Embedding and head are not counted: they go to the first and the last stage."
+        snapshot(
+            "parallel.partition = [1, 2] deals 3 decoder layers, the student has 4.\n"
+            "  Embedding and head are not counted: they go to the first and the last stage."
+        )
     ):
         check_stages(Parallel(pipeline_stages=2, partition=(1, 2)), 4)
 
 
 def test_a_precision_that_the_device_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(build.get_accelerator()), "is_fp16_supported", lambda _: False)
-    with told("fp16 is enabled in the DeepSpeed configuration, and this cpu has no products in fp16: use bf16"):
+    with told(snapshot("fp16 is enabled in the DeepSpeed configuration, and this cpu has no products in fp16: use bf16")):
         build.check_precision({"fp16": {"enabled": True}}, torch.device("cpu"))
 
 
@@ -206,5 +237,7 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
     run = load_run(Path(arguments[0]))
     here: Any = SimpleNamespace(device=torch.device("cpu"))
     config = student_config(case.student, vocab_size=50)
-    with told("DeepSpeed does not take this configuration: AssertionError: Adem is not a supported DeepSpeed Optimizer"):
+    with told(
+        snapshot("DeepSpeed does not take this configuration: AssertionError: Adem is not a supported DeepSpeed Optimizer")
+    ):
         build.build_engine(run, {"optimizer": {"type": "Adem"}}, config, None, Layout(1, 1, 1), 1, here)

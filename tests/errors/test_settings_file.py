@@ -11,6 +11,7 @@ import pytest
 from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from inline_snapshot import snapshot
 
 from megatron_vocagno.engine.settings import precision, read_settings
 from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections, notes
@@ -50,11 +51,13 @@ AUTO: list[tuple[dict[str, Any], dict[str, str]]] = [
 def test_what_hugging_face_would_fill_in_is_named_with_what_to_write(
     tmp_path: Path, changes: dict[str, Any], fields: dict[str, str]
 ) -> None:
-    lines = "".join(f"\n  {field}: {advice}" for field, advice in fields.items())
+    lines = "\n  ".join(f"{field}: {advice}" for field, advice in fields.items())
     are = f"{', '.join(fields)} {'is' if len(fields) == 1 else 'are'}"
     with told(
-        f"DIR/ds.json: {are} 'auto', which Hugging Face's Trainer fills in and nobody here. Write{lines}",
+        snapshot("DIR/ds.json: FIELDS 'auto', which Hugging Face's Trainer fills in and nobody here. Write\n  LINES"),
         DIR=tmp_path,
+        FIELDS=are,
+        LINES=lines,
     ):
         read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
 
@@ -64,72 +67,79 @@ def test_a_precision_that_is_auto_is_off_as_deepspeed_has_it_and_that_is_said(tm
     settings = read_settings(write_settings(tmp_path / "ds.json", **both), 0, "cpu")
     assert precision(settings) == "fp32" and settings["bf16"]["enabled"] is settings["fp16"]["enabled"] is False
     check_sections(tmp_path / "ds.json", settings)
-    assert list(notes(settings)) == [
-        f"note: {name}.enabled of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false."
-        for name in ("bf16", "fp16")
-    ]
+    assert list(notes(settings)) == snapshot(
+        [
+            "note: bf16.enabled of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false.",
+            "note: fp16.enabled of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false.",
+        ]
+    )
     assert not list(notes(read_settings(write_settings(tmp_path / "plain.json"), 0, "cpu")))
 
 
 VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"zero_optimization": {"stage": "2"}}, "zero_optimization.stage is '2', a text; write 2 without quotes"),
-    ({"train_batch_size": " 8"}, "train_batch_size is ' 8', a text; write 8 without quotes"),
+    ({"zero_optimization": {"stage": "2"}}, snapshot("zero_optimization.stage is '2', a text; write 2 without quotes")),
+    ({"train_batch_size": " 8"}, snapshot("train_batch_size is ' 8', a text; write 8 without quotes")),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": "3e-4"}}},
-        "optimizer.params.lr is '3e-4', a text; write 3e-4 without quotes",
+        snapshot("optimizer.params.lr is '3e-4', a text; write 3e-4 without quotes"),
     ),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, "0.95"]}}},
-        "optimizer.params.betas is '0.95', a text; write 0.95 without quotes",
+        snapshot("optimizer.params.betas is '0.95', a text; write 0.95 without quotes"),
     ),
     (
         {"zero_optimization": {"stage": 1, "overlap_comm": "False"}},
-        "zero_optimization.overlap_comm is 'False', a text; write false without quotes",
+        snapshot("zero_optimization.overlap_comm is 'False', a text; write false without quotes"),
     ),
-    ({"bf16": {"enabled": "off"}}, "bf16.enabled is 'off'; true or false expected"),
-    ({"fp16": {"enabled": None}}, "fp16.enabled is None; true or false expected"),
+    ({"bf16": {"enabled": "off"}}, snapshot("bf16.enabled is 'off'; true or false expected")),
+    ({"fp16": {"enabled": None}}, snapshot("fp16.enabled is None; true or false expected")),
     (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
-        "zero_optimization.reduce_bucket_size is 'large': input should be a valid integer, unable to parse string as an integer",
+        snapshot(
+            "zero_optimization.reduce_bucket_size is 'large': input should be a valid integer, unable to parse string as an integer"
+        ),
     ),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
-        "zero_optimization.offload_optimizer.device is 'gpu': input should be 'none', 'cpu' or 'nvme'",
+        snapshot("zero_optimization.offload_optimizer.device is 'gpu': input should be 'none', 'cpu' or 'nvme'"),
     ),
     (
         {"zero_optimization": {"stage": 2, "ofload_optimizer": {"device": "cpu"}}},
-        "DeepSpeed knows no 'zero_optimization.ofload_optimizer'; did you mean 'zero_optimization.offload_optimizer'?",
+        snapshot("DeepSpeed knows no 'zero_optimization.ofload_optimizer'; did you mean 'zero_optimization.offload_optimizer'?"),
     ),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
-        "DeepSpeed knows no 'zero_optimization.offload_optimizer.devise': leave it out",
+        snapshot("DeepSpeed knows no 'zero_optimization.offload_optimizer.devise': leave it out"),
     ),
-    ({"bf16": {"enabled": True, "fast": True}}, "DeepSpeed knows no 'bf16.fast': leave it out"),
+    ({"bf16": {"enabled": True, "fast": True}}, snapshot("DeepSpeed knows no 'bf16.fast': leave it out")),
     (
         {"offload_optimizer": {"device": "cpu"}},
-        "DeepSpeed knows no 'offload_optimizer', and would say nothing: it belongs into 'zero_optimization'",
+        snapshot("DeepSpeed knows no 'offload_optimizer', and would say nothing: it belongs into 'zero_optimization'"),
     ),
-    ({"weight_decay": 0.1}, "DeepSpeed knows no 'weight_decay', and would say nothing: it belongs into 'optimizer.params'"),
+    (
+        {"weight_decay": 0.1},
+        snapshot("DeepSpeed knows no 'weight_decay', and would say nothing: it belongs into 'optimizer.params'"),
+    ),
     (
         {"gradient_cliping": 1.0},
-        "DeepSpeed knows no 'gradient_cliping', and would say nothing; did you mean 'gradient_clipping'?",
+        snapshot("DeepSpeed knows no 'gradient_cliping', and would say nothing; did you mean 'gradient_clipping'?"),
     ),
-    ({"zero3_init_flag": False}, "DeepSpeed knows no 'zero3_init_flag', and would say nothing: leave it out"),
+    ({"zero3_init_flag": False}, snapshot("DeepSpeed knows no 'zero3_init_flag', and would say nothing: leave it out")),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decy": 0.1}}},
-        "DeepSpeed knows no 'optimizer.params.weight_decy'; did you mean 'optimizer.params.weight_decay'?",
+        snapshot("DeepSpeed knows no 'optimizer.params.weight_decy'; did you mean 'optimizer.params.weight_decay'?"),
     ),
     (
         {"data_types": {"grad_acum_dtype": "fp32"}},
-        "DeepSpeed knows no 'data_types.grad_acum_dtype'; did you mean 'data_types.grad_accum_dtype'?",
+        snapshot("DeepSpeed knows no 'data_types.grad_acum_dtype'; did you mean 'data_types.grad_accum_dtype'?"),
     ),
-    ({"amp": {"enabled": True}}, "this DeepSpeed has no 'amp' any more: leave it out"),
+    ({"amp": {"enabled": True}}, snapshot("this DeepSpeed has no 'amp' any more: leave it out")),
 ]
 
 
-@pytest.mark.parametrize(("changes", "message"), VALUES, ids=[message.split(" is ")[0] for _, message in VALUES])
+@pytest.mark.parametrize(("changes", "message"), VALUES, ids=[str(changes) for changes, _ in VALUES])
 def test_a_value_or_a_name_that_deepspeed_would_misread(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    with told(f"DIR/ds.json: {message}", DIR=tmp_path):
+    with told(message, after="DIR/ds.json: ", DIR=tmp_path):
         settings = read_settings(write_settings(tmp_path / "ds.json", **changes), 0, "cpu")
         check_sections(tmp_path / "ds.json", settings)
 
@@ -163,7 +173,7 @@ def test_a_habit_that_is_no_json_is_named(tmp_path: Path, text: str, reason: str
 
 def test_a_number_beyond_floats_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 1e999}')
-    with told("DIR/ds.json: gradient_clipping is beyond what a float holds; a smaller number expected", DIR=tmp_path):
+    with told(snapshot("DIR/ds.json: gradient_clipping is beyond what a float holds; a smaller number expected"), DIR=tmp_path):
         read_settings(tmp_path / "ds.json", 0, "cpu")
     (tmp_path / "ds.json").write_bytes(b"\xff\xfe{\x00")
     with pytest.raises(RunError, match=r"ds\.json is not JSON: .* codec can.t decode"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from megatron_vocagno.corpus.encoders import open_encoder
 from megatron_vocagno.corpus.front import front_ids
@@ -31,24 +32,29 @@ RAW: dict[str, Any] = {
 CHANGES: list[tuple[dict[str, Any], str]] = [
     (
         {"normalizer": {"type": "NFKC"}},
-        "DIR/tokenizer.json: its normalizer changes the text (NFKC): byte positions would not be the text's",
+        snapshot("DIR/tokenizer.json: its normalizer changes the text (NFKC): byte positions would not be the text's"),
     ),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "DIR/tokenizer.json: its pre-tokenizer Whitespace removes parts of the text"),
+    (
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        snapshot("DIR/tokenizer.json: its pre-tokenizer Whitespace removes parts of the text"),
+    ),
     (
         {"pre_tokenizer": None},
-        "DIR/tokenizer.json: neither byte-level nor with byte fallback: characters outside its vocabulary would be lost",
+        snapshot(
+            "DIR/tokenizer.json: neither byte-level nor with byte fallback: characters outside its vocabulary would be lost"
+        ),
     ),
     (
         {"model": {"type": "WordPiece", "vocab": {"a": 0}}},
-        "DIR/tokenizer.json: its model is WordPiece, which may lose bytes of the text; only BPE is supported",
+        snapshot("DIR/tokenizer.json: its model is WordPiece, which may lose bytes of the text; only BPE is supported"),
     ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}, "merges": [], "end_of_word_suffix": "</w>"}},
-        "DIR/tokenizer.json: its pieces carry a subword prefix or suffix that is not in the text",
+        snapshot("DIR/tokenizer.json: its pieces carry a subword prefix or suffix that is not in the text"),
     ),
     (
         {"model": {"type": "BPE", "vocab": {"a": 0, "<eos>": 1}, "merges": ["a b"]}},
-        "DIR/tokenizer.json: the tokenizers library refuses it: Token `b` out of vocabulary at line 1 column 292",
+        snapshot("DIR/tokenizer.json: the tokenizers library refuses it: Token `b` out of vocabulary at line 1 column 292"),
     ),
 ]
 
@@ -62,8 +68,10 @@ def test_a_gguf_file_is_no_tokenizer_and_is_not_read(
         file.truncate(1 << 40)  # a hole, larger than memory
     monkeypatch.chdir(REPOSITORY)
     with told(
-        "DIR/x.gguf is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n"
-        "  python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x",
+        snapshot(
+            "DIR/x.gguf is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n"
+            "  python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x"
+        ),
         DIR=tmp_path,
     ):
         opened(tmp_path / "x.gguf")
@@ -79,60 +87,80 @@ def test_a_tokenizer_that_would_lose_bytes(tmp_path: Path, changes: dict[str, An
 def test_a_tokenizer_without_its_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(RAW))
     with told(
-        "DIR/tokenizer.json: no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos",
+        snapshot(
+            "DIR/tokenizer.json: no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos"
+        ),
         DIR=tmp_path,
     ):
         open_tokenizer(tmp_path)
-    with told("DIR/tokenizer.json: the end-of-text token '</s>' is not among its 95 tokens", DIR=tmp_path):
+    with told(snapshot("DIR/tokenizer.json: the end-of-text token '</s>' is not among its 95 tokens"), DIR=tmp_path):
         open_tokenizer(tmp_path, eos_token="</s>")
     (tmp_path / "tokenizer_config.json").write_text("{")
     with told(
-        "DIR/tokenizer.json: DIR/tokenizer_config.json: not valid JSON: unexpected end of data: line 1 column 2 (char 1)",
+        snapshot(
+            "DIR/tokenizer.json: DIR/tokenizer_config.json: not valid JSON: unexpected end of data: line 1 column 2 (char 1)"
+        ),
         DIR=tmp_path,
     ):
         open_tokenizer(tmp_path)
 
 
 def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with told("cannot open the tokenizer DIR/nowhere: no such file or folder", DIR=tmp_path):
+    with told(snapshot("cannot open the tokenizer DIR/nowhere: no such file or folder"), DIR=tmp_path):
         open_tokenizer(tmp_path / "nowhere")
-    with told("cannot open the tokenizer DIR: a folder without tokenizer.json or tokenizer.model", DIR=tmp_path):
+    with told(snapshot("cannot open the tokenizer DIR: a folder without tokenizer.json or tokenizer.model"), DIR=tmp_path):
         open_tokenizer(tmp_path)
     monkeypatch.chdir(tmp_path)
     with told(
-        "cannot open the tokenizer models/tiny/tokenizer: no such file or folder. It is taken for a path: a "
-        "Hub id is org/name or org/name@revision.\n"
-        "  It was looked for at DIR/models/tiny/tokenizer: a relative path counts from the folder that the command is run in.",
+        snapshot(
+            "cannot open the tokenizer models/tiny/tokenizer: no such file or folder. It is taken for a path: a "
+            "Hub id is org/name or org/name@revision.\n"
+            "  It was looked for at DIR/models/tiny/tokenizer: a relative path counts from the folder that the command is run in."
+        ),
         DIR=tmp_path,
     ):
         open_tokenizer("models/tiny/tokenizer")
     (tmp_path / "tekken.json").write_text('{"config": {}}')
-    with told("DIR/tekken.json: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'", DIR=tmp_path):
+    with told(
+        snapshot("DIR/tekken.json: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'"), DIR=tmp_path
+    ):
         open_tokenizer(tmp_path / "tekken.json")
     (tmp_path / "noise.model").write_bytes(b"\xff\xfe\x00 noise")
-    with told("DIR/noise.model: neither JSON nor a SentencePiece model (9 bytes)", DIR=tmp_path):
+    with told(snapshot("DIR/noise.model: neither JSON nor a SentencePiece model (9 bytes)"), DIR=tmp_path):
         open_tokenizer(tmp_path / "noise.model")
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     with told(
-        "DIR/tokenizer.json is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder.",
+        snapshot(
+            "DIR/tokenizer.json is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder."
+        ),
         DIR=tmp_path,
     ):
         open_tokenizer(tmp_path)
-    with told("no tokenizer backend 'rust'; there are 'auto', 'gigatoken', 'huggingface'"):
+    with told(snapshot("no tokenizer backend 'rust'; there are 'auto', 'gigatoken', 'huggingface'")):
         open_tokenizer(mistral_tokenizer_path(), backend="rust")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("part", "name", "value", "message"),
     [
-        ("trainer_spec", "model_type", 1, "DIR/x.model: its model is not BPE (Unigram, word or char); only BPE is supported"),
+        (
+            "trainer_spec",
+            "model_type",
+            1,
+            snapshot("DIR/x.model: its model is not BPE (Unigram, word or char); only BPE is supported"),
+        ),
         (
             "trainer_spec",
             "byte_fallback",
             False,
-            "DIR/x.model: it has no byte fallback: characters outside its vocabulary would be lost",
+            snapshot("DIR/x.model: it has no byte fallback: characters outside its vocabulary would be lost"),
         ),
-        ("normalizer_spec", "remove_extra_whitespaces", True, "DIR/x.model: its normalizer 'identity' changes the text"),
+        (
+            "normalizer_spec",
+            "remove_extra_whitespaces",
+            True,
+            snapshot("DIR/x.model: its normalizer 'identity' changes the text"),
+        ),
     ],
 )
 def test_a_sentencepiece_model_that_would_lose_bytes(tmp_path: Path, part: str, name: str, value: Any, message: str) -> None:
@@ -147,8 +175,8 @@ def test_a_sentencepiece_model_that_would_lose_bytes(tmp_path: Path, part: str, 
 
 def test_gigatoken_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = json.dumps(RAW).encode()
-    with told("gigatoken cannot read it: Byte remapping failed: no single-byte vocab entry for byte 0x00"):
+    with told(snapshot("gigatoken cannot read it: Byte remapping failed: no single-byte vocab entry for byte 0x00")):
         open_encoder(plain, "gigatoken")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with told("gigatoken is not installed: pip install 'megatron-vocagno[fast]'"):
+    with told(snapshot("gigatoken is not installed: pip install 'megatron-vocagno[fast]'")):
         open_encoder(plain, "gigatoken")

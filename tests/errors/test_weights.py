@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from inline_snapshot import snapshot
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -31,31 +32,39 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     tensors = {name: PretrainedWeights(model).tensor(name) for name in PretrainedWeights(model)}
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}, model / "model.safetensors")
     with told(
-        "the weights in DIR/model are not those of its config.json, of a llama model: 1 are not used "
-        "(model.layers.0.self_attn.q_proj.bias). Does the configuration lack a bias?",
+        snapshot(
+            "the weights in DIR/model are not those of its config.json, of a llama model: 1 are not used "
+            "(model.layers.0.self_attn.q_proj.bias). Does the configuration lack a bias?"
+        ),
         DIR=tmp_path,
     ):
         student_config(model)
     save_file(tensors | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)}, model / "model.safetensors")
     with told(
-        "the weights in DIR/model cannot be used: model.norm.weight is of type I8, where a llama model has floating-point "
-        "numbers (F64, F32, F16, BF16). Are they quantised, or saved by a program that casts? Use the weights that "
-        "they were made from.",
+        snapshot(
+            "the weights in DIR/model cannot be used: model.norm.weight is of type I8, where a llama model has floating-point "
+            "numbers (F64, F32, F16, BF16). Are they quantised, or saved by a program that casts? Use the weights that "
+            "they were made from."
+        ),
         DIR=tmp_path,
     ):
         student_config(model)
     packed = {"model.layers.0.self_attn.q_proj.qweight": torch.zeros(8, dtype=torch.int32)}
     save_file(tensors | packed, model / "model.safetensors")
     with told(
-        "the weights in DIR/model are quantised, though config.json has no quantization_config: it holds "
-        "model.layers.0.self_attn.q_proj.qweight of type I32. Use the unquantised weights that they were made from.",
+        snapshot(
+            "the weights in DIR/model are quantised, though config.json has no quantization_config: it holds "
+            "model.layers.0.self_attn.q_proj.qweight of type I32. Use the unquantised weights that they were made from."
+        ),
         DIR=tmp_path,
     ):
         student_config(model)
     change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with told(
-        "the weights in DIR/model are quantised (bitsandbytes), which is not supported. Use the unquantised weights that it was "
-        "made from; teacher.quantization = 'int8' holds those in 8 bits.",
+        snapshot(
+            "the weights in DIR/model are quantised (bitsandbytes), which is not supported. Use the unquantised weights that it was "
+            "made from; teacher.weights = 'int8' holds those in 8 bits."
+        ),
         DIR=tmp_path,
     ):
         student_config(model)
@@ -64,13 +73,15 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     part = next(name for name in weights if name.endswith("experts.1.w1.weight"))
     save_file({name: weights.tensor(name) for name in weights if name != part}, mixtral / "model.safetensors")
     with told(
-        "the weights in DIR/mixtral cannot be put together to a mixtral model: We encountered some issues during automatic "
-        "conversion of the weights. For details look at the `CONVERSION` entries of the above report!\n  Is a part of an expert "
-        "missing?",
+        snapshot(
+            "the weights in DIR/mixtral cannot be put together to a mixtral model: We encountered some issues during automatic "
+            "conversion of the weights. For details look at the `CONVERSION` entries of the above report!\n  Is a part of an expert "
+            "missing?"
+        ),
         DIR=tmp_path,
     ):
         check_weights(PretrainedWeights(mixtral), read_config(mixtral))
-    with told("transformers has no causal language model of type vit: is it one of another kind?"):
+    with told(snapshot("transformers has no causal language model of type vit: is it one of another kind?")):
         model_class(AutoConfig.for_model("vit"))
 
 
@@ -85,8 +96,10 @@ def test_a_student_that_transformers_makes_otherwise(monkeypatch: pytest.MonkeyP
         return config
 
     with told(
-        "a gemma2 student of this configuration is not what transformers makes of it: in small, the loss of a token is "
-        "4.6962 nats there, 7.5887 here. Which of its fields is unusual?"
+        snapshot(
+            "a gemma2 student of this configuration is not what transformers makes of it: in small, the loss of a token is "
+            "4.6962 nats there, 7.5887 here. Which of its fields is unusual?"
+        )
     ):
         prove_student(capped)
     monkeypatch.setattr(proof, "Student", Student)
@@ -95,14 +108,18 @@ def test_a_student_that_transformers_makes_otherwise(monkeypatch: pytest.MonkeyP
     plain = AutoConfig.for_model("llama")
     monkeypatch.setattr(proof, "_reference", lambda _: made(proof._shrunk(biased)))
     with told(
-        "a llama student of this configuration is not the model of transformers, which has "
-        "['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.o_proj.bias', "
-        "'model.layers.0.self_attn.q_proj.bias'] more and [] less"
+        snapshot(
+            "a llama student of this configuration is not the model of transformers, which has "
+            "['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.o_proj.bias', "
+            "'model.layers.0.self_attn.q_proj.bias'] more and [] less"
+        )
     ):
         prove_student(plain)
     monkeypatch.setattr(proof, "_reference", lambda _: None)
     with told(
-        "transformers cannot run a llama student of this configuration: 'NoneType' object has no attribute 'named_parameters'"
+        snapshot(
+            "transformers cannot run a llama student of this configuration: 'NoneType' object has no attribute 'named_parameters'"
+        )
     ):
         prove_student(plain)
 
@@ -111,27 +128,33 @@ def test_teachers_that_score_otherwise_than_their_logits(model: Path, monkeypatc
     teacher = open_teacher(model, torch.float32, "cpu")
     nothing_BU = torch.zeros(2, 16)
     with told(
-        "this cohere teacher has other logits than its head makes of its hidden states, which is not supported: by its own the "
-        "loss of a token is 0.0000 nats, by its head 1.0000. Does it scale its logits, or cap them in a way of its own?"
+        snapshot(
+            "this cohere teacher has other logits than its head makes of its hidden states, which is not supported: by its own the "
+            "loss of a token is 0.0000 nats, by its head 1.0000. Does it scale its logits, or cap them in a way of its own?"
+        )
     ):
         Evidence(nothing_BU, nothing_BU + 1, nothing_BU, 0.0, torch.float32).check("cohere")
     seen_BU = nothing_BU.clone()
     seen_BU[1, 3] = 2.0
     with told(
-        "this bert teacher lets tokens see those after them, so it predicts none of them: the loss of a token is 0.0000 nats, "
-        "and 2.0000 with other tokens behind it"
+        snapshot(
+            "this bert teacher lets tokens see those after them, so it predicts none of them: the loss of a token is 0.0000 nats, "
+            "and 2.0000 with other tokens behind it"
+        )
     ):
         Evidence(nothing_BU, None, seen_BU, 0.0, torch.float32).check("bert")
-    with told("the losses of this gemma3 teacher are no numbers in float16. Use teacher.dtype = 'bfloat16' or 'float32'."):
+    with told(
+        snapshot("the losses of this gemma3 teacher are no numbers in float16. Use teacher.dtype = 'bfloat16' or 'float32'.")
+    ):
         Evidence(nothing_BU, None, nothing_BU.log() * 0, 0.0, torch.float16).check("gemma3")
 
     def never(*_: Tensor) -> Tensor:
         raise ValueError("no")
 
     whole = AutoModelForCausalLM.from_pretrained(model)
-    with told("this llama teacher cannot read 16 tokens: ValueError: no"):
+    with told(snapshot("this llama teacher cannot read 16 tokens: ValueError: no")):
         probe(whole, never, teacher.head, 10, None, torch.device("cpu"))
     cut = torch.zeros(2, 16, 9)
     monkeypatch.setattr(type(whole), "forward", lambda *_, **__: SimpleNamespace(logits=cut))
-    with told("this llama teacher has 9 logits, and 10 tokens: it leaves some out"):
+    with told(snapshot("this llama teacher has 9 logits, and 10 tokens: it leaves some out")):
         probe(whole, lambda *_: nothing_BU, teacher.head, 10, None, torch.device("cpu"))

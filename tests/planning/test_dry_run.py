@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 from transformers import AutoConfig
 
 from megatron_vocagno.model.configuration import SUPPORTED
@@ -104,7 +105,7 @@ def test_a_teacher_that_cannot_be_counted_is_checked_all_the_same(
 
 def test_more_stages_than_layers_are_refused(tmp_path: Path) -> None:
     words = arguments(tmp_path, student("llama", tmp_path, True), folder("llama", tmp_path), 5, **BF16)
-    with told("parallel.pipeline_stages is 5, but the student has 4 decoder layers"):
+    with told(snapshot("parallel.pipeline_stages is 5, but the student has 4 decoder layers")):
         refused(main, *words[:-1], "5")
 
 
@@ -173,19 +174,23 @@ def test_a_gguf_teacher_is_planned_as_its_folder_is(
 def test_a_gguf_file_that_cannot_be_planned_with(tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"<html>")
-    with told("DIR/broken.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?", DIR=tmp_path):
+    with told(snapshot("DIR/broken.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?"), DIR=tmp_path):
         refused(main, *arguments(tmp_path, student("llama", tmp_path, True), broken))
     broken.write_bytes(b"GGUF" + bytes(20))
     with told(
-        "transformers cannot read the configuration in DIR/broken.gguf: DIR/broken.gguf is GGUF v0; this reader handles v2 and "
-        "v3.",
+        snapshot(
+            "transformers cannot read the configuration in DIR/broken.gguf: DIR/broken.gguf is GGUF v0; this reader handles v2 and "
+            "v3."
+        ),
         DIR=tmp_path,
     ):
         refused(main, *arguments(tmp_path, student("llama", tmp_path, True), broken))
     whole = write_gguf(tmp_path / "tiny.gguf")
     with told(
-        "student.pretrained: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
-        "  python -m tools.convert.gguf_to_safetensors DIR/tiny.gguf --out DIR/tiny",
+        snapshot(
+            "student.pretrained: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
+            "  python -m tools.convert.gguf_to_safetensors DIR/tiny.gguf --out DIR/tiny"
+        ),
         DIR=tmp_path,
     ):
         refused(main, *arguments(tmp_path, f'pretrained = "{whole}"', whole))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inline_snapshot import snapshot
 
 from megatron_vocagno.errors import SharedError
 from megatron_vocagno.training import consistency
@@ -143,8 +144,11 @@ def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatc
     answers = iter([list("ddddddeed"), [(one, host) for one, host in zip(facts, hosts, strict=True)]])
     monkeypatch.setattr(consistency, "all_gather", lambda _: next(answers))
     with told(
-        "the ranks of this run are not alike:\n"
-        f"  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\n{LAST}"
+        snapshot(
+            "the ranks of this run are not alike:\n"
+            "  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\nLAST"
+        ),
+        LAST=LAST,
     ):
         consistency.require_same_on_all_ranks(facts[0])
     many = [{str(n): "1" for n in range(40)}, {str(n): "2" for n in range(40)}]
