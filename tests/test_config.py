@@ -144,7 +144,7 @@ def test_a_file_may_start_from_another_and_say_only_what_differs(tmp_path: Path)
 
 def test_of_two_that_exclude_each_other_one_file_may_not_name_both_though_its_base_names_one(tmp_path: Path) -> None:
     write(tmp_path, GOOD).rename(tmp_path / "base.toml")
-    with pytest.raises(RunError, match="give exactly one of 'steps' and 'tokens'"):
+    with pytest.raises(RunError, match="'steps' and 'tokens'"):
         load_run(write(tmp_path, 'base = "base.toml"\n[training]\ntokens = 7\nsteps = 4\n'))
 
 
@@ -213,7 +213,7 @@ def test_a_base_that_is_missing_or_leads_back_is_refused(tmp_path: Path) -> None
     (tmp_path / "other.toml").write_text('base = "./run.toml"\n')
     with pytest.raises(RunError, match="is a cycle"):
         load_run(write(tmp_path, 'base = "other.toml"\n'))
-    with pytest.raises(RunError, match="'base' must be the path of another run file, not 3"):
+    with pytest.raises(RunError, match=r"'base' .* not 3"):
         load_run(write(tmp_path, "base = 3\n"))
 
 

@@ -138,7 +138,7 @@ def test_a_pin_outlives_the_branch_that_moves(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "Qwen/small").mkdir(parents=True)
     record.write_text('{"Qwen/small": "Qwen/small"}')
     assert pinned([names[0], pins[0]], record) == [names[0], pins[0]]
-    with pytest.raises(ModelError, match=r"pins.json, the commits of Hub ids, cannot be read: a name without its commit"):
+    with pytest.raises(ModelError, match=r"pins.json, "):
         pinned(names[1:2], record)
 
 

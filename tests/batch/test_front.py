@@ -171,7 +171,7 @@ def test_what_is_asked_for_goes_before_what_a_tokenizer_says(teacher_tokenizer: 
     assert front_of("auto", [two, teacher_tokenizer], "student.bos", 49_152) == (1, 2)
     assert front_of("auto", [teacher_tokenizer, two], "student.bos", 49_152) == (), "a tokenizer that says nothing has spoken"
     assert front_of("none", [two], "student.bos", 49_152) == () and front_of(5, [two], "student.bos", 6) == (5,)
-    with pytest.raises(RunError, match=r"student.bos = 6 is no id of the model: its embedding has 6 rows, ids 0 to 5"):
+    with pytest.raises(RunError, match=r"student.bos = 6 .* 6 rows, ids 0 to 5"):
         front_of(6, [two], "student.bos", 6)
-    with pytest.raises(RunError, match=r"teacher.bos = 'auto': the tokenizer puts 1 in front of a text, which is no id"):
+    with pytest.raises(RunError, match=r"teacher.bos = 'auto': .* 1 "):
         front_of("auto", [two], "teacher.bos", 1)

@@ -201,7 +201,7 @@ def test_a_span_never_leaves_its_document(dataset: AlignedDataset) -> None:
 
 
 def test_rows_that_are_too_short_are_refused(dataset: AlignedDataset) -> None:
-    with pytest.raises(ValueError, match="rows of 16 student positions are too short: 17 at least"):
+    with pytest.raises(ValueError, match=r" 16 .* 17 "):
         Rows(dataset, np.arange(len(dataset)), 16)
     rows = Rows(dataset, np.arange(len(dataset)), 64)
     with pytest.raises(IndexError, match=f"row {len(rows)} of {len(rows)}"):

@@ -102,7 +102,7 @@ def test_a_pair_without_documents_is_read(tmp_path):
 
 
 def test_numbers_that_do_not_fit_are_refused(tmp_path):
-    with pytest.raises(CorpusError, match="65536 or 0 does not fit uint16"), PairWriter(tmp_path / "x", np.uint16) as pair:
+    with pytest.raises(CorpusError, match=r"65536 .* uint16"), PairWriter(tmp_path / "x", np.uint16) as pair:
         pair.add(np.array([0, 65_536], np.int32))
     assert not (tmp_path / "x.idx").exists()
 
@@ -119,7 +119,7 @@ def test_pointers_do_not_overflow_beyond_four_gib(tmp_path):
         file.write(struct.pack("<H", 77))
     pair = PairReader(tmp_path / "x")
     assert pair.read(4, 4, 7).tolist() == [0, 77, 0]
-    with pytest.raises(CorpusError, match="a document of 2,147,483,648 numbers"):
+    with pytest.raises(CorpusError, match=" 2,147,483,648 "):
         write_index(tmp_path / "y", np.dtype(np.uint16), np.array([5, 2**31]))
 
 

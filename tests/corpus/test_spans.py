@@ -194,5 +194,5 @@ def test_eos_stands_unmapped_at_the_teachers_eos():
 
 
 def test_spans_that_skip_a_teacher_token_have_no_code():
-    with pytest.raises(CorpusError, match="token 1 starts at teacher token 3, the one before it ends at 2"):
+    with pytest.raises(CorpusError, match=r"token 1 .* teacher token 3, .* 2"):
         encode(Spans(np.array([0, 3], np.int32), np.array([2, 4], np.int32)))

@@ -94,7 +94,7 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 2)
     fields = orjson.loads((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_bytes(orjson.dumps(fields | {"version": 1}))
-    with pytest.raises(RunError, match="has version 1, this release reads version 2"):
+    with pytest.raises(RunError, match=r"version 1, .*version 2"):
         newest_checkpoint(tmp_path, print)
     (folder / MANIFEST).write_bytes(orjson.dumps({name: fields[name] for name in ("version", "position")}))
     with pytest.raises(RunError, match="cannot be read"):

@@ -52,9 +52,9 @@ def test_an_incomplete_state_is_not_written(tmp_path: Path) -> None:
     config = student_config(write_model(tmp_path / "model", LLAMA))
     weights = PretrainedWeights(tmp_path / "model")
     state = {name: weights.tensor(name) for name in weights}
-    with pytest.raises(ModelError, match=r"1 tensors are missing \['model.norm.weight'\], 1 unknown \['norm.weight'\]"):
+    with pytest.raises(ModelError, match=r"1 .*\['model.norm.weight'\], 1 .*\['norm.weight'\]"):
         to_hugging_face(config, {name.replace("model.norm", "norm"): tensor for name, tensor in state.items()}, tmp_path / "out")
-    with pytest.raises(ModelError, match=r"model.norm.weight is \(47,\), the configuration says \(48,\)"):
+    with pytest.raises(ModelError, match=r"model.norm.weight is \(47,\), .* \(48,\)"):
         to_hugging_face(config, state | {"model.norm.weight": torch.ones(47)}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

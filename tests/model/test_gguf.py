@@ -108,7 +108,7 @@ def test_smollm_splits_digits_before_words(tmp_path: Path) -> None:
 def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.gguf").write_text("not a model")
     (tmp_path / "cut.gguf").write_bytes(write_gguf(tmp_path / "whole.gguf").read_bytes()[:700])
-    with pytest.raises(ModelError, match="not a GGUF file: it begins with b'not '"):
+    with pytest.raises(ModelError, match=r"GGUF .* b'not '"):
         dequantise(tmp_path / "text.gguf", tmp_path / "out")
     with pytest.raises(ModelError, match=r"transformers cannot read the model in .*cut\.gguf"):
         dequantise(tmp_path / "cut.gguf", tmp_path / "out")

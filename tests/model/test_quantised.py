@@ -51,5 +51,5 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         open_teacher(gpt2, torch.float32, "cpu", quantization="int8")
     sharded = torch.nn.Linear(4, 4)
     sharded.weight.ds_id = 0  # DeepSpeed's mark on a parameter of which a rank holds a part
-    with pytest.raises(ModelError, match=r"teacher.placement = 'zero3': quantised weights cannot be sharded"):
+    with pytest.raises(ModelError, match=r"teacher.placement = 'zero3'"):
         quantise(sharded, "fp8", "cpu")

@@ -296,7 +296,7 @@ def test_vocabulary_comes_from_the_tokenizer_and_must_fit_it() -> None:
 def test_rows_that_the_model_cannot_read_are_refused() -> None:
     config = student_config(LLAMA)
     check_row_length(config, POSITIONS)
-    with pytest.raises(ModelError, match=r"rows have 65 tokens \(data.row_length\), the student reads 64"):
+    with pytest.raises(ModelError, match=r"65 tokens \(data.row_length\), .* 64"):
         check_row_length(config, POSITIONS + 1)
 
 

@@ -104,7 +104,7 @@ def test_losses_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"model.embed_tokens.weight": weights["model.embed_tokens.weight"] * 1e6}, folder / "model.safetensors")
     assert open_teacher(folder, torch.bfloat16, "cpu").dtype == torch.bfloat16
-    with pytest.raises(ModelError, match=r"are no numbers in float16\. Use teacher\.dtype = 'bfloat16' or 'float32'"):
+    with pytest.raises(ModelError, match=r"float16.*teacher\.dtype = 'bfloat16' or 'float32'"):
         open_teacher(folder, torch.float16, "cpu")
 
 
@@ -154,7 +154,7 @@ def test_rows_longer_than_the_teacher_reads_are_refused(tmp_path: Path) -> None:
     teacher = cpu_teacher(write_model(tmp_path, LLAMA))
     assert teacher.max_positions == 64
     assert teacher.loss(*batch(1, 64)).shape == (1, 64)
-    with pytest.raises(ModelError, match="a row has 65 teacher tokens, the teacher reads 64"):
+    with pytest.raises(ModelError, match=r"65 teacher tokens, .* 64"):
         teacher.loss(*batch(1, 65))
 
 

@@ -135,7 +135,7 @@ def test_parts_of_experts_are_counted(sharded: bool, tmp_path: Path) -> None:
     as_teacher(folder)
     if not sharded:
         whole = shutil.copytree(folder, tmp_path / "whole")
-        with pytest.raises(ModelError, match=r"experts.down_proj is \(3, 48, 80\), the configuration says \(4, 48, 80\)"):
+        with pytest.raises(ModelError, match=r"experts.down_proj is \(3, 48, 80\), .* \(4, 48, 80\)"):
             as_teacher(rewrite(folder, without("layers.1.mlp.experts.2") if moe_is_mlp(folder) else without("experts.2")))
         with pytest.raises(ModelError, match="cannot be put together to a mixtral model"):
             as_teacher(rewrite(whole, without("experts.2.w1")))

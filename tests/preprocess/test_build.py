@@ -84,7 +84,7 @@ def test_finalize_names_what_is_missing(corpus, settings, tmp_path):
     with pytest.raises(CorpusError, match="has no plan"):
         finish(out, settings)
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(1, 3))
-    with pytest.raises(CorpusError, match=r"3 of 5 shards are missing: 0001, 0002, 0004; run their tasks again"):
+    with pytest.raises(CorpusError, match=r"3 of 5 shards .*: 0001, 0002, 0004"):
         finish(out, settings)
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(2, 3))
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(3, 3))

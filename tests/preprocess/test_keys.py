@@ -89,9 +89,7 @@ def test_a_parquet_file_takes_the_first_key_that_is_a_column(tmp_path):
     one = write(tmp_path / "b.parquet", parquet({"body": ["b"], "url": ["u"], "TEXT": ["another"]}))
     assert texts(both, ("text", "body"), ("id", "n")) == [("a", "1"), (None, "'text' or 'body' is null")]
     assert texts(one, ("text", "body"), ("n", "url")) == [("b", "u")]
-    with pytest.raises(
-        CorpusError, match=r"no column 'text' or 'x\.y' \(it has 'body', 'url', 'TEXT'\); --text-key names another"
-    ):
+    with pytest.raises(CorpusError, match=r"'text' .*'x\.y' .*'body', 'url', 'TEXT'.* --text-key"):
         read_all(cut(one, 10**9), ("text", "x.y"))
 
 

@@ -186,7 +186,7 @@ def test_losses_of_another_teacher_are_replaced_only_when_asked(
 
 
 def test_a_teacher_that_does_not_suit_is_refused(unscored: AlignedDataset, asked: ScoringOptions, tmp_path: Path) -> None:
-    with pytest.raises(CorpusError, match=r"--context 300: the teacher .* reads 256 tokens"):
+    with pytest.raises(CorpusError, match=r"--context 300: .* 256 "):
         score(unscored.path, replace(asked, context=300))
     with pytest.raises(CorpusError, match="--stride 60 is more than --context 48"):
         score(unscored.path, replace(asked, stride=60))
