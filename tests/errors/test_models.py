@@ -239,22 +239,20 @@ def test_teachers_that_cannot_teach(model: Path) -> None:
 
 
 def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    with told(snapshot("teacher.weights = 'int8': this teacher's decoder has no linear layers of torch. Use 'as-is'")):
+    with told(snapshot("teacher.quantization = 'int8': the teacher's decoder has no torch linear layers. Use 'none'")):
         quantise(nn.Embedding(2, 2), "int8", "cpu")
     linear = nn.Linear(2, 2)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with told(
         snapshot(
-            "teacher.weights = 'int8' needs torchao (import of torchao.quantization halted; None in "
-            "sys.modules): pip install torchao, or use teacher.weights = 'as-is'"
+            "teacher.quantization = 'int8' needs torchao (import of torchao.quantization halted; None in sys.modules): pip install torchao, or use 'none'"
         )
     ):
         quantise(linear, "int8", "cpu")
     linear.weight.ds_id = 0  # type: ignore[assignment]
     with told(
         snapshot(
-            "teacher.weights = 'fp8' with teacher.placement = 'zero3': a quantised matrix cannot be sharded. Use "
-            "'replicated', which takes half as much with it, or 'as-is'."
+            "teacher.quantization = 'fp8' with teacher.placement = 'zero3': quantised weights cannot be sharded. Use placement 'replicated', or quantization 'none'."
         )
     ):
         quantise(linear, "fp8", "cpu")

@@ -81,8 +81,10 @@ def test_a_base_counts_from_the_file_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "models" / "common.toml").touch()
     with told(
         snapshot(
-            "no run file at ../models/comon.toml, the base of ../run.toml, from whose folder it counts: No such file or directory\n"
-            "  Did you mean ../models/common.toml?"
+            """\
+no run file at ../models/comon.toml (base of ../run.toml, relative to its folder): No such file or directory
+  Did you mean ../models/common.toml?\
+"""
         )
     ):
         load_run(Path("../run.toml"))

@@ -17,15 +17,17 @@ ONE_FIELD = [
     ("guidance.keep=nan", snapshot("'guidance.keep': Input should be less than or equal to 1, not nan")),
     (
         "guidance.keep=0.3333333",
-        snapshot("'guidance.keep': at most 6 decimals: the number of kept tokens is computed exactly from them, not 0.3333333"),
+        snapshot(
+            "'guidance.keep': at most 6 decimals are allowed, because the number of kept tokens is computed exactly, not 0.3333333"
+        ),
     ),
-    ("guidance.keep=[1]", snapshot("'guidance.keep': a number expected, not [1]")),
-    ("guidance=5", snapshot("'guidance': a table expected, not 5")),
-    ("student.config=7", snapshot("'student.config': a table expected, not 7")),
-    ("output=5", snapshot("'output': a path expected, not 5")),
-    ("data.train=7", snapshot("'data.train': a list expected, not 7")),
-    ("training.steps=1.5", snapshot("'training.steps': a whole number expected, not 1.5")),
-    ("training.steps=many", snapshot("'training.steps': a whole number expected, not 'many'")),
+    ("guidance.keep=[1]", snapshot("'guidance.keep': expected a number, not [1]")),
+    ("guidance=5", snapshot("'guidance': expected a table, not 5")),
+    ("student.config=7", snapshot("'student.config': expected a table, not 7")),
+    ("output=5", snapshot("'output': expected a path, not 5")),
+    ("data.train=7", snapshot("'data.train': expected a list, not 7")),
+    ("training.steps=1.5", snapshot("'training.steps': expected an integer, not 1.5")),
+    ("training.steps=many", snapshot("'training.steps': expected an integer, not 'many'")),
     ("training.seed=-1", snapshot("'training.seed': Input should be greater than or equal to 0, not -1")),
     (
         "training.schedule.kind=cos",
@@ -35,18 +37,23 @@ ONE_FIELD = [
     (
         "parallel.partition=equal",
         snapshot(
-            "'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'\n"
-            "  'parallel.partition': a list expected, not 'equal'"
+            """\
+'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'
+  'parallel.partition': expected a list, not 'equal'\
+"""
         ),
     ),
 ]
 
 SEVERAL_FIELDS = [
-    ("teacher=[]", snapshot("guidance.objective = 'guided' needs a [teacher]; 'clm' is the objective without one")),
-    ("eval.every=2", snapshot("eval.every is given, but there is no data.valid to evaluate on")),
-    ("logging.samples=2", snapshot("logging.samples is given, but there is no data.valid to take rows from")),
-    ('teacher={dtype="float32"}', snapshot("teacher.path is missing: a replicated teacher is read from there")),
-    ('teacher.data=["a"]', snapshot("teacher.data is for the second and every further teacher: the first one reads data.train")),
+    ("teacher=[]", snapshot("guidance.objective = 'guided' needs a [teacher]; without one, use 'clm'")),
+    ("eval.every=2", snapshot("eval.every needs data.valid, which is missing")),
+    ("logging.samples=2", snapshot("logging.samples needs data.valid, which is missing")),
+    ('teacher={dtype="float32"}', snapshot("teacher.path is missing: it is required with placement 'replicated'")),
+    (
+        'teacher.data=["a"]',
+        snapshot("teacher.data is only for the second and each further teacher: the first one reads data.train"),
+    ),
     (
         'teacher=[{path="a"}, {path="b"}]',
         snapshot(
@@ -57,8 +64,7 @@ SEVERAL_FIELDS = [
     (
         'teacher=[{placement="cached"}, {placement="cached"}]',
         snapshot(
-            "[[teacher]] 2 of 2 names 0 datasets in 'data', and data.train 1: each further teacher needs every one of them, "
-            "aligned for it"
+            "[[teacher]] 2 of 2 has 0 datasets in 'data', data.train has 1: align each dataset of data.train for this teacher too"
         ),
     ),
 ]
@@ -86,33 +92,40 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     path = run_file(tmp_path)
     with told(
         snapshot(
-            "DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:\n"
-            "  'guidance': chunks replaces the alignment of 'guided'; objective is 'random'"
+            """\
+DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:
+  'guidance': chunks applies only to objective 'guided' (objective is 'random')\
+"""
         ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=random", "guidance.chunks=4"])
     with told(
         snapshot(
-            "DIR/run.toml with --set guidance.distance_weight=2.0:\n"
-            "  'guidance': distance_weight is of 'uld' and 'kld'; objective is 'guided'"
+            """\
+DIR/run.toml with --set guidance.distance_weight=2.0:
+  'guidance': distance_weight applies only to objectives 'uld' and 'kld' (objective is 'guided')\
+"""
         ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.distance_weight=2.0"])
     with told(
         snapshot(
-            "DIR/run.toml with --set guidance.objective=uld --set teacher.placement=zero3:\n"
-            "  guidance.objective = 'uld' needs one teacher of placement 'replicated': it compares distributions"
+            """\
+DIR/run.toml with --set guidance.objective=uld --set teacher.placement=zero3:
+  guidance.objective = 'uld' needs one teacher with placement 'replicated': it compares distributions\
+"""
         ),
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=uld", "teacher.placement=zero3"])
     with told(
         snapshot(
-            "DIR/run.toml with --set guidance.objective=kld --set parallel.pipeline_stages=2:\n"
-            "  guidance.objective = 'kld' runs in the engine without a pipeline: parallel.pipeline_stages = 0, "
-            "not 2"
+            """\
+DIR/run.toml with --set guidance.objective=kld --set parallel.pipeline_stages=2:
+  guidance.objective = 'kld' does not run in a pipeline: set parallel.pipeline_stages to 0, not 2\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -123,7 +136,7 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("guidance", snapshot("--set guidance: expected section.key=value")),
-        ("data.valid=", snapshot("--set data.valid=: no value after the '='")),
+        ("data.valid=", snapshot("--set data.valid=: the value after '=' is empty")),
         ("output.x=1", snapshot("--set output.x=1: 'output' is a value, not a section")),
     ],
 )
@@ -135,26 +148,25 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a = = 1", snapshot("DIR/run.toml is not TOML: Invalid value (at line 1, column 5)")),
-        ("base = 3", snapshot("DIR/run.toml: 'base' is the path of another run file, not 3")),
+        ("a = = 1", snapshot("DIR/run.toml is not valid TOML: Invalid value (at line 1, column 5)")),
+        ("base = 3", snapshot("DIR/run.toml: 'base' must be the path of another run file, not 3")),
         (
             "base = 'run.toml'",
-            snapshot("DIR/run.toml: base = 'run.toml' leads back to DIR/run.toml, which starts from this file"),
+            snapshot("DIR/run.toml: base = 'run.toml' is a cycle: DIR/run.toml starts from this file"),
         ),
         (
             "base = 'b.toml'",
-            snapshot(
-                "no run file at DIR/b.toml, the base of DIR/run.toml, from whose folder it counts: No such file or directory"
-            ),
+            snapshot("no run file at DIR/b.toml (base of DIR/run.toml, relative to its folder): No such file or directory"),
         ),
         (GOOD.replace("[training]\nsteps = 3", ""), snapshot("DIR/run.toml:\n  'training' is missing")),
         (GOOD + "tokens = 9", snapshot("DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'")),
         (
             GOOD.replace("[student.config]", "[student]\npretrained = 'x'\n[student.config]"),
             snapshot(
-                "DIR/run.toml:\n"
-                "  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (start from "
-                "nothing)"
+                """\
+DIR/run.toml:
+  'student': give exactly one of 'pretrained' (continue from weights) and 'config' (train from scratch)\
+"""
             ),
         ),
     ],

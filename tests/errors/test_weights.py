@@ -62,8 +62,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with told(
         snapshot(
-            "the weights in DIR/model are quantised (bitsandbytes), which is not supported. Use the unquantised weights that it was "
-            "made from; teacher.weights = 'int8' holds those in 8 bits."
+            "the weights in DIR/model are quantised (bitsandbytes), which is not supported. Use the unquantised weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
         ),
         DIR=tmp_path,
     ):
