@@ -233,6 +233,7 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
         raise AssertionError("Adem is not a supported DeepSpeed Optimizer")
 
     monkeypatch.setattr(build.deepspeed, "initialize", refuse)
+    monkeypatch.setattr(build.dist, "get_world_group", lambda: None)
     arguments = case.command("refused")
     run = load_run(Path(arguments[0]))
     here: Any = SimpleNamespace(device=torch.device("cpu"))
