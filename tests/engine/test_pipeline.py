@@ -96,6 +96,7 @@ def test_activation_checkpointing_reaches_every_decoder_layer_once(
 
     monkeypatch.setattr(build, "StudentPipeline", pipeline)
     monkeypatch.setattr(build.deepspeed, "initialize", initialize)
+    monkeypatch.setattr(build.dist, "get_world_group", lambda: None)
     settings = {"optimizer": {}, "pipeline": {"activation_checkpoint_interval": own}}
     here = Processes(rank=0, world=1, device=torch.device("cpu"))
     with pytest.raises(Built) as built:
