@@ -46,13 +46,14 @@ setup(
         # a SentencePiece .model is parsed with its own protocol buffer, which needs the runtime
         "sentencepiece>=0.2.1",
         "protobuf>=5.29.6",
-        # transformers reads GGUF files through these two
-        "gguf>=0.17.1",
+        # transformers needs it to load onto the meta device, which checks weights without reading them
         "accelerate>=1.1",
     ],
     extras_require={
         # ten times faster tokenizing, and alignment in no time
         "fast": ["gigatoken>=0.10,<0.11", "numba>=0.61"],
+        # a teacher in a .gguf file
+        "gguf": ["gguf>=0.17.1"],
         # preprocessing on a Ray cluster, and from and to S3
         "ray": ["ray>=2.52"],
         "s3": ["s3fs>=2025.12"],

@@ -1,10 +1,10 @@
-"""What all commands share: their help, their options, how they end. The standard library alone, so that help comes at once.
+"""Help, options and exit codes of all commands. Imports only the standard library, so that help is printed at once.
 
     def main(arguments: Sequence[str] | None = None) -> int:
         options = parser().parse_args(arguments)
-        return run_command(lambda: work(options), "what is finished stays; the same command goes on from there")
+        return run_command(lambda: work(options), "finished work is kept; run the same command again to continue")
 
-docs/reference.md tells users what holds for all of them.
+docs/reference.md describes the behaviour that all commands share.
 """
 
 from __future__ import annotations
@@ -23,19 +23,25 @@ from typing import NoReturn
 from megatron_vocagno import __version__
 from megatron_vocagno.errors import UserError
 
-EXIT_CODES = "0 done; 2 something for you to mend; 130 Ctrl-C"
-INTERRUPTED, NOBODY_READS = 130, 141
-"""As a shell has them: 128 and the number of SIGINT, of SIGPIPE."""
+EXIT_CODES = "0 done, 2 an error that you can fix, 130 Ctrl-C"
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""The codes of a shell: 128 + SIGINT and 128 + SIGPIPE."""
 COLUMNS = 100
-PATIENCE = 5.0
-"""Seconds that a rank waits before it ends over an error that the first rank has most likely met too."""
+RANK0_SECONDS = 5.0
+"""Seconds that another rank waits for rank 0 to print an error. The launcher ends all ranks when one of them exits."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Help that fits a screen: usage, what it does, an example, options, exit codes. Under a launcher the first rank speaks."""
+    """A parser with help that fits a screen: usage, description, example, options, exit codes. Only rank 0 prints."""
 
     def __init__(self, prog: str, arguments: str, about: str, example: str, exit_codes: str = EXIT_CODES) -> None:
-        """prog, arguments: what a user types, without the options that may be left out. example: one command a line."""
+        """
+        prog        the command, as a user types it
+        arguments   its arguments and required options
+        about       its purpose
+        example     one or more command lines
+        exit_codes  the exit codes and their meanings
+        """
         super().__init__(
             prog=prog,
             usage=textwrap.fill(f"{prog} {arguments} [options]", COLUMNS - len("usage: "), subsequent_indent=" " * 7),
@@ -45,19 +51,19 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,  # `--dry` must not train
             add_help=False,
         )
-        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # who reads this knows it
+        self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # not needed in the help itself
         self.add_argument("--version", action="version", version=__version__, help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n{self.format_usage()}more: {self.prog} --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        if status and not is_first_rank():
-            time.sleep(PATIENCE)
+        if status:
+            _let_rank0_print()
         super().exit(status, message)
 
     def _print_message(self, message: str, file: object = None) -> None:
-        if is_first_rank():
+        if is_rank0():
             super()._print_message(message, file)  # type: ignore[arg-type]
 
 
@@ -71,12 +77,12 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
-    """--quiet alone, for a command that has nothing more to tell."""
+    """Add only --quiet, for a command without further output."""
     parser.add_argument("--quiet", action="store_true", help="only errors and the result")
 
 
 def add_verbosity(parser: argparse.ArgumentParser, verbose: str) -> None:
-    """--quiet and --verbose. verbose: what is told more."""
+    """Add --quiet and --verbose. verbose: the help of --verbose."""
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--quiet", action="store_true", help="only errors and the result")
     either.add_argument("--verbose", action="store_true", help=verbose)
@@ -87,13 +93,13 @@ def add_verbosity(parser: argparse.ArgumentParser, verbose: str) -> None:
 
 def positive_int(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"a number of at least 1, not {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
 
 def positive_float(text: str) -> float:
     if not 0 < _number(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0, or has no end")
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
     return float(text)
 
 
@@ -107,7 +113,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
 # ---- how a command ends
@@ -118,60 +124,57 @@ def run_command(
     after_interrupt: str = "nothing was written",
     errors: tuple[type[Exception], ...] = (UserError, OSError),
 ) -> int:
-    """Returns the exit code: what `do` returns (None: 0), or that of an error, of Ctrl-C, of a reader that has gone.
+    """Run `do` and return the exit code: the result of `do` (None counts as 0), or the code of an error, Ctrl-C or a closed pipe.
 
-    after_interrupt: what Ctrl-C leaves behind, and what to do. errors: those that are told in their own words alone.
+    after_interrupt  printed after Ctrl-C: the state of the work, and how to continue
+    errors           classes of errors that are printed without a traceback
     """
     try:
         code = do() or 0
-        sys.stdout.flush()  # here, and not when the interpreter ends: then it would complain
+        sys.stdout.flush()  # an error here would be reported by the interpreter if it occurred at its exit
         return code
     except KeyboardInterrupt:
-        say_first(f"interrupted; {after_interrupt}")
+        if is_rank0():
+            print(f"interrupted; {after_interrupt}", file=sys.stderr, flush=True)
         return INTERRUPTED
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads():
-            return _fall_silent()
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            # the interpreter flushes its buffer at exit, which would raise the error again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return BROKEN_PIPE
         if isinstance(error, errors):
-            return refuse(error)
+            return report_error(error)
         raise
 
 
-def refuse(error: Exception, all_ranks_say_the_same: bool = False) -> int:
-    """Tells an error, and returns its exit code."""
-    if not is_first_rank():
-        # the first rank says the same, and the launcher then ends this one: one message, not one a rank
-        time.sleep(PATIENCE)
-    if is_first_rank() or not all_ranks_say_the_same:
+def report_error(error: Exception, same_on_all_ranks: bool = False) -> int:
+    """Print an error and return its exit code. same_on_all_ranks: only rank 0 prints the error."""
+    _let_rank0_print()
+    if is_rank0() or not same_on_all_ranks:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return error.exit_code if isinstance(error, UserError) else 2
 
 
-def say_first(text: str) -> None:
-    """A line on the error stream, of the first rank alone."""
-    if is_first_rank():
-        print(text, file=sys.stderr, flush=True)
-
-
-def is_first_rank() -> bool:
-    """Of those that a launcher has started; without one, there is no other."""
+def is_rank0() -> bool:
+    """Whether this process is rank 0 of those that a launcher has started, or was started without a launcher."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def _nobody_reads() -> bool:
-    """Whether the pipe that is written to is closed, rather than a connection to some server."""
+def _let_rank0_print() -> None:
+    """On another rank, wait: rank 0 usually has the same error, and the launcher ends this rank after rank 0 has printed it."""
+    if not is_rank0():
+        time.sleep(RANK0_SECONDS)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether the reader of standard output is gone. A BrokenPipeError can also come from a connection to a server."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _fall_silent() -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered still has to go somewhere
-    return NOBODY_READS
-
-
 def duration(seconds: float) -> str:
-    """For people, the two largest of days, hours, minutes and seconds: 4d03h, 1h12m, 3m20s, 45s."""
+    """A readable duration with the two largest of days, hours, minutes and seconds: 4d03h, 1h12m, 3m20s, 45s."""
     whole = round(seconds)
     for above, below, size, part in (("d", "h", 86_400, 3_600), ("h", "m", 3_600, 60), ("m", "s", 60, 1)):
         if whole >= size:

@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class RunError(UserError):
-    """A run cannot start or go on: its file, an override, a path, or how its parts fit together."""
+    """A run that cannot start or continue: because of its file, an override, a path, or parts that do not fit together."""
 
 
 class SharedError(RunError):
@@ -30,7 +30,7 @@ class SharedError(RunError):
 
 
 class RunLockedError(SharedError):
-    """Another run is at work in the folder. A later start may find it free."""
+    """Another run is using the output folder. A later start may succeed."""
 
     exit_code = 1
 
@@ -40,11 +40,11 @@ class OtherVersion(RunError):
 
 
 class ModelError(UserError):
-    """A model that cannot be used as asked."""
+    """A model that cannot be used as requested."""
 
 
 class CorpusError(UserError):
-    """An input, a tokenizer or a dataset that cannot be used as asked."""
+    """An input, a tokenizer or a dataset that cannot be used as requested."""
 
 
 class DatasetError(CorpusError):
@@ -68,39 +68,42 @@ class EncoderMismatch(CorpusError):
 
 
 class BrokenInput(Exception):
-    """Why a file gives no more data: it is cut off or damaged. Callers turn it into a bad record."""
+    """A file that is cut off or damaged. The message has the reason. Callers turn the error into a bad record."""
 
 
 class HubError(UserError):
-    """Why the Hub does not give a model. Callers add what they needed it for."""
+    """A model that the Hub does not provide. The message has the reason, and callers add the purpose of the model."""
 
 
 def lfs_pointer(content: bytes) -> str:
-    """What to say after the name of a file that Git LFS has not fetched; else nothing. content: its first bytes, or all."""
+    """The end of a message about a file that Git LFS has not fetched; "" for any other file.
+
+    content  the file's first bytes, or all of them
+    """
     if not content.startswith(b"version https://git-lfs"):
         return ""
-    return "is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder."
+    return "is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder."
 
 
 def looked_for(path: str | os.PathLike[str]) -> str:
-    """What to add to the error of a path that does not exist: the absolute path of a relative one, and a near name."""
+    """The end of a message about a path that does not exist: the absolute path if it is relative, and a similar name."""
     asked = Path(path).expanduser()
     if asked.is_absolute():
         return nearest(path)
-    place = f"\n  It was looked for at {asked.resolve()}: a relative path counts from the folder that the command is run in."
+    place = f"\n  The absolute path is {asked.resolve()}: relative paths start at the folder in which you run the command."
     return place + nearest(path)
 
 
 def nearest(path: str | os.PathLike[str]) -> str:
-    """A path that is there, and differs from this one by a slip in one name; nothing where there is none."""
+    """A suggestion of an existing path that differs by a typo in one name; "" if there is none."""
     asked = Path(path).expanduser()
     try:
-        there = next((folder for folder in asked.parents if folder.is_dir()), Path())
-        name, *rest = asked.relative_to(there).parts
-        if len(Path(name).stem) < 3:  # too short to be near to anything
+        existing = next((folder for folder in asked.parents if folder.is_dir()), Path())
+        name, *rest = asked.relative_to(existing).parts
+        if len(Path(name).stem) < 3:  # too short to be similar to another name
             return ""
-        for near in difflib.get_close_matches(name, [entry.name for entry in there.iterdir()], cutoff=0.8):
-            if (meant := Path(there, near, *rest)).exists():
+        for near in difflib.get_close_matches(name, [entry.name for entry in existing.iterdir()], cutoff=0.8):
+            if (meant := Path(existing, near, *rest)).exists():
                 return f"\n  Did you mean {meant}?"
     except (OSError, ValueError):  # a name that is too long, a folder that may not be read, a path without a name
         return ""
@@ -108,10 +111,10 @@ def nearest(path: str | os.PathLike[str]) -> str:
 
 
 def tool(name: str) -> str:
-    """The command of a tool, such as `preprocess.build_dataset`, that works where this process was started.
+    """The command of a tool, such as `preprocess.build_dataset`, in the folder in which this process was started.
 
-    In the repository's root it is `python -m tools.…`, elsewhere that of the installed package. `python -m` looks into the
-    working directory first, then into PYTHONPATH.
+    In the repository's root this is `python -m tools.…`, elsewhere the command of the installed package. `python -m` searches
+    the working directory first, then PYTHONPATH.
     """
     file = Path("tools", *name.split(".")).with_suffix(".py")
     roots = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]

@@ -1,9 +1,10 @@
-"""A run's newest whole checkpoint as a Hugging Face folder: weights, configuration, tokenizer, and what a pretrained student had.
+"""Exports the newest complete checkpoint of a run as a Hugging Face folder: weights, configuration and tokenizer.
 
     python -m megatron_vocagno.export RUN_DIR --out HF_DIR
 
-It reads safetensors and JSON alone, and knows no engine: a checkpoint holds the student's weights under Hugging Face names,
-whatever number of stages and ZeRO stage it was trained with.
+For a pretrained student, its tokenizer files, chat templates and generation settings are exported too. The command reads only
+safetensors and JSON, and needs no engine: a checkpoint holds the student's weights under Hugging Face names for any number of
+pipeline stages and any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -24,26 +25,28 @@ if TYPE_CHECKING:
 
 
 def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
-    """Write the newest whole checkpoint of a run as a Hugging Face folder. Returns the checkpoint's folder.
+    """Write the newest complete checkpoint of a run as a Hugging Face folder. Returns the checkpoint's folder.
 
-    dtype: of the written weights; None keeps the checkpoint's. Raises RunError: no checkpoint, `out` holds something already.
+    dtype  type of the written weights; None keeps the type in the checkpoint
+
+    Raises RunError: there is no checkpoint, or `out` is not empty.
     """
-    # the command's words are read before: torch takes seconds to import
+    # imported here, because torch takes seconds to import and the options are checked before
     from safetensors.torch import load_file
     from transformers import AutoConfig, PreTrainedTokenizerFast
 
     from megatron_vocagno.engine.manifest import STUDENT, TOKENIZER, newest_checkpoint
     from megatron_vocagno.model.folder import to_hugging_face
 
-    def say(text: str) -> None:
+    def print_note(text: str) -> None:
         print(text, file=sys.stderr)
 
     if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty: exporting would mix two models. Remove it, or give another --out")
-    checkpoint = newest_checkpoint(run_dir, say)
+        raise RunError(f"{out} is not empty: exporting would mix two models. Remove it, or use another --out")
+    checkpoint = newest_checkpoint(run_dir, print_note)
     if checkpoint is None:
         missing = "" if run_dir.exists() else looked_for(run_dir)
-        raise RunError(f"no whole checkpoint below {run_dir}: is it the 'output' folder of a run that has saved one?{missing}")
+        raise RunError(f"no complete checkpoint in {run_dir}: is it the 'output' folder of a run that has saved one?{missing}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     state: dict[str, torch.Tensor] = {}
     for file in sorted((checkpoint / STUDENT).glob("*.safetensors")):
@@ -56,16 +59,16 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=out, prefix=".export-") as folder:
         to_hugging_face(config, state, folder, dtype)
         tokenizer.save_pretrained(folder)
-        _add_belongings(checkpoint, Path(folder), tokenizer, say)
+        _add_companion_files(checkpoint, Path(folder), tokenizer, print_note)
         for file in sorted(Path(folder).iterdir()):
             file.rename(out / file.name)
     return checkpoint
 
 
-def _add_belongings(checkpoint: Path, folder: Path, tokenizer: Any, say: Callable[[str], None]) -> None:
-    """What a pretrained student came with: its own tokenizer files, chat templates and generation settings.
+def _add_companion_files(checkpoint: Path, folder: Path, tokenizer: Any, print_note: Callable[[str], None]) -> None:
+    """Add the tokenizer files, chat templates and generation settings of a pretrained student, and set their EOS.
 
-    tokenizer: as the dataset has it; documents end with its EOS, so the exported model's do.
+    tokenizer  as the dataset has it. Documents end with its EOS, so it becomes the EOS of the exported model
     """
     from megatron_vocagno.engine.manifest import PRETRAINED, RUN
     from megatron_vocagno.model.folder import carry_over
@@ -75,14 +78,14 @@ def _add_belongings(checkpoint: Path, folder: Path, tokenizer: Any, say: Callabl
         return
     source = checkpoint / PRETRAINED
     if not source.is_dir():
-        say(
+        print_note(
             f"note: {checkpoint} has no chat template and no generation settings of {pretrained}: an older release wrote it, "
-            "or that folder was gone. Copy what the model needs of them."
+            "or that folder did not exist. Copy the files that the model needs."
         )
         return
     carried = carry_over(source, folder)
     if {"tokenizer.model", "tokenizer_config.json"} <= set(carried) and "tokenizer.json" not in carried:
-        (folder / "tokenizer.json").unlink()  # not two tokenizers in one folder
+        (folder / "tokenizer.json").unlink()  # else the folder would have two tokenizers
     _change(
         folder / "tokenizer_config.json", {"eos_token": tokenizer.eos_token}, lambda old: _content(old) == tokenizer.eos_token
     )
@@ -90,19 +93,19 @@ def _add_belongings(checkpoint: Path, folder: Path, tokenizer: Any, say: Callabl
     generation = folder / "generation_config.json"
     known = _ids(json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id"))
     _change(generation, {"eos_token_id": [*known, eos] if known else eos}, lambda old: eos in _ids(old))
-    say(f"from {pretrained}: {', '.join(carried) if carried else 'no tokenizer, chat template or generation settings'}")
+    print_note(f"from {pretrained}: {', '.join(carried) if carried else 'no tokenizer, chat template or generation settings'}")
 
 
 def _change(file: Path, fields: dict[str, Any], is_right: Callable[[Any], bool]) -> None:
-    """Set fields of a JSON file whose values there are not right; the others, and a file that is right, stay as they are."""
-    there = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    wrong = {name: value for name, value in fields.items() if not is_right(there.get(name))}
+    """Set the fields of a JSON file whose values are not right. Other fields are kept, and the file is only written if needed."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    wrong = {name: value for name, value in fields.items() if not is_right(content.get(name))}
     if wrong:
-        file.write_text(json.dumps(there | wrong, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(content | wrong, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _content(token: Any) -> Any:
-    """A token's text: files have it alone, or in a table with its flags."""
+    """The text of a token, which files hold as a string or as an object with flags."""
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -129,14 +132,14 @@ def parser() -> Parser:
     parser = Parser(
         "python -m megatron_vocagno.export",
         "RUN_DIR --out HF_DIR",
-        "Write a run's newest whole checkpoint as a Hugging Face folder: weights, configuration, tokenizer.",
+        "Write the newest complete checkpoint of a run as a Hugging Face folder: weights, configuration, tokenizer.",
         "python -m megatron_vocagno.export runs/mine --out runs/mine-hf --dtype bfloat16",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's output folder")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="HF_DIR", help="the folder to write; must not exist or be empty (required)"
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights (default: as trained)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="type of the weights (default: as trained)")
     return parser
 
 

@@ -1,13 +1,15 @@
-"""How a file comes onto the disk: whole or not at all, and for good.
+"""Durable and atomic writes, hashes and locks of files.
 
-Processes in containers share their numbers, so whatever is written for a while beside its place has a random name:
-`.NAME.` and 32 hexadecimal digits. A writer that is killed leaves it; `remove_leftovers` is for one who knows that nobody writes.
+A file is first written under a temporary name in the same folder: `.NAME.` and 32 random hexadecimal digits. The name is random
+because processes in different containers can have the same process id. A writer that is killed leaves its temporary file behind.
+`remove_leftovers` removes such files.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -18,14 +20,14 @@ from uuid import uuid4
 
 RANDOM = re.compile(r"[0-9a-f]{32}")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What a file system without locks answers to flock."""
+"""Error numbers of flock on a file system that does not support locks."""
 LOCAL = {"localflock", "nolock", "local_lock=flock", "local_lock=all"}
-"""Options of a mount under which a lock is not seen by other machines: Lustre's, and NFS's."""
+"""Mount options of Lustre and NFS with which locks are not visible to other machines."""
 MOUNTS = Path("/proc/mounts")
 
 
 def write_durably(file: Path, data: bytes) -> None:
-    """The whole file or nothing; on the disk when this returns."""
+    """Write a file completely or not at all. The file is on the disk when this function returns. Raises OSError."""
     with replacing(file) as temporary, temporary.open("xb") as stream:
         stream.write(data)
         stream.flush()
@@ -35,7 +37,7 @@ def write_durably(file: Path, data: bytes) -> None:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """A name beside a file: what the block writes there takes the file's place, unless it fails."""
+    """Yields a temporary path in the folder of a file. It replaces the file after the block, or is removed if the block fails."""
     temporary = beside(file)
     try:
         yield temporary
@@ -45,19 +47,19 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def beside(file: Path) -> Path:
-    """A name that no other process has."""
+    """A temporary path in the folder of a file, which no other process uses."""
     return file.with_name(f".{file.name}.{uuid4().hex}")
 
 
 def remove_leftovers(file: Path) -> None:
-    """What killed writers of a file left beside it. Only for one who knows that nobody is writing it now."""
+    """Remove the temporary files of killed writers of a file. Call this only when no process is writing the file."""
     for path in file.parent.glob(f".{file.name}.*"):
         if RANDOM.fullmatch(path.name.removeprefix(f".{file.name}.")):
             path.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:
-    """With those above it, on the disk for good; nothing where it is there. Raises OSError."""
+    """Create a folder and its parents durably. Does nothing if the folder exists. Raises OSError."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in reversed(missing):
@@ -65,7 +67,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or a folder's names, durable."""
+    """Flush the content of a file, or the entries of a folder, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,11 +75,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # ---- locks
 
 
 def try_lock(stream: IO[Any], how: int = fcntl.LOCK_EX) -> Literal["taken", "held", "none"]:
-    """held: by another; none: the file system has no locks. Raises OSError."""
+    """Lock an open file without waiting, until the stream is closed. Raises OSError.
+
+    returns  "held" if another process holds the lock, "none" if the file system does not support locks
+    """
     try:
         fcntl.flock(stream, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -89,26 +100,31 @@ def try_lock(stream: IO[Any], how: int = fcntl.LOCK_EX) -> Literal["taken", "hel
     return "taken"
 
 
-def wait_for_lock(stream: IO[Any]) -> None:
-    """Holds it until the stream is closed; at once on a file system without locks. Raises OSError."""
+def wait_for_lock(stream: IO[Any]) -> bool:
+    """Wait for the lock of an open file, and hold it until the stream is closed. Raises OSError.
+
+    returns  False, without waiting, if the file system does not support locks
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
+        return False
+    return True
 
 
 def local_option(path: Path, mounts: Path = MOUNTS) -> str | None:
-    """The option of the mount that holds a path by which its locks are local to a machine; None without one."""
+    """The mount option because of which locks of this path are not visible to other machines; None if there is none."""
     try:
         lines = mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return None  # no Linux: nothing is known
+        return None  # not Linux: mount options are unknown
     where, found = path.resolve(), ""
     depth = -1
     for line in lines:
         _, folder, _, options, *_ = line.split(" ")
         mount = Path(folder.encode("latin-1", "surrogateescape").decode("unicode_escape"))  # a space is \040
-        if where.is_relative_to(mount) and len(mount.parts) >= depth:  # of several at one place the last hides the others
+        if where.is_relative_to(mount) and len(mount.parts) >= depth:  # the last of several mounts at one path hides the others
             depth, found = len(mount.parts), options
     return next((option for option in found.split(",") if option in LOCAL), None)

@@ -21,7 +21,7 @@ DIRECTION = {
     "objective": set(),
     "corpus": {"hub", "errors", "files"},
     "batch": {"config", "errors"},
-    "model": {"objective", "config", "hub", "errors"},
+    "model": {"objective", "config", "hub", "errors", "files"},
     "integrations": {"corpus", "batch"},
     "preprocess": {"corpus", "model", "batch", "config", "hub", "errors", "files"},
     "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},

@@ -110,7 +110,7 @@ def test_help_fits_a_screen_and_its_example_works(name: str, word: str, monkeypa
     assert len(lines) <= SCREEN[0] and max(map(len, lines)) <= SCREEN[1], max(lines, key=len)
     assert parser.format_usage().startswith(f"usage: {parser.prog} ")
     assert re.fullmatch(r"[A-Z].+\.", " ".join(lines[2 : lines.index("example:")]).strip())
-    assert re.search(r"exit codes: 0 .*; 2 .*; 130 Ctrl-C$", " ".join(lines))
+    assert re.search(r"exit codes: 0 .*[;,] 2 .*[;,] 130 Ctrl-C$", " ".join(lines))
     example = "\n".join(lines).split("example:\n")[1].split("\n\n")[0]
     examples = [shlex.split(line) for line in example.replace("\\\n", " ").splitlines()]
     met = 0
@@ -178,7 +178,7 @@ print(sorted({{"torch", "transformers", "deepspeed", "tensorboard", "gguf"}} & s
 
 
 @pytest.mark.parametrize("script", ["evaluate.sh", "launch/node.sh", "launch/run_forever.sh"])
-def test_scripts_tell_their_help_too(script: str) -> None:
+def test_scripts_print_their_help(script: str) -> None:
     finished = subprocess.run([REPOSITORY / "examples" / script, "--help"], capture_output=True, text=True, timeout=60)
     assert (finished.returncode, finished.stderr) == (0, "")
     assert (
@@ -211,23 +211,23 @@ def test_an_end_is_one_line_and_an_exit_code(
     assert run_command(fail(error), "go on") == code
     assert capsys.readouterr() == ("", told)
     monkeypatch.setenv("RANK", "3")
-    monkeypatch.setattr(command, "PATIENCE", 0.0)
+    monkeypatch.setattr(command, "RANK0_SECONDS", 0.0)
     assert run_command(fail(error), "go on") == code
     # another rank's error may be its own; that somebody pressed Ctrl-C is said once
     assert capsys.readouterr().err == ("" if code == 130 else told)
 
 
-def test_what_is_no_matter_of_the_users_keeps_its_traceback() -> None:
+def test_an_error_that_is_not_the_users_keeps_its_traceback() -> None:
     for error, errors in ((AssertionError("ours"), (RunError,)), (OSError("the disk"), (RunError,))):
         with pytest.raises(type(error)):
             run_command(fail(error), errors=errors)
     assert run_command(lambda: None) == 0 and run_command(lambda: 75) == 75
 
 
-def test_under_a_launcher_the_first_rank_tells_mistakes_and_help(
+def test_under_a_launcher_only_rank_0_prints_errors_and_help(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "PATIENCE", 0.0)
+    monkeypatch.setattr(command, "RANK0_SECONDS", 0.0)
     main = importlib.import_module("megatron_vocagno.pretrain").main
     for rank, count in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
@@ -238,7 +238,7 @@ def test_under_a_launcher_the_first_rank_tells_mistakes_and_help(
             assert left.value.code == code and (captured.out + captured.err).count("usage: ") == count
 
 
-def test_a_reader_that_has_gone_ends_a_command_in_silence(dataset: AlignedDataset) -> None:
+def test_a_closed_pipe_ends_a_command_silently(dataset: AlignedDataset) -> None:
     """As `| head` does; by rich and by print."""
     for words in (["show_document", str(dataset.path)], ["build_dataset", "verify", str(dataset.path), "--workers", "1"]):
         read, write = os.pipe()
@@ -295,7 +295,7 @@ def test_a_scoring_that_is_interrupted_goes_on(
 
     monkeypatch.setattr("megatron_vocagno.preprocess.score.score", stop)
     assert score_teacher.main([str(dataset.path), "--teacher", str(dataset.path)]) == 130
-    assert capsys.readouterr().err == "interrupted; what is scored stays; the same command goes on from there\n"
+    assert capsys.readouterr().err == "interrupted; scored shards are kept; run the same command again to continue\n"
 
 
 @pytest.mark.slow
@@ -313,7 +313,10 @@ def test_ctrl_c_ends_a_training_in_a_line(case: Case) -> None:
     assert process.stdout is not None
     assert any(line.startswith("step ") for line in process.stdout)
     code, errors = interrupted(process)
-    assert (code, errors) == (130, "interrupted; the same command goes on from the newest whole checkpoint, if there is one\n")
+    assert (code, errors) == (
+        130,
+        "interrupted; run the same command again to resume from the newest complete checkpoint, if there is one\n",
+    )
 
 
 # ---- how much is told
@@ -337,7 +340,7 @@ def test_quiet_leaves_the_result(dataset: AlignedDataset, capsys: pytest.Capture
     assert "3 in 1 shards" in told["--quiet"] and "3 in 1 shards" in told["--verbose"]
 
 
-def test_a_quiet_run_tells_what_is_wrong_and_its_last_word(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_quiet_run_prints_only_problems_and_the_result(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monitor = Monitor(tmp_path, 1, 1, quiet=True)
     with monitor.writing(0):
         monitor.print("starting")

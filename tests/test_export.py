@@ -131,5 +131,5 @@ def test_export_refuses_what_it_would_spoil_or_cannot_find(case: Case, tmp_path,
     assert main([str(case.folder), "--out", str(tmp_path / "taken")]) == 2
     assert "is not empty: exporting would mix two models" in capsys.readouterr().err
     assert main([str(tmp_path / "nothing"), "--out", str(tmp_path / "new")]) == 2
-    assert "no whole checkpoint below" in capsys.readouterr().err
+    assert "no complete checkpoint in" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()

@@ -94,15 +94,17 @@ def test_a_path_that_exists_is_no_id_and_a_slip_in_one_is_not_asked_of_the_hub(
     assert [hub.short_name(Path(name)) for name in names] == ["Qwen2.5-Math-7B", "b", "tiny@1", "other"]
 
 
-def test_a_folder_named_like_an_organisation_is_told_and_hides_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_named_like_an_organisation_is_reported_and_hides_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen").mkdir()
     assert hub.is_id(f"Qwen/small@{COMMIT}") and not hub.is_id("Qwen/small")
-    with pytest.raises(ModelError, match=r"no model at Qwen/small: .* taken for a path, .* because `Qwen` is here"):
+    with pytest.raises(ModelError, match=r"no model at Qwen/small: .* counts as a path, .* because `Qwen` exists"):
         model_folder("Qwen/small")
-    with pytest.raises(RunError, match="not for a Hub id, because `Qwen` is here"):
+    with pytest.raises(RunError, match="not as a Hub id, because `Qwen` exists"):
         read_config(Path("Qwen/small"), "teacher")
-    with pytest.raises(ModelError, match=r"It is taken for a path: a Hub id is org/name or org/name@revision\."):
+    with pytest.raises(ModelError, match=r"because a Hub id has the form org/name or org/name@revision\."):
         model_folder("./Qwen/small")
 
 
@@ -180,21 +182,19 @@ def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: P
     found = [outcome(process) for process in [python(FETCH, name, **home) for name in names]]
     assert [out for out, _ in found] == [str(repository / "snapshots" / COMMIT)] * 3 + [""] * 2
     for name, (_, error) in zip(names[3:], found[3:], strict=True):
-        assert f"HubError: {name} is not, or not whole, in the Hub's cache" in error
-        assert "and the Hub is not asked, because HF_HUB_OFFLINE" in error and "local_files_only" not in error
+        assert f"HubError: {name} is missing or incomplete in the Hub's cache" in error
+        assert "and the Hub is not contacted, because HF_HUB_OFFLINE" in error and "local_files_only" not in error
         assert "hf download someone/" in error and str(tmp_path / "home") in error
 
 
-def test_a_hub_that_does_not_answer_is_told_apart_from_one_that_is_not_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_that_does_not_answer_differs_from_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # no one listens there
     only_cache = FETCH.replace("sys.argv[1]", "sys.argv[1], offline=True")
     silent, unasked = [
         outcome(process)[1] for process in [python(program, "someone/tiny", **nobody) for program in (FETCH, only_cache)]
     ]
     assert "and the Hub does not answer (ConnectError: " in silent and "not asked" not in silent
-    assert "and the Hub was not asked. Download it" in unasked and "answer" not in unasked
+    assert "and the Hub was not contacted. Download it" in unasked and "answer" not in unasked
     assert "local_files_only" not in silent + unasked
 
     def refuse(*_: object, **__: object) -> list[str]:
@@ -210,7 +210,7 @@ def test_a_hub_that_does_not_answer_is_told_apart_from_one_that_is_not_asked(
             hub.require_unlisted("someone/tiny", ["config.json"])
 
 
-def test_a_cache_that_is_not_whole_is_told_where_the_hub_is_not_asked(tmp_path: Path) -> None:
+def test_an_incomplete_cache_is_reported_in_offline_mode(tmp_path: Path) -> None:
     snapshots = [tmp_path / f"home/hub/models--someone--{name}/snapshots/{COMMIT}" for name in ("shards", "config", "whole")]
     for folder in snapshots:
         folder.mkdir(parents=True)
@@ -229,21 +229,22 @@ def test_a_cache_that_is_not_whole_is_told_where_the_hub_is_not_asked(tmp_path: 
     assert process.returncode == 0, err
     for line, name in zip(lines[:4:2], ("shards", "config"), strict=True):
         assert (
-            f"someone/{name}@{COMMIT} is not, or not whole, in the Hub's cache" in line and f"hf download someone/{name}" in line
+            f"someone/{name}@{COMMIT} is missing or incomplete in the Hub's cache" in line
+            and f"hf download someone/{name}" in line
         )
     assert lines[1::2] == ["None", "None", str(snapshots[2])] and lines[4] == str(snapshots[2])
 
 
-def test_a_file_is_missing_on_the_hub_only_where_the_hub_says_so(tmp_path: Path, model: Path) -> None:
+def test_a_file_is_missing_on_the_hub_only_if_the_hub_does_not_list_it(tmp_path: Path, model: Path) -> None:
     program = "import sys; from megatron_vocagno import hub; print(hub.require_unlisted('someone/tiny', sys.argv[1:]))"
     with serving({"someone/tiny": model}) as server:
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
         absent, listed = python(program, "absent.json", **where), python(program, "model.safetensors", **where)
         assert outcome(absent) == ("None", "")
         told = outcome(listed)[1]
-        assert "someone/tiny is not, or not whole, in the Hub's cache" in told and "though it does now" in told
+        assert "someone/tiny is missing or incomplete in the Hub's cache" in told and "although it does now" in told
         offline = python(program, "absent.json", HF_HUB_OFFLINE="1", **where)
-        assert "HubError: someone/tiny is not, or not whole" in outcome(offline)[1]
+        assert "HubError: someone/tiny is missing or incomplete" in outcome(offline)[1]
 
 
 def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_run(tmp_path: Path, model: Path) -> None:
@@ -260,11 +261,11 @@ def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_r
     assert outcome(python(FETCH, name, **where))[0] == folder
 
 
-def test_what_the_hub_refuses_is_told(tmp_path: Path, model: Path) -> None:
+def test_a_refusal_of_the_hub_is_reported(tmp_path: Path, model: Path) -> None:
     with serving({"someone/tiny": model}) as server:
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
         messages = {
-            "someone/nothing": "the Hub has no someone/nothing, or hides it",
+            "someone/nothing": "the Hub has no someone/nothing, or it is private",
             GATED: "someone/gated is gated: accept its terms on the Hub, and set HF_TOKEN",
             "someone/tiny@v2": "someone/tiny has no revision 'v2' on the Hub",
         }

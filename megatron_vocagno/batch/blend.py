@@ -1,10 +1,10 @@
 """Rows of several datasets, mixed in exact shares.
 
-Each dataset keeps its own order and its own epochs; the mixture says whose next row comes. Of the first n rows, the heaviest
-dataset gives floor(n * its share); the next one that part of the rest which is its share of the rest; and so on. So every
-place is a pure function of its number, in whole numbers, and no dataset is ever far from its share: in any window of
-consecutive rows it gives its share of them, give or take less than `1 + 1/1 + 1/2 + ... + 1/(k - 2)` rows for k datasets
-(1 row for two, 2 for three, 3.1 for six).
+Each dataset keeps its own order and its own epochs. The mixture decides which dataset provides each row. Among the first n rows,
+floor(n * share) come from the dataset with the largest share. The next dataset gets its part of the remaining rows by the same
+formula, and so on. The dataset of a row is therefore a pure function of the row's number, computed with integers, and every
+dataset stays close to its share: in any window of consecutive rows, the number of its rows differs from its share by less than
+`1 + 1/1 + 1/2 + ... + 1/(k - 2)` for k datasets (1 row for two datasets, 2 for three, 3.1 for six).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from megatron_vocagno.batch.pack import DocumentSpan, Row
 
 
 class Mixture:
-    """Which dataset gives which row."""
+    """The dataset that each row comes from."""
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """weights: above 0, as they were written: 0.7 is seven tenths."""
+        """weights: above 0. They count as the decimal numbers that they are written as: 0.7 is exactly seven tenths."""
         exact = [Fraction(str(weight)) for weight in weights]
         self.shares = tuple(weight / sum(exact) for weight in exact)
         unit = math.lcm(*(share.denominator for share in self.shares))
-        # heaviest first: the bound above needs it
+        # the largest share first: the bound above requires this order
         self._order = sorted(((d, int(share * unit)) for d, share in enumerate(self.shares)), key=lambda part: -part[1])
         self._unit = unit
 
     def counts(self, rows: int) -> list[int]:
-        """How many of the first `rows` rows are each dataset's.
+        """Number of rows from each dataset among the first `rows` rows.
 
         >>> Mixture([0.7, 0.3]).counts(10), [Mixture([0.7, 0.3]).place(row) for row in range(4)]
         ([7, 3], [(1, 0), (0, 0), (0, 1), (1, 1)])
@@ -44,21 +44,21 @@ class Mixture:
         return counts
 
     def place(self, index: int) -> tuple[int, int]:
-        """The dataset that gives row `index`, and which of its own rows that is."""
+        """The dataset of row `index`, and the row's number within that dataset."""
         before, after = self.counts(index), self.counts(index + 1)
         d = next(d for d, count in enumerate(before) if after[d] > count)
         return d, before[d]
 
     def fingerprint(self, datasets: Sequence[str]) -> str:
-        """Of the mixture of datasets with these fingerprints: equal where all rows are."""
+        """Fingerprint of the mixture of datasets with these fingerprints. Equal fingerprints mean equal rows."""
         return ", ".join(f"{self.shares[d]} of {datasets[d]}" for d, _ in self._order)
 
 
 class BlendedRows:
-    """Rows without end, of one dataset or of several."""
+    """An endless sequence of rows from one or more datasets."""
 
     def __init__(self, parts: Sequence[TrainRows], mixture: Mixture) -> None:
-        """parts: of one row length, one a share."""
+        """parts: one per share of the mixture, all with the same row length."""
         self.parts, self.mixture, self.row_length = parts, mixture, parts[0].row_length
 
     def __getitem__(self, index: int) -> Row:
@@ -66,16 +66,16 @@ class BlendedRows:
         return self.parts[part][own]
 
     def pieces(self, index: int) -> tuple[int, list[DocumentSpan]]:
-        """The dataset that gives row `index`, and what the row holds of it."""
+        """The dataset of row `index`, and the spans of its documents that the row holds."""
         part, own = self.mixture.place(index)
         return part, self.parts[part].pieces(own)
 
     @property
     def tokens_per_row(self) -> float:
-        """Mean number of targets."""
+        """Mean number of targets per row."""
         shares = zip(self.parts, self.mixture.shares, strict=True)
         return sum(part.tokens_per_row * float(share) for part, share in shares)
 
     def epochs(self, rows: int) -> list[float]:
-        """How often each dataset has been read when so many rows are consumed."""
+        """Epochs of each dataset that have been read after `rows` rows."""
         return [n / part.rows_in_epoch for n, part in zip(self.mixture.counts(rows), self.parts, strict=True)]

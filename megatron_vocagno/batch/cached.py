@@ -1,7 +1,7 @@
-"""The teacher's side of rows where its losses are cached: of one teacher as they are, of several as one guide.
+"""The teacher's side of rows, from cached losses: the losses of one teacher, or one guide combined from several teachers.
 
-A cached loss was computed with the whole document before it, so every teacher token has one, wherever a row starts: no target is
-unmapped for lack of context or of room.
+Each cached loss was computed with the document's earlier text as context. Every teacher token therefore has a loss, no matter
+where a row starts: no target is unmapped because the teacher lacks context or room.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ Combine = Literal["min", "mean"]
 
 
 class ScoredDocuments(AlignedDocuments, Protocol):
-    """Aligned documents with a loss for each teacher token."""
+    """Aligned documents with a loss per teacher token."""
 
     @property
     def teacher_byte_lengths(self) -> Int32:
-        """[W] UTF-8 bytes of each teacher token."""
+        """[W] UTF-8 bytes of each token of the teacher's vocabulary."""
         ...
 
-    def teacher_losses(self, document: int, start: int, stop: int) -> Float32: ...
+    def teacher_losses(self, document: int, start: int, stop: int) -> Float32:
+        """[stop - start] nats, of teacher tokens [start, stop) of a document."""
+        ...
 
 
 class CachedLosses:
-    """The losses of one teacher."""
+    """Reads the cached losses of one teacher."""
 
     def __init__(self, dataset: ScoredDocuments) -> None:
         self.dataset = dataset
@@ -51,10 +53,10 @@ class CachedLosses:
         targets = TeacherTargets.of(self.dataset, pieces, skipped)
         losses = [self.dataset.teacher_losses(*piece) for piece in targets.pieces]
         flat = np.concatenate(losses) if losses else np.zeros(0, np.float32)
-        said = self._said(targets, flat)
-        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat, said=(said,))
+        text_losses = (self._text_loss(targets, flat),)
+        return TeacherSide(targets.first, targets.last, targets.starts_document, NO_IDS, NO_IDS, flat, text_losses=text_losses)
 
-    def _said(self, targets: TeacherTargets, losses: Float32) -> TextLoss:
+    def _text_loss(self, targets: TeacherTargets, losses: Float32) -> TextLoss:
         ids = np.concatenate([NO_IDS, *(self.dataset.teacher(*piece) for piece in targets.pieces)])
         lengths = text_bytes(ids, targets.starts_document, self.dataset.teacher_byte_lengths)
         text = lengths > 0
@@ -62,23 +64,24 @@ class CachedLosses:
 
 
 class CombinedGuides:
-    """The guides of several teachers as one: target i is covered by position i alone, which holds its guide.
+    """Combines the guides of several teachers into one. Position i holds the guide of target i and covers only target i.
 
-    Teachers whose losses of it are not all numbers have no say; where none has one, the guide is NaN.
+    For each target, a teacher is left out if one of its losses there is NaN. If that leaves no teacher, the guide is NaN.
     """
 
     def __init__(self, teachers: Sequence[TeacherSource], aggregate: Aggregate, combine: Combine) -> None:
-        """teachers: with losses, of the same documents and student ids."""
+        """teachers: sources with losses, for the same documents and student ids."""
         self.teachers, self.aggregate, self.combine = teachers, aggregate, combine
 
     def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         sides = [teacher.read(pieces) for teacher in self.teachers]
         guide_TN = np.stack([guides(side, self.aggregate) for side in sides])
-        mapped = sides[0].first < sides[0].last  # for all alike: where the student's token has text
+        mapped = sides[0].first < sides[0].last  # the same for all teachers: whether the student's token has text
         first = np.arange(len(mapped), dtype=np.int32)
         starts = np.zeros(len(mapped), np.bool_)
-        said = tuple(of_teacher for side in sides for of_teacher in side.said)
-        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, combined(guide_TN, self.combine), said=said)
+        text_losses = tuple(text_loss for side in sides for text_loss in side.text_losses)
+        guide = combined(guide_TN, self.combine)
+        return TeacherSide(first, first + mapped, starts, NO_IDS, NO_IDS, guide, text_losses=text_losses)
 
 
 def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:
@@ -91,7 +94,8 @@ def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:
     if not mapped.any():
         return guide
     first, last = side.first[mapped], side.last[mapped]
-    # reduceat takes [first, last) from every other pair; a range may end with the losses, and an index may not
+    # reduceat reduces [first, last) at every other index. A range may end at the end of the losses, but an index must be inside
+    # them: hence one more loss.
     bounds = np.stack([first, last], axis=1).ravel()
     losses = np.append(side.losses, np.float32(0)).astype(np.float64)
     reduce = {"max": np.maximum, "min": np.minimum, "sum": np.add, "mean": np.add}[aggregate]
@@ -102,7 +106,7 @@ def guides(side: TeacherSide, aggregate: Aggregate) -> Float32:
 
 
 def combined(guide_TN: Float32, how: Combine) -> Float32:
-    """[T, n] -> [n], over the teachers whose guide is a number; NaN where there is none. A mean is taken in float64."""
+    """[T, n] -> [n]: the minimum or mean over the teachers whose guide is not NaN; NaN if there is none. Means use float64."""
     if how == "min":
         lowest: Float32 = np.fmin.reduce(guide_TN, axis=0)
         return lowest

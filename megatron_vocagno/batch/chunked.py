@@ -1,9 +1,10 @@
-"""A worse alignment, for comparison: both sides of a row cut into n equal chunks, each target covered by its whole chunk.
+"""A worse alignment, for comparison: both sides of a row are cut into n equal chunks, and a target is covered by its whole chunk.
 
-Of the N targets from the first that is mapped to the last, target i belongs to chunk floor(i * n / N); of the U teacher tokens
-that cover them, token j to chunk floor(j * n / U). A target is covered by the teacher tokens [ceil(c * U / n),
-ceil((c + 1) * U / n)) of its chunk c. Where a chunk holds none, as some do for n > U, it is the one at its place,
-floor(c * U / n): so the same targets are mapped for every n, and arms differ in nothing but what covers them.
+Let N be the number of targets from the first mapped one to the last, and U the number of teacher tokens that cover them. Target
+i belongs to chunk c = floor(i * n / N), and teacher token j to chunk floor(j * n / U). A target of chunk c is covered by the
+teacher tokens [ceil(c * U / n), ceil((c + 1) * U / n)). If that range is empty, which happens for n > U, the target is covered
+by the single token floor(c * U / n). The same targets are therefore mapped for every n, and runs with different n differ only in
+the teacher tokens that cover each target.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from megatron_vocagno.batch.pack import DocumentSpan, Int32, Int64, TeacherSide,
 
 
 class Chunked:
-    """Another source's rows, with that alignment."""
+    """The teacher's side of another source, with the chunked alignment."""
 
     def __init__(self, source: TeacherSource, chunks: int) -> None:
         self.source, self.chunks = source, chunks
@@ -29,7 +30,8 @@ class Chunked:
 
 
 def chunk_ranges(first: Int32, last: Int32, teacher_tokens: int, chunks: int) -> tuple[Int32, Int32]:
-    """first, last [n] of targets -> those of their chunks. What is unmapped, or reaches outside of [0, teacher_tokens), stays.
+    """Ranges of targets, first and last [n] -> the ranges of their chunks. A target that is unmapped, or whose range reaches
+    outside [0, teacher_tokens), keeps its range.
 
     >>> first, last = chunk_ranges(np.array([0, 1, 2, 3]), np.array([1, 2, 3, 4]), teacher_tokens=4, chunks=2)
     >>> first.tolist(), last.tolist()
@@ -48,15 +50,15 @@ def chunk_ranges(first: Int32, last: Int32, teacher_tokens: int, chunks: int) ->
 
 
 def overlap(student_ends: Int64, teacher_ends: Int64, first: Int32, last: Int32) -> tuple[float, float]:
-    """How well ranges cover tokens: IoS and IoU, each a mean over the mapped tokens; NaN where none is mapped.
+    """Measures how well ranges cover tokens: IoS and IoU, each a mean over the mapped tokens, or NaN if no token is mapped.
 
-    student_ends, teacher_ends  [N], [M] byte ends in one text, ascending; a token begins where the one before it ends, the first
-                                at byte 0
-    first, last                 [N] teacher positions, half-open; first == last where unmapped
-    returns                     of the bytes of a token and those of its range, the intersection over the token's bytes, and over
-                                the union
+    student_ends, teacher_ends  [N], [M] ends of the tokens of one text, in bytes, ascending. The first token begins at byte 0,
+                                each other token at the end of the token before it
+    first, last                 [N] teacher positions, half-open; first == last if the token is unmapped
+    returns                     the bytes that a token shares with its range, divided by the token's bytes (IoS), and by the bytes
+                                of token and range together (IoU)
 
-    A mapped token must have bytes.
+    A mapped token must have at least one byte.
     """
     mapped = first < last
     student_starts, teacher_starts = (np.concatenate([[0], ends[:-1]]) for ends in (student_ends, teacher_ends))

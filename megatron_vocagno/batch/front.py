@@ -1,10 +1,10 @@
-"""What a model reads in front of text: the ids that its own tokenizer puts there, a BOS in most families.
+"""The prefix of a row: the ids that the model's own tokenizer puts in front of a text. In most families this is one BOS.
 
-    attention over the row   <bos> a4 a5 E b1 b2 E c1 …   one at the head of all that is read, wherever in a document a row starts
-    attention by document    <bos> a4 a5 <bos> b1 b2 …    one before each document: it is read in the place of the EOS before it
-    no such ids               a4 a5 E b1 b2 E c1 …        a document's first token is predicted from the EOS before it
+    attention over the row   <bos> a4 a5 E b1 b2 E c1 …   one prefix at the head of the row, even if it starts inside a document
+    attention by document    <bos> a4 a5 <bos> b1 b2 …    one prefix per document; it replaces the EOS of the document before
+    no prefix                 a4 a5 E b1 b2 E c1 …        a document's first token is predicted from the EOS before it
 
-They have no target and no loss, and spans do not count them.
+Prefix ids have no target and no loss, and spans do not count them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Int32 = npt.NDArray[np.int32]
 
 @dataclass(frozen=True)
 class Front:
-    """ids: what stands at the head; each_document: attention ends at the borders of documents, so each of them has a head.
+    """A prefix. ids: its tokens. each_document: attention stops at document borders, so each document gets the prefix.
 
     >>> bos = Front((1,))
     >>> bos.before(np.array([5, 6]), np.array([False, False]))
@@ -32,17 +32,17 @@ class Front:
     each_document: bool = False
 
     def __post_init__(self) -> None:
-        assert not self.each_document or len(self.ids) <= 1, "there is room for one id before a document"
+        assert not self.each_document or len(self.ids) <= 1, "only one id fits before a document"
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def before(self, inputs: Int32, starts_document: npt.NDArray[np.bool_], opens: bool = False) -> tuple[tuple[int, ...], Int32]:
-        """What is read before the inputs of a row, and the inputs as they are read.
+        """The prefix ids that are read before the inputs of a row, and the inputs as the model reads them.
 
         inputs           [n]
-        starts_document  [n] whether the token that is predicted from an input is the first one of a document
-        opens            the first input is the EOS that stands for "nothing before": the row begins with a document
+        starts_document  [n] whether the target of an input is the first token of a document
+        opens            the row begins with a document, and its first input is an EOS that the prefix replaces
         """
         if not self.ids:
             return (), inputs
@@ -56,4 +56,4 @@ class Front:
 
 NO_FRONT = Front()
 NO_FRONTS = (NO_FRONT, NO_FRONT)
-"""Of a student and of its teacher."""
+"""The prefixes of a student and its teacher."""

@@ -1,9 +1,10 @@
 """Batches as a pure function of (datasets, seed, step, micro-batch, data-parallel rank).
 
-No worker, no state, no look-ahead: the ranks of one pipeline ask for the same batch and get the same bytes, and a resumed
-run needs nothing but the number of rows it has consumed. A global batch is `dp * gas` micro-batches of B rows, micro-batch
-m of data-parallel rank d holding rows [(d * gas + m) * B, …) of it: the same rows make the same micro-batches on any number
-of ranks, and the ranks in their order hold the rows in theirs, so that a ranking over all of them settles ties alike.
+There are no workers, no state and no prefetching. All ranks of one pipeline get the same bytes for the same batch, and a resumed
+run only needs the number of rows that it has consumed. A global batch is `dp * gas` micro-batches of B rows. Micro-batch m of
+data-parallel rank d holds rows [(d * gas + m) * B, (d * gas + m + 1) * B) of the global batch. The same rows therefore form the
+same micro-batches on any number of ranks, and the order of the ranks is the order of the rows, so that a ranking over all ranks
+breaks ties in the same way.
 """
 
 from __future__ import annotations
@@ -22,52 +23,53 @@ from megatron_vocagno.batch.pack import AlignedDocuments, DocumentSpan, Float32,
 from megatron_vocagno.batch.text_losses import TextLoss, summed
 
 IGNORE = -100
-"""Target of a position that is not learned: padding, and in evaluation the ends of documents."""
+"""Target of a position without a loss: padding, and in evaluation the first tokens and the ends of documents."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows. The student's side is padded to [B, S]; the teacher's is ragged, one array a row.
+    """B rows. The student's side is padded to [B, S]. The teacher's side is ragged: one array per row.
 
-    The first `lead` student positions of each row, and the first `teacher_leads[b]` of the teacher's, are read in front of text
-    and have no target.
+    The first `lead` student positions of each row, and the first `teacher_leads[b]` teacher positions of row b, hold the prefix
+    (see front.py) and have no target.
     """
 
     input_BS: Tensor
-    """[B, S] int64, 0 where there is no token."""
+    """[B, S] int64, 0 in the padding."""
     target_BS: Tensor
-    """[B, S] int64, IGNORE where there is no token."""
+    """[B, S] int64, IGNORE in prefix and padding."""
     text_BS: Tensor
     """[B, S] bool, whether the target is text: neither the first token nor the end of a document."""
     first_BS: Tensor
     last_BS: Tensor
-    """[B, S] int32, positions among the row's teacher targets, half-open; first == last where unmapped."""
+    """[B, S] int32, positions among the row's teacher targets, half-open; first == last if the target is unmapped."""
     segment_BS: Tensor
-    """[B, S] int32, which of the row's documents a position belongs to: that of its target, so that the token that ends one
-    document is the first input of the next. Ascending from 0; padding belongs to the last document.
+    """[B, S] int32, number of the document that a position belongs to, ascending from 0 in each row. A position belongs to the
+    document of its target, so the token that ends one document is the first input of the next one. Padding belongs to the last
+    document.
     """
     lead: int
     teacher_inputs: tuple[Int32, ...]
-    """B arrays of lead + u token ids each; without any where the losses are cached."""
+    """B arrays of lead + u token ids each; empty arrays if the losses are cached."""
     teacher_targets: tuple[Int32, ...]
-    """B arrays of u token ids: what the spans count."""
+    """B arrays of u token ids each: the tokens that first_BS and last_BS count. The arrays are empty if the losses are cached."""
     teacher_segments: tuple[Int32, ...]
     """B arrays [lead + u], as segment_BS."""
     teacher_leads: tuple[int, ...]
     teacher_losses: tuple[Float32, ...] | None
-    """B arrays [u], nats, where they are cached."""
-    said: tuple[TextLoss, ...]
-    """What each teacher whose losses are cached said of the rows' text."""
+    """B arrays [u], nats, if they are cached; else None."""
+    teacher_text_losses: tuple[TextLoss, ...]
+    """The losses of each teacher over the text of the rows. Empty if the losses are not cached."""
     mapping_counts: tuple[int, ...]
-    """How many targets have each `MappingStatus`."""
+    """Number of targets with each `MappingStatus`."""
     row_mapped: tuple[int, ...]
     row_unmapped: tuple[int, ...]
-    """How many targets of each row are mapped, and how many are not."""
+    """Number of mapped and of unmapped targets in each row."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a global batch is dealt: B rows a micro-batch, so many micro-batches a step, on so many data-parallel ranks."""
+    """How a global batch is distributed: rows per micro-batch, micro-batches per step and rank, and data-parallel ranks."""
 
     micro_batch_rows: int
     micro_batches: int
@@ -75,17 +77,17 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Rows of a step, over all ranks."""
+        """Rows per step, over all ranks."""
         return self.micro_batch_rows * self.micro_batches * self.data_parallel
 
     def offsets(self, micro: int, rank: int) -> range:
-        """The rows of a global batch that micro-batch `micro` of data-parallel rank `rank` holds."""
+        """The rows of a global batch that form micro-batch `micro` of data-parallel rank `rank`."""
         start = (rank * self.micro_batches + micro) * self.micro_batch_rows
         return range(start, start + self.micro_batch_rows)
 
 
 class TrainRows:
-    """Rows without end: epoch after epoch, each with its own order of documents and of rows."""
+    """An endless sequence of rows. Each epoch has its own order of documents and rows."""
 
     def __init__(
         self,
@@ -95,21 +97,21 @@ class TrainRows:
         teacher: TeacherSource | None = None,
         front: Front = NO_FRONT,
     ) -> None:
-        """row_length, teacher and front: see Rows. Raises ValueError: no row in the dataset, or rows too short."""
+        """row_length, teacher and front: see Rows. Raises ValueError: the dataset gives no row, or the rows are too short."""
         self.dataset, self.row_length, self.seed, self.teacher, self.front = dataset, row_length, seed, teacher, front
-        # two epochs: a batch may reach over the border; an order of 6 M documents takes about a second and 100 MB
+        # two epochs, because a batch may span two; an order of 6 M documents takes about a second and 100 MB
         self._epoch = lru_cache(maxsize=2)(self._open_epoch)
         if not len(self._epoch(0)[0]):
             raise ValueError("the dataset holds fewer than two tokens: nothing to learn from")
 
     @property
     def rows_in_epoch(self) -> int:
-        """The same in every epoch: it depends on the number of tokens alone."""
+        """Rows per epoch. All epochs have the same number, because it depends only on the number of tokens."""
         return len(self._epoch(0)[0])
 
     @property
     def tokens_per_row(self) -> float:
-        """Mean number of targets."""
+        """Mean number of targets per row."""
         return (int(self.dataset.student_lengths.sum()) - 1) / self.rows_in_epoch
 
     def __getitem__(self, index: int) -> Row:
@@ -117,7 +119,7 @@ class TrainRows:
         return rows[k]
 
     def pieces(self, index: int) -> list[DocumentSpan]:
-        """What row `index` holds."""
+        """The spans of documents that row `index` holds."""
         rows, k = self._row(index)
         return rows.pieces(k)
 
@@ -133,7 +135,7 @@ class TrainRows:
         return rows, random.permutation(np.arange(len(rows), dtype=np.int32))
 
     def _source(self, epoch: int) -> TeacherSource | None:
-        """The teacher's side of an epoch's rows."""
+        """The source of the teacher's side of the rows of an epoch."""
         return self.teacher
 
 
@@ -142,7 +144,7 @@ class EndlessRows(Protocol):
 
     @property
     def row_length(self) -> int:
-        """Student positions, S."""
+        """Student positions per row, S."""
         ...
 
     def __getitem__(self, index: int) -> Row: ...
@@ -155,7 +157,7 @@ class Batches:
         self.rows, self.layout, self.rank = rows, layout, rank
 
     def step(self, rows_done: int) -> list[Batch]:
-        """The micro-batches that follow so many consumed rows."""
+        """The micro-batches of the step that begins after `rows_done` consumed rows."""
         return [
             collate([self.rows[rows_done + offset] for offset in self.layout.offsets(micro, self.rank)], self.rows.row_length)
             for micro in range(self.layout.micro_batches)
@@ -164,12 +166,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class TextBatches:
-    """Micro-batches whose targets are text alone."""
+    """Micro-batches in which only text has targets."""
 
     batches: tuple[Batch, ...]
     tokens: int
     text_bytes: int
-    """Targets of these batches, and their UTF-8 bytes."""
+    """Number of targets in these batches, and of their UTF-8 bytes."""
 
 
 def evaluation_batches(
@@ -181,10 +183,11 @@ def evaluation_batches(
     limit: int | None,
     front: Front = NO_FRONT,
 ) -> Iterator[TextBatches]:
-    """The rows in file order, `limit` at most, as steps of one data-parallel rank; missing rows of the last step are empty.
+    """The rows in file order, at most `limit`, as steps of one data-parallel rank. The last step is filled with empty rows.
 
-    byte_lengths [V]: UTF-8 bytes of each student token. Ends of documents are not scored, they are no text; nor are the first
-    tokens of documents: nothing before them speaks of them, and a dummy prefix makes their number of bytes depend on the text.
+    byte_lengths  [V] UTF-8 bytes of each token of the student's vocabulary
+
+    The ends and the first tokens of documents are not scored, see text_losses.py.
     """
     rows = Rows(dataset, np.arange(len(dataset.student_lengths), dtype=np.int32), row_length, front=front)
     count = len(rows) if limit is None else min(limit, len(rows))
@@ -201,7 +204,7 @@ def evaluation_batches(
 
 
 def collate(rows: list[Row], row_length: int) -> Batch:
-    """Pad rows to [B, S]."""
+    """Combine rows into one batch, padded to [B, S]. row_length: S."""
     shape = (len(rows), row_length)
     inputs, targets, text = np.zeros(shape, np.int64), np.full(shape, IGNORE, np.int64), np.zeros(shape, np.bool_)
     first, last, begins = np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32)
@@ -226,7 +229,7 @@ def collate(rows: list[Row], row_length: int) -> Batch:
         teacher_segments=tuple(_teacher_segments(row) for row in rows),
         teacher_leads=tuple(len(row.teacher_lead_ids) for row in rows),
         teacher_losses=_all_or_none([row.teacher_losses for row in rows]),
-        said=summed(row.said for row in rows),
+        teacher_text_losses=summed(row.teacher_text_losses for row in rows),
         mapping_counts=tuple(counts.tolist()),
         row_mapped=tuple(mapped),
         row_unmapped=tuple(len(row.mapping) - count for row, count in zip(rows, mapped, strict=True)),
@@ -234,7 +237,7 @@ def collate(rows: list[Row], row_length: int) -> Batch:
 
 
 def _teacher_segments(row: Row) -> Int32:
-    """[lead + u]"""
+    """[lead + u] int32, as Batch.segment_BS."""
     begins = np.concatenate([np.zeros(len(row.teacher_lead_ids), np.bool_), row.teacher_starts_document])
     segments: Int32 = begins.cumsum(dtype=np.int32)
     return segments
@@ -242,19 +245,19 @@ def _teacher_segments(row: Row) -> Int32:
 
 def _all_or_none(losses: list[Float32 | None]) -> tuple[Float32, ...] | None:
     known = tuple(row for row in losses if row is not None)
-    assert len(known) in (0, len(losses)), "the rows of a batch have one kind of teacher"
+    assert len(known) in (0, len(losses)), "some rows of the batch have cached losses, others do not"
     return known or None
 
 
-_NOTHING = np.zeros(0, np.int32)
+_NO_TOKENS = np.zeros(0, np.int32)
 EMPTY_ROW = Row(
-    input_ids=_NOTHING,
-    target_ids=_NOTHING,
+    input_ids=_NO_TOKENS,
+    target_ids=_NO_TOKENS,
     starts_document=np.zeros(0, np.bool_),
-    first=_NOTHING,
-    last=_NOTHING,
+    first=_NO_TOKENS,
+    last=_NO_TOKENS,
     mapping=np.zeros(0, np.uint8),
-    teacher_input_ids=_NOTHING,
-    teacher_target_ids=_NOTHING,
+    teacher_input_ids=_NO_TOKENS,
+    teacher_target_ids=_NO_TOKENS,
     teacher_starts_document=np.zeros(0, np.bool_),
 )

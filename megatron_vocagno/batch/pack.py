@@ -1,16 +1,16 @@
-"""Rows: documents in one order, laid end to end, and cut where both token streams have a boundary.
+"""Rows: documents concatenated in one order, and cut at positions where both token streams have a boundary.
 
     documents   d3 ......E d0 ....................E d7 ...E      E: end of document, one token on either side
     row k       starts at the last common byte boundary at or before student position k * stride
 
-A row holds n input tokens and n targets, shifted by one: target i is the student token after input i, so the last target
-is the first token of the next row, and no target is learned twice in an epoch. The teacher's part is the contiguous slice
-of its own stream from the token that holds the row's first byte to the last token that a target needs, shifted by one in
-the same way; where the row starts with a document, it reads what it reads before every other document, EOS. `first` and `last`
-say which of the teacher's *targets* cover the text of each student *target*. What a model's tokenizer puts in front of a text
-(`front.py`) is read before all that; it takes positions of the row, and no target.
+A row holds n input tokens and n targets, shifted by one: target i is the student token after input i. The last target of a row
+is the first token of the next row, so no target is learned twice in an epoch. The teacher's side is the contiguous slice of the
+teacher's own stream from the token that holds the row's first byte to the last token that a target needs, shifted by one in the
+same way. If the row starts with a document, the teacher reads EOS before it, as before every other document. `first` and `last`
+are the range of the teacher's *targets* that covers the text of each student *target*. A prefix (`front.py`) is read before the
+inputs. Its ids use positions of the row, and have no target.
 
-Everything here is a pure function of (dataset, order, k): nothing is read ahead, nothing is remembered.
+All functions here are pure functions of (dataset, order, k): nothing is prefetched or cached.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ Float32 = npt.NDArray[np.float32]
 UInt8 = npt.NDArray[np.uint8]
 
 SLACK = 8
-"""Student positions that a row keeps free, so that backing up its start to a common boundary never overfills it.
+"""Student positions that a row keeps free, so that it still fits after its start moves back to a common boundary.
 
-Common boundaries lie close together: for Llama-2 tokens against five teachers the start backs up by 0.2 to 0.3 tokens on
-average, by 3 at most on English, mathematics and code and by 7 on right-to-left text. Where none lies within the slack
-the row is cut inside a teacher token, and the tokens that need it are unmapped and counted, so that nothing breaks.
+Common boundaries are close together: for Llama-2 tokens against five teachers, the start moves back by 0.2 to 0.3 tokens on
+average, by at most 3 on English, mathematics and code, and by at most 7 on right-to-left text. If no boundary is within the
+slack, the row is cut inside a teacher token, and the targets that need this token are unmapped and counted.
 """
 
 
 class MappingStatus(IntEnum):
-    """Why a student target has a guide, or has none."""
+    """Whether a student target is mapped to teacher tokens, and the reason if it is not."""
 
     MAPPED = 0
     END_OF_DOCUMENT = 1
-    """The token that ends a document: text for neither model."""
+    """The target is the token that ends a document, which is not text for either model."""
     NO_TEXT = 2
-    """A token without bytes of its own, such as a lone dummy prefix."""
+    """The target has no bytes, for example a separate dummy-prefix token."""
     NO_CONTEXT = 3
-    """Needs the teacher's first token in a row that starts inside of a document: the teacher predicts it from nothing."""
+    """The target needs the first teacher token of a row that starts inside a document. The teacher has no context for that token,
+    so it has no loss."""
     BEYOND_TEACHER = 4
-    """Needs teacher tokens past the teacher's longest row."""
+    """The target needs teacher tokens beyond the longest row that the teacher reads."""
 
 
 class Spans(Protocol):
@@ -64,7 +65,7 @@ class Spans(Protocol):
 
 
 class AlignedDocuments(Protocol):
-    """What rows need of a dataset. Lengths count the token that ends a document."""
+    """The part of a dataset's interface that rows use. Lengths include the token that ends a document."""
 
     @property
     def student_lengths(self) -> Int32: ...
@@ -86,16 +87,16 @@ class DocumentSpan(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The student's tokens of the documents in one order; positions count from its beginning."""
+    """The student's tokens of the documents in one order. Positions count from the start of the stream."""
 
     order: Int32
     """[D] documents."""
     starts: Int64
-    """[D + 1] the position where each document of the order starts, and the stream's length."""
+    """[D + 1] the position at which each document of the order starts, then the stream's length."""
 
     @classmethod
     def of(cls, order: Int32, lengths: Int32) -> TokenStream:
-        """lengths: tokens of every document of the dataset.
+        """order: documents. lengths: tokens of every document of the dataset.
 
         >>> stream = TokenStream.of(np.array([2, 0]), np.array([4, 9, 3]))
         >>> len(stream), stream.place(2), stream.place(3)
@@ -109,14 +110,14 @@ class TokenStream:
         return int(self.starts[-1])
 
     def place(self, position: int) -> tuple[int, int]:
-        """The slot in the order, and the token within its document, at a position."""
+        """The index in the order of the document at a position, and the index of the token within that document."""
         slot = int(np.searchsorted(self.starts, position, side="right")) - 1
         return slot, position - int(self.starts[slot])
 
 
 @dataclass(frozen=True)
 class Row:
-    """n student positions and u teacher positions of the same text. Arrays are not padded."""
+    """n student positions and u teacher positions of the same text, without padding."""
 
     input_ids: Int32
     """[n]"""
@@ -126,31 +127,31 @@ class Row:
     """[n] whether the target is the first token of a document."""
     first: Int32
     last: Int32
-    """[n] which of the teacher's targets cover each student target, half-open; first == last where it is unmapped."""
+    """[n] the range of the teacher's targets that covers each student target, half-open; first == last if it is unmapped."""
     mapping: UInt8
     """[n] a `MappingStatus` for each target."""
     teacher_input_ids: Int32
     teacher_target_ids: Int32
-    """[u] the teacher's loss of target j comes from the logits at input j."""
+    """[u] the logits at input j give the teacher's loss of target j."""
     teacher_starts_document: npt.NDArray[np.bool_]
     """[u] whether the teacher's target is the first token of a document."""
     teacher_losses: Float32 | None = None
-    """[u] nats, where they are cached; then there are no teacher ids in the row."""
+    """[u] nats, if they are cached; then the row has no teacher ids. Else None."""
     lead_ids: tuple[int, ...] = ()
     teacher_lead_ids: tuple[int, ...] = ()
-    """What is read before the inputs, in front of text; most often a BOS, or nothing."""
-    said: tuple[TextLoss, ...] = ()
-    """What each teacher whose losses are cached said of the row's text."""
+    """The prefix that is read before the inputs; usually a BOS, or empty."""
+    teacher_text_losses: tuple[TextLoss, ...] = ()
+    """The losses of each teacher over the text of the row. Empty if the losses are not cached."""
 
     @property
     def is_text(self) -> npt.NDArray[np.bool_]:
-        """[n] targets inside a document's text: neither its first token nor its end."""
+        """[n] whether a target is text: neither the first token nor the end of a document."""
         text: npt.NDArray[np.bool_] = (self.mapping != MappingStatus.END_OF_DOCUMENT) & ~self.starts_document
         return text
 
 
 class Rows:
-    """All rows of the documents in one order. `len(rows)`, `rows[k]`; documents of one token in all give none.
+    """All rows of the documents in one order: `len(rows)`, `rows[k]`. There are no rows if the documents have one token in total.
 
     >>> from megatron_vocagno.corpus import AlignedDataset
     >>> rows = Rows(AlignedDataset.open("data/mine"), np.array([1, 0]), row_length=32)
@@ -171,14 +172,17 @@ class Rows:
         teacher: TeacherSource | None = None,
         front: Front = NO_FRONT,
     ) -> None:
-        """order [D]: documents of the dataset, each once; teacher: by default ids to be scored, no limit, nothing in front.
-        front: of the student.
+        """
+        order       [D] documents of the dataset, each once
+        row_length  student positions per row, S, prefix included
+        teacher     source of the teacher's side; by default all teacher ids, without a limit and without a prefix
+        front       prefix of the student
 
-        Raises ValueError: a row_length S of 2 * SLACK or less beside what is in front, as each row must end after it starts.
+        Raises ValueError: row_length is at most 2 * SLACK + len(front), so that a row could end before it starts.
         """
         self.stride = row_length - SLACK - len(front)
         if self.stride <= SLACK:
-            raise ValueError(f"rows of {row_length} student positions are too short: {2 * SLACK + len(front) + 1} at least")
+            raise ValueError(f"rows of {row_length} student positions are too short: at least {2 * SLACK + len(front) + 1}")
         self.dataset = dataset
         self.row_length = row_length
         self.front = front
@@ -187,16 +191,16 @@ class Rows:
         self.student = TokenStream.of(order, self.student_lengths)
 
     def __len__(self) -> int:
-        """The last row may be short; its last target is the last token of the last document."""
+        """Number of rows. The last row may be short: its last target is the last token of the last document."""
         return max(0, -(-(len(self.student) - 1) // self.stride))
 
     def start(self, k: int) -> int:
-        """Student position where row k starts."""
+        """Student position at which row k starts."""
         slot, token = self._place(k)
         return int(self.student.starts[slot]) + token
 
     def pieces(self, k: int) -> list[DocumentSpan]:
-        """Row k's inputs and its last target, as pieces of documents."""
+        """The spans of documents that hold row k's inputs and its last target."""
         (slot, token), (last_slot, last_token) = self._place(k), self._place(k + 1)
         documents = self.student.order[slot : last_slot + 1].tolist()
         starts = [token] + [0] * (len(documents) - 1)
@@ -204,7 +208,7 @@ class Rows:
         return [DocumentSpan(*piece) for piece in zip(documents, starts, stops, strict=True)]
 
     def __getitem__(self, k: int) -> Row:
-        """Reads row k of the files. Raises IndexError."""
+        """Read row k from the dataset. Raises IndexError: there is no row k."""
         if not 0 <= k < len(self):
             raise IndexError(f"row {k} of {len(self)}")
         pieces = self.pieces(k)
@@ -218,7 +222,7 @@ class Rows:
         teacher = self.teacher.read(pieces)
 
         first, last, mapping = teacher.first, teacher.last, np.zeros(len(teacher.first), np.uint8)
-        # where several reasons hold, the last one is told
+        # if several reasons apply, the last one here is recorded
         mapping[last > len(teacher.starts_document)] = MappingStatus.BEYOND_TEACHER
         mapping[first < 0] = MappingStatus.NO_CONTEXT
         mapping[first == last] = MappingStatus.NO_TEXT
@@ -239,11 +243,13 @@ class Rows:
             teacher_losses=teacher.losses,
             lead_ids=lead,
             teacher_lead_ids=teacher.lead_ids,
-            said=teacher.said,
+            teacher_text_losses=teacher.text_losses,
         )
 
     def _place(self, k: int) -> tuple[int, int]:
-        """Slot and token where row k starts; that of the last token for the row after the last."""
+        """The document's index in the order, and the token in it, at which row k starts. For the row after the last one: the
+        last token of the stream.
+        """
         if k >= len(self):
             return self.student.place(len(self.student) - 1)
         slot, token = self.student.place(k * self.stride)
@@ -256,48 +262,48 @@ class Rows:
 # ---- the teacher's side of a row
 
 NO_IDS = np.zeros(0, np.int32)
-"""Of a teacher whose losses are known."""
+"""The ids of a teacher with cached losses, which is not run."""
 
 
 @dataclass(frozen=True)
 class TeacherSide:
-    """u teacher positions, and where the n targets of a row lie among them."""
+    """u teacher positions, and the range of them that covers each of the n targets of a row."""
 
     first: Int32
     last: Int32
-    """[n] half-open; first is below 0, and last above u, where the row lacks what covers a target."""
+    """[n] half-open. first is below 0, or last above u, if the row lacks a teacher token that covers a target."""
     starts_document: npt.NDArray[np.bool_]
-    """[u]"""
+    """[u] whether the teacher's target is the first token of a document."""
     input_ids: Int32
     target_ids: Int32
-    """[u], or [0] where the losses are known."""
+    """[u], or [0] if the losses are cached."""
     losses: Float32 | None = None
-    """[u]"""
+    """[u] nats, if they are cached."""
     lead_ids: tuple[int, ...] = ()
-    """What is read before the inputs."""
-    said: tuple[TextLoss, ...] = ()
-    """What each teacher whose losses are known said of the text."""
+    """The prefix that is read before the inputs."""
+    text_losses: tuple[TextLoss, ...] = ()
+    """The losses of each teacher over the text. Empty if the losses are not cached."""
 
 
 class TeacherSource(Protocol):
-    """What reads the teacher's side of rows."""
+    """A source of the teacher's side of rows."""
 
     def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
-        """pieces: the row's inputs and its last target."""
+        """pieces: the spans of documents that hold the row's inputs and its last target."""
         ...
 
 
 class TeacherIds:
-    """Ids that a teacher has still to score."""
+    """The teacher's token ids, for a teacher that is run on each row."""
 
     def __init__(self, dataset: AlignedDocuments, limit: int | None = None, front: Front = NO_FRONT) -> None:
-        """limit: most positions that the teacher reads, those in front among them."""
+        """limit: most positions that the teacher reads, prefix included. front: the teacher's prefix."""
         self.dataset, self.front = dataset, front
         self.limit = None if limit is None else limit - len(front)
 
     def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         document, start, _ = pieces[0]
-        # inside of a document, its first token in the row has nothing before it, and is only read
+        # if the row starts inside a document, its first teacher token has no context here: it is an input, not a target
         skipped = int(self.dataset.spans(document, start, start + 1).first[0]) + 1 if start else 0
         targets = TeacherTargets.of(self.dataset, pieces, skipped, self.limit)
         before = (skipped or int(self.dataset.teacher_lengths[document])) - 1
@@ -310,21 +316,25 @@ class TeacherIds:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The teacher's stream from its first target in a row to the last one that the row needs."""
+    """The teacher's targets of a row: its stream from the first target to the last one that the row needs."""
 
     first: Int32
     last: Int32
     starts_document: npt.NDArray[np.bool_]
     """As in TeacherSide."""
     pieces: list[DocumentSpan]
-    """Its tokens."""
+    """The spans of the targets, in teacher tokens."""
 
     @classmethod
     def of(cls, dataset: AlignedDocuments, pieces: list[DocumentSpan], skipped: int, limit: int | None = None) -> TeacherTargets:
-        """skipped: teacher tokens of the first document that come before; limit: most targets."""
+        """
+        pieces   spans of the row, in student tokens
+        skipped  teacher tokens of the first document that come before the first target
+        limit    most targets
+        """
         spans = [dataset.spans(*piece) for piece in pieces]
         lengths = [int(dataset.teacher_lengths[piece.document]) for piece in pieces]
-        # where each document starts among the targets
+        # the position of each document's first token among the targets
         bases = list(itertools.accumulate(lengths[:-1], initial=-skipped))
         first = np.concatenate([part.first + base for part, base in zip(spans, bases, strict=True)])[1:]
         last = np.concatenate([part.last + base for part, base in zip(spans, bases, strict=True)])[1:]

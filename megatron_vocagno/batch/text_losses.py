@@ -1,7 +1,7 @@
-"""What a model's losses say of text: sums that add up over rows, micro-batches and ranks, divided once.
+"""A model's losses over text: sums that are added over rows, micro-batches and ranks, and divided once at the end.
 
-Ends of documents are not in them, as they are no text; nor are the first tokens of documents: nothing before them speaks of them,
-and a dummy prefix makes their number of bytes depend on the text.
+The sums leave out the tokens that end documents, because these are not text. They also leave out the first tokens of documents:
+these are predicted without any context, and a tokenizer that adds a dummy prefix makes their number of bytes depend on the text.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ import numpy.typing as npt
 
 
 class TextLoss(NamedTuple):
-    """The losses of one model's tokens of text."""
+    """The summed losses of one model over tokens of text."""
 
     nats: float
-    """Their sum; NaN or infinite where one of them is."""
+    """Sum of the losses. NaN or infinite if one of the losses is."""
     tokens: int
     text_bytes: int
     """UTF-8 bytes of these tokens."""
 
     @property
     def per_token(self) -> float:
-        """Nats a token. NaN without tokens."""
+        """Nats per token. NaN without tokens."""
         return self.nats / self.tokens if self.tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """NaN without bytes."""
+        """Bits per UTF-8 byte. NaN without bytes."""
         return self.nats / math.log(2) / self.text_bytes if self.text_bytes else math.nan
 
 
 class BatchTextLosses(NamedTuple):
-    """What the losses of both models said of the same text."""
+    """The losses of the student and its teachers over the same text."""
 
     student: TextLoss
     teachers: tuple[TextLoss, ...]
-    """None where no teacher was asked."""
+    """Empty if no teacher was used."""
 
 
 def teacher_names(count: int) -> list[str]:
-    """How numbers name the teachers of a run.
+    """The names of `count` teachers in logs and metrics.
 
     >>> teacher_names(1), teacher_names(2)
     (['teacher'], ['teacher_1', 'teacher_2'])
@@ -52,18 +52,19 @@ def teacher_names(count: int) -> list[str]:
 
 
 def summed(rows: Iterable[tuple[TextLoss, ...]]) -> tuple[TextLoss, ...]:
-    """For each teacher the sum over rows; rows in which none has spoken are left out."""
-    spoken = [row for row in rows if row]
-    return tuple(TextLoss(*map(sum, zip(*of_teacher, strict=True))) for of_teacher in zip(*spoken, strict=True))
+    """The sum over rows for each teacher. Rows without losses are left out."""
+    scored = [row for row in rows if row]
+    return tuple(TextLoss(*map(sum, zip(*of_teacher, strict=True))) for of_teacher in zip(*scored, strict=True))
 
 
 def text_bytes(
     ids: npt.NDArray[np.int32], starts_document: npt.NDArray[np.bool_], byte_lengths: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.int32]:
-    """[n] UTF-8 bytes of each target, 0 for what is no text here: ends and first tokens of documents.
+    """[n] UTF-8 bytes of each target; 0 for the ends and the first tokens of documents, which do not count as text here.
 
-    ids           [n]
-    byte_lengths  [V]; 0 for the token that ends a document
+    ids              [n]
+    starts_document  [n]
+    byte_lengths     [V] bytes of each token of the vocabulary; 0 for the token that ends a document
     """
     lengths: npt.NDArray[np.int32] = np.where(starts_document, np.int32(0), byte_lengths[ids])
     return lengths

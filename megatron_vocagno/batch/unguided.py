@@ -1,8 +1,10 @@
-"""The guide of baselines that select without a teacher: target i is covered by position i alone, as where several teachers are
-combined, wherever a cached teacher would have a loss of it. So they choose among the very tokens that a guided run chooses among.
+"""Guides for baselines that select tokens without a teacher.
 
-    student   g = 0, so that the excess is the student's own loss
-    random    g = -u, u uniform on (0, 1]: the student's loss is not asked, and the excess is u
+    student   g = 0, so the excess is the student's own loss
+    random    g = -u with u uniform on (0, 1]; the excess is u, and the student's loss is not used
+
+Position i holds the guide of target i and covers only target i. A target has a guide if a teacher with cached losses would have
+one for it. The baselines therefore select from the same tokens as a guided run.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from megatron_vocagno.batch.loader import TrainRows
 from megatron_vocagno.batch.pack import NO_IDS, AlignedDocuments, DocumentSpan, Float32, TeacherSide
 
 
-class NoGuide:
-    """Zero wherever the student's token has text."""
+class ZeroGuide:
+    """A guide of zero for every student token that has text."""
 
     def __init__(self, dataset: AlignedDocuments) -> None:
         self.dataset = dataset
@@ -31,11 +33,13 @@ class NoGuide:
         return np.zeros(targets, np.float32)
 
 
-class RandomGuide(NoGuide):
-    """Drawn by the seed, the epoch and where in the dataset a row starts: the same in every layout, and in a resumed run."""
+class RandomGuide(ZeroGuide):
+    """A random guide. It depends only on the seed, the epoch and the place in the dataset where a row starts. It is therefore the
+    same in every parallel layout and in a resumed run.
+    """
 
     def __init__(self, dataset: AlignedDocuments, seed: int, part: int, epoch: int = 0) -> None:
-        """part: which dataset of a blend."""
+        """part: number of the dataset in its blend."""
         super().__init__(dataset)
         self.seed, self.part, self.epoch = seed, part, epoch
 
@@ -46,7 +50,7 @@ class RandomGuide(NoGuide):
 
 
 class RandomRows(TrainRows):
-    """Rows whose guides are drawn anew in every epoch."""
+    """Rows with random guides that differ between epochs."""
 
     def __init__(self, dataset: AlignedDocuments, row_length: int, seed: int, part: int, front: Front = NO_FRONT) -> None:
         self.part = part

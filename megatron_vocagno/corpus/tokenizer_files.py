@@ -36,7 +36,7 @@ def find_file(path_or_id: str | Path) -> Path:
         what = "a folder without tokenizer.json or tokenizer.model"
     else:
         # a Path is never asked of the Hub
-        what = "no such file or folder" + (f". {hub.taken_for_path(path_or_id)}" if isinstance(path_or_id, str) else "")
+        what = "no such file or folder" + (f". {hub.why_path(path_or_id)}" if isinstance(path_or_id, str) else "")
         what += looked_for(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 

@@ -18,7 +18,7 @@ from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
-from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
+from megatron_vocagno.batch.unguided import RandomGuide, RandomRows, ZeroGuide
 from megatron_vocagno.config import Guidance, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import describe_front, front_of
@@ -66,7 +66,7 @@ def _sources(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | 
     if guidance.objective == "random":
         return [RandomGuide(data, run.training.seed, part) for part, data in enumerate(datasets)]
     if guidance.objective == "student":
-        return [NoGuide(data) for data in datasets]
+        return [ZeroGuide(data) for data in datasets]
     if not is_cached(run):
         return [_aligned(TeacherIds(data, teacher_limit, front), guidance) for data in datasets]
     scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]

@@ -45,13 +45,12 @@ from megatron_vocagno.engine.manifest import (
     inspect,
     outdated,
     read_manifest,
-    sha256,
     step_folder,
 )
 from megatron_vocagno.engine.settings import DeepSpeedConfig, precision, zero_stage
 from megatron_vocagno.engine.state import EngineState
 from megatron_vocagno.errors import RunError, SharedError
-from megatron_vocagno.files import make_folder, remove_leftovers, sync, write_durably
+from megatron_vocagno.files import make_folder, remove_leftovers, sha256, sync, write_durably
 from megatron_vocagno.model.folder import carry_over, on_this_machine
 from megatron_vocagno.run_file import with_current_names
 

@@ -16,7 +16,6 @@ A checkpoint without a manifest, or with a file that differs from it, is not one
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_vocagno.errors import OtherVersion, RunError
+from megatron_vocagno.files import sha256
 
 VERSION = 2
 FOLDER = "checkpoints"
@@ -261,8 +261,3 @@ def step_of(folder: Path) -> int | None:
     digits = folder.name.removeprefix("step-")
     named = digits.isascii() and digits.isdigit() and folder.name == step_folder(folder.parent, int(digits)).name
     return int(digits) if named else None
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

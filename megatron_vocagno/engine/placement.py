@@ -17,7 +17,7 @@ from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedSco
 from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model import teacher as model
 from megatron_vocagno.model.quantised import Quantization
-from megatron_vocagno.model.teacher import Found, Teacher, find_teacher, open_teacher, teacher_folder
+from megatron_vocagno.model.teacher import Teacher, TeacherFolder, find_teacher, open_teacher, teacher_folder
 
 PRECISIONS = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}, torch.float32: {}}
 
@@ -89,7 +89,7 @@ class ShardedTeacher:
         self.parameters_count = teacher.parameters_count
 
 
-def open_sharded(found: Found, quantization: Quantization) -> ShardedTeacher:
+def open_sharded(found: TeacherFolder, quantization: Quantization) -> ShardedTeacher:
     """A teacher, sharded over the world with ZeRO-3 while it loads: the first rank reads, each rank keeps its part.
 
     Collective over the world. Build it before the student's engine: DeepSpeed keeps one process-wide record of the ranks that

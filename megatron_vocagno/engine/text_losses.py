@@ -29,7 +29,7 @@ class TextLossMeter:
         """
         targets = [batch.target_BS[batch.text_BS].numpy() for batch in batches]
         counts = [sum(map(len, targets)), sum(int(self.student_bytes[ids].sum()) for ids in targets)]
-        said = () if teacher_losses is None else summed(batch.said for batch in batches)
+        said = () if teacher_losses is None else summed(batch.teacher_text_losses for batch in batches)
         sums_N = torch.tensor([*counts, *(number for teacher in said for number in teacher)], dtype=torch.float64)
         sums_N = sums_N.to(self.device)
         if teacher_losses is not None and not said:

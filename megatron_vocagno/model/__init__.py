@@ -1,18 +1,18 @@
-"""BATCH -> LOSSES: Hugging Face causal language models as this project uses them. Knows no engine.
+"""BATCH -> LOSSES: the Hugging Face causal language models of this project. Does not depend on an engine.
 
-    folder.py         a Hugging Face folder: found, its tensors read lazily, written
-    headers.py        what its safetensors hold, and where: index and headers, checked
-    weights.py        whether its weights are those of its configuration
-    attention.py      what a token sees: its row, or its document's part of it; which code computes that
-    configuration.py  the student's: from a folder or from keys
-    student.py        the model that learns: a flat list of pipeline layers with Hugging Face names, or one module
-    proof.py          whether losses are those of the model's own logits
-    teacher.py        the frozen model: token ids -> one loss per token, no logits kept
-    fingerprint.py    which teacher it was
+    folder.py         finds a Hugging Face folder, reads its tensors lazily, writes one
+    headers.py        reads and checks the index and the headers of its safetensors
+    weights.py        checks that its weights match its configuration
+    attention.py      attention over the row or by document, and the implementation that computes it
+    configuration.py  the student's configuration, from a folder or from keys
+    student.py        the student: a flat list of pipeline layers with Hugging Face names, or one module
+    proof.py          checks that losses match the model's own logits
+    teacher.py        the frozen teacher: token ids -> one loss per token, no logits kept
+    fingerprint.py    a hash that identifies a teacher
     quantised.py      the teacher's matrices in 8 bits
-    gguf.py           a GGUF file -> a Hugging Face folder, once
-    gguf_keys.py      what the file says of its model -> the configuration
+    gguf.py           converts a GGUF file to a Hugging Face folder, once
+    gguf_keys.py      converts the keys of a GGUF file to a configuration
 
 Axes: B rows, S student positions, U teacher positions, V student vocabulary, W teacher vocabulary, H hidden size.
-Losses are float32, in nats; a target of -100 is no token, and its loss is 0.
+Losses are float32, in nats. A target of -100 is ignored, and its loss is 0.
 """

@@ -1,10 +1,11 @@
-"""What a token sees: all of its row before it, or its own document's part of that. And which code computes it.
+"""Causal attention over the whole row or within each document, and the implementation that computes it.
 
-Document attention is told by positions that begin at 0 in every document. They make each document what it is when it stands
-alone, RoPE that is scaled by length and learned positions included, and a gap in them is where transformers cuts its causal
-masks. flash-attn takes the bounds of the documents instead of a mask, and never looks across one.
+Document attention is requested through positions that begin at 0 in every document. With these positions a document is computed
+as if it were the only one, including RoPE that is scaled by length and learned positions. transformers cuts its causal masks
+where the positions start again from 0. flash-attn gets the bounds of the documents instead of a mask, and does not attend across
+them.
 
-The teacher's mask is transformers' own affair. The student's layers are called one by one, so theirs is made here.
+For the teacher, transformers makes the mask. The student's layers are called one by one, so their masks are made here.
 """
 
 import importlib.util
@@ -25,11 +26,11 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def resolve_attention(config: PretrainedConfig, attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str:
-    """The `_attn_implementation` that transformers should use: flash-attn where it can run, else torch's own sdpa.
+    """The `_attn_implementation` for transformers: flash-attn if it can run, else torch's sdpa.
 
-    What sdpa cannot, as it has neither caps of logits (Gemma 2) nor sinks, is left to transformers' eager code.
+    sdpa supports neither capped logits (Gemma 2) nor attention sinks. For models with these, transformers' eager code is used.
 
-    Raises ModelError: tokens would see those after them, or sdpa was asked for where it cannot.
+    Raises ModelError: the model is not causal, or `attention` is "sdpa" and sdpa does not support the model.
     """
     _check_causal(config)
     sdpa = _has_sdpa(config)
@@ -56,10 +57,10 @@ def _check_causal(config: PretrainedConfig) -> None:
 
 
 def document_positions(segment_BS: Tensor) -> Tensor:
-    """Where in its document a token stands.
+    """Position of each token in its document.
 
-    segment_BS  [B, S] int; neighbours with one number are of one document
-    returns     [B, S] int32: 0, 1, 2, … from every document's first token
+    segment_BS  [B, S] int; adjacent tokens with equal numbers belong to one document
+    returns     [B, S] int32: 0, 1, 2, … from the first token of each document
 
     >>> document_positions(torch.tensor([[0, 0, 0, 1, 1]]))
     tensor([[0, 1, 2, 0, 1]], dtype=torch.int32)
@@ -71,9 +72,10 @@ def document_positions(segment_BS: Tensor) -> Tensor:
 
 
 def document_bounds(position_BS: Tensor) -> dict[str, Any]:
-    """What transformers hands on to flash-attn: where in the rows, laid end to end, the documents begin and end.
+    """Keyword arguments that transformers passes to flash-attn: the bounds of the documents in the concatenated rows.
 
-    The longest document is told to be as long as a row: its true length would have to be waited for, and bounds buffers alone.
+    The length of the longest document is given as the length of a row. The true length would need a device synchronization, and
+    flash-attn only uses it to size its buffers.
     """
     rows, length = position_BS.shape
     begins_N = (position_BS.flatten() == 0).nonzero().flatten()
@@ -82,12 +84,12 @@ def document_bounds(position_BS: Tensor) -> dict[str, Any]:
 
 
 def layer_arguments(config: PretrainedConfig, layer: int, hidden_BSH: Tensor, position_BS: Tensor | None) -> dict[str, Any]:
-    """What decoder layer `layer` of a model must be called with to attend as it should.
+    """Keyword arguments that make decoder layer `layer` attend over the row or by document.
 
-    position_BS  [B, S] int32, see document_positions; None where attention is over the whole row
+    position_BS  [B, S] int32, see document_positions; None for attention over the whole row
     """
     if config._attn_implementation == "flash_attention_2":
-        shared = {} if position_BS is None else _once(position_BS, "bounds", lambda: document_bounds(position_BS))
+        shared = {} if position_BS is None else _computed_once(position_BS, "bounds", lambda: document_bounds(position_BS))
         return {"attention_mask": None, **shared}
     window = sliding_window(config, layer)
     if window is not None and window >= hidden_BSH.shape[1]:
@@ -103,11 +105,11 @@ def layer_arguments(config: PretrainedConfig, layer: int, hidden_BSH: Tensor, po
 
     if position_BS is None:
         return {"attention_mask": mask()}
-    return {"attention_mask": _once(position_BS, (config._attn_implementation, window, hidden_BSH.dtype), mask)}
+    return {"attention_mask": _computed_once(position_BS, (config._attn_implementation, window, hidden_BSH.dtype), mask)}
 
 
 def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
-    """How many positions decoder layer `layer` sees, its own included; None for all before it."""
+    """Number of positions that decoder layer `layer` attends to, its own included; None for all positions up to its own."""
     types = getattr(config, "layer_types", None)
     if types is not None and types[layer] != "sliding_attention":
         return None
@@ -118,19 +120,19 @@ def sliding_window(config: PretrainedConfig, layer: int) -> int | None:
 _shared = WeakTensorKeyDictionary()
 
 
-def _once(position_BS: Tensor, key: object, make: Callable[[], Any]) -> Any:
-    """What the layers of a stage share for one micro-batch, for as long as its positions live.
+def _computed_once(position_BS: Tensor, key: object, compute: Callable[[], Any]) -> Any:
+    """Compute a value once per micro-batch, for all layers of a stage. It is kept until the tensor of positions is freed.
 
-    Bounds need the device to be waited for, and sdpa keeps each mask that it is given for the backward pass.
+    Bounds need a device synchronization, and sdpa keeps every mask that it gets until the backward pass.
     """
-    made = _shared.setdefault(position_BS, {})
-    if key not in made:
-        made[key] = make()
-    return made[key]
+    values = _shared.setdefault(position_BS, {})
+    if key not in values:
+        values[key] = compute()
+    return values[key]
 
 
 def teacher_arguments(config: PretrainedConfig, segment_BU: Tensor) -> dict[str, Any]:
-    """What a whole decoder must be called with for document attention."""
+    """Keyword arguments that make the complete decoder of a teacher attend by document."""
     position_BU = document_positions(segment_BU)
     bounds = document_bounds(position_BU) if config._attn_implementation == "flash_attention_2" else {}
     return {"position_ids": position_BU, **bounds}
@@ -138,22 +140,23 @@ def teacher_arguments(config: PretrainedConfig, segment_BU: Tensor) -> dict[str,
 
 @torch.no_grad()
 def check_documents(decoder: nn.Module, config: PretrainedConfig, device: torch.device) -> None:
-    """Prove that a decoder of transformers cuts its attention by positions: a first document must not reach a second one.
+    """Check that a decoder of transformers cuts its attention at document borders: tokens of a first document must not change
+    the hidden states of a second one.
 
-    Not all do: some take no positions, and a recurrent state goes on through any. Raises ModelError.
+    Not all decoders do. Some do not accept positions, and a recurrent state ignores them. Raises ModelError.
     """
-    refused = ModelError(
+    error = ModelError(
         f"a {config.model_type} teacher cannot cut its attention at document borders: use data.attention = 'row', for both models"
     )
     if "position_ids" not in inspect.signature(decoder.forward).parameters:
-        raise refused
+        raise error
     input_BU = torch.tensor([[0, 1, 2, 3], [4, 5, 2, 3]], device=device)
 
     def reach(arguments: dict[str, Any]) -> float:
-        """By how much the first two tokens change what comes of the last two."""
+        """Largest change in the hidden states of the last two tokens when the first two tokens change."""
         hidden_BUH = decoder(input_ids=input_BU, use_cache=False, **arguments).last_hidden_state.float()
         return float((hidden_BUH[0, 2:] - hidden_BUH[1, 2:]).abs().max())
 
     segment_BU = torch.tensor([[0, 0, 1, 1]] * 2, dtype=torch.int32, device=device)
     if reach(teacher_arguments(config, segment_BU)) > 0.01 * reach({}):
-        raise refused
+        raise error

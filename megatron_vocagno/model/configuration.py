@@ -1,4 +1,4 @@
-"""The configuration of a student, from a Hugging Face folder or from its keys, and what it refuses."""
+"""The configuration of a student, from a Hugging Face folder or from keys, and the checks of it."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ from megatron_vocagno.model.proof import prove_student
 from megatron_vocagno.model.weights import check_weights
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
-# accepted by transformers though no configuration class lists them: older spellings of rope_parameters
+# older spellings of rope_parameters, which transformers accepts although no configuration class lists them
 LEGACY_KEYS = {"rope_theta", "rope_scaling"}
 COUNTS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
@@ -27,28 +27,29 @@ COUNTS = {
 def student_config(
     spec: Mapping[str, Any] | str | os.PathLike[str], vocab_size: int | None = None, rows: int | None = None
 ) -> PretrainedConfig:
-    """The configuration of a student, from a pretrained folder or from its keys.
+    """The configuration of a student, from a pretrained folder or from keys.
 
-    spec         a Hugging Face folder, or {"model_type": "llama", "hidden_size": 2048, ...}
-    vocab_size   of the student's tokenizer, for keys that leave it out
-    rows         that the ids of its data need; `vocab_size` where it is not given. The model may have more, never fewer.
+    spec         a Hugging Face folder, or keys such as {"model_type": "llama", "hidden_size": 2048, ...}
+    vocab_size   size of the tokenizer's vocabulary, used if the keys have no vocab_size
+    rows         smallest number of embedding rows that the ids of the data need; by default `vocab_size`. The model may have more
 
-    Raises ModelError: an architecture that is not supported, a key that it does not have, dropout, too few rows, weights that are
-    not those of their configuration (weights.py), and a configuration of which this project makes another model (proof.py).
+    Raises ModelError: an unsupported architecture, a key that the architecture does not have, dropout, too few embedding rows,
+    weights that do not match their configuration (weights.py), or a configuration for which this project's student differs from
+    the model of transformers (proof.py).
     """
     config = _config_from_keys(spec, vocab_size) if isinstance(spec, Mapping) else _config_from_folder(spec)
     rows = vocab_size if rows is None else rows
     if rows is not None and config.vocab_size < rows:
         raise ModelError(
-            f"the tokenizer has {rows:,} tokens, the student model has {config.vocab_size:,}: ids would have no embedding. "
-            "Is it the tokenizer that the model was made for?"
+            f"the tokenizer has {rows:,} tokens, the student model has {config.vocab_size:,}: some ids would have no embedding. "
+            "Is this the tokenizer that the model was trained with?"
         )
     if getattr(config, "attention_dropout", 0.0):
         raise ModelError(
-            f"attention_dropout is {config.attention_dropout}; set it to 0. Random numbers would make a resumed run another one, "
-            "and a loss depend on the layout."
+            f"attention_dropout is {config.attention_dropout}; set it to 0. With dropout, a resumed run would differ from an "
+            "uninterrupted one, and losses would depend on the parallel layout."
         )
-    # until the caller, who knows dtype and device, asks for another
+    # the default; a caller that knows dtype and device may replace it
     config._attn_implementation = resolve_attention(config, "auto", torch.float32, "cpu")
     prove_student(config)
     return config
@@ -73,37 +74,37 @@ def _config_from_keys(spec: Mapping[str, Any], vocab_size: int | None) -> Pretra
             raise ModelError(f"no field '{key}' in a {model_type} model" + (f"; did you mean '{near[0]}'?" if near else ""))
     if "vocab_size" not in keys:
         if vocab_size is None:
-            raise ModelError("the student model has no vocab_size, and no tokenizer gives one")
+            raise ModelError("the student model has no vocab_size, and there is no tokenizer to take it from")
         keys["vocab_size"] = vocab_size
     for key in COUNTS & keys.keys():
         if isinstance(keys[key], int) and keys[key] < 1:
-            raise ModelError(f"a {model_type} model with {key} = {keys[key]!r}: a whole number above 0 expected")
+            raise ModelError(f"a {model_type} model with {key} = {keys[key]!r}: expected a whole number above 0")
     try:
         return _checked(config_class(**keys))
-    # transformers raises classes of its own for wrong types and values; all carry a readable message
+    # transformers raises various error classes for wrong types and values; all have a readable message
     except Exception as error:
         raise ModelError(f"not a valid {model_type} model: {error}") from error
 
 
 def _checked(config: PretrainedConfig) -> PretrainedConfig:
-    """What transformers would find in the first forward, if at all."""
+    """Check values that transformers would only reject in the first forward pass, if at all."""
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % shared:
-        raise ValueError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {shared}")
+        raise ValueError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {shared}")
     return config
 
 
 def _check_supported(model_type: str | None) -> None:
     if model_type is None:
-        raise ModelError(f"the student's configuration names no 'model_type'; these are supported: {', '.join(SUPPORTED)}")
+        raise ModelError(f"the student's configuration has no 'model_type'; supported types: {', '.join(SUPPORTED)}")
     if model_type not in SUPPORTED:
-        raise ModelError(f"student models of type {model_type!r} are not supported; these are: {', '.join(SUPPORTED)}")
+        raise ModelError(f"student models of type {model_type!r} are not supported; supported types: {', '.join(SUPPORTED)}")
 
 
 def check_row_length(config: PretrainedConfig, row_length: int) -> None:
-    """Refuse rows that are longer than the model reads. row_length: tokens. Raises ModelError."""
+    """Check that the student can read rows of `row_length` tokens. Raises ModelError."""
     if row_length > config.max_position_embeddings:
         raise ModelError(
-            f"rows have {row_length:,} tokens (data.row_length), the student reads {config.max_position_embeddings:,} "
-            "(max_position_embeddings). Use shorter rows, or a model made for longer ones."
+            f"rows have {row_length:,} tokens (data.row_length), but the student reads at most "
+            f"{config.max_position_embeddings:,} (max_position_embeddings). Use shorter rows or a model with a longer context."
         )

@@ -1,6 +1,6 @@
-"""Hugging Face model folders: find one, here or on the Hub, read its tensors lazily, write one. Safetensors only, no remote code.
+"""Finds a Hugging Face folder on disk or on the Hub, reads its tensors lazily, writes one. Safetensors only, no remote code.
 
-Everything here works on any causal language model that transformers knows; what only the student needs is in student.py.
+This module works for any causal language model of transformers. Code that only the student needs is in student.py.
 """
 
 import copy
@@ -19,11 +19,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import HubError, looked_for, nearest, tool  # where all that use a folder look for it
-from megatron_vocagno.errors import ModelError as ModelError
+from megatron_vocagno.errors import HubError, looked_for, nearest, tool
+from megatron_vocagno.errors import ModelError as ModelError  # importers of this module also take ModelError from here
 from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
 
-BELONGINGS = (
+COMPANION_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     "generation_config.json",
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
@@ -31,33 +31,35 @@ BELONGINGS = (
 
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
-    """`path`, or the snapshot of a Hub id, once it is known to be a folder with a config.json and whole safetensors.
+    """The folder at `path`, or the snapshot of a Hub id. It is checked to have a config.json and all of its safetensors files.
 
-    Raises ModelError.
+    Raises ModelError: the path does not exist, the Hub does not provide the model, or files are missing.
     """
     try:
         folder = _snapshot(path) if hub.is_id(path) else _local_folder(path)
     except OSError as error:
         raise ModelError(f"no model at {path}: {error}", path) from error
-    if absent := _absent(folder):
+    if missing := _missing_shards(folder):
         source = weight_files(folder)[0]
-        raise ModelError(f"{source} lists {len(absent)} files that are not there, {absent[0]} first. Was the download complete?")
+        raise ModelError(
+            f"{source} lists {len(missing)} files that do not exist, for example {missing[0]}. Was the download complete?"
+        )
     return folder
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. {hub.taken_for_path(path)}{looked_for(path)}", folder)
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.why_path(path)}{looked_for(path)}", folder)
     if folder.suffix == ".gguf" and folder.is_file():
         raise ModelError(f"no model at {folder}: {convert_first(folder)}", folder)
     if not (folder / "config.json").is_file():
-        raise ModelError(f"no model at {folder}: it has no config.json. Is it a folder in Hugging Face's layout?", folder)
+        raise ModelError(f"no model at {folder}: it has no config.json. Is it a Hugging Face model folder?", folder)
     if not weight_files(folder):
         pickled = sorted(file.name for file in folder.glob("*.bin"))
         cause = (
-            f"It has {pickled[0]}, which can run code when it is read. Convert it: AutoModelForCausalLM.from_pretrained(folder)"
-            ".save_pretrained(new_folder), on a machine where that risk is acceptable."
+            f"It has {pickled[0]}, which can run code when it is loaded. On a machine where that risk is acceptable, convert it: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
             if pickled
             else "Was the download complete?"
         )
@@ -66,60 +68,60 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def convert_first(gguf: Path) -> str:
-    """What to say of a GGUF file where weights are trained, or read as they are."""
+    """The part of an error message about a GGUF file in a place where only a folder can be read, such as the student."""
     command = f"{tool('convert.gguf_to_safetensors')} {gguf} --out {gguf.with_suffix('')}"
-    return f"{gguf.name} is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n  {command}"
+    return f"{gguf.name} is a GGUF file, and only a teacher can be one. Convert the file, and use the folder:\n  {command}"
 
 
 def _snapshot(name: str | os.PathLike[str]) -> Path:
     try:
         folder = hub.snapshot(name)
-        missing = _missing(folder)
+        missing = _missing_files(folder)
         if missing:
             hub.require_unlisted(name, missing)
     except HubError as error:
         raise ModelError(f"no model at {name}: the path does not exist, and as a Hub id: {error}{nearest(name)}", name) from error
     if missing:
         raise ModelError(
-            f"no weights in {name}: the Hub has no model.safetensors, no model.safetensors.index.json or no config.json there. "
-            "Pickled weights are not downloaded, as they can run code when they are read. Has the Hub's bot offered a conversion "
-            '(Community, "Adding `safetensors` variant")? Name it: org/name@refs/pr/1.'
+            f"no weights in {name}: on the Hub it has no config.json, or neither model.safetensors nor "
+            "model.safetensors.index.json. Pickled weights are not downloaded, because they can run code when they are loaded. "
+            'If the Community tab offers a conversion ("Adding `safetensors` variant"), use its revision: org/name@refs/pr/1.'
         )
     return folder
 
 
 def cached_snapshot(name: str | os.PathLike[str]) -> Path | None:
-    """The folder of a Hub id in the cache; None where it is not there, or not whole. The Hub is not asked."""
+    """The folder of a Hub id in the Hub's cache; None if it is missing or incomplete. Does not contact the Hub."""
     try:
         folder = hub.snapshot(name, offline=True)
     except HubError:
         return None
-    return folder if not _missing(folder) else None
+    return folder if not _missing_files(folder) else None
 
 
 def on_this_machine(path: Path) -> Path | None:
-    """The folder of a path or a Hub id; None where it is not there. The Hub is not asked."""
+    """The folder of a path or a Hub id; None if it is not on this machine. Does not contact the Hub."""
     folder = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
     return folder if folder is not None and folder.exists() else None
 
 
 def pinned(paths: Sequence[Path], record: Path) -> list[Path]:
-    """Hub ids with their commits, see hub.pinned; any other path as it is. Raises ModelError, OSError."""
+    """Hub ids with their commits, see hub.pinned. Other paths stay as they are. Raises ModelError, OSError."""
     try:
         return [Path(name) for name in hub.pinned(paths, record)]
     except HubError as error:
         raise ModelError(str(error), error.path) from error
 
 
-def _missing(folder: Path) -> list[str]:
-    """Files for want of which a snapshot is no model."""
+def _missing_files(folder: Path) -> list[str]:
+    """Files that a snapshot lacks to be a complete model."""
     if not (folder / "config.json").is_file():
         return ["config.json"]
-    return _absent(folder) if weight_files(folder) else list(WEIGHT_FILES)
+    return _missing_shards(folder) if weight_files(folder) else list(WEIGHT_FILES)
 
 
-def _absent(folder: Path) -> list[str]:
-    """Files that the index of the weights lists, and that are not there."""
+def _missing_shards(folder: Path) -> list[str]:
+    """Files that the index of the weights lists and that do not exist."""
     source = weight_files(folder)[0]
     files = set(read_index(source)[0].values()) if source.suffix == ".json" else set()
     return sorted(file for file in files if not (folder / file).is_file())
@@ -134,12 +136,12 @@ def read_config(path: Path) -> PretrainedConfig:
         file = path / "config.json" if path.is_dir() else path
         # the first paragraph: what follows is general advice
         reason = " ".join(str(error).partition("\n\n")[0].split())
-        raise ModelError(f"{file} is no configuration of a model that transformers knows: {reason}") from error
+        raise ModelError(f"{file} is not a configuration that transformers can read: {reason}") from error
     return config
 
 
 class PretrainedWeights:
-    """The tensors of a Hugging Face folder, single file or sharded; each is read from disk when it is asked for."""
+    """The tensors of a Hugging Face folder, in one file or in shards. Each tensor is read from disk on request."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.folder = model_folder(path)
@@ -163,18 +165,18 @@ class PretrainedWeights:
         return self._stored[name].shape
 
     def dtype(self, name: str) -> str:
-        """Its type, as safetensors calls it, without reading it."""
+        """Type of a tensor in safetensors' notation, for example "BF16", without reading it."""
         return self._stored[name].dtype
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Reads rows [first, last), those that there are."""
+        """Read the rows [first, last) of a tensor. Rows past its end are left out."""
         file = self._stored[name].file
         with readable(self.folder / file):
             rows: Tensor = self._shard(file).get_slice(name)[first:last]
         return rows
 
     def tensor(self, name: str) -> Tensor:
-        """Reads it, as it is stored, onto the CPU."""
+        """Read a tensor onto the CPU, in the type in which it is stored."""
         file = self._stored[name].file
         with readable(self.folder / file):
             tensor: Tensor = self._shard(file).get_tensor(name)
@@ -186,8 +188,8 @@ def to_hugging_face(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads: config.json, generation_config.json, safetensors.
 
-    state   Hugging Face name -> tensor, complete; a tied head may be left out, and is never written
-    dtype   of the written weights; None keeps the state's
+    state   Hugging Face name -> tensor, complete. A tied head may be left out, and is never written
+    dtype   type of the written weights; None keeps the type of the state's first tensor
     """
     dtype = dtype or next(iter(state.values())).dtype
     model = skeleton(config)
@@ -197,7 +199,7 @@ def to_hugging_face(
 
     folder = Path(out_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    # not model.save_pretrained, which writes nothing, and says nothing, on ranks other than 0
+    # not model.save_pretrained, which silently writes nothing on ranks other than 0
     write_tensors(weights, folder / "model.safetensors")
     written = copy.deepcopy(config)
     written.dtype, written.architectures = dtype, [type(model).__name__]
@@ -207,12 +209,12 @@ def to_hugging_face(
 
 
 def carry_over(source: Path, out: Path) -> list[str]:
-    """Copy what belongs to a model beside weights and configuration: tokenizer, chat templates, how it generates.
+    """Copy the files of a model other than weights and configuration: tokenizer, chat templates, generation settings.
 
-    Returns the names. What is in `out` under these names is replaced.
+    Returns the names of the copied files. Files of these names in `out` are replaced.
     """
     out.mkdir(parents=True, exist_ok=True)
-    files = sorted(file for pattern in BELONGINGS for file in source.glob(pattern) if file.is_file())
+    files = sorted(file for pattern in COMPANION_FILES for file in source.glob(pattern) if file.is_file())
     for file in files:
         target = out / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +223,7 @@ def carry_over(source: Path, out: Path) -> list[str]:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file that those can read who can read its neighbours; the library leaves it to its owner alone."""
+    """Write a safetensors file with the permissions that the umask gives. The library makes it readable only by its owner."""
     save_file(dict(tensors), path, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
@@ -233,32 +235,33 @@ def _check_state(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) ->
     if missing or unknown:
         raise ModelError(
             f"cannot write the model: {len(missing)} tensors are missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}. "
-            "Is the configuration the one that the weights were trained with?"
+            "Is this the configuration that the weights were trained with?"
         )
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise ModelError(
-                f"cannot write the model: {name} is {tuple(tensor.shape)}, the configuration says {tuple(expected[name].shape)}"
+                f"cannot write the model: the shape of {name} is {tuple(tensor.shape)}, the configuration requires "
+                f"{tuple(expected[name].shape)}"
             )
 
 
 def skeleton(config: PretrainedConfig) -> Any:
-    """The Hugging Face model of a configuration, without numbers.
+    """The Hugging Face model of a configuration, on the meta device.
 
-    Its class is called directly, as `from_config` would shard it while a ZeRO-3 teacher is alive in the same process.
+    The class is called directly, because `from_config` would shard the model while a ZeRO-3 teacher exists in the same process.
     """
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
 
 def parameters(config: PretrainedConfig) -> int:
-    """Of the model of a configuration. A tied head counts once."""
+    """Number of parameters of the model of a configuration. A tied head counts once."""
     return sum(parameter.numel() for parameter in skeleton(config).parameters())
 
 
 @contextmanager
 def quiet(errors_only: bool = False) -> Iterator[None]:
-    """No progress bars of transformers: one per rank tells nobody anything. errors_only: nor its reports."""
+    """Hide the progress bars of transformers, because each rank would show one. errors_only: hide its warnings too."""
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     if errors_only:

@@ -1,8 +1,8 @@
-"""What a GGUF file says of its model, carried over to a configuration of transformers: each key is, or the file is refused by it.
+"""Converts the keys of a GGUF file to a configuration of transformers. Every key is converted, or the file is rejected.
 
-transformers reads the keys that it has a name for and is silent about others, and it makes the best of a tensor that it does not
-know. Here a key that changes what the model computes is set, one without effect is listed, and what is neither is refused; so is
-an architecture of which not every key is known here.
+transformers reads the keys that it knows, and silently ignores other keys and unknown tensors. Here, a key that changes the
+model's computation is set in the configuration, and a key without effect is listed in NO_EFFECT. A file with any other key is
+rejected, and so is a file of an architecture that FIELDS does not list.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "vocab_size": "vocab_size",
 }
-"""Key, after the architecture's name -> field of the configuration."""
+"""Key without the architecture's name -> field of the configuration."""
 EXPERTS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
@@ -44,7 +44,7 @@ FIELDS = {
     "gemma3": {**SIZES, **WINDOW, **CAPS},
     "phi3": {**SIZES, **WINDOW},
 }
-"""Architectures that can be converted, by their names in GGUF files."""
+"""Architecture's name in GGUF files -> its keys and fields. Other architectures cannot be converted."""
 ROPE = {
     "rope.dimension_count",
     "rope.freq_base",
@@ -55,44 +55,51 @@ ROPE = {
     "rope.scaling.attn_factor",
 }
 NO_EFFECT = {"rope.scaling.finetuned"}
-"""Told by a file, and by no model obeyed."""
+"""Keys that files contain and models do not use."""
 DIVISORS, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
-"""Tensors by which RoPE's frequencies are divided: of any context, of a short one, and of a long one."""
+"""Tensors that RoPE's frequencies are divided by: for any context, for a short one, and for a long one."""
 LARGEST = {"gemma2": 46, "gemma3": 62}
-"""Layers of the one of each family whose attention is scaled by the model's width, not by a head's; so llama.cpp knows them."""
+"""Number of layers of the largest model of each family, whose attention is scaled by the model's width divided by the number of
+heads instead of by the width of a head. llama.cpp recognizes these models in the same way.
+"""
 
 
-def settle(
+def complete_config(
     config: PretrainedConfig, keys: Mapping[str, Any], names: Sequence[str], divisors: Mapping[str, Sequence[float]]
 ) -> PretrainedConfig:
-    """The configuration of transformers with all that the file says of its model.
+    """A copy of the configuration, with all keys of the GGUF file applied.
 
-    keys      of the file, whole names
-    names     of its tensors
-    divisors  those of DIVISORS, SHORT and LONG that it has
+    config    as transformers reads it from the file
+    keys      full name -> value, of the file
+    names     names of the file's tensors
+    divisors  name -> values, for each of DIVISORS, SHORT and LONG that the file has
 
     Raises ModelError: an architecture or a key that is not known here.
     """
     architecture = str(keys["general.architecture"])
     if architecture not in FIELDS:
         raise ModelError(
-            f"GGUF files of architecture '{architecture}' are not supported; these are: {', '.join(FIELDS)}. "
+            f"GGUF files of architecture '{architecture}' are not supported; supported architectures: {', '.join(FIELDS)}. "
             "Use the model's folder with safetensors."
         )
     own = {name.removeprefix(f"{architecture}."): value for name, value in keys.items() if name.startswith(f"{architecture}.")}
     config = copy.deepcopy(config)
     for name, value in own.items():
         if name in FIELDS[architecture]:
-            _set(config, FIELDS[architecture][name], _one(value, name, architecture))
+            _set(config, FIELDS[architecture][name], _same_in_all_layers(value, name, architecture))
         elif name not in ROPE | NO_EFFECT and not (name == "attention.causal" and value):
             raise ModelError(
-                f"the GGUF file has {architecture}.{name} = {value}, and no conversion of that is known: it would be lost. "
+                f"the GGUF file has {architecture}.{name} = {value}, which cannot be converted: the value would be lost. "
                 "Use the model's folder with safetensors."
             )
     if "attention.key_length" not in own:
         config.head_dim = config.hidden_size // config.num_attention_heads
     if own.get("attention.value_length", 0) != own.get("attention.key_length", own.get("attention.value_length", 0)):
-        raise ModelError(f"the GGUF file has keys of another width than its values, which a {architecture} model here has not")
+        raise ModelError(
+            f"the GGUF file has attention.key_length = {own.get('attention.key_length')} and attention.value_length = "
+            f"{own['attention.value_length']}: a {architecture} model of transformers has equal widths. Use the model's folder "
+            "with safetensors."
+        )
     for field, part in (("attention_bias", "attn_q.bias"), ("mlp_bias", "ffn_up.bias")):
         if hasattr(config, field) and any(name.endswith(part) for name in names):
             setattr(config, field, True)
@@ -107,11 +114,14 @@ def _set(config: PretrainedConfig, field: str, value: Any) -> None:
     setattr(config, field, None if field == "sliding_window" and not value else value)
 
 
-def _one(value: Any, name: str, architecture: str) -> Any:
-    """A value that may be told once for each layer. Raises ModelError: they differ."""
+def _same_in_all_layers(value: Any, name: str, architecture: str) -> Any:
+    """The value of a key that may be a list with one value per layer. Raises ModelError: the values differ."""
     values = value if isinstance(value, list) else [value]
     if any(each != values[0] for each in values):
-        raise ModelError(f"the GGUF file has another {architecture}.{name} in each layer, which its conversion does not know")
+        raise ModelError(
+            f"the GGUF file has {architecture}.{name} = {value}: different values per layer cannot be converted. Use the model's "
+            "folder with safetensors."
+        )
     return values[0]
 
 
@@ -123,13 +133,14 @@ def _set_rope(
     rope: dict[str, Any] = {"rope_theta": own.get("rope.freq_base", 10000.0), **_scaling(config, own, divisors)}
     if rotated != width and architecture != "phi3":
         raise ModelError(
-            f"the GGUF file rotates {rotated} of the {width} numbers of a head, which a {architecture} model here has not"
+            f"the GGUF file has rope.dimension_count = {rotated} and heads of width {width}: a {architecture} model of "
+            "transformers rotates complete heads. Use the model's folder with safetensors."
         )
     if architecture == "phi3":
         rope["partial_rotary_factor"] = rotated / width
         config.original_max_position_embeddings = rope.get("original_max_position_embeddings", config.max_position_embeddings)
     if architecture == "gemma3":
-        # layers with a window have frequencies of their own, which no file tells
+        # layers with a sliding window have other frequencies, which GGUF files do not contain
         config.rope_parameters = {
             "full_attention": rope,
             "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -139,7 +150,7 @@ def _set_rope(
 
 
 def _scaling(config: PretrainedConfig, own: Mapping[str, Any], divisors: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """RoPE's type, and what belongs to it. Raises ModelError: several at a time, or one that is not known."""
+    """RoPE's type and its parameters. Raises ModelError: an unknown type, or several types at the same time."""
     kind = own.get("rope.scaling.type", "linear" if "rope.scale_linear" in own else "none")
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 1.0))
     original = own.get("rope.scaling.original_context_length", config.max_position_embeddings)
@@ -164,6 +175,6 @@ def _scaling(config: PretrainedConfig, own: Mapping[str, Any], divisors: Mapping
         if kind == "yarn":
             return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
     raise ModelError(
-        f"the GGUF file scales RoPE in a way that is not known here: type {kind}, attn_factor {stretched}, "
+        f"the GGUF file scales RoPE in a way that cannot be converted: type {kind}, attn_factor {stretched}, "
         f"tensors {', '.join(divisors) or 'none'}. Use the model's folder with safetensors."
     )

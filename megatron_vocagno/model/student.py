@@ -1,16 +1,17 @@
 """The student: a Hugging Face causal language model as a flat list of layers that a pipeline can cut anywhere, and back.
 
-    layer 0        Embedding    ids_BS -> hidden_BSH
-    layers 1 .. n  DecoderLayer      hidden_BSH -> hidden_BSH, one decoder layer of transformers
-    layer n + 1    FinalNorm    hidden_BSH -> hidden_BSH
-    layer n + 2    Head         hidden_BSH -> (hidden_BSH, weight_VH): the loss takes these two, logits are never kept
+    layer 0        Embedding     ids_BS -> hidden_BSH
+    layers 1 .. n  DecoderLayer  hidden_BSH -> hidden_BSH, one decoder layer of transformers
+    layer n + 1    FinalNorm     hidden_BSH -> hidden_BSH
+    layer n + 2    Head          hidden_BSH -> (hidden_BSH, weight_VH), from which the loss is computed without keeping logits
 
-With document attention the positions of tokens in their documents go along, (ids_BS, position_BS) -> (hidden_BSH, position_BS)
-and so on, until FinalNorm drops them. They are integers: DeepSpeed's pipeline expects a gradient of every other tensor.
+With document attention, the position of each token in its document is passed from layer to layer too, as (ids_BS, position_BS) ->
+(hidden_BSH, position_BS), until FinalNorm drops it. Positions are integers, because DeepSpeed's pipeline expects a gradient for
+every other tensor.
 
-Any layer can be built, named and loaded alone, from (configuration, layer index, seed), so that each pipeline stage makes
-only its own and every split begins with the same numbers. `Student` is all of them in one module, with the loss inside.
-Nothing else crosses layers: each DecoderLayer makes its own RoPE, and its own mask where it needs one.
+Any single layer can be built, named and loaded from (configuration, layer index, seed). Each pipeline stage therefore makes only
+its own layers, and every split starts with the same weights. `Student` holds all layers in one module and computes the loss.
+Layers share nothing else: each DecoderLayer computes its own RoPE and, if it needs one, its own mask.
 """
 
 import dataclasses
@@ -33,26 +34,26 @@ from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
 # ---- layers --------------------------------------------------------------------------------------------------------
 
 LayerInput = Tensor | tuple[Tensor, ...]
-"""What goes from layer to layer: a tensor alone, or with document attention (that tensor, position_BS)."""
+"""The value that is passed from layer to layer: a tensor, or with document attention (tensor, position_BS)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """The classes that transformers builds a model of one type from."""
+    """The classes from which transformers builds a model of one type."""
 
     decoder: Callable[..., nn.Module]
     norm: Callable[..., nn.Module]
     rotary: Callable[..., nn.Module]
     norm_start: float
-    """The weight with which a norm begins: 0 where it scales by 1 + weight."""
+    """The initial weight of a norm: 0 if the norm scales by 1 + weight."""
     scaled_embedding: bool
-    """Embeddings times sqrt(H)."""
+    """Whether embeddings are multiplied by sqrt(H)."""
 
 
 @cache
 def _parts(model_type: str) -> _Parts:
     model = skeleton(AutoConfig.for_model(model_type, num_hidden_layers=1)).model
-    # real even while layers are built on the meta device
+    # on the CPU, even while layers are built on the meta device
     with torch.device("cpu"):
         norm_start = type(model.norm)(1).weight.item()
     scaled = hasattr(model.embed_tokens, "embed_scale")
@@ -62,7 +63,7 @@ def _parts(model_type: str) -> _Parts:
 class Embedding(nn.Module):
     """Layer 0: token ids -> hidden states."""
 
-    # no padding index: rows are packed, and it would freeze the row of a token that is often EOS as well
+    # no padding index: rows are packed, and it would freeze the embedding of a token that is often EOS too
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
@@ -72,20 +73,20 @@ class Embedding(nn.Module):
         ids_BS, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
         hidden_BSH = F.embedding(ids_BS, self.weight)
         if self.scale is not None:
-            # as the models were trained: the factor itself is rounded to the weights' precision
+            # the factor is rounded to the weights' precision, as in the training of these models
             hidden_BSH = hidden_BSH * float(torch.tensor(self.scale, dtype=self.weight.dtype, device="cpu"))
         return (hidden_BSH, *positions) if positions else hidden_BSH
 
 
 class Rotary(nn.Module):
-    """RoPE of one decoder layer. Its frequencies move between devices and keep their float32 values through any cast."""
+    """RoPE of one decoder layer. Its frequencies follow the module to other devices, and stay float32 in any cast."""
 
     def __init__(self, config: PretrainedConfig, layer: int) -> None:
         super().__init__()
-        # real values even while the weights around it are built on the meta device
+        # on the CPU, even while the weights around it are built on the meta device
         with torch.device("cpu"):
             self.rotary = _parts(config.model_type).rotary(config)
-        # Gemma 3 has a RoPE of its own for the layers with a window
+        # Gemma 3 has a separate RoPE for the layers with a sliding window
         by_type = "layer_type" in inspect.signature(self.rotary.forward).parameters
         self.layer_type = {"layer_type": config.layer_types[layer]} if by_type else {}
 
@@ -93,7 +94,7 @@ class Rotary(nn.Module):
         exact = dict(self.rotary.named_buffers())
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
-            # bfloat16 frequencies are off by a third of a turn at position 2,048
+            # bfloat16 frequencies would be wrong by a third of a turn at position 2,048
             setattr(self.rotary, name, buffer.to(getattr(self.rotary, name).device))
         return self
 
@@ -106,10 +107,10 @@ class Rotary(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer of transformers, with RoPE and mask of its own."""
+    """A decoder layer of transformers, with its own RoPE and mask."""
 
     recompute = False
-    """Keep the inputs alone, and compute the layer again in the backward pass."""
+    """Keep only the inputs, and compute the layer again in the backward pass."""
 
     def __init__(self, config: PretrainedConfig, layer: int) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class DecoderLayer(nn.Module):
     def forward(self, inputs: LayerInput) -> LayerInput:
         hidden_BSH, *positions = inputs if isinstance(inputs, tuple) else (inputs,)
         if self.recompute:
-            # nothing in a decoder layer is random
+            # a decoder layer uses no random numbers
             hidden_BSH = checkpoint(self._attend, hidden_BSH, *positions, use_reentrant=False, preserve_rng_state=False)
         else:
             hidden_BSH = self._attend(hidden_BSH, *positions)
@@ -148,10 +149,11 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """The last layer of a pipeline: hands its weight on beside the hidden states.
+    """The last layer of a pipeline. It returns its weight together with the hidden states.
 
-    Hands on a view, not the parameter itself: DeepSpeed hooks into a stage's outputs, to clear 16-bit gradients before those of
-    a backward pass arrive. The gradient of a parameter that is no output's ancestor arrives before, and would be lost.
+    The weight is returned as a view, not as the parameter. DeepSpeed adds hooks to a stage's outputs, which clear 16-bit
+    gradients before the gradients of a backward pass arrive. If the parameter itself were an output, its gradient would arrive
+    before the hooks run, and would be lost.
     """
 
     def __init__(self, weight_VH: nn.Parameter) -> None:
@@ -163,15 +165,15 @@ class Head(nn.Module):
 
 
 def tied_head(embedding: Embedding, hidden_BSH: Tensor) -> tuple[Tensor, Tensor]:
-    """The Head of a model whose head is its embedding: what a pipeline calls on its last stage's copy of the Embedding."""
+    """The Head of a model with a tied head. A pipeline calls it with the last stage's copy of the Embedding."""
     return hidden_BSH, embedding.weight.view_as(embedding.weight)
 
 
 class LossHead(nn.Module):
-    """The last layer of a whole model. The loss is taken where the weight lives, so that ZeRO-3 gathers it."""
+    """The last layer of a complete model. The loss is computed in the module that holds the weight, so that ZeRO-3 gathers it."""
 
     def __init__(self, weight_VH: nn.Parameter, softcap: float | None) -> None:
-        """softcap: c, where logits become c * tanh(logits / c)."""
+        """softcap: c, if logits are capped as c * tanh(logits / c)."""
         super().__init__()
         self.weight, self.softcap = weight_VH, softcap
 
@@ -192,20 +194,20 @@ class LossHead(nn.Module):
 
 
 def logit_softcap(config: PretrainedConfig) -> float | None:
-    """The c of a model whose logits are c * tanh(logits / c)."""
+    """The c of a model with logits c * tanh(logits / c); None without a cap."""
     softcap: float | None = getattr(config, "final_logit_softcapping", None)
     return softcap
 
 
 def layer_count(config: PretrainedConfig) -> int:
-    """Of the whole student: its decoder layers, and Embedding, FinalNorm and Head."""
+    """Number of layers of the student: its decoder layers, Embedding, FinalNorm and Head."""
     return int(config.num_hidden_layers) + 3
 
 
 def build_layer(config: PretrainedConfig, i: int, seed: int, recompute: bool = False) -> nn.Module:
-    """Layer i with random weights that depend on (seed, i) alone, float32 on the CPU; leaves torch's own generators alone.
+    """Layer i with random weights, float32 on the CPU. They depend only on (seed, i), and torch's global generators are not used.
 
-    A tied head gets the embedding's numbers; making the two one Parameter is left to the caller. recompute: see DecoderLayer.
+    A tied head gets the values of the embedding. The caller must make the two one Parameter. recompute: see DecoderLayer.
     """
     layer = _empty_layer(config, i)
     layer.to_empty(device="cpu")
@@ -218,7 +220,7 @@ def build_layer(config: PretrainedConfig, i: int, seed: int, recompute: bool = F
 
 
 def layer_parameters(config: PretrainedConfig, i: int) -> int:
-    """How many parameters layer i has, without making them. A tied head counts them too: its work is the same."""
+    """Number of parameters of layer i, without allocating them. A tied head counts too, because its computation is the same."""
     return sum(parameter.numel() for parameter in _empty_layer(config, i).parameters())
 
 
@@ -238,7 +240,7 @@ def _empty_layer(config: PretrainedConfig, i: int) -> nn.Module:
 
 @torch.no_grad()
 def _initialise(layer: nn.Module, config: PretrainedConfig, generator: torch.Generator) -> None:
-    """As transformers does: matrices normal(0, initializer_range), biases 0, the weights of norms so that they scale by 1."""
+    """Initialise as transformers does: matrices normal(0, initializer_range), biases 0, norms with a scale of 1."""
     for name, parameter in layer.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0.0, config.initializer_range, generator=generator)
@@ -250,7 +252,7 @@ def _initialise(layer: nn.Module, config: PretrainedConfig, generator: torch.Gen
 
 
 def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
-    """Hugging Face's name of a parameter of layer i. A tied head has the embedding's."""
+    """Hugging Face's name of a parameter of layer i. A tied head has the name of the embedding."""
     last = layer_count(config) - 1
     if i == 0 or (i == last and config.tie_word_embeddings):
         return f"model.embed_tokens.{local_name}"
@@ -261,9 +263,9 @@ def hf_name(config: PretrainedConfig, i: int, local_name: str) -> str:
 
 @torch.no_grad()
 def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: PretrainedWeights) -> None:
-    """Copy layer i of a pretrained model into `layer`, in the layer's own dtype.
+    """Copy layer i of a pretrained model into `layer`, in the dtype of `layer`.
 
-    Raises ModelError: a tensor is missing, or has another shape. That none is left over: weights.py.
+    Raises ModelError: a tensor is missing, or has another shape. weights.py checks that no tensor is unused.
     """
     names = {hf_name(config, i, local_name): parameter for local_name, parameter in layer.named_parameters()}
     for name, parameter in names.items():
@@ -274,14 +276,14 @@ def load_layer(config: PretrainedConfig, i: int, layer: nn.Module, weights: Pret
 def _check_tensor(name: str, shape: tuple[int, ...], weights: PretrainedWeights) -> None:
     if name not in weights:
         hint = " Does it tie head and embedding (tie_word_embeddings)?" if name.startswith("lm_head") else ""
-        raise ModelError(f"{weights.folder} has no tensor {name}: its model is another one than the configuration.{hint}")
+        raise ModelError(f"{weights.folder} has no tensor {name}: its model does not match the configuration.{hint}")
     found = weights.shape(name)
     if found == shape:
         return
     if name.startswith(("model.embed_tokens", "lm_head")) and found[1:] == shape[1:]:
         raise ModelError(
             f"vocabulary mismatch at {name}: {weights.folder} has {found[0]:,} tokens {found}, the student {shape[0]:,} {shape}. "
-            "Pretrained weights need their own vocabulary size."
+            "Use the vocabulary size of the pretrained weights."
         )
     raise ModelError(
         f"shape mismatch at {name}: {weights.folder} has {found}, the student {shape}. Do the configurations differ?"
@@ -304,7 +306,7 @@ class Student(nn.Module):
         self.layers = nn.ModuleList([*body, LossHead(source.weight, logit_softcap(config))])
 
     def load(self, weights: PretrainedWeights) -> None:
-        """Every layer's weights. Raises ModelError: see load_layer."""
+        """Load the weights of every layer. Raises ModelError: see load_layer."""
         for i, layer in enumerate(self.layers):
             load_layer(self.config, i, layer, weights)
 

@@ -147,9 +147,9 @@ def _absent(field: str, path: Path) -> Iterator[str]:
     """A note for a model that is neither on disk nor in the Hub cache."""
     if hub.is_id(path):
         if not cached_snapshot(path):
-            yield f"note: {field}: {path} is neither on disk nor in the Hub cache. {hub.taken_for_id(path)}{nearest(path)}"
+            yield f"note: {field}: {path} is neither on disk nor in the Hub cache. {hub.why_id(path)}{nearest(path)}"
     elif not path.expanduser().exists():
-        yield f"note: {field}: {path} does not exist. {hub.taken_for_path(path)}{looked_for(path)}"
+        yield f"note: {field}: {path} does not exist. {hub.why_path(path)}{looked_for(path)}"
 
 
 def _location(path: Path | None) -> str:

@@ -35,7 +35,7 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
         raise RunError(f"no configuration of the {whose} at {path}: {error}") from error
     raise RunError(
         f"no configuration of the {whose} at {path}: there is no config.json. "
-        f"{hub.taken_for_path(path)}{looked_for(path)}\n{_remedy(whose)}"
+        f"{hub.why_path(path)}{looked_for(path)}\n{_remedy(whose)}"
     )
 
 

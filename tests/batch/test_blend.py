@@ -131,7 +131,7 @@ def test_a_blend_makes_the_same_micro_batches_on_any_number_of_ranks(dataset: Al
 
 
 @pytest.mark.slow
-def test_a_run_tells_its_shares_and_does_not_resume_on_another_blend(case: Case, second: AlignedDataset) -> None:
+def test_a_run_reports_its_shares_and_does_not_resume_on_another_blend(case: Case, second: AlignedDataset) -> None:
     blended = f'data.train=[{{path="{case.train}", weight=3}}, {{path="{second.path}"}}]'
     arguments = case.command("blend", [blended, "training.steps=2"])
     finished = spawn(1, arguments)

@@ -93,7 +93,7 @@ def test_a_guide_is_what_the_objective_gathers(aggregate: str) -> None:
 
 
 @pytest.mark.parametrize(("aggregate", "combine"), product(AGGREGATES, ("min", "mean")))
-def test_several_teachers_speak_as_one_guide(aggregate: str, combine: str) -> None:
+def test_several_teachers_are_combined_into_one_guide(aggregate: str, combine: str) -> None:
     silent = partly = mapped_by_one = 0
     for seed in range(6):
         # one student, three teachers with other tokens, one of them without a say in most places
@@ -134,7 +134,7 @@ def span_of(data: Scored, document: int, token: int) -> range:
     return range(int(spans.first[0]), int(spans.last[0]))
 
 
-def test_a_mean_is_rounded_once_and_the_least_ignores_who_is_silent() -> None:
+def test_a_mean_is_rounded_once_and_the_minimum_ignores_teachers_without_a_loss() -> None:
     nan, inf = np.nan, np.inf
     guide = np.array([[1, nan, nan, inf, 1e-8], [2, 3, nan, 1, 1], [nan, 5, nan, nan, 1]], np.float32)
     assert np.array_equal(combined(guide, "min"), np.float32([1, 3, nan, 1, 1e-8]), equal_nan=True)
@@ -142,7 +142,7 @@ def test_a_mean_is_rounded_once_and_the_least_ignores_who_is_silent() -> None:
     assert np.array_equal(mean, np.float32([1.5, 4, nan, inf, (np.float64(np.float32(1e-8)) + 2) / 3]), equal_nan=True)
 
 
-def test_a_batch_hands_the_losses_on() -> None:
+def test_a_batch_carries_the_losses_of_its_rows() -> None:
     data = Scored.at_random(3, 30, 0.2)
     cached = Batches(TrainRows(data, 48, 5, CachedLosses(data)), Layout(3, 2, 1), 0).step(0)
     online = Batches(TrainRows(data, 48, 5), Layout(3, 2, 1), 0).step(0)

@@ -137,7 +137,7 @@ def tokenized(teacher_tokenizer: Path) -> list[tuple[Tokens, Tokens]]:
     return list(zip(student.encode_batch(texts), teacher.encode_batch(texts), strict=True))
 
 
-def test_the_true_alignment_of_real_text_covers_it_whole_and_chunks_do_not(tokenized: list[tuple[Tokens, Tokens]]) -> None:
+def test_the_true_alignment_covers_real_text_completely_and_chunks_do_not(tokenized: list[tuple[Tokens, Tokens]]) -> None:
     measured = []
     for student, teacher in tokenized:
         spans = align(student, teacher)

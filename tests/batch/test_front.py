@@ -78,7 +78,7 @@ def test_a_batch_has_the_front_at_its_head_and_no_target_there(dataset: AlignedD
     assert sum(batch.row_mapped) + sum(batch.row_unmapped) == int((batch.target_BS != IGNORE).sum()), "no position is a target"
 
 
-def test_with_document_attention_each_document_has_a_head_of_its_own(dataset: AlignedDataset) -> None:
+def test_with_document_attention_each_document_has_its_own_prefix(dataset: AlignedDataset) -> None:
     bos = 7
     front = Front((bos,), each_document=True)
     rows = Rows(dataset, file_order(dataset), 512, TeacherIds(dataset, front=front), front)
@@ -166,7 +166,7 @@ def test_evaluation_reads_the_front_and_scores_the_same_text(dataset: AlignedDat
         assert torch.equal(mine.batches[0].target_BS[:, 1:], other.batches[0].target_BS)
 
 
-def test_what_is_asked_for_goes_before_what_a_tokenizer_says(teacher_tokenizer: Path, tmp_path: Path) -> None:
+def test_an_id_in_the_run_file_overrides_the_tokenizer(teacher_tokenizer: Path, tmp_path: Path) -> None:
     two = with_front(teacher_tokenizer, tmp_path / "two", ["<|im_start|>", "<|im_end|>"])
     assert front_of("auto", [two, teacher_tokenizer], "student.bos", 49_152) == (1, 2)
     assert front_of("auto", [teacher_tokenizer, two], "student.bos", 49_152) == (), "a tokenizer that says nothing has spoken"

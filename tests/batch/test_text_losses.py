@@ -32,7 +32,7 @@ def said_of(data: Scored, rows: Rows, k: int) -> TextLoss:
 
 
 @pytest.mark.parametrize("common", [0.0, 0.3, 1.0])
-def test_a_cached_row_says_what_its_documents_say(common: float) -> None:
+def test_the_text_losses_of_a_cached_row_are_those_of_its_documents(common: float) -> None:
     met = finite = 0
     for seed in range(20):
         data = Scored.at_random(seed, 12, common)
@@ -42,21 +42,21 @@ def test_a_cached_row_says_what_its_documents_say(common: float) -> None:
         one = Rows(data, order, 40, CachedLosses(data))
         two = Rows(data, order, 40, CombinedGuides([CachedLosses(data), CachedLosses(other)], "max", "min"))
         for k in range(len(one)):
-            [said], expected = one[k].said, said_of(data, one, k)
+            [said], expected = one[k].teacher_text_losses, said_of(data, one, k)
             assert (said.tokens, said.text_bytes) == (expected.tokens, expected.text_bytes)
             if math.isfinite(expected.nats):
                 assert said.nats == pytest.approx(expected.nats, rel=1e-12)
                 finite += 1
             else:
                 assert not math.isfinite(said.nats), "a loss that is no number shows"
-            first, second = two[k].said
+            first, second = two[k].teacher_text_losses
             assert first == said or not math.isfinite(said.nats)
             assert second.tokens == said.tokens and (second.nats == pytest.approx(said.nats / 2) or not math.isfinite(said.nats))
             met += said.tokens
     assert met > 3000 and finite > 15
 
 
-def test_text_is_all_but_first_tokens_and_ends_by_either_road(dataset: AlignedDataset) -> None:
+def test_text_is_everything_except_first_tokens_and_ends_for_cached_and_scored_losses(dataset: AlignedDataset) -> None:
     """By the mapping of a row, as evaluation has it, and by the table of bytes."""
     rows, met = TrainRows(dataset, 64, seed=1), 0
     for batch in Batches(rows, Layout(8, rows.rows_in_epoch // 8, 1), 0).step(0):
@@ -71,7 +71,7 @@ def test_text_is_all_but_first_tokens_and_ends_by_either_road(dataset: AlignedDa
     assert met > 100
 
 
-def test_a_sum_over_nothing_has_no_mean() -> None:
+def test_a_sum_over_no_tokens_has_no_mean() -> None:
     nothing = TextLoss(0.0, 0, 0)
     assert math.isnan(nothing.per_token) and math.isnan(nothing.bits_per_byte)
     assert summed([(), ()]) == ()

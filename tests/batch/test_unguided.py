@@ -9,7 +9,7 @@ from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.cached import CachedLosses
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.batch.pack import MappingStatus, Rows
-from megatron_vocagno.batch.unguided import NoGuide, RandomGuide, RandomRows
+from megatron_vocagno.batch.unguided import RandomGuide, RandomRows, ZeroGuide
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tests.batch.test_cached import Scored
 
@@ -21,7 +21,7 @@ def test_the_targets_that_a_cached_teacher_has_losses_of_are_mapped_one_by_one()
     for seed in range(20):
         data = Scored.at_random(seed, 12, 0.2)
         order = np.random.default_rng(seed).permutation(12)
-        guided, plain, drawn = (Rows(data, order, 40, x) for x in (CachedLosses(data), NoGuide(data), RandomGuide(data, 3, 0)))
+        guided, plain, drawn = (Rows(data, order, 40, x) for x in (CachedLosses(data), ZeroGuide(data), RandomGuide(data, 3, 0)))
         for k in range(len(guided)):
             row, zeros, draws = guided[k], plain[k], drawn[k]
             targets = np.arange(len(row.target_ids))
@@ -39,7 +39,7 @@ def test_the_targets_that_a_cached_teacher_has_losses_of_are_mapped_one_by_one()
 
 
 def test_dummy_prefixes_are_unmapped_for_a_baseline_too(dataset: AlignedDataset) -> None:
-    rows = Rows(dataset, np.arange(len(dataset)), S, NoGuide(dataset))
+    rows = Rows(dataset, np.arange(len(dataset)), S, ZeroGuide(dataset))
     unmapped = [(rows[k].last == rows[k].first, rows[k].mapping) for k in range(0, len(rows), 3)]
     assert all(np.array_equal(without, mapping != MappingStatus.MAPPED) for without, mapping in unmapped)
     assert sum(int((mapping == MappingStatus.NO_TEXT).sum()) for _, mapping in unmapped) > 0

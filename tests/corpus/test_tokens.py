@@ -281,7 +281,9 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         open_tokenizer(tmp_path / "noise.model")
     with pytest.raises(TokenizerError, match=r"no such file or folder$"):
         open_tokenizer(tmp_path / "missing")
-    with pytest.raises(TokenizerError, match=r"no such file or folder\. It is taken for a path: a Hub id is org/name"):
+    with pytest.raises(
+        TokenizerError, match=r"no such file or folder\. The name counts as a path, because a Hub id has the form org/name"
+    ):
         open_tokenizer("missing")
     with pytest.raises(TokenizerError, match=r"without tokenizer\.json"):
         open_tokenizer(tmp_path)

@@ -16,7 +16,7 @@ from megatron_vocagno.batch.chunked import Chunked
 from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import MappingStatus, Rows
-from megatron_vocagno.batch.unguided import NoGuide, RandomRows
+from megatron_vocagno.batch.unguided import RandomRows, ZeroGuide
 from megatron_vocagno.config import Guidance, Run, Scope, Unmapped
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import step_counts
@@ -36,7 +36,7 @@ def rows_of(dataset: AlignedDataset, objective: str) -> TrainRows:
     """As a run would have them; those of `guided` cached."""
     if objective == "random":
         return RandomRows(dataset, ROW, 5, 0)
-    return TrainRows(dataset, ROW, 5, NoGuide(dataset) if objective == "student" else CachedLosses(WithLosses(dataset)))
+    return TrainRows(dataset, ROW, 5, ZeroGuide(dataset) if objective == "student" else CachedLosses(WithLosses(dataset)))
 
 
 def labels_of(batches: list[Batch], guidance: Guidance) -> list[Labels]:
@@ -112,7 +112,7 @@ def with_labels(dataset: AlignedDataset, guidance: Guidance) -> list[tuple[Batch
 def test_a_row_with_one_guide_is_ranked_by_the_students_loss(dataset: AlignedDataset) -> None:
     """One chunk, each row by itself: so far does the worst alignment go."""
     met = 0
-    sources = {"student": NoGuide(dataset), "guided": Chunked(CachedLosses(WithLosses(dataset)), 1)}
+    sources = {"student": ZeroGuide(dataset), "guided": Chunked(CachedLosses(WithLosses(dataset)), 1)}
     loss_BS = torch.randint(0, 64, (4, ROW), generator=torch.Generator().manual_seed(0)) / 8
     chosen = {}
     for name, source in sources.items():

@@ -18,7 +18,7 @@ from megatron_vocagno import command, plan, pretrain
 from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
-from megatron_vocagno.engine.manifest import sha256
+from megatron_vocagno.files import sha256
 from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.sample_files import SampleStep, write_rows, write_step
@@ -84,19 +84,20 @@ def test_a_dry_run_that_finds_a_fault(case: Case, tmp_path: Path) -> None:
 def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     with told(
         snapshot(
-            "no configuration of the teacher at DIR/nowhere: there is no config.json. It is taken for a path: "
-            "a Hub id is org/name or org/name@revision.\n"
-            "  Give its config.json with --teacher-config. examples/plan has those of the recipes."
+            """\
+no configuration of the teacher at DIR/nowhere: there is no config.json. The name counts as a path, because a Hub id has the form org/name or org/name@revision.
+  Give its config.json with --teacher-config. examples/plan has those of the recipes.\
+"""
         ),
         DIR=tmp_path,
     ):
         read_config(tmp_path / "nowhere", "teacher")
     with told(
         snapshot(
-            "no configuration of the student at org/name: org/name is not, or not whole, in the Hub's cache "
-            "CACHE, and the Hub was not asked. Download it where there is a network: hf "
-            "download org/name --exclude '*.bin'.\n"
-            "  Give its config.json with --student-config. examples/plan has those of the recipes."
+            """\
+no configuration of the student at org/name: org/name is missing or incomplete in the Hub's cache CACHE, and the Hub was not contacted. Download it on a machine with a network: hf download org/name --exclude '*.bin'.
+  Give its config.json with --student-config. examples/plan has those of the recipes.\
+"""
         ),
         CACHE=HF_HUB_CACHE,
     ):
@@ -104,9 +105,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "lama.json").write_text('{"model_type": "lama"}')
     with told(
         snapshot(
-            "DIR/lama.json is no configuration of a model that transformers knows: The checkpoint you are trying to load has model "
-            "type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the "
-            "checkpoint, or because your version of Transformers is out of date."
+            "DIR/lama.json is not a configuration that transformers can read: The checkpoint you are trying to load has model type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date."
         ),
         DIR=tmp_path,
     ):
@@ -114,8 +113,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"\xff")
     with told(
         snapshot(
-            "DIR/binary.json is no configuration of a model that transformers knows: It looks like the config file at "
-            "'DIR/binary.json' is not a valid JSON file."
+            "DIR/binary.json is not a configuration that transformers can read: It looks like the config file at 'DIR/binary.json' is not a valid JSON file."
         ),
         DIR=tmp_path,
     ):
@@ -125,13 +123,13 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("read", "text", "message"),
     [
-        (command.positive_int, "0", snapshot("a number of at least 1, not '0'")),
-        (command.positive_float, "-1", snapshot("-1 is not above 0, or has no end")),
-        (command.positive_float, "many", snapshot("'many' is no number")),
+        (command.positive_int, "0", snapshot("'0' is not a whole number of at least 1")),
+        (command.positive_float, "-1", snapshot("-1 is not a finite number above 0")),
+        (command.positive_float, "many", snapshot("'many' is not a number")),
         (command.fraction, "2", snapshot("2 is not between 0 and 1")),
-        (report.row_length, "8", snapshot("8 is too short, 17 at least")),
-        (score_teacher.bos_of, "<bos>", snapshot("'<bos>': auto, none or the id of a token expected")),
-        (console.slice_of, "3/2", snapshot("3/2: two numbers are needed, I/N with I from 1 to N")),
+        (report.row_length, "8", snapshot("8 is too short: at least 17")),
+        (score_teacher.bos_of, "<bos>", snapshot("'<bos>' is not auto, none or the id of a token")),
+        (console.slice_of, "3/2", snapshot("'3/2' is not of the form I/N with I from 1 to N")),
     ],
 )
 def test_values_of_options(read: Any, text: str, message: str) -> None:
@@ -141,11 +139,11 @@ def test_values_of_options(read: Any, text: str, message: str) -> None:
 
 
 def test_documents_that_are_not_there(case: Case) -> None:
-    with told(snapshot("DATA: no document 10; there are 10, the first is 0"), DATA=case.valid):
+    with told(snapshot("DATA: no document 10. There are 10, and the first one is 0"), DATA=case.valid):
         refused(show_document.main, case.valid, 10)
-    with told(snapshot("DATA has no ids: it was built without --id-key; name a document by its number"), DATA=case.valid):
+    with told(snapshot("DATA has no ids: it was built without --id-key. Use the number of a document"), DATA=case.valid):
         refused(show_document.main, case.valid, "--id", "x")
-    with told(snapshot("document 0 has 433 student tokens; [5, 2) is not within"), DATA=case.valid):
+    with told(snapshot("document 0 has 433 student tokens: [5, 2) is out of range"), DATA=case.valid):
         refused(show_document.main, case.valid, 0, "--start", 5, "--stop", 2)
     with told(snapshot("data/tokenizer.json: token 0, 'ab', cannot have the 4 bytes that byte_lengths.npy records")):
         token_bytes(Path("data/tokenizer.json"), {"ab": 0}, np.array([4], np.int32))
@@ -158,21 +156,26 @@ def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     write_rows(tmp_path, replace(rows, dataset="/nowhere", fingerprint="OTHER"))
     with told(
-        snapshot("DIR holds no evaluation of its sample rows yet: the first is written before the first step"), DIR=tmp_path
+        snapshot("DIR has no evaluation of its sample rows yet: the first one is written before the first step"), DIR=tmp_path
     ):
         refused(report.main, "--run", tmp_path, "--out", page)
     nothing = np.zeros(rows.target_RS.shape, np.float32)
     write_step(tmp_path, SampleStep(1, nothing, nothing, nothing, run.guidance))
     with told(
         snapshot(
-            "/nowhere is not a dataset: the path does not exist\n"
-            "  DIR holds rows of it. Where it lies elsewhere now, name it: --data FOLDER."
+            """\
+/nowhere is not a dataset: the path does not exist
+  DIR has sample rows of this dataset. If you have moved it, specify its new place: --data FOLDER.\
+"""
         ),
         DIR=tmp_path,
     ):
         refused(report.main, "--run", tmp_path, "--out", page)
     with told(
-        snapshot("DATA (HASH) is not the dataset whose rows DIR holds (OTHER).\n  Name that one: --data FOLDER."),
+        snapshot("""\
+DATA (HASH) is not the dataset of the sample rows in DIR (OTHER).
+  Specify that dataset: --data FOLDER.\
+"""),
         DIR=tmp_path,
         DATA=case.valid,
         HASH=data.fingerprint,
@@ -184,7 +187,7 @@ def test_builds_that_cannot_be(case: Case, tmp_path: Path) -> None:
     with told(snapshot("DIR is not a dataset: the folder has no dataset.json"), DIR=tmp_path):
         refused(build_dataset.main, "verify", tmp_path)
     args, progress = argparse.Namespace(engine="local", workers=2), SimpleNamespace(within=None)
-    with told(snapshot("--out memory://out: the memory of one process; use --workers 1")):
+    with told(snapshot("--out memory://out is in the memory of one process: use --workers 1")):
         build_dataset.engine_of(args, build_dataset.place("memory://out"), progress)  # type: ignore[arg-type]
     copy = shutil.copytree(case.valid, tmp_path / "copy")
     file = copy / "shards" / "0000" / "spans.bin"
@@ -192,9 +195,11 @@ def test_builds_that_cannot_be(case: Case, tmp_path: Path) -> None:
     file.write_bytes(bytes(file.stat().st_size))
     with told(
         snapshot(
-            "DIR/copy is not as it was written:\n"
-            "DIR/copy/shards/0000/spans.bin: sha256 NOW, recorded WAS: changed since it was written\n"
-            "delete the folder of each damaged shard, and run its build again: it makes what is missing"
+            """\
+DIR/copy has changed since it was written:
+DIR/copy/shards/0000/spans.bin: sha256 NOW, recorded WAS: changed since it was written
+Delete the folder of each damaged shard and run the build again: it makes the missing shards.\
+"""
         ),
         NOW=sha256(file),
         **names,

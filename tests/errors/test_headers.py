@@ -29,17 +29,17 @@ def headed(text: str) -> bytes:
         (
             b"\x09",
             snapshot(
-                "the weights in FILE are damaged: the file has 1 bytes, and its header alone would take 9. Was the download complete?"
+                "the weights in FILE are damaged: the file has 1 bytes, but its header should have 9. Was the download complete?"
             ),
         ),
         (
             headed('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}') + bytes(7),
-            snapshot("the weights in FILE are damaged: the file has 76 bytes, its header says 77. Was the download complete?"),
+            snapshot("the weights in FILE are damaged: the file has 76 bytes, but 77 by its header. Was the download complete?"),
         ),
         (
             headed("{}") + bytes(7),
             snapshot(
-                "the weights in FILE are damaged: the file has 17 bytes, its header says 10. Was something added after it was written?"
+                "the weights in FILE are damaged: the file has 17 bytes, but 10 by its header. Was something added after it was written?"
             ),
         ),
         (
@@ -52,14 +52,15 @@ def headed(text: str) -> bytes:
         (
             headed("<html>"),
             snapshot(
-                "the weights in FILE are damaged: its header is no JSON: Expecting value: line 1 column 1 (char 0). Is it a safetensors file, and was the "
-                "download complete?"
+                "the weights in FILE are damaged: its header is not JSON: Expecting value: line 1 column 1 (char 0). Is it a safetensors file, and was the download complete?"
             ),
         ),
-        (headed("[]"), snapshot("the weights in FILE are damaged: its header is a list, not an object. Who wrote it?")),
+        (headed("[]"), snapshot("the weights in FILE are damaged: its header is a list, not an object. Which program wrote it?")),
         (
             headed('{"a": 1, "a": 2}'),
-            snapshot("the weights in FILE are damaged: its header has a twice, and readers take one or the other. Who wrote it?"),
+            snapshot(
+                "the weights in FILE are damaged: its header has a twice, and it is undefined which one is read. Which program wrote the file?"
+            ),
         ),
     ],
 )
@@ -70,7 +71,7 @@ def test_a_damaged_file(model: Path, content: bytes, message: str) -> None:
 
 
 def test_a_pointer_of_git_lfs(model: Path) -> None:
-    message = snapshot("FILE is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder.")
+    message = snapshot("FILE is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder.")
     pointer = b"version https://git-lfs.github.com/spec/v1\n"
     (model / "model.safetensors").write_bytes(pointer)
     with told(message, FILE=model / "model.safetensors"):
@@ -81,39 +82,40 @@ def test_a_pointer_of_git_lfs(model: Path) -> None:
 
 
 INDICES: list[tuple[Callable[[dict[str, str]], object], str]] = [
-    (lambda _: [], snapshot("INDEX cannot be read: it is a list, not an object. Who wrote it?")),
+    (lambda _: [], snapshot("INDEX cannot be read: it is a list, not an object. Which program wrote the index?")),
     (lambda _: {"metadata": {}}, snapshot("INDEX cannot be read: it has no 'weight_map'. Was the download complete?")),
     (
         lambda _: {"metadata": {}, "weight_map": []},
-        snapshot("INDEX cannot be read: its weight_map is a list, not an object. Who wrote it?"),
+        snapshot("INDEX cannot be read: its weight_map is a list, not an object. Which program wrote the index?"),
     ),
     (
         lambda _: {"metadata": {}, "weight_map": {}},
-        snapshot("INDEX cannot be read: its weight_map lists nothing. Was it written before the weights were?"),
+        snapshot("INDEX cannot be read: its weight_map is empty. Was it written before the weights were?"),
     ),
     (
         lambda file_of: {"weight_map": file_of},
         snapshot(
-            "INDEX has no 'metadata', or none that is an object, and transformers reads no index without it. Add "
-            '"metadata": {} to it.'
+            "INDEX has no 'metadata' object, and transformers does not read an index without one. Add \"metadata\": {} to the index."
         ),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"a": "../x"}},
-        snapshot("INDEX says that a lies in '../x', which is no name of a safetensors file within DIR. Who wrote the index?"),
+        snapshot(
+            "INDEX lists a in '../x', which is not the name of a safetensors file inside DIR. Which program wrote the index?"
+        ),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"b": ONE}},
-        snapshot("INDEX says that b lies in ONE, but it lies in TWO. Is the index that of these files?"),
+        snapshot("INDEX lists b in ONE, but it is in TWO. Does the index belong to these files?"),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": file_of | {"c": TWO}},
-        snapshot("INDEX says that c lies in TWO, but no file of the index has it. Is the index that of these files?"),
+        snapshot("INDEX lists c in TWO, but no file of the index has it. Does the index belong to these files?"),
     ),
     (
         lambda file_of: {"metadata": {}, "weight_map": {"a": ONE, "b": TWO}},
         snapshot(
-            "INDEX does not list more, which lies in TWO: its files hold 3 tensors, and it lists 2. Is the index that of these files?"
+            "INDEX does not list more, which is in TWO: it lists 2 tensors, and its files hold 3. Does the index belong to these files?"
         ),
     ),
 ]
@@ -137,7 +139,7 @@ def test_a_tensor_in_two_files(model: Path) -> None:
     index = {"metadata": {}, "weight_map": {"a": ONE, "b": TWO}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with told(
-        snapshot("the weights in DIR are ambiguous: a lies in ONE and in TWO. Are these files of two downloads?"),
+        snapshot("the weights in DIR are ambiguous: a is in ONE and in TWO. Are these files from two downloads?"),
         DIR=model,
         ONE=ONE,
         TWO=TWO,

@@ -33,12 +33,12 @@ __all__ = ["model"]
 def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     with told(
         snapshot(
-            "no model at DIR/nowhere: the path does not exist. It is taken for a path: a Hub id is org/name or org/name@revision."
+            "no model at DIR/nowhere: the path does not exist. The name counts as a path, because a Hub id has the form org/name or org/name@revision."
         ),
         DIR=tmp_path,
     ):
         model_folder(tmp_path / "nowhere")
-    with told(snapshot("no model at DIR: it has no config.json. Is it a folder in Hugging Face's layout?"), DIR=tmp_path):
+    with told(snapshot("no model at DIR: it has no config.json. Is it a Hugging Face model folder?"), DIR=tmp_path):
         model_folder(tmp_path)
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
@@ -53,10 +53,7 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     (model / "pytorch_model.bin").touch()
     with told(
         snapshot(
-            "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. It has "
-            "pytorch_model.bin, which can run code when it is read. Convert it: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), on a machine where that "
-            "risk is acceptable."
+            "no weights in DIR/model: neither model.safetensors nor model.safetensors.index.json. It has pytorch_model.bin, which can run code when it is loaded. On a machine where that risk is acceptable, convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)."
         ),
         DIR=tmp_path,
     ):
@@ -67,8 +64,7 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     )
     with told(
         snapshot(
-            "DIR/model/model.safetensors.index.json lists 2 files that are not there, "
-            "model-00001-of-00002.safetensors first. Was the download complete?"
+            "DIR/model/model.safetensors.index.json lists 2 files that do not exist, for example model-00001-of-00002.safetensors. Was the download complete?"
         ),
         DIR=tmp_path,
     ):
@@ -83,10 +79,7 @@ def test_a_folder_that_is_no_model(model: Path, tmp_path: Path) -> None:
     change(model, model_type="lama")
     with told(
         snapshot(
-            "DIR/model/config.json is no configuration of a model that transformers knows: The checkpoint you "
-            "are trying to load has model type `lama` but Transformers does not recognize this architecture. "
-            "This could be because of an issue with the checkpoint, or because your version of Transformers is "
-            "out of date."
+            "DIR/model/config.json is not a configuration that transformers can read: The checkpoint you are trying to load has model type `lama` but Transformers does not recognize this architecture. This could be because of an issue with the checkpoint, or because your version of Transformers is out of date."
         ),
         DIR=tmp_path,
     ):
@@ -97,21 +90,20 @@ STUDENTS: list[tuple[dict[str, Any], str]] = [
     (
         {"model_type": "gpt2"},
         snapshot(
-            "student models of type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
+            "student models of type 'gpt2' are not supported; supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
         ),
     ),
     (
         {"model_type": None},
         snapshot(
-            "the student's configuration names no 'model_type'; these are supported: llama, mistral, qwen2, "
-            "qwen3, gemma, gemma2, gemma3_text"
+            "the student's configuration has no 'model_type'; supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
         ),
     ),
     ({"num_hiden_layers": 2}, snapshot("no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?")),
-    ({"num_hidden_layers": 0}, snapshot("a llama model with num_hidden_layers = 0: a whole number above 0 expected")),
+    ({"num_hidden_layers": 0}, snapshot("a llama model with num_hidden_layers = 0: expected a whole number above 0")),
     (
         {"num_key_value_heads": 3, "num_attention_heads": 4},
-        snapshot("not a valid llama model: num_attention_heads = 4 is no multiple of num_key_value_heads = 3"),
+        snapshot("not a valid llama model: num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
     ),
     (
         {"hidden_size": "many"},
@@ -123,15 +115,13 @@ STUDENTS: list[tuple[dict[str, Any], str]] = [
     (
         {"vocab_size": 5},
         snapshot(
-            "the tokenizer has 10 tokens, the student model has 5: ids would have no embedding. Is it the "
-            "tokenizer that the model was made for?"
+            "the tokenizer has 10 tokens, the student model has 5: some ids would have no embedding. Is this the tokenizer that the model was trained with?"
         ),
     ),
     (
         {"attention_dropout": 0.1},
         snapshot(
-            "attention_dropout is 0.1; set it to 0. Random numbers would make a resumed run another one, and a "
-            "loss depend on the layout."
+            "attention_dropout is 0.1; set it to 0. With dropout, a resumed run would differ from an uninterrupted one, and losses would depend on the parallel layout."
         ),
     ),
 ]
@@ -144,12 +134,11 @@ def test_a_student_that_cannot_be_made(changes: dict[str, Any], message: str) ->
 
 
 def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
-    with told(snapshot("the student model has no vocab_size, and no tokenizer gives one")):
+    with told(snapshot("the student model has no vocab_size, and there is no tokenizer to take it from")):
         student_config({name: value for name, value in LLAMA.items() if name != "vocab_size"})
     with told(
         snapshot(
-            "rows have 2,048 tokens (data.row_length), the student reads 64 (max_position_embeddings). Use shorter rows, or a "
-            "model made for longer ones."
+            "rows have 2,048 tokens (data.row_length), but the student reads at most 64 (max_position_embeddings). Use shorter rows or a model with a longer context."
         )
     ):
         check_row_length(student_config(LLAMA), 2048)
@@ -158,16 +147,13 @@ def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:
         Student(student_config(LLAMA | changes), 0).load(PretrainedWeights(model))
 
     with told(
-        snapshot(
-            "DIR/model has no tensor model.layers.1.self_attn.q_proj.weight: its model is another one than the configuration."
-        ),
+        snapshot("DIR/model has no tensor model.layers.1.self_attn.q_proj.weight: its model does not match the configuration."),
         DIR=tmp_path,
     ):
         load(num_hidden_layers=2)
     with told(
         snapshot(
-            "vocabulary mismatch at model.embed_tokens.weight: DIR/model has 10 tokens (10, 8), the student 12 "
-            "(12, 8). Pretrained weights need their own vocabulary size."
+            "vocabulary mismatch at model.embed_tokens.weight: DIR/model has 10 tokens (10, 8), the student 12 (12, 8). Use the vocabulary size of the pretrained weights."
         ),
         DIR=tmp_path,
     ):
@@ -186,14 +172,12 @@ def test_weights_that_are_not_those_of_the_configuration(tmp_path: Path) -> None
     config = student_config(LLAMA)
     with told(
         snapshot(
-            "cannot write the model: 11 tensors are missing ['model.embed_tokens.weight', "
-            "'model.layers.0.input_layernorm.weight', 'model.layers.0.mlp.down_proj.weight'], 1 unknown "
-            "['model.norm']. Is the configuration the one that the weights were trained with?"
+            "cannot write the model: 11 tensors are missing ['model.embed_tokens.weight', 'model.layers.0.input_layernorm.weight', 'model.layers.0.mlp.down_proj.weight'], 1 unknown ['model.norm']. Is this the configuration that the weights were trained with?"
         )
     ):
         to_hugging_face(config, {"model.norm": torch.zeros(8)}, tmp_path)
     state = {name: torch.zeros(tensor.shape) for name, tensor in folders.skeleton(config).state_dict().items()}
-    with told(snapshot("cannot write the model: model.norm.weight is (9,), the configuration says (8,)")):
+    with told(snapshot("cannot write the model: the shape of model.norm.weight is (9,), the configuration requires (8,)")):
         to_hugging_face(config, state | {"model.norm.weight": torch.zeros(9)}, tmp_path)
 
 
@@ -202,8 +186,7 @@ def test_teachers_that_cannot_teach(model: Path) -> None:
     row = torch.zeros(1, 65, dtype=torch.long)
     with told(
         snapshot(
-            "a row has 65 teacher tokens, the teacher reads 64. Use shorter rows (data.row_length): one text can "
-            "have more teacher tokens than student tokens."
+            "a row has 65 teacher tokens, but the teacher reads at most 64. Use shorter rows (data.row_length): a text can have more teacher tokens than student tokens."
         )
     ):
         teacher.loss(row, row)
@@ -288,7 +271,9 @@ def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(gguf, "_write_tokenizer", lambda *_: None)
     monkeypatch.setattr(gguf, "_write_origin", lambda *_: None)
     monkeypatch.setattr("pathlib.Path.rename", refuse)
-    with told(snapshot("cannot write DIR/out: Directory not empty. Was it written by another process meanwhile?"), DIR=tmp_path):
+    with told(
+        snapshot("cannot write DIR/out: Directory not empty. Did another process write it at the same time?"), DIR=tmp_path
+    ):
         dequantise(file, tmp_path / "out")
 
 
@@ -311,7 +296,7 @@ def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with told(snapshot("org/name is gated: accept its terms on the Hub, and set HF_TOKEN to a token of that account")):
         hub.snapshot("org/name")
     answer(of(hub_errors.RepositoryNotFoundError))
-    with told(snapshot("the Hub has no org/name, or hides it from those without its HF_TOKEN")):
+    with told(snapshot("the Hub has no org/name, or it is private and HF_TOKEN does not give access to it")):
         hub.snapshot("org/name")
     answer(of(hub_errors.RevisionNotFoundError))
     with told(snapshot("org/name has no revision 'v2' on the Hub")):
@@ -319,8 +304,7 @@ def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     answer(of(hub_errors.LocalEntryNotFoundError))
     with told(
         snapshot(
-            "org/name@v2 is not, or not whole, in the Hub's cache CACHE, and the Hub does not answer. Download "
-            "it where there is a network: hf download org/name --revision v2 --exclude '*.bin'."
+            "org/name@v2 is missing or incomplete in the Hub's cache CACHE, and the Hub does not answer. Download it on a machine with a network: hf download org/name --revision v2 --exclude '*.bin'."
         )
     ):
         hub.snapshot("org/name@v2")
@@ -337,9 +321,7 @@ def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["config.json"])
     with told(
         snapshot(
-            "org/name is not, or not whole, in the Hub's cache CACHE, and the Hub did not answer when it was "
-            "asked for the rest, though it does now. Download it where there is a network: hf download org/name "
-            "--exclude '*.bin'."
+            "org/name is missing or incomplete in the Hub's cache CACHE, and the Hub did not answer when the other files were requested, although it does now. Download it on a machine with a network: hf download org/name --exclude '*.bin'."
         )
     ):
         hub.require_unlisted("org/name", ["config.json"])
@@ -347,17 +329,14 @@ def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: ["pytorch_model.bin"])
     with told(
         snapshot(
-            "no weights in org/name: the Hub has no model.safetensors, no model.safetensors.index.json or no "
-            "config.json there. Pickled weights are not downloaded, as they can run code when they are read. Has "
-            'the Hub\'s bot offered a conversion (Community, "Adding `safetensors` variant")? Name it: '
-            "org/name@refs/pr/1."
+            'no weights in org/name: on the Hub it has no config.json, or neither model.safetensors nor model.safetensors.index.json. Pickled weights are not downloaded, because they can run code when they are loaded. If the Community tab offers a conversion ("Adding `safetensors` variant"), use its revision: org/name@refs/pr/1.'
         )
     ):
         model_folder("org/name")
     (tmp_path / "pins.json").write_text('{"org/name": "org/name@main"}')
     with told(
         snapshot(
-            "DIR/pins.json, the commits of Hub ids, cannot be read: a name without its commit. Without it the Hub is asked anew."
+            "DIR/pins.json, the record of the commits of Hub ids, cannot be read: a name without a commit. If you delete it, the current commits are used."
         ),
         DIR=tmp_path,
     ):

@@ -25,7 +25,7 @@ from megatron_vocagno.run_file import load_run
 from tests.errors.telling import told
 from tests.runs import REPOSITORY
 
-PLACE = "It was looked for at DIR/NAME: a relative path counts from the folder that the command is run in."
+PLACE = "The absolute path is DIR/NAME: relative paths start at the folder in which you run the command."
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +54,10 @@ def test_a_relative_path_that_is_not_there_is_told_in_full_with_a_near_name(what
         READERS[what]("../models/gema-3-270m")
     said = str(refusal.value)
     assert "../models/gema-3-270m" in said and "\n  Did you mean ../models/gemma-3-270m?" in said
-    assert f"\n  It was looked for at {tmp_path}/models/gema-3-270m: a relative path counts from the folder that" in said
+    assert f"\n  The absolute path is {tmp_path}/models/gema-3-270m: relative paths start at the folder" in said
     with pytest.raises(UserError) as refusal:
         READERS[what](str(tmp_path / "nothing"))
-    assert "It was looked for at" not in str(refusal.value) and "Did you mean" not in str(refusal.value)
+    assert "The absolute path is" not in str(refusal.value) and "Did you mean" not in str(refusal.value)
 
 
 def test_a_name_is_near_where_it_differs_by_a_slip_and_leads_to_something(tmp_path: Path) -> None:
@@ -95,8 +95,10 @@ def test_a_file_in_another_format_names_the_command_that_converts_it(tmp_path: P
     (tmp_path / "work" / "tiny.gguf").write_bytes(b"GGUF")
     with told(
         snapshot(
-            "no model at tiny.gguf: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
-            "  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny"
+            """\
+no model at tiny.gguf: tiny.gguf is a GGUF file, and only a teacher can be one. Convert the file, and use the folder:
+  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny\
+"""
         )
     ):
         model_folder("tiny.gguf")

@@ -268,11 +268,11 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
 
 def test_an_export_that_cannot_be(folder: Path, tmp_path: Path) -> None:
     with told(
-        snapshot("no whole checkpoint below DIR/nowhere: is it the 'output' folder of a run that has saved one?"), DIR=tmp_path
+        snapshot("no complete checkpoint in DIR/nowhere: is it the 'output' folder of a run that has saved one?"), DIR=tmp_path
     ):
         export(tmp_path / "nowhere", tmp_path / "out")
     with told(
-        snapshot("DIR/checkpoints/step-00000004 is not empty: exporting would mix two models. Remove it, or give another --out"),
+        snapshot("DIR/checkpoints/step-00000004 is not empty: exporting would mix two models. Remove it, or use another --out"),
         DIR=tmp_path,
     ):
         export(tmp_path, folder)

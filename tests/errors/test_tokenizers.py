@@ -113,9 +113,10 @@ def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(tmp_path)
     with told(
         snapshot(
-            "cannot open the tokenizer models/tiny/tokenizer: no such file or folder. It is taken for a path: a "
-            "Hub id is org/name or org/name@revision.\n"
-            "  It was looked for at DIR/models/tiny/tokenizer: a relative path counts from the folder that the command is run in."
+            """\
+cannot open the tokenizer models/tiny/tokenizer: no such file or folder. The name counts as a path, because a Hub id has the form org/name or org/name@revision.
+  The absolute path is DIR/models/tiny/tokenizer: relative paths start at the folder in which you run the command.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -130,9 +131,7 @@ def test_what_is_no_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         open_tokenizer(tmp_path / "noise.model")
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
     with told(
-        snapshot(
-            "DIR/tokenizer.json is a pointer of Git LFS, not the file that it stands for. Run `git lfs pull` in its folder."
-        ),
+        snapshot("DIR/tokenizer.json is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder."),
         DIR=tmp_path,
     ):
         open_tokenizer(tmp_path)

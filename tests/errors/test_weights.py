@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from megatron_vocagno.model import proof
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.folder import PretrainedWeights, read_config
-from megatron_vocagno.model.proof import Evidence, probe, prove_student
+from megatron_vocagno.model.proof import ProbeResult, probe, prove_student
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.model.weights import check_weights, model_class
@@ -33,8 +33,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(8)}, model / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/model are not those of its config.json, of a llama model: 1 are not used "
-            "(model.layers.0.self_attn.q_proj.bias). Does the configuration lack a bias?"
+            "the weights in DIR/model do not match its config.json of a llama model: 1 are not used (model.layers.0.self_attn.q_proj.bias). Does the configuration lack a bias?"
         ),
         DIR=tmp_path,
     ):
@@ -42,9 +41,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file(tensors | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)}, model / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/model cannot be used: model.norm.weight is of type I8, where a llama model has floating-point "
-            "numbers (F64, F32, F16, BF16). Are they quantised, or saved by a program that casts? Use the weights that "
-            "they were made from."
+            "the weights in DIR/model cannot be used: the type of model.norm.weight is I8, but a llama model needs floating-point numbers (F64, F32, F16, BF16). Are the weights quantised, or cast by the program that saved them? Use the weights that they were made from."
         ),
         DIR=tmp_path,
     ):
@@ -53,8 +50,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file(tensors | packed, model / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/model are quantised, though config.json has no quantization_config: it holds "
-            "model.layers.0.self_attn.q_proj.qweight of type I32. Use the unquantised weights that they were made from."
+            "the weights in DIR/model are quantised, but config.json has no quantization_config: model.layers.0.self_attn.q_proj.qweight has type I32. Use the unquantised weights that they were made from."
         ),
         DIR=tmp_path,
     ):
@@ -73,14 +69,15 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file({name: weights.tensor(name) for name in weights if name != part}, mixtral / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/mixtral cannot be put together to a mixtral model: We encountered some issues during automatic "
-            "conversion of the weights. For details look at the `CONVERSION` entries of the above report!\n  Is a part of an expert "
-            "missing?"
+            """\
+the weights in DIR/mixtral cannot be merged into a mixtral model: We encountered some issues during automatic conversion of the weights. For details look at the `CONVERSION` entries of the above report!
+  Is a part of an expert missing?\
+"""
         ),
         DIR=tmp_path,
     ):
         check_weights(PretrainedWeights(mixtral), read_config(mixtral))
-    with told(snapshot("transformers has no causal language model of type vit: is it one of another kind?")):
+    with told(snapshot("transformers has no causal language model of type vit: is it another kind of model?")):
         model_class(AutoConfig.for_model("vit"))
 
 
@@ -96,8 +93,7 @@ def test_a_student_that_transformers_makes_otherwise(monkeypatch: pytest.MonkeyP
 
     with told(
         snapshot(
-            "a gemma2 student of this configuration is not what transformers makes of it: in small, the loss of a token is "
-            "4.6962 nats there, 7.5887 here. Which of its fields is unusual?"
+            "a gemma2 student of this configuration differs from the model of transformers: on a small model, the loss of a token is 4.6962 nats there, 7.5887 here. Does the configuration have an unusual field?"
         )
     ):
         prove_student(capped)
@@ -108,9 +104,7 @@ def test_a_student_that_transformers_makes_otherwise(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(proof, "_reference", lambda _: made(proof._shrunk(biased)))
     with told(
         snapshot(
-            "a llama student of this configuration is not the model of transformers, which has "
-            "['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.o_proj.bias', "
-            "'model.layers.0.self_attn.q_proj.bias'] more and [] less"
+            "a llama student of this configuration differs from the model of transformers: it lacks the weights ['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.o_proj.bias', 'model.layers.0.self_attn.q_proj.bias'] and has the weights [] in addition"
         )
     ):
         prove_student(plain)
@@ -128,24 +122,20 @@ def test_teachers_that_score_otherwise_than_their_logits(model: Path, monkeypatc
     nothing_BU = torch.zeros(2, 16)
     with told(
         snapshot(
-            "this cohere teacher has other logits than its head makes of its hidden states, which is not supported: by its own the "
-            "loss of a token is 0.0000 nats, by its head 1.0000. Does it scale its logits, or cap them in a way of its own?"
+            "the logits of this cohere teacher are not its head applied to its hidden states, which is not supported: the loss of a token is 0.0000 nats by its logits, and 1.0000 by its head. Does it scale or cap its logits in an unusual way?"
         )
     ):
-        Evidence(nothing_BU, nothing_BU + 1, nothing_BU, 0.0, torch.float32).check("cohere")
+        ProbeResult(nothing_BU, nothing_BU + 1, nothing_BU, 0.0, torch.float32).check("cohere")
     seen_BU = nothing_BU.clone()
     seen_BU[1, 3] = 2.0
     with told(
         snapshot(
-            "this bert teacher lets tokens see those after them, so it predicts none of them: the loss of a token is 0.0000 nats, "
-            "and 2.0000 with other tokens behind it"
+            "this bert teacher is not causal, because a loss depends on later tokens: it is 0.0000 nats, and 2.0000 with other tokens after it"
         )
     ):
-        Evidence(nothing_BU, None, seen_BU, 0.0, torch.float32).check("bert")
-    with told(
-        snapshot("the losses of this gemma3 teacher are no numbers in float16. Use teacher.dtype = 'bfloat16' or 'float32'.")
-    ):
-        Evidence(nothing_BU, None, nothing_BU.log() * 0, 0.0, torch.float16).check("gemma3")
+        ProbeResult(nothing_BU, None, seen_BU, 0.0, torch.float32).check("bert")
+    with told(snapshot("the losses of this gemma3 teacher are NaN in float16. Use teacher.dtype = 'bfloat16' or 'float32'.")):
+        ProbeResult(nothing_BU, None, nothing_BU.log() * 0, 0.0, torch.float16).check("gemma3")
 
     def never(*_: Tensor) -> Tensor:
         raise ValueError("no")
@@ -155,5 +145,5 @@ def test_teachers_that_score_otherwise_than_their_logits(model: Path, monkeypatc
         probe(whole, never, teacher.head, 10, None, torch.device("cpu"))
     cut = torch.zeros(2, 16, 9)
     monkeypatch.setattr(type(whole), "forward", lambda *_, **__: SimpleNamespace(logits=cut))
-    with told(snapshot("this llama teacher has 9 logits, and 10 tokens: it leaves some out")):
+    with told(snapshot("this llama teacher has 9 logits, but 10 tokens: some would have no loss")):
         probe(whole, lambda *_: nothing_BU, teacher.head, 10, None, torch.device("cpu"))

@@ -90,7 +90,7 @@ def test_files_that_the_page_names_are_there() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--set", "data.row_length=4096"], "rows have 4,096 tokens (data.row_length), the student reads 2,048"),
+        (["--set", "data.row_length=4096"], "rows have 4,096 tokens (data.row_length), but the student reads at most 2,048"),
         (["--gpus", "24"], "train_batch_size is 512, but 4 rows a micro-batch"),
         (["--gpus", "3"], "is 504.\n  It can be dealt to 2 or 4 processes.\n"),
         (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': Input should be less than"),
@@ -124,13 +124,15 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
     here = [f"student.pretrained={tmp_path / 'model'}", f"teacher.path={tmp_path / 'model'}"]
     assert notes(*here) == [] == notes(here[0], "teacher.placement=cached") == notes(here[0], "guidance.objective=random")
     student, teacher = notes("teacher.path=models/Qwen", "student.pretrained=TinyLlama-1.1B")
-    assert student.startswith("student.pretrained: TinyLlama-1.1B does not exist. It is taken for a path: a Hub id is org/name")
-    assert teacher.startswith(
-        "teacher.path: models/Qwen is neither on disk nor in the Hub cache. It is taken for a Hub id, because"
+    assert student.startswith(
+        "student.pretrained: TinyLlama-1.1B does not exist. The name counts as a path, because a Hub id has the form org/name"
     )
-    assert teacher.endswith("there is no `models` here.")
+    assert teacher.startswith(
+        "teacher.path: models/Qwen is neither on disk nor in the Hub cache. The name counts as a Hub id, because"
+    )
+    assert teacher.endswith("`models` does not exist.")
     [path, commit] = notes("student.pretrained=docs/Tiny", f"teacher.path=docs/Tiny@{'1' * 40}")
-    assert path.endswith("not for a Hub id, because `docs` is here.") and commit.endswith("because it ends with a commit.")
+    assert path.endswith("not as a Hub id, because `docs` exists.") and commit.endswith("because it ends with a commit.")
     [warm_up] = notes(*here, "training.schedule.warmup_steps=20000")
     assert "warmup_steps is 20,000, the run has 14,369 steps" in warm_up
     [two] = notes(*here, "guidance.objective=kld")
@@ -140,7 +142,7 @@ def test_what_may_be_a_mistake_is_noted(tmp_path: Path, capsys: pytest.CaptureFi
 def test_of_the_ranks_of_a_launcher_the_first_one_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "PATIENCE", 0.0)
+    monkeypatch.setattr(command, "RANK0_SECONDS", 0.0)
     for rank, speaks in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         assert main([*QWEN, "--gpus", "8"]) == 0 and bool(capsys.readouterr().out) == speaks

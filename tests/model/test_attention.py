@@ -46,7 +46,9 @@ def student_losses(folder: Path, ids_BS: Tensor, target_BS: Tensor, recompute: b
 
 @each_architecture
 @pytest.mark.parametrize("recompute", [False, True])
-def test_a_document_in_a_students_row_is_what_it_is_alone(spec: dict[str, Any], recompute: bool, tmp_path: Path) -> None:
+def test_a_document_in_a_students_row_has_the_losses_of_a_separate_row(
+    spec: dict[str, Any], recompute: bool, tmp_path: Path
+) -> None:
     folder = write_model(tmp_path, spec)
     ids_BS, target_BS = batch(3, LENGTH)
     in_row_BS, alone_BS, student = student_losses(folder, ids_BS, target_BS, recompute)
@@ -77,7 +79,7 @@ def test_a_document_in_a_students_row_is_what_it_is_alone(spec: dict[str, Any], 
         ),
     ],
 )
-def test_a_document_in_a_teachers_row_is_what_it_is_alone(spec: dict[str, Any], tmp_path: Path) -> None:
+def test_a_document_in_a_teachers_row_has_the_losses_of_a_separate_row(spec: dict[str, Any], tmp_path: Path) -> None:
     teacher = open_teacher(write_model(tmp_path, {**SIZES, **spec}), torch.float32, "cpu")
     input_BU, target_BU = batch(3, LENGTH)
     loss_BU = teacher.loss(input_BU, target_BU, segments())

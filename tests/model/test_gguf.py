@@ -4,6 +4,8 @@ import errno
 import fcntl
 import os
 import random
+import re
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -90,11 +92,11 @@ def test_without_locks_whoever_loses_the_race_uses_the_winners_folder(tmp_path: 
     assert open_teacher(folder, torch.float32, "cpu").vocab_size == len(VOCAB)
 
 
-def test_an_unknown_splitting_rule_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dequantise(write_gguf(tmp_path / "known.gguf"), tmp_path / "known")
     assert "splits text" not in caplog.text
     dequantise(write_gguf(tmp_path / "unknown.gguf", "nobody-knows"), tmp_path / "unknown")
-    assert "unknown.gguf splits text by the rule 'nobody-knows'" in caplog.text
+    assert "unknown.gguf splits text by the unknown rule 'nobody-knows'" in caplog.text
 
 
 def test_smollm_splits_digits_before_words(tmp_path: Path) -> None:
@@ -115,6 +117,20 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, 
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 3
     assert main([str(tmp_path / "text.gguf"), "--out", str(tmp_path / "out")]) == 2
     assert "not a GGUF file" in capsys.readouterr().err
+
+
+def test_without_gguf_the_error_names_the_extra_and_a_conversion_is_still_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_gguf(tmp_path / "tiny.gguf")
+    converted = cached_folder(source, tmp_path / "cache")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setenv("MEGATRON_VOCAGNO_CACHE", str(tmp_path / "empty"))
+    message = f"{source} is a GGUF file, and reading it needs gguf: pip install 'megatron-vocagno[gguf]'"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        open_teacher(source, torch.float32, "cpu")
+    assert main([str(source), "--out", str(tmp_path / "out")]) == 2 and f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and cached_folder(source, tmp_path / "cache") == converted
 
 
 def interrupt(*_: object) -> NoReturn:

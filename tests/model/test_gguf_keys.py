@@ -66,7 +66,7 @@ def test_frequencies_that_are_divided_by_a_tensor_are_those_of_llama_3(tmp_path:
         ({}, {"rope_type": "default"}),
     ],
 )
-def test_a_scaled_rope_is_told_by_keys(keys: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
+def test_scaled_rope_is_read_from_keys(keys: dict[str, Any], rope: dict[str, Any], tmp_path: Path) -> None:
     folder = converted(tmp_path, keys={f"llama.{name}": value for name, value in keys.items()})
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert {name: model.config.rope_parameters[name] for name in rope} == rope
@@ -93,7 +93,7 @@ def test_biases_and_heads_of_their_own_width_are_kept(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"keys": {"llama.logit_scale": 2.0}}, r"has llama.logit_scale = 2.0, and no conversion of that is known: it would be lost"),
+    ({"keys": {"llama.logit_scale": 2.0}}, r"has llama.logit_scale = 2.0, which cannot be converted: the value would be lost"),
     ({"keys": {"llama.attention.sliding_window": 8}}, "has llama.attention.sliding_window = 8"),
     ({"keys": {"llama.final_logit_softcapping": 30.0}}, "has llama.final_logit_softcapping = 30"),
     ({"keys": {"llama.expert_count": 4}}, "has llama.expert_count = 4"),
@@ -101,36 +101,43 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"keys": {"llama.rope.scaling.yarn_log_multiplier": 0.1}}, "has llama.rope.scaling.yarn_log_multiplier"),
     (
         {"keys": {"llama.attention.key_length": [16, 8]}},
-        "has another llama.attention.key_length in each layer, which its conversion does not know",
+        r"has llama.attention.key_length = \[16, 8\]: different values per layer cannot be converted",
     ),
-    ({"keys": {"llama.rope.dimension_count": 8}}, "the GGUF file rotates 8 of the 16 numbers of a head, which a llama"),
+    (
+        {"keys": {"llama.rope.dimension_count": 8}},
+        "rope.dimension_count = 8 and heads of width 16: a llama model of transformers rotates complete heads",
+    ),
     (
         {"keys": {"llama.attention.key_length": 16, "llama.attention.value_length": 8}},
-        "the GGUF file has keys of another width than its values, which",
+        "key_length = 16 and attention.value_length = 8: a llama model of transformers has equal widths",
     ),
-    ({"keys": {"llama.rope.scaling.type": "su"}}, "the GGUF file scales RoPE in a way that is not known here: type su"),
+    ({"keys": {"llama.rope.scaling.type": "su"}}, "the GGUF file scales RoPE in a way that cannot be converted: type su"),
     ({"keys": {"llama.rope.scaling.attn_factor": 1.2}}, "attn_factor 1.2"),
-    ({"architecture": "starcoder2"}, "GGUF files of architecture 'starcoder2' are not supported; these are: llama, qwen2"),
+    (
+        {"architecture": "starcoder2"},
+        "GGUF files of architecture 'starcoder2' are not supported; supported architectures: llama, qwen2",
+    ),
     (
         {"tensors": {"blk.0.attn_sinks.weight": np.ones(2, np.float32)}},
-        r"has 1 tensors that a llama model of transformers has no place for, blk.0.attn_sinks.weight first: they would be lost",
+        r"has 1 tensors that a llama model of transformers does not have, for example blk.0.attn_sinks.weight: they would",
     ),
     (
         {"tensors": {"blk.0.attn_q.bias": np.ones(HIDDEN, np.float32)}},
-        r"lacks 7 tensors of a llama model, model.layers.0.self_attn",
+        r"lacks 7 tensors of a llama model, for example model.layers",
     ),
     (
         {"width": HIDDEN},
-        r"k_proj.weight as \(64, 32\), and a llama model with its keys has \(32, 32\). Use the model's folder with safetensors",
+        r"k_proj.weight in .* is \(64, 32\), but by the file's keys it is \(32, 32\) in a llama model. "
+        "Use the model's folder with safetensors",
     ),
-    ({"drop": "blk.1.ffn_up"}, r"lacks 1 tensors of a llama model, model.layers.1.mlp.up_proj.weight first"),
+    ({"drop": "blk.1.ffn_up"}, r"lacks 1 tensors of a llama model, for example model.layers.1.mlp.up_proj.weight"),
     (
         {"keys": {"llama.block_count": 1}},
-        r"has 9 tensors that a llama model of transformers has no place for, blk.1.ffn_gate.weight",
+        r"has 9 tensors that a llama model of transformers does not have, for example blk.1.ffn_gate.weight",
     ),
     (
         {"keys": {"tokenizer.ggml.add_bos_token": True}},
-        r"puts BOS around a text \(tokenizer.*\), and does not say which it is",
+        r"requires BOS around a text \(tokenizer.*\), but has no tokenizer.ggml.bos_token_id",
     ),
 ]
 
@@ -168,7 +175,7 @@ AROUND: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("case", AROUND)
-def test_what_stands_around_a_text_is_what_the_file_says(case: str, tmp_path: Path) -> None:
+def test_a_text_gets_the_bos_and_eos_that_the_file_specifies(case: str, tmp_path: Path) -> None:
     asked, expected = AROUND[case]
     folder = converted(tmp_path, **asked)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -130,7 +130,7 @@ def test_rope_frequencies_survive_every_cast(cast: Any) -> None:
 
 
 @each_family
-def test_a_layer_depends_on_seed_and_index_alone(spec: dict[str, Any]) -> None:
+def test_a_layer_depends_only_on_seed_and_index(spec: dict[str, Any]) -> None:
     config = student_config(spec)
     count = layer_count(config)
     student_module._parts.cache_clear()
@@ -269,8 +269,8 @@ def test_recomputation_keeps_less_and_learns_the_same(spec: dict[str, Any], tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"type 'gpt2' are not supported; these are: llama, mistral, qwen2, qwen3, gemma"),
-        ({"model_type": None}, r"names no 'model_type'; these are supported: llama, mistral"),
+        ({"model_type": "gpt2"}, r"type 'gpt2' are not supported; supported types: llama, mistral, qwen2, qwen3, gemma"),
+        ({"model_type": None}, r"has no 'model_type'; supported types: llama, mistral"),
         ({"num_hiden_layers": 4}, r"no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'\?"),
         ({"xyzzy": 1}, r"no field 'xyzzy' in a llama model$"),
         ({"hidden_size": "many"}, r"not a valid llama model"),

@@ -66,13 +66,13 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
     "a-layer-less": (
         without("layers.2."),
         {},
-        "num_hidden_layers is 3: do the weights have fewer, or was the download not complete",
+        "num_hidden_layers is 3: do the weights have fewer layers, or is the download incomplete",
     ),
     "a-layer-more-in-the-configuration": (dict, {"num_hidden_layers": 4}, "num_hidden_layers is 4: do the weights have fewer"),
     "a-layer-less-in-the-configuration": (
         dict,
         {"num_hidden_layers": 2},
-        r"9 are not used \(model.layers.2.input_layernorm.weight, .*, …\). num_hidden_layers is 2, and the weights have more",
+        r"9 are not used \(model.layers.2.input_layernorm.weight, .*, …\). num_hidden_layers is 2, but the weights have more",
     ),
     "no-layers": (without("layers"), {}, "27 tensors are missing"),
     "prefix": (lambda state: {f"module.{n}": t for n, t in state.items()}, {}, "30 are not used .* under other names"),
@@ -81,7 +81,7 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
         {},
         r"1 are not used \(model.layers.0.self_attn.q_proj.bias\). Does the configuration lack a bias",
     ),
-    "shape": (dict, {"intermediate_size": 82}, r"down_proj.weight is \(48, 80\), the configuration says \(48, 82\)"),
+    "shape": (dict, {"intermediate_size": 82}, r"down_proj.weight is \(48, 80\), the configuration requires \(48, 82\)"),
     "gptq": (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\), which is not supported"),
     "awq": (dict, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantised \(awq\), which is not supported"),
     "bitsandbytes": (dict, {"quantization_config": {"load_in_8bit": True}}, r"\(bitsandbytes\), .*Use the unquantised weights"),
@@ -94,19 +94,19 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
     "gptq-names": (
         renamed("q_proj.weight", "q_proj.qweight"),
         {},
-        "though config.json has no quantization_config: it holds .*qweight",
+        "but config.json has no quantization_config: .*qweight",
     ),
     "int8": (
         lambda state: {n: t.to(torch.int8) for n, t in state.items()},
         {},
-        "is of type I8, where a llama",
+        "the type of .* is I8, but a llama",
     ),
     "uint8": (
         lambda state: {n: t.to(torch.uint8) for n, t in state.items()},
         {},
-        "is of type U8, where a llama",
+        "the type of .* is U8, but a llama",
     ),
-    "float8": (lambda state: {n: t.to(torch.float8_e4m3fn) for n, t in state.items()}, {}, "of type F8_E4M3"),
+    "float8": (lambda state: {n: t.to(torch.float8_e4m3fn) for n, t in state.items()}, {}, "is F8_E4M3"),
 }
 
 
@@ -137,7 +137,7 @@ def test_parts_of_experts_are_counted(sharded: bool, tmp_path: Path) -> None:
         whole = shutil.copytree(folder, tmp_path / "whole")
         with pytest.raises(ModelError, match=r"experts.down_proj is \(3, 48, 80\), .* \(4, 48, 80\)"):
             as_teacher(rewrite(folder, without("layers.1.mlp.experts.2") if moe_is_mlp(folder) else without("experts.2")))
-        with pytest.raises(ModelError, match="cannot be put together to a mixtral model"):
+        with pytest.raises(ModelError, match="cannot be merged into a mixtral model"):
             as_teacher(rewrite(whole, without("experts.2.w1")))
 
 

@@ -188,8 +188,10 @@ def test_a_gguf_file_that_cannot_be_planned_with(tmp_path: Path) -> None:
     whole = write_gguf(tmp_path / "tiny.gguf")
     with told(
         snapshot(
-            "student.pretrained: tiny.gguf is a GGUF file, which is read as a teacher alone. Convert it, and name the folder:\n"
-            "  python -m tools.convert.gguf_to_safetensors DIR/tiny.gguf --out DIR/tiny"
+            """\
+student.pretrained: tiny.gguf is a GGUF file, and only a teacher can be one. Convert the file, and use the folder:
+  python -m tools.convert.gguf_to_safetensors DIR/tiny.gguf --out DIR/tiny\
+"""
         ),
         DIR=tmp_path,
     ):

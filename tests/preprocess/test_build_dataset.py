@@ -129,10 +129,10 @@ def test_the_summary_is_what_one_counts(run, texts, corpus, mistral, smollm2, tm
     counts = []
     for name, tokenizer in (("student", mistral), ("teacher", smollm2)):
         n = sum(len(ids) + 1 for ids in (tokenizer.reference.encode([text]).ids for text in nfc))
-        assert row[f"{name} tokens"] == f"{n:,}, {n / n_bytes:.3f} a byte"
+        assert row[f"{name} tokens"] == f"{n:,}, {n / n_bytes:.3f} per byte"
         counts.append(n)
     assert row["documents"] == "121 in 3 shards (0 reused)" and row["text"] == f"{n_bytes:,} bytes of UTF-8"
-    assert row["teacher tokens a student token"] == f"{counts[1] / counts[0]:.3f}"
+    assert row["teacher tokens per student token"] == f"{counts[1] / counts[0]:.3f}"
     assert row["empty documents"] == "2 dropped" and row["bad records"] == "1 left out"
     ds = AlignedDataset.open(tmp_path / "out")
     widths = np.concatenate([(spans := ds.spans(i)).last - spans.first for i in range(121)])
@@ -154,7 +154,7 @@ def test_the_help_fits_on_a_page_and_names_units(monkeypatch, capsys):
         helps[name] = capsys.readouterr().out
         assert 5 < len(helps[name].splitlines()) <= 60, name
     main_help = " ".join(helps[""].split())
-    assert "Other first words, each with a --help: plan, finalize, verify, merge." in main_help
+    assert "Other uses, each with a --help: plan, finalize, verify, merge." in main_help
     for option in ("--shard-mb MB", "--workers N", "--max-documents N", "HOST:PORT", "--shards I/N"):
         assert option in main_help, option
 
@@ -199,7 +199,7 @@ def test_a_file_that_is_cut_off_is_told(run, texts, tmp_path):
     code, _, err = run(file, "--on-bad-line=skip")
     assert code == 2 and "1 of " in err and "--max-bad-fraction" in err
     code, out, _ = run(file, "--on-bad-line=skip", "--max-bad-fraction=1")
-    assert code == 0 and "1 files ended early" in out and "0 left out" in out
+    assert code == 0 and "1 files cut off or damaged" in out and "0 left out" in out
 
 
 # ---- mistakes

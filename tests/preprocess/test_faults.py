@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_whole_shards_and_nothing_else(moment, send, build, tmp_pa
     workers = at.workers
     send(at.pid, signal.SIGINT)
     code, output = at.end()
-    assert code == 130 and "Traceback" not in output and output.endswith("the same command goes on from there\n"), output
+    assert code == 130 and "Traceback" not in output and output.endswith("run the same command again to continue\n"), output
     assert not any(map(runs, workers)) and not (at.out / "dataset.json").exists()
     n = n_whole(at.out)
     assert n >= (5 if moment is with_some_shards else 0) and at.out.exists() == bool(n)

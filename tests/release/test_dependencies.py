@@ -74,7 +74,7 @@ def imported(folder: Path) -> Iterator[str]:
 
 def test_what_the_wheel_imports_it_asks_for() -> None:
     plain, extras = requirements()[""], requirements()
-    names = {canonical(each.name) for each in (*plain, *extras["fast"], *extras["ray"])}
+    names = {canonical(each.name) for each in (*plain, *extras["fast"], *extras["gguf"], *extras["ray"])}
     found = {*imported(REPOSITORY / "megatron_vocagno"), *imported(REPOSITORY / "tools")}
     # compression and _typeshed: Python's own, later or for type checkers
     foreign = found - {*sys.stdlib_module_names, "compression", "_typeshed", "megatron_vocagno"}

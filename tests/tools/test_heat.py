@@ -191,7 +191,7 @@ def test_the_headline_and_its_numbers_follow_the_steps(run, rows, source, read):
 
 
 @pytest.mark.parametrize(
-    ("objective", "words"), [("clm", "every token is learned"), ("random", "by chance"), ("student", "own loss")]
+    ("objective", "words"), [("clm", "the loss covers every token"), ("random", "random ones"), ("student", "its highest losses")]
 )
 def test_what_guides_nothing_shows_no_guide(rows, tmp_path, objective, words):
     folder, _ = written(tmp_path, rows, Guidance(objective=objective))
@@ -212,7 +212,7 @@ def test_a_number_that_does_not_exist_has_no_line(rows, tmp_path):
     for view in told:
         write_step(clm, replace(view, student_loss_RS=loss + view.step))
     page = heat.page(clm)
-    # every token is learned: nothing is dropped
+    # the loss covers every token: nothing is dropped
     assert drawn(page) == [1, 1, 0] and page.count('class="spark"') == 2
     # a loss that is infinite in the midst parts the line in two
     write_step(clm, replace(told[1], student_loss_RS=np.where(rows.valid_RS, np.inf, loss)))
@@ -223,18 +223,18 @@ def test_a_number_that_does_not_exist_has_no_line(rows, tmp_path):
 
 
 @pytest.mark.parametrize(("chunks", "words"), [(16, "cut into 16 chunks instead of aligned"), (1, "cut into 1 chunk instead")])
-def test_chunks_are_told_wherever_the_method_would_be(rows, read, tmp_path, chunks, words):
+def test_chunks_are_named_in_place_of_the_method(rows, read, tmp_path, chunks, words):
     folder, _ = written(tmp_path, rows, Guidance(chunks=chunks))
     told = Reader(heat.page(folder))
     assert words in told.text and f"guidance.chunks = {chunks}, a baseline" in told.text
-    assert all("behind its teacher in the same chunk" in headline for headline in json.loads(told.data["headlines"]))
+    assert all("over its teacher in the same chunk" in headline for headline in json.loads(told.data["headlines"]))
     assert "instead of aligned" not in read.text and "same chunk" not in read.data["headlines"]
 
 
-def test_the_page_says_what_mapped_means(rows, read, tmp_path):
+def test_the_page_explains_mapped(rows, read, tmp_path):
     clm, _ = written(tmp_path, rows, Guidance(objective="clm"))
     for told in (read, Reader(heat.page(clm))):
-        assert "A token is mapped where teacher tokens cover it." in told.text
+        assert "A token is mapped if teacher tokens cover it." in told.text
 
 
 def test_the_page_is_small_whatever_was_written(small, tmp_path, monkeypatch):
@@ -264,7 +264,7 @@ def test_the_command_writes_the_page_and_explains_what_it_lacks(run, rows, sourc
     assert main(["--run", str(tmp_path / "early"), "--out", str(out)]) == 2
     assert "no evaluation of its sample rows yet" in capsys.readouterr().err
     assert main(["--run", str(run[0]), "--data", str(with_ids.path), "--out", str(out)]) == 2
-    assert "is not the dataset whose rows" in capsys.readouterr().err
+    assert "is not the dataset of the sample rows in" in capsys.readouterr().err
     broken = tmp_path / "broken" / "samples"
     broken.mkdir(parents=True)
     (broken / "rows.safetensors").write_bytes(b"\x00" * 30)
@@ -278,7 +278,7 @@ def test_a_dataset_that_has_moved_is_named(run, rows, source, small, tmp_path, c
     command = ["--run", str(folder), "--out", str(tmp_path / "heat.html")]
     assert main(command) == 2
     told = capsys.readouterr().err
-    assert f"{tmp_path / 'gone'}" in told and "--data FOLDER" in told and f"{folder} holds rows of it" in told
+    assert f"{tmp_path / 'gone'}" in told and "--data FOLDER" in told and f"{folder} has sample rows of this dataset" in told
     assert main([*command, "--data", str(small.dataset.path)]) == 0
     assert (tmp_path / "heat.html").read_text(encoding="utf-8") == source
 
@@ -286,7 +286,7 @@ def test_a_dataset_that_has_moved_is_named(run, rows, source, small, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["DATASET", "--data", "X"], "--data goes with --run"),
+        (["DATASET", "--data", "X"], "--data is only for --run"),
         (["--run", "RUN", "--sample", "5"], "with --run nothing is sampled"),
         (["--run", "RUN", "--row-length", "4096"], "with --run nothing is sampled"),
     ],

@@ -34,17 +34,17 @@ def test_a_dataset_for_a_gguf_teacher_is_built_scored_and_its_own(
     assert one.fingerprint == other.fingerprint and one.teacher_tokenizer.vocab_size == len(VOCAB)
     assert one.totals.teacher_tokens > 40
     assert score_teacher.main([str(one.path), "--teacher", str(gguf), "--dtype", "float32"]) == 0
-    assert "nats a token" in capsys.readouterr().out
+    assert "nats per token" in capsys.readouterr().out
 
 
-def test_a_conversion_tells_what_it_does_after_the_weights(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_reports_the_step_after_the_weights(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert gguf_to_safetensors.main([str(gguf), "--out", str(tmp_path / "told")]) == 0
     told = capfd.readouterr().out
     assert "for its weights, and 10 s per 50,000 tokens of its vocabulary\n" in told
-    assert "the weights are converted; its tokenizer comes next" in told
+    assert "the weights are converted; converting the tokenizer" in told
 
 
-def test_a_path_is_told_without_detours_and_a_link_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_path_is_normalized_and_a_link_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "repo").mkdir()
     (tmp_path / "store").mkdir()
     (tmp_path / "data").symlink_to(tmp_path / "store")

@@ -15,7 +15,7 @@ from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.tools.signs import NOT_THE_TEXT, text_of
 from tools.preprocess import report
-from tools.preprocess.report import Overlap, main, measure_rows, overlaps, page, refused, sampled
+from tools.preprocess.report import Overlap, bad_records, main, measure_rows, overlaps, page, sampled
 
 ROW = 128
 VOID = {"meta", "br"}
@@ -108,9 +108,9 @@ def test_hostile_ids_and_bad_lines_are_text_and_their_reasons_are_counted(with_i
 
 
 def test_a_quarantine_is_read_up_to_a_limit_and_that_is_said(with_ids, monkeypatch):
-    assert refused(with_ids).complete and refused(with_ids).lines == 4
+    assert bad_records(with_ids).complete and bad_records(with_ids).lines == 4
     monkeypatch.setattr(report, "QUARANTINE_BYTES", 400)
-    assert not refused(with_ids).complete and refused(with_ids).lines == 2
+    assert not bad_records(with_ids).complete and bad_records(with_ids).lines == 2
 
 
 def test_counts_are_those_of_the_documents(small, texts, read):
@@ -130,7 +130,7 @@ def test_counts_are_those_of_the_documents(small, texts, read):
     assert widths[1] > 1000 and widths[2] > 100
     total = mapped + ends + zero_width
     assert cells["end of a document"] == [f"{100 * ends / total:.3f} %", f"{ends:,}"]
-    assert cells["no text: a dummy prefix alone"] == [f"{100 * zero_width / total:.3f} %", f"{zero_width:,}"]
+    assert cells["no text: a separate dummy prefix"] == [f"{100 * zero_width / total:.3f} %", f"{zero_width:,}"]
     assert ends == len(texts) and zero_width > 5
     tiles = next(row for row in read.rows if row and row[0] == "Documents")
     values = dict(zip(tiles[::2], tiles[1::2], strict=True))

@@ -63,17 +63,17 @@ def run(built: AlignedDataset, teacher: Path, tmp_path: Path, capsys: Any, monke
 OLD_AND_NEW = {"": "none", "--weights as-is": "none", "--weights int8": "int8", "--quantization fp8": "fp8"}
 
 
-def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output], tmp_path: Path) -> None:
+def test_it_reports_the_scored_shards_and_scores_nothing_twice(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, err = run()
     assert (code, err) == (0, "")
-    shards = re.findall(r"shard (\d{4}), (\d) of 2: ([\d,]+) tokens, [\d,]+ a second, (\d+\.\d+) nats a token", out)
+    shards = re.findall(r"shard (\d{4}), (\d) of 2: ([\d,]+) tokens, [\d,]+ per second, (\d+\.\d+) nats per token", out)
     assert [shard[:2] for shard in shards] == [("0000", "1"), ("0001", "2")]
     dataset = AlignedDataset.open(tmp_path / "dataset")
     total = dataset.manifest.teacher_losses.totals  # type: ignore[union-attr]
     assert sum(int(shard[2].replace(",", "")) for shard in shards) == total.tokens == dataset.totals.teacher_tokens
-    for line in (f"{total.tokens:,} in 2 shards (0 were scored before)", f"{total.mean:.4f} nats a token", "0 NaN, 0 infinite"):
+    for line in (f"{total.tokens:,} in 2 shards (0 were scored before)", f"{total.mean:.4f} nats per token", "0 NaN, 0 infinite"):
         assert line in out
-    assert "256 tokens, windows every 128" in out and "tokens a second and process" in out
+    assert "256 tokens, windows every 128" in out and "tokens per second and process" in out
 
     before = contents(tmp_path / "dataset")
     code, out, _ = run()
@@ -81,7 +81,7 @@ def test_it_tells_what_it_did_and_does_nothing_twice(run: Callable[..., Output],
     assert contents(tmp_path / "dataset") == before
 
 
-def test_losses_near_chance_are_told_in_one_line(run: Callable[..., Output], tmp_path: Path) -> None:
+def test_losses_near_chance_are_reported_in_one_line(run: Callable[..., Output], tmp_path: Path) -> None:
     """The teacher of these tests has random weights."""
     where = "docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
     code, out, _ = run()
@@ -90,9 +90,8 @@ def test_losses_near_chance_are_told_in_one_line(run: Callable[..., Output], tmp
     assert losses is not None and code == 0
     [line] = [line for line in out.splitlines() if line.startswith("warning: ")]
     assert line == (
-        f"warning: the teacher is hardly better than chance: {losses.totals.mean:.2f} nats a token, where a guess among its "
-        f"{vocabulary:,} tokens costs {math.log(vocabulary):.2f}. Does it read before a text what it was trained to read there "
-        f"(--bos)? What else to look at: {where}"
+        f"warning: the teacher is hardly better than chance: {losses.totals.mean:.2f} nats per token, {math.log(vocabulary):.2f} "
+        f"for equal probabilities of its {vocabulary:,} tokens. Does it read its usual prefix (--bos)? Other causes: {where}"
     )
     assert line in run("finalize", str(tmp_path / "dataset"))[1]
     guess = math.log(vocabulary) * (losses.totals.tokens - losses.totals.nan - losses.totals.infinite)
@@ -106,12 +105,12 @@ def test_losses_near_chance_are_told_in_one_line(run: Callable[..., Output], tmp
 
 def test_ranks_of_a_launcher_share_the_shards_without_talking(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1)
-    assert code == 0 and "rank 1: shard 0001, 1 of 1: " in out and "the last process to end records them all" in out
+    assert code == 0 and "rank 1: shard 0001, 1 of 1: " in out and "the last process to end records all losses" in out
     assert AlignedDataset.open(tmp_path / "dataset").scoring is None
     code, out, _ = run("finalize", str(tmp_path / "dataset"))
     assert code == 2
     code, out, _ = run(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0)
-    assert code == 0 and "rank 0: shard 0000, 1 of 1: " in out and "nats a token" in out
+    assert code == 0 and "rank 0: shard 0000, 1 of 1: " in out and "nats per token" in out
     assert AlignedDataset.open(tmp_path / "dataset").scoring is not None
     assert run("finalize", str(tmp_path / "dataset"))[0] == 0
 
@@ -136,7 +135,7 @@ def test_the_old_name_of_the_option_for_quantization_is_accepted() -> None:
     assert "--weights" not in parser().format_help() and "--quantization" in parser().format_help()
 
 
-def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Path, tmp_path: Path) -> None:
+def test_an_error_is_one_line(run: Callable[..., Output], teacher: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "dataset")
     for words, message in (
         (("/nowhere", "--teacher", str(teacher)), "error: /nowhere is not a dataset: the path does not exist"),
@@ -149,6 +148,16 @@ def test_what_is_wrong_is_told_in_a_line(run: Callable[..., Output], teacher: Pa
     assert run()[0] == 0
     code, _, err = run(folder, "--teacher", str(teacher), "--stride", "100")
     assert code == 2 and "stride: 128 then, 100 now" in err and "dtype: float32 then, bfloat16 now" in err and "--replace" in err
+
+
+def test_several_workers_on_one_gpu_are_an_error(
+    run: Callable[..., Output], teacher: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    code, _, err = run(str(tmp_path / "dataset"), "--teacher", str(teacher), "--workers", "2")
+    assert code == 2 and "--workers 2: the processes would share one GPU. Start one process per GPU: torchrun" in err
+    assert "--nproc_per_node 8" in err
 
 
 @pytest.mark.long

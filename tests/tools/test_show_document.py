@@ -71,7 +71,7 @@ def test_brackets_pair_and_unmapped_tokens_have_their_own(opened, texts):
             assert row.rstrip().endswith("⟫"), "the end of the document"
 
 
-def test_tokens_have_the_bytes_that_the_dataset_says(opened, texts):
+def test_tokens_have_the_bytes_of_the_dataset(opened, texts):
     sides = opened.student, opened.teacher
     for side, table in zip(sides, (opened.dataset.student_byte_lengths, opened.dataset.teacher_byte_lengths), strict=True):
         assert [len(text) for text in side.bytes] == table.tolist()
@@ -148,7 +148,7 @@ def test_a_text_that_the_student_changes_is_shown_side_by_side(small, texts):
 # ---- the command
 
 
-def test_piped_it_has_no_colour_and_on_a_terminal_it_says_the_same(small, capsys, monkeypatch):
+def test_piped_output_has_the_same_text_without_colour(small, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main([str(small.dataset.path), "3"]) == 0
     plain = capsys.readouterr().out
@@ -174,14 +174,14 @@ def test_it_names_the_document_and_its_counts(small, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["1000"], "no document 1000; there are 46, the first is 0"),
+        (["1000"], "no document 1000. There are 46, and the first one is 0"),
         (["-1"], "no document -1"),
-        (["0", "--start", "5", "--stop", "3"], "[5, 3) is not within"),
-        (["0", "--stop", "100000"], "[0, 100,000) is not within"),
+        (["0", "--start", "5", "--stop", "3"], "[5, 3) is out of range"),
+        (["0", "--stop", "100000"], "[0, 100,000) is out of range"),
         (["--id", "a"], "built without --id-key"),
     ],
 )
-def test_what_is_not_there_is_said(small, capsys, arguments, said):
+def test_a_missing_document_or_dataset_is_an_error(small, capsys, arguments, said):
     assert main([str(small.dataset.path), *arguments]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and said in err

@@ -63,7 +63,7 @@ BAD = {
     "rows longer than the student": (
         ["data.row_length=256"],
         {},
-        "rows have 256 tokens (data.row_length), the student reads 128",
+        "rows have 256 tokens (data.row_length), but the student reads at most 128",
     ),
     "ZeRO-2 in a pipeline": (
         ["parallel.pipeline_stages=1"],

@@ -90,7 +90,7 @@ from megatron_vocagno import pretrain, train
 from megatron_vocagno.engine import checkpoint, processes, state
 def lost(*_): raise OSError("the disk of this machine is gone")
 ranks = processes.start()
-train.start, pretrain.PATIENCE = lambda: ranks, 0
+train.start, command.RANK0_SECONDS = lambda: ranks, 0
 for module, reads in ((checkpoint, "altered"), (state, "load_file")):
     works = getattr(module, reads)
     if ranks.rank == 1: setattr(module, reads, lost)

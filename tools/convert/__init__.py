@@ -1,4 +1,4 @@
-"""Models from other formats into Hugging Face folders.
+"""Command lines that convert models of other formats to Hugging Face folders.
 
-gguf_to_safetensors.py   CLI: a GGUF file -> a folder with config.json, model.safetensors and tokenizer.json
+gguf_to_safetensors.py   a GGUF file -> a folder with config.json, model.safetensors and tokenizer.json
 """

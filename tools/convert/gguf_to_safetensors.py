@@ -1,9 +1,9 @@
-"""A GGUF file as a Hugging Face folder, dequantised: config.json, model.safetensors, tokenizer.json.
+"""Converts a GGUF file to a Hugging Face folder with dequantised weights: config.json, model.safetensors, tokenizer.json.
 
     python -m tools.convert.gguf_to_safetensors FILE.gguf --out DIR
 
-Training converts a GGUF teacher by itself and keeps the result in a cache; this is for looking at one, for its tokenizer,
-and for machines that should find the folder ready.
+Training converts a GGUF teacher automatically and keeps the result in a cache. Use this command to inspect a model, to get its
+tokenizer, or to prepare the folder for other machines.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from megatron_vocagno.command import Parser, add_quiet, duration, run_command
 from megatron_vocagno.errors import tool
 
 PROG = tool("convert.gguf_to_safetensors")
-MB_A_SECOND = 5.0
-"""Of a quantised file, by a core: 20 s for 100 MB (SmolLM2-135M, 49,152 tokens: 20 s, and 9 s for its tokenizer)."""
+MB_PER_SECOND = 5.0
+"""Megabytes of a quantised file that one core converts per second (SmolLM2-135M, 49,152 tokens: 20 s for 100 MB, and 9 s for its
+tokenizer).
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command. Returns the exit code."""
     options = parser().parse_args(arguments)
     return run_command(lambda: convert(options))
 
@@ -32,14 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def convert(options: argparse.Namespace) -> None:
     if options.gguf.is_file() and not options.quiet:
         megabytes = options.gguf.stat().st_size / 1e6
-        about = f"about {duration(megabytes / MB_A_SECOND)} for its weights, and 10 s per 50,000 tokens of its vocabulary"
+        about = f"about {duration(megabytes / MB_PER_SECOND)} for its weights, and 10 s per 50,000 tokens of its vocabulary"
         print(f"{options.gguf}: {megabytes:,.0f} MB, {about}", flush=True)
         log = logging.getLogger("megatron_vocagno.model.gguf")
         log.addHandler(logging.StreamHandler(sys.stdout))
         log.setLevel(logging.INFO)
     if options.quiet or not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # of transformers' bar, which writes a line over and over
-    # after the options are known to be right: torch and transformers take seconds to import
+        os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' progress bar, which would write many lines
+    # imported after the options were checked, because torch and transformers take seconds to import
     import torch
 
     from megatron_vocagno.model.gguf import dequantise
@@ -53,16 +55,16 @@ def parser() -> Parser:
     parser = Parser(
         PROG,
         "FILE.gguf --out DIR",
-        "A GGUF file as a Hugging Face folder, dequantised: config.json, model.safetensors, tokenizer.json.",
+        "Convert a GGUF file to a Hugging Face folder: config.json, dequantised model.safetensors, tokenizer.json.",
         f"{PROG} models/SmolLM2-135M.Q4_1.gguf --out models/smollm2",
     )
-    parser.add_argument("gguf", type=Path, metavar="FILE.gguf", help="the model, with its tokenizer in it")
+    parser.add_argument("gguf", type=Path, metavar="FILE.gguf", help="the model, including its tokenizer")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write; must not exist (required)")
     parser.add_argument(
         "--dtype",
         choices=["float32", "bfloat16"],
         default="float32",
-        help="of the weights: float32 is exact, bfloat16 half as large (default: float32)",
+        help="type of the weights: float32 is exact, bfloat16 half as large (default: float32)",
     )
     add_quiet(parser)
     return parser

@@ -1,1 +1,1 @@
-"""Command lines that make, score and show aligned datasets."""
+"""Command lines that build, score and show aligned datasets."""

@@ -1,14 +1,14 @@
-"""Corpus files -> an aligned dataset, ready for training.
+"""Builds an aligned dataset for training from corpus files.
 
     python -m tools.preprocess.build_dataset corpus/*.jsonl.zst --student STUDENT --teacher TEACHER --out DIR --workers 8
 
-Run it again after an interruption: it does what is missing. The same inputs and options with another first word:
+After an interruption, run the same command again: it makes the missing shards. Other uses:
 
-    plan INPUT... --student S --teacher T      print the shards, make none
-    INPUT... --out DIR --shards 3/64           make the 3rd of 64 parts: one task of a job array
+    plan INPUT... --student S --teacher T      print the shards without making them
+    INPUT... --out DIR --shards 3/64           make the 3rd of 64 parts, as one task of a job array
     finalize --student S --teacher T --out DIR write dataset.json when all tasks are done
-    verify DIR                                 read everything and check it
-    merge A B --out C                          one dataset of several, without copying them
+    verify DIR                                 read and check the complete dataset
+    merge A B --out C                          combine datasets into one without copying them
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
 
 PROG = f"python -m {__package__}.build_dataset"
-STAYS = "what is finished stays; the same command goes on from there"
+STAYS = "finished shards are kept; run the same command again to continue"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command. Returns the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parsers: dict[str, Callable[[], Parser]] = {
         "plan": plan_parser,
@@ -69,7 +69,7 @@ def build_dataset(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     out = absolute(place(args.out))
     with BuildProgress(Terminal(quiet=args.quiet), args.verbose) as progress:
-        tell_of_encoders(settings, progress)
+        note_encoders(settings, progress)
         build(
             [absolute(file) for file in find(args.inputs, progress.note)],
             out,
@@ -85,9 +85,9 @@ def build_dataset(args: argparse.Namespace) -> None:
             on_note=progress.note,
         )
     if args.shards:
-        print(f"part {args.shards.i} of {args.shards.n} is done; when all are: {PROG} finalize --out {out} …")
+        print(f"part {args.shards.i} of {args.shards.n} is done. When all parts are done, run: {PROG} finalize --out {out} …")
         return
-    tell_of_dataset(out, progress.reused, args)
+    print_summary(out, progress.reused, args)
 
 
 def show_plan(args: argparse.Namespace) -> None:
@@ -111,16 +111,16 @@ def finalize(args: argparse.Namespace) -> None:
             print(f"note: {text}")
 
     out = finish(absolute(place(args.out)), settings_of(args), args.max_bad_fraction, note)
-    tell_of_dataset(out, 0, args)
+    print_summary(out, 0, args)
 
 
 def verify(args: argparse.Namespace) -> None:
-    manifest = read_whole(args.dataset, args.workers, args.quiet)
-    print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are as they were written")
+    manifest = verify_dataset(args.dataset, args.workers, args.quiet)
+    print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are intact")
 
 
-def read_whole(dataset: Place, workers: int, quiet: bool = False) -> Manifest:
-    """Raises DatasetError that names all that is not as it was written."""
+def verify_dataset(dataset: Place, workers: int, quiet: bool = False) -> Manifest:
+    """Read the complete dataset. Raises DatasetError that lists everything that has changed since it was written."""
     root = local_folder(dataset)
     manifest = read_manifest(root)
     complaints = verify_frame(root, manifest)
@@ -129,8 +129,8 @@ def read_whole(dataset: Place, workers: int, quiet: bool = False) -> Manifest:
             complaints += [found.reason] if isinstance(found, Failure) else found
             progress.shard()
     if complaints:
-        advice = "delete the folder of each damaged shard, and run its build again: it makes what is missing"
-        raise DatasetError("\n".join([f"{dataset} is not as it was written:", *complaints, advice]))
+        advice = "Delete the folder of each damaged shard and run the build again: it makes the missing shards."
+        raise DatasetError("\n".join([f"{dataset} has changed since it was written:", *complaints, advice]))
     return manifest
 
 
@@ -146,20 +146,20 @@ def build_parser() -> Parser:
     parser = Parser(
         PROG,
         "INPUT... --student S --teacher T --out DIR",
-        "Corpus files -> an aligned dataset, ready for training. Started again, it does what is missing.\n"
-        "Other first words, each with a --help: plan, finalize, verify, merge.",
+        "Build an aligned dataset for training from corpus files. Run the same command again to continue.\n"
+        "Other uses, each with a --help: plan, finalize, verify, merge.",
         f"{PROG} 'corpus/*.jsonl.zst' \\\n    --student models/student --teacher models/teacher --out data/mine --workers 8",
     )
     parser.set_defaults(do=build_dataset, after_interrupt=STAYS)
     add_inputs(parser)
     add_settings(parser)
     add_output(parser)
-    parser.add_argument("--force", action="store_true", help="replace shards that were made from other input or settings")
-    add_verbosity(parser, "a line for each shard with its seconds, and one every 5 seconds")
-    where = parser.add_argument_group("where it runs")
+    parser.add_argument("--force", action="store_true", help="replace shards made from other input or settings")
+    add_verbosity(parser, "a line per shard with its seconds, and one every 5 seconds")
+    where = parser.add_argument_group("execution")
     where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
     add_workers(where)
-    where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="of the Ray cluster (default: auto)")
+    where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
     where.add_argument("--shards", type=slice_of, metavar="I/N", help="make the I-th of N parts, I from 1; then `finalize`")
     return parser
 
@@ -168,7 +168,7 @@ def plan_parser() -> Parser:
     parser = Parser(
         f"{PROG} plan",
         "INPUT... --student S --teacher T",
-        "Print the shards that a build would make, and make none.",
+        "Print the shards that a build would make, without making them.",
         f"{PROG} plan 'corpus/*.jsonl.zst' \\\n    --student models/student --teacher models/teacher",
     )
     parser.set_defaults(do=show_plan, after_interrupt="nothing was written")
@@ -181,7 +181,7 @@ def finalize_parser() -> Parser:
     parser = Parser(
         f"{PROG} finalize",
         "--student S --teacher T --out DIR",
-        "Write dataset.json around the shards of a job array, with the options of its tasks.",
+        "Write dataset.json after a job array has made all shards. Use the same options as for its tasks.",
         f"{PROG} finalize \\\n    --student models/student --teacher models/teacher --out data/mine",
     )
     parser.set_defaults(do=finalize, after_interrupt=STAYS)
@@ -196,9 +196,9 @@ def verify_parser() -> Parser:
     parser = Parser(
         f"{PROG} verify",
         "DIR",
-        "Read a dataset whole: hashes, ids, spans, losses. What is not as it was written is named.",
+        "Read and check a complete dataset: hashes, ids, spans, losses. Changes since it was written are listed.",
         f"{PROG} verify data/mine",
-        "0 all is as it was written; 2 it is not, or cannot be read; 130 Ctrl-C",
+        "0 intact, 2 changed or not readable, 130 Ctrl-C",
     )
     parser.set_defaults(do=verify, after_interrupt="nothing was written")
     parser.add_argument("dataset", type=place, metavar="DIR", help="folder of the dataset")
@@ -211,10 +211,10 @@ def merge_parser() -> Parser:
     parser = Parser(
         f"{PROG} merge",
         "DIR... --out DIR",
-        "One dataset of the documents of several. Their shards stay where they are: nothing is copied.",
+        "Combine datasets into one. Their shards stay in place: nothing is copied.",
         f"{PROG} merge data/web data/books --out data/both",
     )
-    parser.set_defaults(do=merge_datasets, after_interrupt="remove --out before the next try if it is there")
+    parser.set_defaults(do=merge_datasets, after_interrupt="if the folder of --out exists, remove it before you try again")
     parser.add_argument("datasets", nargs="+", type=Path, metavar="DIR", help="folders of datasets with the same tokenizers")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder (required)")
     return parser
@@ -222,31 +222,29 @@ def merge_parser() -> Parser:
 
 def add_workers(group: argparse._ActionsContainer) -> None:
     cores = os.cpu_count() or 1
-    group.add_argument("--workers", type=positive_int, metavar="N", default=cores, help="processes (default: one a core)")
+    group.add_argument("--workers", type=positive_int, metavar="N", default=cores, help="processes (default: one per core)")
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, folders, globs, @list.txt; local or URLs (s3://…)")
+    parser.add_argument("--max-documents", type=positive_int, metavar="N", help="first N documents of all inputs (default: all)")
     parser.add_argument(
-        "--max-documents", type=positive_int, metavar="N", help="the first N documents of all inputs (default: all)"
-    )
-    parser.add_argument(
-        "--shard-mb", type=positive_float, metavar="MB", default=SHARD_BYTES / 2**20, help="MB of text in a shard (default: 64)"
+        "--shard-mb", type=positive_float, metavar="MB", default=SHARD_BYTES / 2**20, help="MB of text per shard (default: 64)"
     )
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is made")
+    group = parser.add_argument_group("content")
     tokenizer = "tokenizer (required): folder, tokenizer.json, .model, .gguf or Hub id"
     group.add_argument("--student", required=True, metavar="S", help=tokenizer)
     group.add_argument("--teacher", required=True, metavar="T", help="the same for the teacher (required)")
-    group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the one that the tokenizer names)")
+    group.add_argument("--student-eos", metavar="TOKEN", help="end-of-text token (default: the tokenizer's own)")
     group.add_argument("--teacher-eos", metavar="TOKEN", help="the same for the teacher")
     group.add_argument(
         "--text-key",
         action="append",
         metavar="KEY",
-        help="key or column of the text; of several, the first there (default: text)",
+        help="key or column of the text, the first one in a record (default: text)",
     )
     group.add_argument(
         "--id-key", action="append", metavar="KEY", help="the same for an id to keep with each document (default: none)"
@@ -258,13 +256,13 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default="error",
         help=f"records without text: {either(OnBadLine)} (default: error)",
     )
-    group.add_argument("--no-nfc", dest="nfc", action="store_false", help="leave the texts as they are, not NFC-normalised")
+    group.add_argument("--no-nfc", dest="nfc", action="store_false", help="do not normalise the texts to NFC")
     group.add_argument(
         "--backend",
         choices=get_args(Backend),
         metavar="NAME",
         default="auto",
-        help=f"who tokenizes: {either(Backend)} (default: auto)",
+        help=f"tokenizer backend: {either(Backend)} (default: auto)",
     )
 
 
@@ -275,9 +273,9 @@ def add_output(parser: argparse.ArgumentParser) -> None:
         type=fraction,
         metavar="X",
         default=0.001,
-        help="share of the records that may be bad (default: 0.001)",
+        help="largest allowed share of bad records (default: 0.001)",
     )
-    parser.add_argument("--verify", action="store_true", help="read everything again at the end and check it")
+    parser.add_argument("--verify", action="store_true", help="read and check the complete dataset at the end")
 
 
 def settings_of(args: argparse.Namespace) -> BuildConfig:
@@ -295,7 +293,9 @@ def settings_of(args: argparse.Namespace) -> BuildConfig:
 
 
 def tokenizer_of(path_or_id: str) -> str:
-    """Workers of a cluster start elsewhere. A GGUF file's is read as training reads its model: converted once, and kept."""
+    """The absolute path of a tokenizer, because workers of a cluster run in another folder; a Hub id stays as it is. For a GGUF
+    file, the path of its converted folder, which training uses too.
+    """
     path = Path(path_or_id).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         # torch and transformers take seconds to import
@@ -311,30 +311,31 @@ def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> 
 
         return partial(run_ray, address=args.ray_address)
     if args.workers > 1 and not isinstance(out, Path) and out.protocol == "memory":
-        raise CorpusError(f"--out {out}: the memory of one process; use --workers 1")
+        raise CorpusError(f"--out {out} is in the memory of one process: use --workers 1")
     return partial(run_local, workers=args.workers, on_progress=progress.within)
 
 
 def either(choices: object) -> str:
-    """The values of a Literal, for help."""
+    """The values of a Literal as a text for the help: "a, b or c"."""
     *most, last = get_args(choices)
     return f"{', '.join(most)} or {last}"
 
 
-# ---- what came out
+# ---- results
 
 
-def tell_of_encoders(settings: BuildConfig, progress: BuildProgress) -> None:
+def note_encoders(settings: BuildConfig, progress: BuildProgress) -> None:
     for side, tokenizer in zip(("student", "teacher"), settings.tokenizers, strict=True):
         why = f" ({tokenizer.not_fast})" if tokenizer.not_fast else ""
         progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")
         if tokenizer.eos_why:
             end = f"the {side}'s documents end with {tokenizer.eos_token}"
-            progress.note(f"{end}: {tokenizer.eos_why}; --{side}-eos names another")
+            progress.note(f"{end}: {tokenizer.eos_why}; --{side}-eos sets another token")
 
 
-def tell_of_dataset(out: Place, reused: int, args: argparse.Namespace) -> None:
-    manifest = read_whole(out, args.workers, args.quiet) if args.verify and isinstance(out, Path) else read_manifest(out)
+def print_summary(out: Place, reused: int, args: argparse.Namespace) -> None:
+    verified = args.verify and isinstance(out, Path)
+    manifest = verify_dataset(out, args.workers, args.quiet) if verified else read_manifest(out)
     Terminal().print(summary(out, manifest, reused))
 
 

@@ -1,4 +1,4 @@
-"""Counts -> the rectangles and labels of a column chart. Across, all places are percentages, so that text keeps its size."""
+"""Converts counts to a column chart: rectangles and labels. Horizontal positions are percentages, so text keeps its size."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Label:
 
     @property
     def anchor(self) -> str:
-        """The side of x on which the text has room."""
+        """The `text-anchor` that keeps the text inside the chart."""
         return "end" if self.x > 25 else "start"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A column chart. description: what it shows, for those who do not see it."""
+    """A column chart. description: its content as text, for screen readers."""
 
     title: str
     description: str
@@ -46,7 +46,7 @@ class Chart:
 def columns(
     title: str, counts: Sequence[int], hovers: Sequence[str], ticks: Mapping[float, str], marks: Mapping[str, float]
 ) -> Chart:
-    """One column a count. ticks, marks: places in columns from the left edge, with a text."""
+    """One column per count. ticks, marks: texts and their positions, in columns from the left edge."""
     n, highest = len(counts), max(max(counts), 1)
     drawn = (Column(100 * i / n, 100 / n, 100 * c / highest, hovers[i]) for i, c in enumerate(counts) if c)
     beneath = (Label(100 * place / n, text) for place, text in ticks.items())
@@ -56,7 +56,7 @@ def columns(
 
 
 def histogram(title: str, values: NDArray[np.float64], unit: str, form: Callable[[float], str]) -> Chart:
-    """Equal bins of a round width, at most 40. values: [N], at least one. unit: what is counted."""
+    """At most 40 equal bins of a round width. values: [N], at least one. unit: the unit of the counts, such as "rows"."""
     step = _round_step(float(values.max() - values.min()))
     first = int(np.floor(values.min() / step))
     bins = np.floor(values / step).astype(np.int64) - first
@@ -68,7 +68,7 @@ def histogram(title: str, values: NDArray[np.float64], unit: str, form: Callable
 
 
 def doubling(title: str, values: NDArray[np.integer[Any]], unit: str) -> Chart:
-    """Bins [1, 2), [2, 4), [4, 8) … values: [N], 1 or more, at least one."""
+    """Bins [1, 2), [2, 4), [4, 8) … values: [N], at least one value, each at least 1."""
     exponents = np.frexp(values.astype(np.float64))[1] - 1
     first = int(exponents.min())
     counts = np.bincount(exponents - first).tolist()
@@ -80,7 +80,7 @@ def doubling(title: str, values: NDArray[np.integer[Any]], unit: str) -> Chart:
 
 
 def _marks(values: NDArray[np.float64], form: Callable[[float], str], place: Callable[[float], float]) -> dict[str, float]:
-    # from right to left, so that no label crosses the line of another
+    # from right to left, so that no label crosses the line of another one
     named = {"max": float(values.max()), "p99": float(np.quantile(values, 0.99)), "mean": float(values.mean())}
     return {f"{name} {form(value)}": place(value) for name, value in named.items()}
 

@@ -1,6 +1,6 @@
-"""What the tools share: the part of a job array that is asked for, and what is told while work goes on.
+"""Shared parts of the tools: paths, the option for a part of a job array, and progress.
 
-A bar on a terminal, plain lines elsewhere, both with the time that is left.
+Progress is a bar on a terminal and plain lines elsewhere. Both include the remaining time.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.preprocess.plan import Slice
 
 EVERY, EVERY_VERBOSE = 30.0, 5.0
-"""Seconds between plain lines, at least, where nothing ends meanwhile."""
+"""Shortest time between two plain lines about work in progress, in seconds."""
 
 
 class Terminal(Console):
-    """Where results go, and progress."""
+    """The console for results and progress."""
 
     def on_broken_pipe(self) -> None:
-        """rich would leave with exit code 1; the command decides that."""
+        """Raise the error, so that the command chooses the exit code. rich would exit with code 1."""
         self.quiet = True
         raise
 
 
 class WorkProgress:
-    """The bar, or the plain lines. What is counted has a unit of its own, such as bytes or tokens."""
+    """A progress bar or plain lines. Subclasses count in their own unit, such as bytes or tokens."""
 
     def __init__(self, console: Console, begin: str, verbose: bool = False, plain: bool = False) -> None:
-        """begin: stands before the bar. plain: no bar, also on a terminal."""
+        """begin: first text before the bar. plain: print lines even on a terminal."""
         self.console = console
         self.shown = console.is_terminal and not plain and not console.quiet
         self.verbose, self.every = verbose, EVERY_VERBOSE if verbose else EVERY
         columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
         self.bar = Progress(*columns, console=console, disable=not self.shown)
         self.task = self.bar.add_task(begin, total=None, rate="")
-        self.started = self.told = time.monotonic()
+        self.started = self.last_line = time.monotonic()
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -52,25 +52,25 @@ class WorkProgress:
         self.bar.stop()
 
     def start(self) -> None:
-        """The clock of rates and of what is left."""
-        self.started = self.told = time.monotonic()
+        """Start the clock for rates and the remaining time."""
+        self.started = self.last_line = time.monotonic()
 
     @property
     def seconds(self) -> float:
         return max(time.monotonic() - self.started, 1e-9)
 
     def show(self, description: str, done: float, total: float, rate: str) -> None:
-        """How far it is: on the bar, or from time to time as a line."""
+        """Update the bar, or print a line if enough time has passed since the last one."""
         self.bar.update(self.task, description=description, completed=done, total=total, rate=rate)
-        if not self.shown and time.monotonic() - self.told > self.every:
+        if not self.shown and time.monotonic() - self.last_line > self.every:
             self.line(f"{description}: {rate}{self.left(done, total)}")
 
     def left(self, done: float, total: float) -> str:
-        """`, eta 12m`, once it can be known. done: by this run, since `start`."""
+        """The remaining time, such as `, eta 12m`; "" if it is unknown. done: amount of work since `start`."""
         return f", eta {duration(self.seconds * (total - done) / done)}" if 0 < done < total else ""
 
     def line(self, text: str) -> None:
-        self.told = time.monotonic()
+        self.last_line = time.monotonic()
         self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -78,7 +78,7 @@ P = TypeVar("P", bound=Place)
 
 
 def absolute(where: P) -> P:
-    """A path as workers find it, who start elsewhere, and people read it: without `..`. A link keeps its name."""
+    """The absolute path, without `..`, because workers may run in another folder. A link keeps its name."""
     if not isinstance(where, Path):
         return where
     if ".." not in where.parts:
@@ -87,9 +87,9 @@ def absolute(where: P) -> P:
 
 
 def slice_of(text: str) -> Slice:
-    """For argparse: "2/8" is the second of eight parts."""
+    """A type for argparse: "2/8" is the second of eight parts."""
     i, _, n = text.partition("/")
     try:
         return Slice(int(i), int(n))
     except (ValueError, CorpusError):
-        raise argparse.ArgumentTypeError(f"{text}: two numbers are needed, I/N with I from 1 to N") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N with I from 1 to N") from None

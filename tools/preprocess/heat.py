@@ -1,7 +1,7 @@
-"""What a run learned of its sample rows, as one HTML page: the text as a heat map, and a slider over its evaluations.
+"""Makes one HTML page about the sample rows of a run: their text as a heat map, and a slider over the run's evaluations.
 
-Numbers above the text are of all rows that the run wrote down; of many rows the first are shown, of many evaluations some, so
-that the page stays small.
+The numbers above the text cover all recorded rows. If there are many, the page shows only the first rows and some of the
+evaluations, so that it stays small.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .interlinear import Interlinear, Side, visible
 MOST_TOKENS = 8192  # student tokens
 MOST_LOSSES = 400_000  # tokens times evaluations
 MOST_STEPS = 200
-MOST_CHARACTERS = 60  # of a token
+MOST_CHARACTERS = 60  # per token
 
 TEMPLATES = Path(__file__).with_name("templates")
 HALF = 4  # colours on either side of the middle one
@@ -39,13 +39,13 @@ HALF = 4  # colours on either side of the middle one
 
 @dataclass(frozen=True)
 class Token:
-    space: str  # the one before a word, which is no part of what is coloured
+    space: str  # a space before a word, which is not coloured
     text: str
     breaks: bool  # a line ends here
 
     @classmethod
     def of(cls, text: str, name: str) -> Token:
-        """text: "" without, then its name is shown."""
+        """name: shown if text is ""."""
         shown = _legible(text) or name
         before = " " if shown.startswith(" ") and shown.strip() else ""
         return cls(before, shown.removeprefix(before), "\n" in text)
@@ -53,7 +53,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Passage:
-    """A document's part of a row. start: the place of its first token in the document."""
+    """The part of a row that comes from one document. start: position of its first token in the document."""
 
     document: int
     start: int
@@ -62,27 +62,30 @@ class Passage:
 
 @dataclass(frozen=True)
 class Tile:
-    """A number that follows the slider, as it is written for each evaluation, and as a line over them."""
+    """A number that follows the slider: its text for each evaluation, and its line over all evaluations."""
 
     title: str
     note: str
     texts: list[str]
-    lines: list[list[tuple[float, float]]]  # percent of the width, percent from above; none where there is no number
+    lines: list[list[tuple[float, float]]]  # percent of the width, percent from the top; evaluations without a number are gaps
 
 
 def page(run: Path, data: Path | None = None) -> str:
-    """The page about a run's samples. data: where its data.valid lies now, by default where it lay.
+    """The page about a run's samples.
 
-    Raises RunError: no samples, or another dataset; CorpusError for a dataset that is broken.
+    run   the run's output folder
+    data  the dataset of its data.valid; by default at the path that the run recorded
+
+    Raises RunError: no samples, or another dataset. Raises CorpusError: the dataset is damaged.
     """
     rows, steps = read_rows(run), read_steps(run)
     if not steps:
-        raise RunError(f"{run} holds no evaluation of its sample rows yet: the first is written before the first step")
+        raise RunError(f"{run} has no evaluation of its sample rows yet: the first one is written before the first step")
     dataset = _dataset(run, rows, data)
     if dataset.fingerprint != rows.fingerprint:
         raise RunError(
-            f"{dataset.path} ({dataset.fingerprint}) is not the dataset whose rows {run} holds ({rows.fingerprint}).\n"
-            "  Name that one: --data FOLDER."
+            f"{dataset.path} ({dataset.fingerprint}) is not the dataset of the sample rows in {run} ({rows.fingerprint}).\n"
+            "  Specify that dataset: --data FOLDER."
         )
     shown = _shown(rows)
     views = _spread(steps, min(MOST_STEPS, max(2, MOST_LOSSES // max(1, int(shown.sum())))))
@@ -119,11 +122,13 @@ def _dataset(run: Path, rows: SampleRows, data: Path | None) -> AlignedDataset:
     try:
         return AlignedDataset.open(rows.dataset)
     except CorpusError as error:
-        raise RunError(f"{error}\n  {run} holds rows of it. Where it lies elsewhere now, name it: --data FOLDER.") from None
+        raise RunError(
+            f"{error}\n  {run} has sample rows of this dataset. If you have moved it, specify its new place: --data FOLDER."
+        ) from None
 
 
 def _shown(rows: SampleRows) -> NDArray[np.bool_]:
-    """[R, S] the first tokens, whole rows where at least one has room."""
+    """[R, S] the tokens to show: as many complete rows as fit into MOST_TOKENS, or the start of the first row."""
     ends = rows.valid_RS.sum(axis=1).cumsum()
     fitting = max(1, int((ends <= MOST_TOKENS).sum()))
     shown = rows.valid_RS.copy()
@@ -133,7 +138,7 @@ def _shown(rows: SampleRows) -> NDArray[np.bool_]:
 
 
 def _spread(steps: Sequence[SampleStep], most: int) -> list[SampleStep]:
-    """So many at most, the first and the last among them."""
+    """At most `most` evaluations, evenly spaced, including the first and the last."""
     places = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
     return [steps[place] for place in places.tolist()]
 
@@ -152,7 +157,7 @@ def _passages(interlinear: Interlinear, rows: SampleRows, r: int, shown_S: NDArr
 
 
 def _legible(text: str) -> str:
-    """What would not be seen is a sign, but spaces are spaces."""
+    """The text with signs for invisible characters other than spaces, shortened to MOST_CHARACTERS."""
     shown = visible(text).replace("␣", " ").replace("␊", "↵")
     return shown if len(shown) <= MOST_CHARACTERS else shown[: MOST_CHARACTERS - 1] + "…"
 
@@ -165,12 +170,12 @@ def _headline(rows: SampleRows, view: SampleStep) -> str:
     kept = int((rows.mapped_RS & (view.weight_RS > 0)).sum())
     when = f"After step {view.step:,}" if view.step else "Before the first step"
     if not view.guidance.selects:
-        return f"{when}, every token is learned: {view.guidance.objective} selects none."
+        return f"{when}, the loss covers every token: {view.guidance.objective} does not select tokens."
     behind = "its teacher" if view.guidance.chunks is None else "its teacher in the same chunk"
     those = {
-        "guided": f"those where it is furthest behind {behind}",
-        "student": "those where its own loss is highest",
-        "random": "chosen by chance",
+        "guided": f"those with the largest excess loss over {behind}",
+        "student": "those with its highest losses",
+        "random": "random ones",
     }[view.guidance.objective]
     return f"{when}, the student would learn from {kept:,} of {mapped:,} mapped tokens: {those}."
 
@@ -187,7 +192,7 @@ def _tiles(numbers: Sequence[dict[str, float]]) -> list[Tile]:
     tiles = []
     for name, title, note, form in named:
         values = [of.get(f"samples/{name}", math.nan) for of in numbers]
-        # both losses on one scale, so that their lines compare
+        # both losses have the same scale, so that their lines can be compared
         bounds = (0.0, 1.0) if name == "share_kept" else (min(known, default=0), max(known, default=1))
         texts = [form(value) if math.isfinite(value) else "–" for value in values]
         tiles.append(Tile(title, note, texts, _lines(values, *bounds)))
@@ -195,7 +200,7 @@ def _tiles(numbers: Sequence[dict[str, float]]) -> list[Tile]:
 
 
 def _lines(values: Sequence[float], least: float, most: float) -> list[list[tuple[float, float]]]:
-    """One for each stretch of evaluations that have the number."""
+    """One line for each run of consecutive evaluations that have the number."""
     last, span = max(1, len(values) - 1), most - least or 1
     stretches = itertools.groupby(enumerate(values), key=lambda place: math.isfinite(place[1]))
     return [
@@ -206,20 +211,20 @@ def _lines(values: Sequence[float], least: float, most: float) -> list[list[tupl
 
 
 def _data(teacher: Side, rows: SampleRows, views: Sequence[SampleStep], shown: NDArray[np.bool_]) -> dict[str, Any]:
-    """What the script reads. Losses in hundredths of a nat; null where there is none."""
+    """The data of the page's script. Losses are in hundredths of a nat; null if a token has no loss."""
     guides: list[list[int | None]] = []
-    told = []
+    entries = []
     for view in views:
         guide = _hundredths(view.guide_RS[shown])
-        # a frozen teacher says the same every time
+        # a frozen teacher has the same guide in every evaluation
         if guide not in guides:
             guides.append(guide)
         kept = "".join("01"[int(weight > 0)] for weight in view.weight_RS[shown].tolist())
-        told.append({"loss": _hundredths(view.student_loss_RS[shown]), "kept": kept, "guide": guides.index(guide)})
+        entries.append({"loss": _hundredths(view.student_loss_RS[shown]), "kept": kept, "guide": guides.index(guide)})
     excess = np.abs(np.concatenate([view.excess_RS[shown] for view in views]))
     losses = np.concatenate([x[shown] for view in views for x in (view.student_loss_RS, view.guide_RS)])
     return {
-        "views": told,
+        "views": entries,
         "guides": guides,
         "selects": views[-1].guidance.objective if views[-1].guidance.selects else "",
         "kinds": "".join(str(kind) for kind in rows.mapping_RS[shown].tolist()),
@@ -237,13 +242,13 @@ def _hundredths(losses: Float32) -> list[int | None]:
 
 
 def _names(side: Side, ids: Int32) -> list[str]:
-    """The teacher's tokens of a row, as they are shown; spaces are signs here."""
+    """The teacher's tokens of a row, as the page shows them. Spaces are shown as signs."""
     eos = {side.info.eos_id: visible(side.info.eos_token)}
     known = ids[ids >= 0].tolist()
     return [visible(side.bytes[id_].decode(errors="surrogateescape"))[:MOST_CHARACTERS] or eos.get(id_, "∅") for id_ in known]
 
 
 def _limit(values: Float32) -> float:
-    """Where the colours end, nats: all but the last hundredths of the values lie within."""
+    """End of the colour scale, in nats: 98 % of the values are below."""
     finite = values[np.isfinite(values)]
     return max(0.5, math.ceil(2 * float(np.quantile(finite, 0.98))) / 2) if len(finite) else 1.0

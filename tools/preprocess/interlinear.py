@@ -1,16 +1,16 @@
-"""A document as lines of two: the student's tokens above, the teacher's beneath, character above character.
+"""Shows a document in pairs of lines: the student's tokens above, the teacher's tokens below, aligned by character.
 
     student  ⟦The⟧⟦␣quick⟧⟦␣br⟧⟦own⟧⟪</s>⟫
     teacher  ⟦The⟧⟦␣quick⟧⟦␣br  own⟧⟪<|im_end|>⟫
 
-The text falls into cells, the stretches that neither side cuts, and cells into blocks, which end where both cut. A token
-is shown by its real bytes, and what would not be seen, or be taken for a mark of this display, by a sign:
+The text is divided into cells, which neither side cuts, and the cells into blocks, which end where both sides cut. A token is
+shown by its real bytes. A character that is invisible, or that is one of the marks of this display, is shown by a sign:
 
     ⟦ ⟧  a token             ⟪ ⟫  a token without text, unmapped
     ␣ ␊ ␉  space, line feed, tab; likewise all control characters
-    ⟨c3⟩   a byte of a character that the token does not hold whole
-    ⟨U+200D⟩  a character that has no shape of its own, or is one of these signs
-    ◌      carries a combining mark that starts a cell
+    ⟨c3⟩   a byte of a character that the token holds only in part
+    ⟨U+200D⟩  an invisible character, or one of these signs
+    ◌      the base of a combining mark that starts a cell
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ OPEN, CLOSE = "⟦", "⟧"
 OPEN_UNMAPPED, CLOSE_UNMAPPED = "⟪", "⟫"
 CARRIER = "◌"
 SIGNS = frozenset(OPEN + CLOSE + OPEN_UNMAPPED + CLOSE_UNMAPPED + CARRIER + "⟨⟩␣" + "".join(map(chr, range(0x2400, 0x2422))))
-WINDOW = 4096  # student tokens read at a time; common boundaries lie at most a few tens apart
+WINDOW = 4096  # student tokens read at a time; the distance between common boundaries is at most a few tens of tokens
 
 
 class Part(NamedTuple):
-    """A token's part of a cell. text: as it is shown, "" where the cell holds no first byte of a character."""
+    """A token's part of a cell. text: as it is shown; "" if the cell holds no first byte of a character."""
 
     token: int  # position in the document
     id: int
@@ -49,14 +49,14 @@ class Part(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Text that neither side cuts. None: this side has no token here."""
+    """Text that neither side cuts. A side is None if it has no token here."""
 
     student: Part | None
     teacher: Part | None
 
 
 class Interlinear:
-    """What it takes to show the documents of a dataset."""
+    """The tokenizers of a dataset, and its documents as blocks of cells."""
 
     def __init__(self, dataset: AlignedDataset) -> None:
         self.dataset = dataset
@@ -64,14 +64,15 @@ class Interlinear:
         self.teacher = Side(dataset.teacher_tokenizer, dataset.teacher_byte_lengths)
 
     def blocks(self, document: int, start: int = 0, stop: int | None = None) -> Iterator[list[Cell]]:
-        """Blocks of the student tokens [start, stop) and of those around them up to the next common boundaries.
+        """The blocks that hold the student tokens [start, stop), extended to the nearest common boundaries.
 
-        Reads a window at a time, however long the document is. Raises DatasetError where tokens are asked for that it lacks.
+        Reads one window at a time, so memory does not depend on the document's length. Raises DatasetError: the document does not
+        have these tokens.
         """
         n = int(self.dataset.student_lengths[document])
         stop = n if stop is None else stop
         if not 0 <= start <= stop <= n:
-            raise DatasetError(f"document {document} has {n:,} student tokens; [{start:,}, {stop:,}) is not within")
+            raise DatasetError(f"document {document} has {n:,} student tokens: [{start:,}, {stop:,}) is out of range")
         return self._blocks(document, start, stop, n)
 
     def _blocks(self, document: int, start: int, stop: int, n: int) -> Iterator[list[Cell]]:
@@ -83,7 +84,7 @@ class Interlinear:
                 cuts.append(len(spans))
             teacher_cuts = [spans.before, *(int(spans.last[cut - 1]) for cut in cuts[1:])]
             if begin == 0:
-                teacher_cuts[0] = 0  # the teacher's own dummy prefix, where that stands alone
+                teacher_cuts[0] = 0  # the teacher's dummy prefix, if it is a separate token
             if begin + len(spans) == n:
                 teacher_cuts[-1] += 1  # the teacher's EOS, which is in no span
             for k in range(len(cuts) - 1):
@@ -104,7 +105,7 @@ class Interlinear:
         for tokens, teacher_tokens in itertools.product(above, beneath):
             if _text(tokens) == _text(teacher_tokens):
                 return [*_without_text(tokens, teacher_tokens), *_cells(tokens, teacher_tokens)]
-        # a text with U+2581, which SentencePiece takes for a space: the bytes of its tokens are not the text's
+        # the text has U+2581, which SentencePiece reads as a space: the bytes of its tokens are not those of the text
         return [Cell(_whole(token), None) for token in above[0]] + [Cell(None, _whole(token)) for token in beneath[0]]
 
 
@@ -112,15 +113,15 @@ class _Token(NamedTuple):
     position: int
     id: int
     data: bytes  # b"": no text
-    name: str  # how it is shown when it has none
+    name: str  # shown if it has no text
 
 
 class Side:
     """One tokenizer.
 
-    pieces    piece -> id, as tokenizer.json has them, added tokens included
+    pieces    piece -> id, as in tokenizer.json, including added tokens
     bytes     [vocabulary] the text of each id
-    prefixes  whether a space may be put before a text, whether it may not
+    prefixes  the possible cases of a text's first token: True if the tokenizer has put a space before the text
     """
 
     def __init__(self, info: TokenizerInfo, byte_lengths: NDArray[np.int32]) -> None:
@@ -132,7 +133,7 @@ class Side:
         self.prefixes = {"never": (False,), "always": (True,), "unless_space": (True, False)}[prefix]
 
     def readings(self, ids: NDArray[np.int32], start: int) -> list[list[_Token]]:
-        """The tokens from position `start` on, without a dummy prefix; two readings where a first space may be one or not."""
+        """The tokens from position `start`, without a dummy prefix. Two readings if a first space may be a prefix."""
         found = []
         for i, id_ in enumerate(ids.tolist()):
             name = visible(self.info.eos_token) if id_ == self.info.eos_id else visible(" ")
@@ -144,7 +145,7 @@ class Side:
 
 
 def visible(text: str) -> str:
-    """A text as it is shown; lone surrogates U+DC80 … U+DCFF stand for bytes."""
+    """A text as it is shown. Lone surrogates U+DC80 … U+DCFF represent bytes."""
     shown = "".join(_sign(character) for character in text)
     return CARRIER + shown if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
@@ -172,7 +173,7 @@ def _whole(token: _Token) -> Part:
 
 
 def _without_text(above: Sequence[_Token], beneath: Sequence[_Token]) -> Iterator[Cell]:
-    """EOS over EOS, a dummy prefix alone: they stand before any text of their block."""
+    """Cells of tokens without text, such as EOS and a separate dummy prefix. They come before the text of their block."""
     sides = ([_whole(token) for token in side if not token.data] for side in (above, beneath))
     return itertools.starmap(Cell, itertools.zip_longest(*sides))
 
@@ -194,7 +195,7 @@ def _cells(above: Sequence[_Token], beneath: Sequence[_Token]) -> Iterator[Cell]
 
 @lru_cache(maxsize=1 << 16)
 def _characters(data: bytes, start: int, stop: int) -> str:
-    """The characters of a token whose first byte is one of [start, stop), as they are shown."""
+    """The characters of a token whose first byte is in [start, stop), as they are shown."""
     at, chosen = 0, []
     for character in data.decode(errors="surrogateescape"):
         if start <= at < stop:

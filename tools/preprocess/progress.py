@@ -1,4 +1,4 @@
-"""How a build is told to people: a bar on a terminal, plain lines elsewhere, and at the end what came out."""
+"""Progress and summary of a build: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .console import WorkProgress
 
 
 class BuildProgress(WorkProgress):
-    """Hears of the plan, of finished shards, and of how far the others are."""
+    """Progress of a build, in bytes of text. Receives the plan, finished shards, and the state of the others."""
 
     def __init__(self, console: Console, verbose: bool = False) -> None:
         super().__init__(console, "planning", verbose)
         self.shards = self.done = self.reused = self.failed = 0
-        self.weight: dict[int, int] = {}  # bytes of text that each shard of this run holds, about
-        self.left_out = 0  # of those, what was there before
-        self.ended = 0  # and what is done, or was there
+        self.weight: dict[int, int] = {}  # estimated bytes of text in each shard of this run
+        self.left_out = 0  # the part of these bytes in shards of earlier runs
+        self.ended = 0  # the part in finished shards, of this run and of earlier ones
         self.at_work: dict[int, ShardProgress] = {}
         self.began: dict[int, float] = {}
-        self.documents = self.text = self.bad = 0  # of shards that this run has finished
+        self.documents = self.text = self.bad = 0  # in the shards that this run has finished
 
     def plan(self, plan: Plan, jobs: Sequence[ShardJob]) -> None:
         self.shards, self.done, self.reused, self.failed = len(jobs), 0, 0, 0
@@ -53,16 +53,16 @@ class BuildProgress(WorkProgress):
             self.failed += 1
             how = f"FAILED: {result.reason}"
         else:
-            how = self._made(result)
+            how = self._finished(result)
         if not self.shown or self.verbose or isinstance(result, Failure):
             self.line(f"shard {self.done}/{self.shards}: {job.name} {how}{self.left(*self._spent())}")
         self._show()
 
-    def _made(self, result: ShardResult) -> str:
+    def _finished(self, result: ShardResult) -> str:
         job, totals = result.job, result.record.totals
         if totals.broken_inputs:
             files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))
-            self.note(f"shard {job.name}: {totals.broken_inputs} of its input files ended early ({files})")
+            self.note(f"shard {job.name}: {totals.broken_inputs} of its input files are cut off or damaged ({files})")
         if result.reused:
             self.reused += 1
             self.left_out += self.weight.get(job.index, 0)
@@ -75,7 +75,7 @@ class BuildProgress(WorkProgress):
         return f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB{took}"
 
     def within(self, progress: ShardProgress) -> None:
-        """A shard in the making has come so far."""
+        """Receive the progress within a shard."""
         self.began.setdefault(progress.index, time.monotonic())
         self.at_work[progress.index] = progress
         self._show()
@@ -88,8 +88,7 @@ class BuildProgress(WorkProgress):
         return f"{documents / self.seconds:,.0f} documents/s, {text / self.seconds / 1e6:.1f} MB/s, {bad:,} bad"
 
     def _spent(self) -> tuple[float, float]:
-        """Bytes of text that this run has come through, of those that it has to. A shard that is done counts whole, whatever its
-        weight was guessed to be."""
+        """Bytes of text that this run has processed, and its total. A finished shard counts with its estimated weight."""
         begun = sum(min(p.text_bytes, self.weight[i]) for i, p in self.at_work.items())
         return self.ended - self.left_out + begun, sum(self.weight.values()) - self.left_out
 
@@ -98,7 +97,7 @@ class BuildProgress(WorkProgress):
 
 
 class VerifyProgress(WorkProgress):
-    """Hears of the shards that have been read, in any order."""
+    """Progress of a verification, in shards. Receives the shards that have been read, in any order."""
 
     def __init__(self, console: Console, manifest: Manifest) -> None:
         super().__init__(console, "reading")
@@ -110,22 +109,22 @@ class VerifyProgress(WorkProgress):
 
 
 def summary(out: Place, manifest: Manifest, reused: int) -> Table:
-    """What came out."""
+    """The table of the totals of a dataset. reused: shards of earlier runs."""
     t = manifest.totals
     mapped = max(t.mapped_tokens, 1)
     table = Table(title=Text(str(out)), title_justify="left", show_header=False)
     rows = {
         "documents": f"{t.documents:,} in {len(manifest.shards):,} shards ({reused:,} reused)",
         "text": f"{t.text_bytes:,} bytes of UTF-8",
-        "student tokens": f"{t.student_tokens:,}, {t.student_tokens / t.text_bytes:.3f} a byte",
-        "teacher tokens": f"{t.teacher_tokens:,}, {t.teacher_tokens / t.text_bytes:.3f} a byte",
-        "teacher tokens a student token": f"{t.teacher_tokens / t.student_tokens:.3f}",
+        "student tokens": f"{t.student_tokens:,}, {t.student_tokens / t.text_bytes:.3f} per byte",
+        "teacher tokens": f"{t.teacher_tokens:,}, {t.teacher_tokens / t.text_bytes:.3f} per byte",
+        "teacher tokens per student token": f"{t.teacher_tokens / t.student_tokens:.3f}",
         "unmapped": f"{share(t.eos_tokens, t.student_tokens)} EOS, {share(t.zero_width_tokens, t.student_tokens)} zero-width",
         "IoS = 100 %": f"{share(t.covered_tokens, mapped)} of {t.mapped_tokens:,} mapped tokens",
         "span width": ", ".join(f"{w if w < 8 else '8+'}: {share(n, mapped)}" for w, n in enumerate(t.span_widths) if w and n),
         "empty documents": f"{t.empty_documents:,} dropped",
         "bad records": f"{t.bad_lines:,} left out",
-        "broken inputs": f"{t.broken_inputs:,} files ended early",
+        "broken inputs": f"{t.broken_inputs:,} files cut off or damaged",
         "length mismatches": f"{t.mismatched_documents:,} documents quarantined, {t.offset_documents:,} placed by offsets",
     }
     for name, value in rows.items():

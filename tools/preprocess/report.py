@@ -1,11 +1,11 @@
-"""What a dataset is like, or what a run learned, as one HTML page that needs nothing else, and no network.
+"""Makes one self-contained HTML page about a dataset, or about the sample rows of a run. The page needs no network.
 
     python -m tools.preprocess.report data/train --out report.html
     python -m tools.preprocess.report --run RUN_DIR --out heat.html
 
-The second shows the sample rows that a run with logging.samples wrote down: see heat.py. The rest is about
-the first. Counts of the whole dataset come from dataset.json and its indices. What training rows look like is measured on rows of
-sampled documents; the same dataset and seed give the same page, byte for byte.
+The second command shows the sample rows of a run with logging.samples, see heat.py. The rest of this module is about the first
+one. Counts over all documents come from dataset.json and its indices. Properties of training rows are measured on rows of sampled
+documents. The same dataset and seed give the same page, byte for byte.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .interlinear import Cell, Interlinear, visible
 MOST_TARGETS = 1 << 20
 EXAMPLES = 10
 EXAMPLE_CELLS = 300
-EXAMPLE_CHARACTERS = 8000  # of both sides
+EXAMPLE_CHARACTERS = 8000  # on both sides together
 MOST_SHARDS = 500
 QUARANTINE_BYTES = 16 << 20
 MOST_REASONS = 20
@@ -44,7 +44,7 @@ ID_CHARACTERS = 120
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command. Returns the exit code."""
     args = parse(argv)
     return run_command(lambda: report(args))
 
@@ -63,40 +63,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(
         prog,
         "(DATASET | --run RUN_DIR) --out PAGE.html",
-        "What a dataset is like, or what a run learned of its sample rows, as one HTML page that needs no network.",
+        "Make an HTML page about a dataset, or about the sample rows of a run. The page needs no network.",
         f"{prog} data/mine --out report.html\n{prog} --run runs/mine --out heat.html",
     )
     about = parser.add_mutually_exclusive_group(required=True)
     about.add_argument("dataset", nargs="?", metavar="DATASET", help="folder of the dataset")
     about.add_argument("--run", type=Path, metavar="RUN_DIR", help="output folder of a run with logging.samples")
     parser.add_argument(
-        "--data", type=Path, metavar="DATASET", help="with --run: where its data.valid lies now (default: where it lay)"
+        "--data", type=Path, metavar="DATASET", help="with --run: the dataset of its data.valid (default: at the recorded path)"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="PAGE.html", help="the page (required)")
     parser.add_argument(
-        "--sample", type=positive_int, default=1000, metavar="N", help="documents whose rows are measured (default: 1000)"
+        "--sample",
+        type=positive_int,
+        default=1000,
+        metavar="N",
+        help="number of documents whose rows are measured (default: 1000)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="which documents are sampled (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample of documents (default: 0)")
     parser.add_argument(
-        "--row-length", type=row_length, default=2048, metavar="N", help="student positions of a row (default: 2048)"
+        "--row-length", type=row_length, default=2048, metavar="N", help="student positions per row (default: 2048)"
     )
     args = parser.parse_args(argv)
     if args.run is None and args.data is not None:
-        parser.error("--data goes with --run; a dataset is named by itself")
+        parser.error("--data is only for --run: give the dataset as an argument")
     measures = ("sample", "seed", "row_length")
     if args.run is not None and any(getattr(args, name) != parser.get_default(name) for name in measures):
-        parser.error("--sample, --seed and --row-length are of a dataset's page: with --run nothing is sampled")
+        parser.error("--sample, --seed and --row-length are only for a dataset: with --run nothing is sampled")
     return args
 
 
 def row_length(text: str) -> int:
     if positive_int(text) <= 2 * SLACK:
-        raise argparse.ArgumentTypeError(f"{text} is too short, {2 * SLACK + 1} at least")
+        raise argparse.ArgumentTypeError(f"{text} is too short: at least {2 * SLACK + 1}")
     return int(text)
 
 
 def page(dataset: AlignedDataset, sample: int, seed: int, row_length: int) -> str:
-    """The page about a dataset; its size and the time it takes do not grow with the number of documents."""
+    """The page about a dataset. Its size and the time to make it do not grow with the number of documents."""
     documents = sampled(len(dataset), sample, seed)
     interlinear = Interlinear(dataset)
     template = jinja2.Environment(
@@ -116,10 +120,10 @@ def page(dataset: AlignedDataset, sample: int, seed: int, row_length: int) -> st
         widths=up_to_last(dataset.totals.span_widths[1:]),
         seed=seed,
         rows=measure_rows(dataset, documents, row_length, seed),
-        lengths=charts.doubling("Student tokens a document", dataset.student_lengths, "documents"),
+        lengths=charts.doubling("Student tokens per document", dataset.student_lengths, "documents"),
         overlaps=overlaps(interlinear),
         examples=[Example.of(interlinear, int(document)) for document in documents[:EXAMPLES]],
-        refused=refused(dataset),
+        refused=bad_records(dataset),
         shards=dataset.manifest.shards[:MOST_SHARDS],
     )
 
@@ -136,7 +140,7 @@ def sampled(count: int, sample: int, seed: int) -> Int32:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a teacher that reads so many positions of a row would miss."""
+    """The rows and targets that do not fit a teacher that reads at most `positions` positions."""
 
     positions: int
     rows: int  # rows with more
@@ -145,28 +149,28 @@ class Capacity:
 
 @dataclass(frozen=True)
 class RowSample:
-    """Measured on rows of sampled documents, laid end to end as for training."""
+    """Measurements on rows of sampled documents, concatenated as in training."""
 
     row_length: int
     documents: int
     rows: int
     targets: int
     by_mapping: dict[str, int]
-    teacher_mean: float  # positions a row
+    teacher_mean: float  # positions per row
     teacher_p99: float
     teacher_max: int
     ratios: charts.Chart
     capacities: list[Capacity]
-    starts: int  # of rows after the first
-    inside: int  # starts inside a teacher token: no common boundary was near
-    backs: list[int]  # starts that moved back by 0, 1, … student tokens
+    starts: int  # number of row starts after the first row
+    inside: int  # number of starts inside a teacher token, because no common boundary was near
+    backs: list[int]  # number of starts that moved back by 0, 1, … student tokens
 
 
 def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, seed: int) -> RowSample:
-    """Reads about MOST_TARGETS student tokens at most."""
+    """Measure rows of documents. Reads at most about MOST_TARGETS student tokens."""
     student, teacher = (Front(front_ids(each.path) or ()) for each in (dataset.student_tokenizer, dataset.teacher_tokenizer))
     rows = Rows(dataset, documents, row_length, TeacherIds(dataset, front=teacher), student)
-    # the last row is short and would count as a whole one
+    # without the last row, which is short and would count as a complete one
     chosen = sampled(max(len(rows) - 1, 1), max(MOST_TARGETS // row_length, 1), seed).tolist()
     measured = [rows[k] for k in chosen]
     student_read = np.array([len(row.lead_ids) + len(row.input_ids) for row in measured])
@@ -185,7 +189,7 @@ def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, see
         teacher_mean=float(teacher_read.mean()),
         teacher_p99=float(np.quantile(teacher_read, 0.99)),
         teacher_max=int(teacher_read.max()),
-        ratios=charts.histogram("Teacher positions a student position", teacher_read / student_read, "rows", "{:.3f}".format),
+        ratios=charts.histogram("Teacher positions per student position", teacher_read / student_read, "rows", "{:.3f}".format),
         capacities=list(capacities(teacher_read, lasts, row_length)),
         starts=len(later),
         inside=sum(not dataset.common_boundary(p.document, p.start, p.start + 1)[0] for p in firsts),
@@ -194,7 +198,11 @@ def measure_rows(dataset: AlignedDataset, documents: Int32, row_length: int, see
 
 
 def capacities(teacher: Int64, lasts: Int32, row_length: int) -> Iterator[Capacity]:
-    """Up to the first one that all rows fit. teacher: positions of each row; lasts: teacher positions each target needs."""
+    """Capacities in ascending order, up to the first one that all rows fit.
+
+    teacher  teacher positions of each row
+    lasts    teacher positions that each target needs
+    """
     for factor in (0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 3, 4, 6, 8):
         positions = int(factor * row_length)
         longer = int((teacher > positions).sum())
@@ -208,7 +216,7 @@ def capacities(teacher: Int64, lasts: Int32, row_length: int) -> Iterator[Capaci
 
 @dataclass(frozen=True)
 class Overlap:
-    """S: the student's vocabulary, T: the teacher's."""
+    """Sizes of two vocabularies and of their intersection. by: the property that is compared."""
 
     by: str
     common: int
@@ -217,7 +225,7 @@ class Overlap:
 
 
 def overlaps(interlinear: Interlinear) -> list[Overlap]:
-    """By the strings as tokenizer.json writes them, and by the bytes of text that they stand for."""
+    """The overlap of the strings in tokenizer.json, and of the bytes of text that they represent."""
     student, teacher = interlinear.student, interlinear.teacher
     by_string = set(student.pieces), set(teacher.pieces)
     by_bytes = set(student.bytes) - {b""}, set(teacher.bytes) - {b""}
@@ -251,7 +259,7 @@ class Example:
 
 
 def beginning(blocks: Iterator[list[Cell]]) -> Iterator[list[Cell]]:
-    """As many blocks as an example has room for; the last one may be cut."""
+    """The first blocks that fit into an example. The last one may be cut."""
     cells, characters = EXAMPLE_CELLS, EXAMPLE_CHARACTERS
     for block in blocks:
         for i, cell in enumerate(block):
@@ -267,16 +275,16 @@ def beginning(blocks: Iterator[list[Cell]]) -> Iterator[list[Cell]]:
 
 
 @dataclass(frozen=True)
-class Refused:
-    """reasons: the most frequent ones of quarantine.jsonl, with their counts, over the lines that were read."""
+class BadRecords:
+    """The records in quarantine.jsonl. reasons: the most frequent ones in the lines that were read, with their counts."""
 
     lines: int
-    complete: bool  # all of them were read
+    complete: bool  # all lines were read
     reasons: list[tuple[str, int]]
 
 
-def refused(dataset: AlignedDataset) -> Refused:
-    """Reasons that differ in their numbers alone are one."""
+def bad_records(dataset: AlignedDataset) -> BadRecords:
+    """Count the reasons in quarantine.jsonl. Reasons that differ only in their numbers count as one."""
     left, reasons = QUARANTINE_BYTES, Counter[str]()
     for shard in dataset.manifest.shards:
         if "quarantine.jsonl" not in shard.files:
@@ -285,10 +293,10 @@ def refused(dataset: AlignedDataset) -> Refused:
             while line := lines.readline(left + 1):
                 left -= len(line)
                 if left < 0:
-                    return Refused(reasons.total(), False, reasons.most_common(MOST_REASONS))
+                    return BadRecords(reasons.total(), False, reasons.most_common(MOST_REASONS))
                 reason = re.sub(r"\d[\d,]*", "#", orjson.loads(line)["reason"])
                 reasons[reason[:REASON_CHARACTERS]] += 1
-    return Refused(reasons.total(), True, reasons.most_common(MOST_REASONS))
+    return BadRecords(reasons.total(), True, reasons.most_common(MOST_REASONS))
 
 
 # ---- how numbers are written
@@ -301,12 +309,12 @@ def share(part: int, whole: int) -> str:
 
 
 def up_to_last(counts: Sequence[int]) -> Sequence[int]:
-    """Without the zeros at the end."""
+    """The counts without the zeros at the end."""
     return counts[: max((i + 1 for i, count in enumerate(counts) if count), default=0)]
 
 
 def truncated_share(part: int, whole: int) -> str:
-    """100 % only where it is all of them."""
+    """A percentage that is rounded down, so that it is 100 % only if part == whole."""
     return "100 %" if part == whole else f"{100_000 * part // whole / 1000:.3f} %"
 
 

@@ -1,4 +1,4 @@
-"""How a scoring is told to people: a bar on a terminal, plain lines elsewhere, and at the end what came out."""
+"""Progress and summary of a scoring: a bar on a terminal, plain lines elsewhere, and a table at the end."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .console import WorkProgress
 
 
 class ScoreProgress(WorkProgress):
-    """Hears of the jobs, of scored shards, and of how far the others are."""
+    """Progress of a scoring, in teacher tokens. Receives the jobs, scored shards, and the state of the others."""
 
     def __init__(self, console: Console, name: str = "", verbose: bool = False) -> None:
-        """name: of this process, where several share the work; they write plain lines."""
+        """name: prefix of the lines of this process if several processes share the work. They print plain lines."""
         super().__init__(console, "planning", verbose, plain=bool(name))
         self.name = name
         self.shards = self.done = self.reused = 0
@@ -37,9 +37,7 @@ class ScoreProgress(WorkProgress):
         self.bar.update(self.task, total=self.tokens, description=f"shard 0/{self.shards}")
         self.start()
         if not self.shown:
-            self.line(
-                f"{self.shards} shards of {self.tokens:,} teacher tokens to look at; a shard is what an interruption spares"
-            )
+            self.line(f"{self.shards} shards with {self.tokens:,} teacher tokens; finished shards are kept if you interrupt")
 
     def shard(self, result: ScoreResult | Failure[ScoreJob]) -> None:
         self.done += 1
@@ -52,7 +50,7 @@ class ScoreProgress(WorkProgress):
             self.seconds_of_forwards += result.seconds
             rate = totals.tokens / result.seconds
             left = self.left(self._done(), self.tokens)
-            how = f"{totals.tokens:,} tokens, {rate:,.0f} a second, {totals.mean:.3f} nats a token{left}"
+            how = f"{totals.tokens:,} tokens, {rate:,.0f} per second, {totals.mean:.3f} nats per token{left}"
         else:
             self.tokens -= result.losses.totals.tokens
             self.reused += 1
@@ -62,7 +60,7 @@ class ScoreProgress(WorkProgress):
         self._show()
 
     def within(self, progress: ShardProgress) -> None:
-        """A shard has come so far."""
+        """Receive the progress within a shard."""
         self.at_work[progress.index] = progress.tokens
         self._show()
 
@@ -71,39 +69,42 @@ class ScoreProgress(WorkProgress):
 
     def _show(self) -> None:
         done = self._done()
-        self.show(f"shard {self.done}/{self.shards}", done, self.tokens, f"{done:,} tokens, {done / self.seconds:,.0f} a second")
+        self.show(
+            f"shard {self.done}/{self.shards}", done, self.tokens, f"{done:,} tokens, {done / self.seconds:,.0f} per second"
+        )
 
     def line(self, text: str) -> None:
         super().line(f"{self.name}{text}")
 
 
 def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table:
-    """What came out."""
+    """The table of the losses of a dataset."""
     scoring, totals = losses.scoring, losses.totals
     table = Table(title=Text(f"{path}: losses of {scoring.name}"), title_justify="left", show_header=False)
     rows = {
         "tokens": f"{totals.tokens:,} in {len(losses.shards):,} shards ({progress.reused:,} were scored before)",
-        "mean loss": f"{totals.mean:.4f} nats a token",
-        "no number": f"{totals.nan:,} NaN, {totals.infinite:,} infinite",
+        "mean loss": f"{totals.mean:.4f} nats per token",
+        "not finite": f"{totals.nan:,} NaN, {totals.infinite:,} infinite",
         "context": f"{scoring.context:,} tokens, windows every {scoring.stride:,}",
         "read again as context": f"{totals.positions - totals.padding - totals.tokens:,} tokens",
         "padding": f"{totals.padding / max(1, totals.positions):.2%} of all positions",
         "precision": f"{scoring.dtype}, quantization {scoring.quantization}",
     }
     if progress.seconds_of_forwards:
-        rows["speed"] = f"{progress.scored / progress.seconds_of_forwards:,.0f} tokens a second and process, in this one's shards"
+        speed = progress.scored / progress.seconds_of_forwards
+        rows["speed"] = f"{speed:,.0f} tokens per second and process, in the shards of this process"
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
 
 
 def near_chance(losses: TeacherLosses, vocabulary: int) -> str | None:
-    """A warning of losses that are hardly better than a guess; None of others. vocabulary: ids of the teacher's tokenizer."""
+    """A warning if the losses are hardly better than chance, else None. vocabulary: number of ids of the teacher's tokenizer."""
     mean, chance = losses.totals.mean, math.log(vocabulary)
     if not mean > NEAR_CHANCE * chance:
         return None
     return (
-        f"warning: the teacher is hardly better than chance: {mean:.2f} nats a token, where a guess among its {vocabulary:,} "
-        f"tokens costs {chance:.2f}. Does it read before a text what it was trained to read there (--bos)? What else to look at: "
+        f"warning: the teacher is hardly better than chance: {mean:.2f} nats per token, {chance:.2f} for equal probabilities of "
+        f"its {vocabulary:,} tokens. Does it read its usual prefix (--bos)? Other causes: "
         "docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
     )

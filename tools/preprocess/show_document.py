@@ -1,10 +1,10 @@
-"""One document of a dataset in the terminal: the student's tokens above, the teacher's beneath, character above character.
+"""Shows one document of a dataset in the terminal: the student's tokens above, the teacher's tokens below, aligned by character.
 
     python -m tools.preprocess.show_document data/train 17
     python -m tools.preprocess.show_document data/train --random --start 100 --stop 300
 
-The teacher tokens that a student token maps to are those that stand beneath it. Each student token has a colour, and so
-has what the teacher has beneath; a teacher token that several student tokens share is underlined.
+The teacher tokens below a student token are those that it maps to. A student token and the teacher tokens below it have the same
+colour. A teacher token that several student tokens share is underlined.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from megatron_vocagno.errors import DatasetError
 from .console import Terminal
 from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
 
-COLOURS = ["cyan", "magenta", "green"]  # of the 16 that a terminal's theme keeps legible
+COLOURS = ["cyan", "magenta", "green"]  # colours of a terminal's theme, which are legible
 UNMAPPED_COLOUR = "red"
-NARROW = 60  # columns below which the sides are named by a letter
+NARROW = 60  # with fewer columns, the names of the sides are one letter
 LEGEND = f"{OPEN} {CLOSE} token   {OPEN_UNMAPPED} {CLOSE_UNMAPPED} unmapped   ␣ ␊ space, line feed   ⟨c3⟩ part of a character"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Run the command. Returns the exit code."""
     args = parser().parse_args(argv)
     return run_command(lambda: show_document(args))
 
@@ -50,37 +50,37 @@ def parser() -> Parser:
     parser = Parser(
         prog,
         "DATASET [INDEX]",
-        "One document in the terminal: the student's tokens above, the teacher's that cover them beneath.",
+        "Show one document in the terminal: the student's tokens above, the teacher's tokens that cover them below.",
         f"{prog} data/mine 17\n{prog} data/mine --random --start 100 --stop 300",
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("index", nargs="?", type=int, default=0, metavar="INDEX", help="number of the document (default: 0)")
     which.add_argument("--id", help="id of the document, in a dataset that was built with --id-key")
-    which.add_argument("--random", action="store_true", help="any document; the first line names it")
+    which.add_argument("--random", action="store_true", help="a random document; the first line shows its number")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first student token (default: 0)")
     parser.add_argument("--stop", type=int, metavar="N", help="student token after the last (default: the end)")
     return parser
 
 
 def chosen(dataset: AlignedDataset, index: int, id_: str | None, any_document: bool) -> int:
-    """Raises DatasetError where there is no such document."""
+    """Number of the document. Raises DatasetError: there is no such document."""
     if any_document:
         return random.randrange(len(dataset))
     if id_ is not None:
         if dataset.manifest.id_key is None:
-            raise DatasetError(f"{dataset.path} has no ids: it was built without --id-key; name a document by its number")
+            raise DatasetError(f"{dataset.path} has no ids: it was built without --id-key. Use the number of a document")
         found = next((i for i in range(len(dataset)) if dataset.id(i) == id_), None)
         if found is None:
             raise DatasetError(f"{dataset.path}: none of its {len(dataset):,} documents has the id {id_!r}")
         return found
     if not 0 <= index < len(dataset):
-        raise DatasetError(f"{dataset.path}: no document {index}; there are {len(dataset):,}, the first is 0")
+        raise DatasetError(f"{dataset.path}: no document {index}. There are {len(dataset):,}, and the first one is 0")
     return index
 
 
 def shown(interlinear: Interlinear, document: int, start: int, stop: int | None, width: int) -> Iterator[Text]:
-    """Lines of at most `width` columns. Raises DatasetError where tokens are asked for that the document lacks."""
+    """Lines of at most `width` columns. Raises DatasetError: the document does not have the tokens [start, stop)."""
     dataset, blocks = interlinear.dataset, interlinear.blocks(document, start, stop)
     n, m = int(dataset.student_lengths[document]), int(dataset.teacher_lengths[document])
     id_ = f", {visible(dataset.id(document))}" if dataset.id(document) else ""
@@ -100,7 +100,7 @@ def wrapped(text: str, width: int) -> Iterator[Text]:
 
 
 def lines(blocks: Iterable[list[Cell]], room: int) -> Iterator[list[Cell]]:
-    """Cells that fit side by side, whole blocks where possible; a line of the text ends a line."""
+    """Lines of cells that fit into `room` columns. Blocks are not split if they fit, and a line feed in the text ends a line."""
     line: list[Cell] = []
     used = 0
     for block in blocks:
@@ -123,12 +123,12 @@ def lines(blocks: Iterable[list[Cell]], room: int) -> Iterator[list[Cell]]:
 
 
 def columns(cell: Cell) -> int:
-    """Of its text and of the two that brackets take."""
+    """Width of a cell: its text and two brackets."""
     return max(cell_len(part.text) for part in cell if part) + 2
 
 
 def pieces(cell: Cell, room: int) -> list[Cell]:
-    """A cell that is too wide for a line, in pieces."""
+    """The cell, or its pieces if it is too wide for a line."""
     if columns(cell) <= room:
         return [cell]
     sides = [[] if part is None else chop_cells(part.text, room - 2) for part in cell]
@@ -145,7 +145,7 @@ def pieces(cell: Cell, room: int) -> list[Cell]:
 
 
 def row(cells: list[Cell], parts: list[Part | None], name: str, digits: int) -> Text:
-    """One side of a line, after its name and the position of its first token."""
+    """One side of a line: its name, the position of its first token, and the cells."""
     first = next((f"{part.token:,}" for part in parts if part), "")
     line = Text.assemble((f"{name} {first:>{digits}} ", "dim"))
     for cell, part in zip(cells, parts, strict=True):
@@ -163,7 +163,7 @@ def drawn(part: Part | None, width: int, style: str) -> Text:
 
 
 def style(cell: Cell, part: Part | None) -> str:
-    """The colour of the student token; a part of a teacher token that others share is underlined."""
+    """The colour of the student token, underlined for a part of a teacher token that several student tokens share."""
     if part is None or not part.mapped:
         return UNMAPPED_COLOUR
     colour = COLOURS[cell.student.token % len(COLOURS)] if cell.student else "default"
