@@ -201,7 +201,7 @@ def test_a_span_never_leaves_its_document(dataset: AlignedDataset) -> None:
 
 
 def test_rows_that_are_too_short_are_refused(dataset: AlignedDataset) -> None:
-    with pytest.raises(ValueError, match=r" 16 .* 17 "):
+    with pytest.raises(ValueError, match=r"\b16\b.*\b17\b"):
         Rows(dataset, np.arange(len(dataset)), 16)
     rows = Rows(dataset, np.arange(len(dataset)), 64)
     with pytest.raises(IndexError, match=f"row {len(rows)} of {len(rows)}"):

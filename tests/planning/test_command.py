@@ -159,7 +159,7 @@ def test_a_dataset_says_how_many_teacher_tokens_there_are(dataset: AlignedDatase
         (["--teacher-config", "examples/plan"], "no such file: examples/plan/config.json (--teacher-config)"),
         (["--student-config", "examples/plan/nope.json"], "error: no such file: examples/plan/nope.json (--student-config)\n"),
         (["--student-config", "ds_configs"], "no such file: ds_configs/config.json (--student-config)"),
-        (["--student-config", "README.md"], "README.md is no configuration of a model that transformers knows"),
+        (["--student-config", "README.md"], "README.md is not a configuration that transformers can read"),
         (["--set", "guidance.kep=0.4"], "did you mean 'guidance.keep'"),
     ],
 )

@@ -106,5 +106,5 @@ def test_a_configuration_that_is_not_there_is_an_error_that_says_what_to_give(tm
     with pytest.raises(RunError, match=r"there is no config\.json.*\n.*--teacher-config"):
         read_config(tmp_path / "model.gguf", "teacher")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": "wide"}')
-    with pytest.raises(ModelError, match=r"config\.json is no configuration .*Field 'hidden_size' expected int"):
+    with pytest.raises(ModelError, match=r"config\.json is not a configuration .*Field 'hidden_size' expected int"):
         read_config(tmp_path, "student")
