@@ -186,7 +186,7 @@ def _data_bytes(header: dict[str, Any]) -> int | None:
 
 @contextmanager
 def readable(weights: Path) -> Iterator[None]:
-    """A context in which errors of safetensors are raised as ModelError: the file is cut off, or is not a safetensors file."""
+    """A context for reading weights. Raises ModelError: the file is cut off, or is not a safetensors file."""
     try:
         yield
     except SafetensorError as error:

@@ -173,7 +173,7 @@ def test_numpy_does_it_where_numba_is_missing(monkeypatch):
 @pytest.mark.slow
 def test_the_walk_is_compiled_once_and_then_read_from_its_cache(tmp_path):
     code = (
-        "import numpy as np\nfrom megatron_vocagno.corpus import aligner_numba, aligner\n"
+        "import numpy as np\nfrom megatron_vocagno.preprocess import aligner_numba, aligner\n"
         "from tests.preprocess.test_aligner import batch\n"
         "aligner.by_walk(*batch(1))\nstats = aligner_numba._compiled.stats\n"
         "print(sum(stats.cache_hits.values()), sum(stats.cache_misses.values()))"
