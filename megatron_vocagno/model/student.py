@@ -182,7 +182,7 @@ class LossHead(nn.Module):
     ) -> Tensor:
         """[B, S] float32, nats; 0 if the target is -100. selected: see token_loss.
 
-        With a reference [2, B, S]: the losses, and the distances from it, 0 at targets that it says nothing of.
+        With a reference, the result is [2, B, S]: the losses, and the distances from the reference, 0 at other targets.
         """
         hidden_NH = hidden_BSH.flatten(0, 1)
         loss_N = token_loss(hidden_NH, self.weight, target_BS.flatten(), softcap=self.softcap, selected=selected)
@@ -313,7 +313,7 @@ class Student(nn.Module):
     def forward(
         self, inputs: LayerInput, target_BS: Tensor, selected: SelectedTokens | None = None, reference: Reference | None = None
     ) -> Tensor:
-        """Losses, [B, S] float32, nats, 0 where the target is -100; with a reference [2, B, S], see LossHead.
+        """Losses, [B, S] float32, nats, 0 if the target is -100; with a reference [2, B, S], see LossHead.
 
         inputs     ids_BS [B, S] int64; or (ids_BS, position_BS), see attention.document_positions
         target_BS  [B, S] int64, the target of position i being token i + 1

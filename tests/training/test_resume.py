@@ -86,11 +86,12 @@ def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> N
 
 LOSES_ITS_DISK = """
 import sys
-from megatron_vocagno import pretrain, train
+from megatron_vocagno import command, pretrain
+from megatron_vocagno.training import loop
 from megatron_vocagno.engine import checkpoint, processes, state
 def lost(*_): raise OSError("the disk of this machine is gone")
 ranks = processes.start()
-train.start, command.RANK0_SECONDS = lambda: ranks, 0
+loop.start, command.RANK0_SECONDS = lambda: ranks, 0
 for module, reads in ((checkpoint, "altered"), (state, "load_file")):
     works = getattr(module, reads)
     if ranks.rank == 1: setattr(module, reads, lost)

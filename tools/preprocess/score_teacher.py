@@ -63,7 +63,7 @@ def score_teacher(args: argparse.Namespace) -> None:
     part = part_of(args.shards, rank, world)
     read_manifest(path)  # an error must come before anything is written
     [teacher] = pinned([args.teacher], path / PINS)
-    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())
+    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
     asked = ScoringOptions(teacher, args.dtype, args.quantization, args.context, args.stride, args.tokens_per_batch, args.bos)
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
@@ -108,7 +108,7 @@ def parser() -> Parser:
     )
     kinds = ["none", "int8", "fp8"]
     parser.add_argument("--quantization", choices=kinds, default="none", help="of the decoder's weights (default: none)")
-    # the name of earlier releases
+    # the old name of the option
     parser.add_argument(
         "--weights", dest="quantization", type=quantization_of, choices=kinds, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )
@@ -159,7 +159,7 @@ def finalize_parser() -> Parser:
 
 
 def quantization_of(text: str) -> str:
-    """For argparse: the value of --quantization for one of --weights."""
+    """A type for argparse: the value of --quantization that replaces a value of --weights."""
     return "none" if text == "as-is" else text
 
 
