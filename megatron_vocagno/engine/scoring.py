@@ -133,7 +133,7 @@ class ReplicatedScorer:
 
 
 class ShardedScorer(ReplicatedScorer):
-    """The teacher is sharded over the world (sharded.py): a forward gathers weights, so every rank must call it equally often."""
+    """The scorer of a placement.ShardedTeacher. A forward gathers weights, so every rank must call it equally often."""
 
     def _forwards_besides(self, forwards: int) -> int:
         """As many as the rank that has most is ahead. Agreed upon first: a forward that others do not join never ends."""

@@ -51,11 +51,11 @@ class Evaluator:
         monitor.evaluation(step, numbers)
 
     def _asked(self) -> int:
-        """Whether any rank was requested to leave. Collective over the world."""
+        """The signal that asked any rank to stop, or 0. Collective over the world."""
         return all_reduce_max(self.stop_signal.requested, self.processes.device)
 
     def _bits_per_byte(self, valid: AlignedDataset) -> dict[str, float]:
-        """And the mean loss of a token, in nats; nothing where the run is requested to leave meanwhile.
+        """Bits per byte, and the mean loss per token in nats; empty if a rank is asked to stop meanwhile.
 
         Collective over the world.
         """

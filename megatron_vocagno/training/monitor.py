@@ -124,7 +124,7 @@ class Monitor:
         self.print(described(broken, documents), always=True)
 
     def log_exit(self, step: int, asked: int) -> None:
-        """The last word of a run that ends of its own will. asked: see stopping.py; 0 where it reached its last step."""
+        """The last line of a run that ends without an error. asked: the signal of StopSignal, or 0 if the last step is done."""
         if self.output is None:
             return
         if asked:

@@ -78,9 +78,9 @@ class RunState:
 
 
 def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal: StopSignal, quiet: bool) -> RunState | None:
-    """Everything that a run needs, and its first words. Collective over the world. Raises UserError.
+    """Open everything that a run needs, and print its first lines. Collective over the world. Raises UserError.
 
-    None where the run was requested to leave while it waited for its output folder.
+    None if the run was asked to stop while it waited for its output folder.
     """
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     datasets, valid, config, weights = run_on_all_ranks(lambda: _open(run, settings, processes), UserError)

@@ -1,7 +1,7 @@
-"""A run is requested to leave, by a signal or by the clock. It finishes its step, saves, and leaves with exit code 0.
+"""Signals and the time limit of a run. If one of them asks it to stop, it finishes its step, saves, and exits with 0.
 
-A scheduler sends SIGTERM or SIGUSR1 to all processes, a person to one: so a process only notes what it was requested, and all
-share it at the next border between two steps (see train.py). A second signal changes nothing.
+A scheduler sends SIGTERM or SIGUSR1 to all processes, and a person to one. A process therefore only records the signal, and all
+ranks exchange it between two steps (see loop.py). A second signal changes nothing.
 """
 
 from __future__ import annotations
