@@ -1,23 +1,32 @@
-"""Text -> an aligned dataset on disk, and a teacher's losses of it. numpy only, but for the scoring.
+"""Text -> an aligned dataset on disk, and a teacher's losses for a dataset. Only the scoring needs torch.
 
 Input:
 
-- `inputs`        files, folders, globs -> splits of files; `streams`, `parquet`: their bytes, their rows
-- `foreign`       files that are not an input
+- `inputs`        files, folders, globs -> splits of files
+- `streams`       the decompressed bytes of a file
+- `parquet`       the rows of a parquet file
+- `foreign`       recognizes files that are not input
 - `documents`     a split -> documents and bad records
 
 Alignment of a batch of texts:
 
-- `aligner`       all texts of a batch at once, with arrays; `aligner_numba`: compiled
+- `aligner`       all texts of a batch at once, with numpy arrays
+- `aligner_numba` the same, compiled
 - `long_texts`    a text of many megabytes, in parts
 
 Output:
 
 - `shard_writer`  documents -> the files of one shard
 - `shards`        `make_shard`, the idempotent function that every engine runs
-- `plan`          inputs -> which splits make which shard
-- `workers`       jobs in processes of this machine; `ray_engine`: on a Ray cluster
-- `build`         plan, jobs, dataset.json; locks, slices for job arrays
+- `plan`          inputs -> which splits make which shard, and which shards a task of a job array makes
+- `build_folder`  the output folder: its lock, and the results of earlier builds
+- `build`         plan, jobs, dataset.json
+
+Jobs of building and scoring:
+
+- `workers`       jobs in processes of this machine
+- `ray_engine`    jobs on a Ray cluster
+- `jobs`          runs the jobs of a dataset's shards on an engine and reports failures
 
 A teacher's losses:
 

@@ -1,7 +1,8 @@
-"""Both sides of a batch of texts, tokenized -> the spans as they are stored, for all texts in one pass.
+"""Both tokenizations of a batch of texts -> the stored spans of all texts in one pass.
 
-`spans.align` is the definition, one document at a time. Here a batch's tokens lie end to end, and no Python runs per
-document or token: a compiled two-pointer walk where numba is installed, and array arithmetic over the bytes otherwise.
+`spans.align` is the reference implementation for one document. Here the tokens of a batch are concatenated, and no Python code
+runs per document or token. The backend is a compiled two-pointer walk if numba is installed, and array arithmetic over the bytes
+otherwise. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from megatron_vocagno.corpus.tokens import UNSURE
 
 @dataclass(frozen=True)
 class Side:
-    """One tokenization of a batch.
+    """One tokenization of a batch of D texts.
 
-    prefix        uint8 [D], spaces that were put before each text; or UNSURE, and the text is not good
-    byte_lengths  uint16 [V]; a text with a token of 0 bytes is not good
+    prefix        uint8 [D], number of spaces that were put before each text; UNSURE for a text that is not good
+    byte_lengths  uint16 [V], bytes of each id; a text with a token of 0 bytes is not good
     """
 
     tokens: Ragged
@@ -33,7 +34,7 @@ class Side:
     byte_lengths: NDArray[np.uint16]
 
     def part(self, start: int, stop: int) -> Side:
-        """Of the texts [start, stop)."""
+        """The tokenization of the texts [start, stop)."""
         bounds = self.tokens.bounds[start : stop + 1]
         return Side(
             Ragged(self.tokens.ids[bounds[0] : bounds[-1]], bounds - bounds[0]), self.prefix[start:stop], self.byte_lengths
@@ -42,7 +43,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Part:
-    """Which part of their documents the texts of a batch are: after so many student and teacher tokens, and up to the end?"""
+    """The position of a batch's texts in their documents.
+
+    student, teacher  number of student and teacher tokens of the document before the text
+    ends              whether the text ends its document
+    """
 
     student: int = 0
     teacher: int = 0
@@ -54,14 +59,14 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class AlignedTexts:
-    """Spans of the texts that are good, end to end, in the codec of `spans`.
+    """Spans of the good texts, concatenated, in the codec of `spans`.
 
-    good      bool [D]: both sides' tokens cover the text; nothing below speaks of the others
-    codes     uint8 [N'], one a student token, and one for EOS where texts end documents
-    anchors   int32 [A], with n_anchors int64 [D]
-    escapes   int32 [E, 2], with n_escapes int64 [D]
-    widths    int64 [9]: student tokens by width, 0 … 7, 8 or more; EOS is not counted
-    covered   mapped student tokens whose span holds all their bytes
+    good      bool [D]: both sides' tokens cover the text. All fields below are only about good texts.
+    codes     uint8 [N'], one per student token, and one for EOS if texts end documents
+    anchors   int32 [A], with n_anchors int64 [D] per text
+    escapes   int32 [E, 2], with n_escapes int64 [D] per text
+    widths    int64 [9]: number of student tokens by width of their span, 0 … 7, 8 or more; EOS is not counted
+    covered   number of mapped student tokens whose span contains all their bytes
     """
 
     good: NDArray[np.bool_]
@@ -75,7 +80,7 @@ class AlignedTexts:
 
     @property
     def side_lists(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Each text's anchors and then its escapes, flat, as a pair of files holds them; and how many numbers each has."""
+        """Each text's anchors and then its escapes, flat, as in the stored pair; and the number of values per text."""
         if not len(self.escapes):
             return self.anchors, self.n_anchors[self.good]
         anchors = np.split(self.anchors, np.cumsum(self.n_anchors)[:-1])
@@ -85,38 +90,41 @@ class AlignedTexts:
 
 
 def align_texts(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Part = WHOLE) -> AlignedTexts:
-    """n_bytes: int64 [D], UTF-8 bytes of each text. A text that either side's tokens do not tile is not good.
+    """Align a batch. A text is not good if the tokens of one side do not tile it.
 
-    Raises ValueError: a token id beyond its vocabulary.
+    n_bytes: int64 [D], UTF-8 bytes of each text
+
+    Raises ValueError for a token id outside its vocabulary.
     """
     for side in (student, teacher):
         if len(side.tokens.ids) and int(side.tokens.ids.max()) >= len(side.byte_lengths):
             raise ValueError(f"token id {side.tokens.ids.max()} in a vocabulary of {len(side.byte_lengths)}")
-    return _road()(student, teacher, n_bytes, part)
+    return _backend()(student, teacher, n_bytes, part)
 
 
 def append_to_each(tokens: Ragged, eos: int, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """[N + D]: the ids of each text with one more behind them."""
+    """[N + D]: the ids of each text, followed by EOS."""
     texts = len(tokens.lengths)
     ended = np.empty(len(tokens.ids) + texts, dtype)
     ended[tokens.bounds[1:] + np.arange(texts)] = eos
-    for d, (start, stop) in enumerate(pairwise(tokens.bounds.tolist())):  # slices of some thousand tokens: faster than an index
+    # slices of some thousand tokens are faster than an index array
+    for d, (start, stop) in enumerate(pairwise(tokens.bounds.tolist())):
         ended[start + d : stop + d] = tokens.ids[start:stop]
     return ended
 
 
-def _road() -> Callable[[Side, Side, NDArray[np.int64], Part], AlignedTexts]:
+def _backend() -> Callable[[Side, Side, NDArray[np.int64], Part], AlignedTexts]:
     return by_walk if importlib.util.find_spec("numba") else by_bytes
 
 
 def by_walk(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Part = WHOLE) -> AlignedTexts:
-    """The compiled road: O(N + M), one look at each token."""
-    from megatron_vocagno.preprocess.aligner_numba import walk  # here: importing numba takes most of a second
+    """The compiled backend: O(N + M), each token is visited once."""
+    from megatron_vocagno.preprocess.aligner_numba import walk  # imported here: numba takes most of a second
 
     texts, tokens = len(n_bytes), len(student.tokens.ids)
     codes = np.empty(tokens + texts, np.uint8)
     anchors = np.empty(tokens // ANCHOR_EVERY + 2 * texts + 1, np.int32)
-    # a span that needs an escape holds 126 teacher tokens that no span before it holds
+    # a span that needs an escape contains 126 teacher tokens that no earlier span contains
     escapes = np.empty((len(teacher.tokens.ids) // WIDEST + 1, 2), np.int32)
     n_anchors, n_escapes, good = np.zeros(texts, np.int64), np.zeros(texts, np.int64), np.zeros(texts, np.bool_)
     widths = np.zeros(9, np.int64)
@@ -128,17 +136,17 @@ def by_walk(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Part
 
 
 def by_bytes(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Part = WHOLE) -> AlignedTexts:
-    """The numpy road: teacher tokens are counted at each byte, and looked up where student tokens start and end."""
+    """The numpy backend: counts the teacher tokens that end at each byte, and reads the counts at the ends of student tokens."""
     good = _tiles(student, n_bytes) & _tiles(teacher, n_bytes)
     s, t = student.tokens.select(good), teacher.tokens.select(good)
     s_starts, s_ends = _bytes(s, student.prefix[good], student.byte_lengths)
     t_starts, t_ends = _bytes(t, teacher.prefix[good], teacher.byte_lengths)
-    # a dummy prefix that stands alone ends at no byte: it is not counted there, but shifts the positions of its text
-    alone = t_ends == t_starts
-    before = alone[t.bounds[:-1]].astype(np.int64)
+    # a token that is only the dummy prefix ends at no byte: it is not counted there, but shifts the positions of its text
+    only_prefix = t_ends == t_starts
+    before = only_prefix[t.bounds[:-1]].astype(np.int64)
     ended = np.zeros(int(n_bytes[good].sum()) + 1, np.uint8)
-    ended[t_ends[~alone]] = 1
-    ended_until = np.cumsum(ended, dtype=np.int32)  # at byte b: teacher tokens of the batch that end at b or earlier
+    ended[t_ends[~only_prefix]] = 1
+    ended_until = np.cumsum(ended, dtype=np.int32)  # at byte b: number of teacher tokens of the batch that end at b or earlier
     ended_in_texts_before = t.bounds[:-1] - (np.cumsum(before) - before)
     shift = np.repeat(before + part.teacher - ended_in_texts_before, s.lengths)
     first = ended_until[s_starts] + shift
@@ -162,7 +170,7 @@ def by_bytes(student: Side, teacher: Side, n_bytes: NDArray[np.int64], part: Par
 
 
 def _tiles(side: Side, n_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool [D]: whether the tokens hold the text's bytes and no token but a dummy prefix is without text."""
+    """bool [D]: whether the tokens contain exactly the text's bytes and only a dummy prefix is a token without text."""
     lengths, starts = side.byte_lengths[side.tokens.ids].astype(np.int64), side.tokens.bounds[:-1]
     some = side.tokens.lengths > 0
     lengths[starts[some]] -= side.prefix[some]
@@ -176,7 +184,7 @@ def _tiles(side: Side, n_bytes: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _bytes(tokens: Ragged, prefix: NDArray[np.uint8], byte_lengths: NDArray[np.uint16]) -> tuple[NDArray[np.int64], ...]:
-    """int64 [N] twice: where each token starts and ends among the bytes of all texts."""
+    """Two arrays, int64 [N]: the start and the end of each token in the concatenated bytes of all texts."""
     lengths = byte_lengths[tokens.ids].astype(np.int64)
     lengths[tokens.bounds[:-1]] -= prefix
     ends = np.cumsum(lengths)
@@ -195,7 +203,7 @@ def _codes(s: Ragged, code: NDArray[np.int64], part: Part) -> NDArray[np.uint8]:
 def _anchors(
     s: Ragged, last: NDArray[np.int64], before: NDArray[np.int64], good: NDArray[np.bool_], part: Part
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """Anchors of all texts, and how many each [D] has."""
+    """The anchors of all texts, and the number of anchors per text [D]."""
     skipped = -part.student % ANCHOR_EVERY  # tokens before the first anchor
     counts = np.maximum(-(-(s.lengths + part.ends - skipped) // ANCHOR_EVERY), 0)
     nth = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -210,7 +218,7 @@ def _anchors(
 def _escapes(
     s: Ragged, width: NDArray[np.int64], shared: NDArray[np.int64], good: NDArray[np.bool_], part: Part
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """(position, code) of the spans that are too wide for a byte, and how many each text [D] has."""
+    """(position, code) of the spans that are too wide for a byte, and the number of these spans per text [D]."""
     wide = np.flatnonzero(width > WIDEST)
     of_text = np.searchsorted(s.bounds, wide, side="right") - 1
     n_escapes = np.zeros(len(good), np.int64)

@@ -1,4 +1,4 @@
-"""The two-pointer walk of `aligner`, compiled by numba once and kept in its cache. Same output as the numpy road, bit for bit."""
+"""The two-pointer walk of `aligner`, compiled by numba once and kept in its cache. The output equals the numpy backend's."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from megatron_vocagno.corpus.tokens import UNSURE
 
 
 def walk(*arguments: Any) -> NDArray[np.int64]:
-    """Compiled on first use; where no cache folder can be written, compiled in each process."""
+    """Compiled on first use, and again in each process if numba cannot write its cache."""
     global _compiled
     if _compiled is None:
         try:
             _compiled = numba.njit(cache=True, nogil=True, boundscheck=False)(_walk)
-        except RuntimeError:  # numba finds no place for its cache
+        except RuntimeError:  # numba finds no folder for its cache
             _compiled = numba.njit(nogil=True, boundscheck=False)(_walk)
     done: NDArray[np.int64] = _compiled(*arguments)
     return done
@@ -29,25 +29,29 @@ _compiled: Any = None
 
 def _text(
     s_ids: Any,  # uint32 [S], all below len(s_bytes)
-    s_prefix: Any,  # uint8: bytes of a dummy prefix, which the text does not have; or UNSURE
+    s_prefix: Any,  # uint8: bytes of a dummy prefix that is not in the text, or UNSURE
     s_bytes: Any,  # uint16 [V]
     t_ids: Any,  # uint32 [U]
     t_prefix: Any,
     t_bytes: Any,  # uint16 [W]
     n_bytes: Any,
-    position: int,  # student token of its document at which the text starts
-    origin: int,  # teacher token likewise
+    position: int,  # student tokens of the document before the text
+    origin: int,  # teacher tokens of the document before the text
     eos: int,  # 1: the text ends its document
     codes: Any,  # uint8 [S + 1 or more], written
     anchors: Any,  # int32, written
     escapes: Any,  # int32 [E, 2], written
     widths: Any,  # int64 [9], added to
 ) -> Any:
-    """One text: codes, anchors and escapes written, tokens covered whole; -1 for each where the bytes do not add up."""
+    """Align one text.
+
+    Returns the numbers of codes, anchors and escapes written and of tokens covered completely; -1 for each if the bytes of the
+    tokens do not add up to the text.
+    """
     bad = (-1, -1, -1, -1)
     if len(s_ids) == 0 or len(t_ids) == 0 or s_prefix == UNSURE or t_prefix == UNSURE:
         return bad
-    t = 1 if t_bytes[t_ids[0]] == t_prefix > 0 and len(t_ids) > 1 else 0  # 1: the teacher's dummy prefix stands alone
+    t = 1 if t_bytes[t_ids[0]] == t_prefix > 0 and len(t_ids) > 1 else 0  # 1: the first token is only a dummy prefix
     t_end = np.int64(t_bytes[t_ids[t]]) - (0 if t else t_prefix)
     if t_end <= 0:
         return bad
@@ -57,17 +61,17 @@ def _text(
         if (position + i) % ANCHOR_EVERY == 0:
             anchors[n_anchors] = last
             n_anchors += 1
-        if i == len(s_ids):  # EOS, which covers nothing
+        if i == len(s_ids):  # EOS, which has no text
             codes[i] = 0
             break
         stop = start + np.int64(s_bytes[s_ids[i]]) - (0 if i else s_prefix)
         if stop <= start:
-            if stop < start or i > 0 or s_prefix == 0:  # only a dummy prefix may be without text
+            if stop < start or i > 0 or s_prefix == 0:  # only a dummy prefix may have no text
                 return bad
             codes[i] = 0
             widths[0] += 1
             continue
-        first = t + (t_end == start)  # the teacher's token may have ended with the token before
+        first = t + (t_end == start)  # the teacher's token may have ended with the previous student token
         while t_end < stop:
             t += 1
             if t == len(t_ids) or t_bytes[t_ids[t]] == 0:
@@ -89,7 +93,7 @@ def _text(
     return len(s_ids) + eos, n_anchors, n_escapes, covered
 
 
-_compiled_text: Any = numba.njit(nogil=True, boundscheck=False)(_text)  # nothing is compiled before it is called
+_compiled_text: Any = numba.njit(nogil=True, boundscheck=False)(_text)  # compiled when it is first called
 
 
 def _walk(
@@ -113,15 +117,15 @@ def _walk(
     good: Any,  # bool [D], written
     widths: Any,  # int64 [9], added to
 ) -> Any:
-    """All texts, one after the other; what has one name here and in _text is the same.
+    """Align all texts in sequence. The arguments have the same meaning as in `_text`.
 
-    Returns int64 [4]: codes, anchors and escapes written, tokens covered whole.
+    Returns int64 [4]: the numbers of codes, anchors and escapes written, and of tokens covered completely.
     """
     done = np.zeros(4, np.int64)
-    here = np.zeros(9, np.int64)
+    text_widths = np.zeros(9, np.int64)
     for d in range(len(n_bytes)):
-        here[:] = 0
-        of_text = _compiled_text(
+        text_widths[:] = 0
+        counts = _compiled_text(
             s_ids[s_bounds[d] : s_bounds[d + 1]],
             s_prefix[d],
             s_bytes,
@@ -135,13 +139,13 @@ def _walk(
             codes[done[0] :],
             anchors[done[1] :],
             escapes[done[2] :],
-            here,
+            text_widths,
         )
-        good[d] = of_text[0] >= 0
+        good[d] = counts[0] >= 0
         if good[d]:
-            widths += here
+            widths += text_widths
             for k in range(4):
-                done[k] += of_text[k]
-        n_anchors[d] = max(of_text[1], 0)
-        n_escapes[d] = max(of_text[2], 0)
+                done[k] += counts[k]
+        n_anchors[d] = max(counts[1], 0)
+        n_escapes[d] = max(counts[2], 0)
     return done

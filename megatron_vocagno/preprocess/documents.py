@@ -1,7 +1,7 @@
-"""Pieces of input files -> documents.
+"""Splits of input files -> documents.
 
-A record that holds no text (no JSON, no such key, not UTF-8) is a document without text and with the reason. So is the
-place at which a file is cut off or damaged: the last document of its piece.
+A record without a text (invalid JSON, a missing key, invalid UTF-8) gives a document whose text is None, with the reason. A file
+that is cut off or damaged gives such a document at that place. It is the last document of its split.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from megatron_vocagno.corpus.places import place
 from megatron_vocagno.errors import BrokenInput
 from megatron_vocagno.preprocess.inputs import LONGEST_RECORD, PART, InputSplit, Keys, Line, names
 
-BROKEN = "broken input: "  # how the reason begins where a file gives no more
+BROKEN = "broken input: "  # the beginning of the reason if the rest of a file cannot be read
 OnBytes: TypeAlias = Callable[[bytes], object]
 Strings: TypeAlias = Sequence[str]
 
-_NULL = b"\xff" * 8  # no length
+_NULL = b"\xff" * 8  # a length that no text has
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _MARKS = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
 _ABSENT = object()
-# of a line that is no JSON: what it may be, and what to do about it; the first and last bytes are looked at
-_CAUSE_BYTES = 64 << 10
-_OF_ITS_BEGINNING = 3
-"""So many of them, the first, are told by how a line begins."""
+_CAUSE_BYTES = 64 << 10  # the first and last bytes of an invalid line that are compared with the patterns below
+_CAUSES_BY_BEGINNING = 3  # number of patterns, the first ones, that only need the beginning of a line
+# Patterns of lines that are not valid JSON, each with the likely cause and the fix. A reason is stored in quarantine.jsonl, whose
+# hash is part of the dataset's: do not reword it.
 _CAUSES = tuple(
     (re.compile(pattern, re.DOTALL), cause)
     for pattern, cause in (
         (rb"\0+\Z", "nothing but zero bytes: space that was set aside and never written?"),
         (rb"\xff\xfe|\xfe\xff", "UTF-16 text begins here: iconv -f UTF-16 -t UTF-8 FILE, before it is put behind others"),
-        (rb".*\}[ \t]*\r\s*\{", "the lines of this file end in CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl"),
+        (rb".*\}[ \t]*\r\s*\{", "the lines of this file end in CR only: tr '\\r' '\\n' < FILE > FILE.jsonl"),
         (
             rb"(?=.*\}\s*\Z)\{.*\}[ \t]*(\xef\xbb\xbf)*\x1e?\{",
             "several objects on one line? jq -c . FILE > FILE.jsonl parts them",
@@ -49,45 +49,56 @@ _CAUSES = tuple(
 
 
 class Document(NamedTuple):
-    """One record. A named tuple is made three times as fast as a frozen dataclass, and there are millions."""
+    """One record of the input.
 
-    piece: InputSplit
-    number: int  # line or row within the piece, from 0
-    offset: int  # byte of the (decompressed) file at which it starts; parquet: its row in the file, from 0
-    raw: bytes  # as it stands in the input, without line end; of a line or file longer than LONGEST_RECORD the beginning
-    text: str | None  # None: there is none, `reason` says why
+    number  line or row within the split, from 0
+    offset  byte of the (decompressed) file at which the record starts; for parquet its row in the file, from 0
+    raw     the record in the input, without line end; only the beginning if it is longer than LONGEST_RECORD
+    text    None if the record has no text, with the `reason`
+    id      "" if no ids are read
+
+    It is a named tuple because there are millions: a frozen dataclass takes three times as long to construct.
+    """
+
+    split: InputSplit
+    number: int
+    offset: int
+    raw: bytes
+    text: str | None
     reason: str = ""
-    id: str = ""  # "" where none is asked for
+    id: str = ""
 
     def __str__(self) -> str:
-        """path:line:byte, line from 1, byte from 0; or path:row N, from 1. Reads what is before the piece."""
-        if self.piece.kind == "parquet":
-            return f"{self.piece.url}:row {self.offset + 1}"
-        return f"{self.piece.url}:{self.piece.first_line + self.number}:{self.offset}"
+        """path:line:byte, line from 1, byte from 0; or path:row N, from 1. Reads the lines before the split to count them."""
+        if self.split.kind == "parquet":
+            return f"{self.split.url}:row {self.offset + 1}"
+        return f"{self.split.url}:{self.split.first_line + self.number}:{self.offset}"
 
 
 class _NoText(Exception):
-    """The reason why a record holds no text."""
+    """The reason why a record has no text. quarantine.jsonl contains it, so that its wording decides the dataset's hash."""
 
 
-def read(piece: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> Iterator[Document]:
-    """The records of a piece in order; memory is a few times the longest.
+def read(split: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> Iterator[Document]:
+    """The records of a split in order. Blank lines are not records. Memory is a few times the longest record.
 
-    text_key, id_key  keys of a line's object, columns of parquet. `a.b` is the key b of the object a, or the field b of the
-                      struct a, where nothing is called `a.b`. Of several, a line takes the first that it has and that is
-                      not null; a parquet file the first that is a column. A text file has none: its id is its name.
-    on_bytes          is handed what decides the documents, so that another document or order gives other bytes: lines
-                      with their ends, texts and rows with their lengths. How it is divided into calls means nothing.
+    text_key, id_key  keys of a line's object, or columns of parquet. If nothing is called `a.b`, it means the key b of the object
+                      a, or the field b of the struct a. If there are several keys, the first key of the line whose value is not
+                      null is used, and the first column of a parquet file. A text file has no keys: its id is its name.
+    on_bytes          called with the bytes that determine the documents and their order: lines with their ends, texts and rows
+                      with their lengths. The division of the bytes into calls has no meaning.
 
-    Blank lines are no records. Raises CorpusError for parquet without such columns, OSError where a file cannot be read.
+    Raises CorpusError for parquet without such columns, OSError if a file cannot be read.
+
+    For example, `text_key="doc.body"` reads "x" from `{"doc": {"body": "x"}}`, and also from `{"doc.body": "x"}`.
     """
     readers = {"lines": _read_lines, "text": _read_text, "parquet": _read_parquet}
-    return islice(readers[piece.kind](piece, names(text_key), names(id_key), on_bytes), piece.limit)
+    return islice(readers[split.kind](split, names(text_key), names(id_key), on_bytes), split.limit)
 
 
-def _broken(piece: InputSplit, number: int, offset: int, error: BrokenInput, on_bytes: OnBytes) -> Document:
+def _broken(split: InputSplit, number: int, offset: int, error: BrokenInput, on_bytes: OnBytes) -> Document:
     on_bytes(b"\0broken\n")
-    return Document(piece, number, offset, b"", None, f"{BROKEN}{error}")
+    return Document(split, number, offset, b"", None, f"{BROKEN}{error}")
 
 
 def _too_long(size: int) -> str:
@@ -97,19 +108,19 @@ def _too_long(size: int) -> str:
 # ---- lines
 
 
-def _read_lines(piece: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
-    number, offset = 0, piece.start
+def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+    number, offset = 0, split.start
     try:
-        for line in piece.lines(on_bytes):
+        for line in split.lines(on_bytes):
             number, offset = line.number + 1, line.offset + line.size
             try:
                 text, id_ = _parse(line, text_keys, id_keys)
             except _NoText as bad:
-                yield Document(piece, line.number, line.offset, line.raw, None, str(bad))
+                yield Document(split, line.number, line.offset, line.raw, None, str(bad))
             else:
-                yield Document(piece, line.number, line.offset, line.raw, text, "", id_)
+                yield Document(split, line.number, line.offset, line.raw, text, "", id_)
     except BrokenInput as error:
-        yield _broken(piece, number, offset, error, on_bytes)
+        yield _broken(split, number, offset, error, on_bytes)
 
 
 def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
@@ -121,7 +132,7 @@ def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
     except orjson.JSONDecodeError:
         row, strict = _lenient(line.raw), False
     key = text_keys[0]
-    if not isinstance(row, dict) or not isinstance(text := row.get(key), str):  # it mostly is one
+    if not isinstance(row, dict) or not isinstance(text := row.get(key), str):  # rare: the common case is fast
         key, text = _value(row, text_keys, "--text-key")
         if not isinstance(text, str):
             raise _NoText(f"{key!r} is {_kind(text)}, not a string")
@@ -131,7 +142,7 @@ def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
 
 
 def _lenient(raw: bytes) -> Any:
-    """Lines that others write and strict JSON refuses: with NaN, huge numbers, lone surrogates, or RFC 7464's separator."""
+    """Parse lines that strict JSON does not allow: with NaN, huge numbers, lone surrogates, or the separator of RFC 7464."""
     try:
         text = raw.removeprefix(b"\x1e").decode()
     except UnicodeDecodeError as error:
@@ -141,7 +152,7 @@ def _lenient(raw: bytes) -> Any:
             return json.loads(text)
         except json.JSONDecodeError:
             raise
-        except ValueError:  # more digits than Python takes for an integer
+        except ValueError:  # more digits than Python converts to an integer
             return json.loads(text, parse_int=float)
     except RecursionError:
         raise _NoText("nested too deeply: more than some thousand lists and objects within each other") from None
@@ -150,14 +161,14 @@ def _lenient(raw: bytes) -> Any:
 
 
 def _cause(raw: bytes, whole: bool = True) -> str:
-    """whole: `raw` is all of the line, and its end says something."""
+    """The likely cause of an invalid line, or "". whole: `raw` is the complete line, so that its end can be compared too."""
     shown = raw if len(raw) <= 2 * _CAUSE_BYTES else raw[:_CAUSE_BYTES] + raw[-_CAUSE_BYTES:]
-    causes = _CAUSES if whole else _CAUSES[:_OF_ITS_BEGINNING]
+    causes = _CAUSES if whole else _CAUSES[:_CAUSES_BY_BEGINNING]
     return next((f": {cause}" for pattern, cause in causes if pattern.match(shown)), "")
 
 
 def _value(row: Any, keys: Strings, option: str) -> tuple[str, Any]:
-    """The first of the keys that is there and not null, and its value. Raises _NoText where none is there."""
+    """The first key that exists and is not null, and its value. Raises _NoText if no key exists."""
     if not isinstance(row, dict):
         raise _NoText(f"{_kind(row)}, not a JSON object")
     null = ""
@@ -171,8 +182,8 @@ def _value(row: Any, keys: Strings, option: str) -> tuple[str, Any]:
             return key, value
     if null:
         return null, None
-    there = ", ".join(map(repr, list(row)[:5])) or "none"
-    raise _NoText(f"no key {_named(keys)} (it has {there}); {option} names another")
+    existing = ", ".join(map(repr, list(row)[:5])) or "none"
+    raise _NoText(f"no key {_named(keys)} (it has {existing}); {option} names another")
 
 
 def _within(row: Any, path: str) -> Any:
@@ -186,7 +197,7 @@ def _within(row: Any, path: str) -> Any:
 def _id(row: Any, keys: Strings, raw: bytes, strict: bool) -> str:
     key, value = _value(row, keys, "--id-key")
     if strict and isinstance(value, float):
-        key, value = _value(_lenient(raw), keys, "--id-key")  # strict parsing has no integer beyond 64 bits
+        key, value = _value(_lenient(raw), keys, "--id-key")  # strict parsing makes floats of integers beyond 64 bits
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise _NoText(f"{key!r} is {_kind(value)}, not a string or an integer")
     if isinstance(value, str) and not strict:
@@ -200,7 +211,7 @@ def _refuse_lone_surrogates(key: str, value: str) -> None:
 
 
 def _kind(value: object) -> str:
-    """In the words of JSON."""
+    """The JSON type of a value."""
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
     return names.get(type(value), "null")
 
@@ -208,52 +219,52 @@ def _kind(value: object) -> str:
 # ---- text files
 
 
-def _read_text(piece: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
     parts: list[bytes] = []
     size = 0
     try:
-        with piece.open() as file:
+        with split.open() as file:
             while part := file.read(PART):
                 on_bytes(part)
                 size += len(part)
                 parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
     except BrokenInput as error:
-        yield _broken(piece, 0, 0, error, on_bytes)
+        yield _broken(split, 0, 0, error, on_bytes)
         return
-    # a file name may be any bytes
-    id_ = "" if not id_keys else place(piece.url).name.encode(errors="replace").decode()
+    # a file name may contain any bytes
+    id_ = "" if not id_keys else place(split.url).name.encode(errors="replace").decode()
     on_bytes(size.to_bytes(8, "little") + id_.encode() + b"\0text\n")
     raw = b"".join(parts)
     del parts
     try:
-        # files put together by cat have a mark at each of their beginnings
-        yield Document(piece, 0, 0, raw, _MARKS.sub("", _decode(raw, size)), "", id_)
+        # files that cat has concatenated have a byte order mark at the beginning of each
+        yield Document(split, 0, 0, raw, _MARKS.sub("", _decode(raw, size)), "", id_)
     except _NoText as bad:
-        yield Document(piece, 0, 0, raw, None, str(bad))
+        yield Document(split, 0, 0, raw, None, str(bad))
 
 
 # ---- parquet
 
 
-def _read_parquet(piece: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
-    # pyarrow takes 0.2 s and 50 MB of every worker that imports it
+def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+    # imported here: pyarrow costs each worker 0.2 s and 50 MB
     from megatron_vocagno.preprocess import parquet
 
     number, offset = 0, 0
     try:
-        rows = parquet.rows(place(piece.url), piece.start, piece.stop, text_keys, id_keys)
+        rows = parquet.rows(place(split.url), split.start, split.stop, text_keys, id_keys)
         for row, text, id_ in rows:
             on_bytes(_framed(text) + _framed(id_) if id_keys else _framed(text))
             raw = text or b""
             try:
                 decoded = _column(text, text_keys), _column(id_, id_keys) if id_keys else ""
             except _NoText as bad:
-                yield Document(piece, number, row, raw, None, str(bad))
+                yield Document(split, number, row, raw, None, str(bad))
             else:
-                yield Document(piece, number, row, raw, decoded[0], "", decoded[1])
+                yield Document(split, number, row, raw, decoded[0], "", decoded[1])
             number, offset = number + 1, row + 1
     except BrokenInput as error:
-        yield _broken(piece, number, offset, error, on_bytes)
+        yield _broken(split, number, offset, error, on_bytes)
 
 
 def _column(value: bytes | None, keys: Strings) -> str:

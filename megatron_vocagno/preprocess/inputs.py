@@ -1,15 +1,15 @@
-"""The inputs of a build: arguments -> files -> pieces.
+"""The inputs of a build: arguments -> files -> splits.
 
-    find   files, folders, globs and lists of them -> files, in an order that is the same every time
-    cut    a file -> pieces that can be read apart from each other; what it is, is seen from its first bytes
-    take   the pieces that hold the first so many records
+    find   files, folders, globs and lists of them -> files, always in the same order
+    cut    a file -> splits that can be read independently; the first bytes of the file determine its kind
+    take   the splits that contain the first N records
 
-| file                                     | kind    | pieces                                                          |
+| file                                     | kind    | splits                                                          |
 |------------------------------------------|---------|-----------------------------------------------------------------|
 | parquet                                  | parquet | row groups                                                      |
-| `*.txt`, perhaps compressed              | text    | one: the file is one document                                   |
-| any other, plain                         | lines   | cut after line ends: JSON, one document a line                  |
-| any other, gzip, zstd, bzip2 or xz       | lines   | one: such a stream can be read from its beginning only          |
+| `*.txt`, compressed or not               | text    | one: the file is one document                                   |
+| any other, plain                         | lines   | cut after line ends: JSON, one document per line                |
+| any other, gzip, zstd, bzip2 or xz       | lines   | one: such a stream can only be read from its beginning          |
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.errors import BrokenInput, CorpusError, looked_for
-from megatron_vocagno.preprocess.foreign import BOM, HEAD, refuse_foreign, refuse_no_lines
+from megatron_vocagno.preprocess.foreign import BOM, HEAD, refuse_foreign, refuse_layout
 from megatron_vocagno.preprocess.streams import Compression, compression_of, open_bytes, open_raw
 
 Kind: TypeAlias = Literal["lines", "parquet", "text"]
-Keys: TypeAlias = str | Sequence[str] | None  # one or several, of which the first that is there counts
+Keys: TypeAlias = str | Sequence[str] | None  # one key, or several: a record's first existing key is used
 
-LONGEST_RECORD = 128 << 20  # bytes; a longer one is refused without being held
-PART = 1 << 20  # of a long line, read at once
-CUT_BYTES = 64 << 10  # read at once where a line end is looked for
-# Compressed text is taken for four times its size. JSON lines of web text and of manuals make 2.7 to 5; the true size is
-# known only after reading, and this one decides nothing but how evenly the work is spread.
+LONGEST_RECORD = 128 << 20  # bytes; a longer record is refused and not kept in memory
+PART = 1 << 20  # bytes of a long line that are read at once
+CUT_BYTES = 64 << 10  # bytes that are read at once to find a line end
+# Compressed text is assumed to expand four times. JSON lines of web text and of manuals expand 2.7 to 5 times. The true size is
+# known only after reading, and this estimate only affects how evenly the work is distributed.
 EXPANSION = 4
 
 _NAMES = re.compile(r".*\.((jsonl|ndjson|json|txt)(\.(gz|zst|bz2|xz))?|parquet)", re.IGNORECASE | re.DOTALL)
@@ -46,31 +46,40 @@ _SUFFIXES = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz", ".parq
 class Line(NamedTuple):
     """A line of a text file."""
 
-    number: int  # in the piece, from 0
+    number: int  # in the split, from 0
     offset: int  # byte of the (decompressed) file
-    raw: bytes  # without line end and byte order marks; of one longer than LONGEST_RECORD the beginning
+    raw: bytes  # without line end and byte order marks; only the beginning if it is longer than LONGEST_RECORD
     size: int  # bytes, with line end
 
 
 @dataclass(frozen=True)
 class InputSplit:
-    """Whole records of one input file. `take` and `documents.read` read it."""
+    """A part of an input file that contains complete records. `take` and `documents.read` read it.
+
+    start, stop  bytes of plain lines, row groups of parquet; for all other files 0 and the size of the file
+    size         bytes of the file that are read
+    weight       approximate bytes of uncompressed text
+    limit        maximum number of records to read
+    """
 
     url: str
     kind: Kind
     compression: Compression
-    start: int  # plain lines: bytes [start, stop); parquet: row groups [start, stop); else 0 and the file's size
+    start: int
     stop: int
-    size: int  # bytes of the file that are read
-    weight: int  # about how many bytes of uncompressed text
-    limit: int | None = None  # records to read at most
+    size: int
+    weight: int
+    limit: int | None = None
 
     def open(self) -> BinaryIO:
-        """Its bytes, decompressed; not of parquet. Reading raises BrokenInput at a damage."""
+        """The decompressed bytes of lines or text. Reading raises BrokenInput at damaged data."""
         return open_bytes(place(self.url), self.compression, self.start, self.stop)
 
     def lines(self, on_bytes: Callable[[bytes], object]) -> Iterator[Line]:
-        """Those that are not blank. on_bytes is handed all of them, each with a line end. Raises BrokenInput at a damage."""
+        """The lines that are not blank. Raises BrokenInput at damaged data.
+
+        on_bytes: called with the bytes of all lines, blank ones too, each with a line end
+        """
         number, offset = 0, self.start
         with self.open() as file:
             while raw := file.readline(PART):
@@ -78,7 +87,7 @@ class InputSplit:
                 size = len(raw)
                 if not raw.endswith(b"\n"):
                     raw, size = _rest_of_line(file, raw, on_bytes)
-                while raw.startswith(BOM):  # files put together by cat have one within
+                while raw.startswith(BOM):  # files that cat has concatenated contain one per file
                     raw = raw.removeprefix(BOM)
                 raw = raw.rstrip(b"\r\n")
                 if (raw and not raw.isspace()) or size > LONGEST_RECORD:
@@ -88,7 +97,7 @@ class InputSplit:
 
     @functools.cached_property
     def first_line(self) -> int:
-        """The number of its first line in the file, from 1; reads all before it, so it is asked only for an error."""
+        """The number of the split's first line in the file, from 1. Reads all lines before it, so use it only for errors."""
         if self.compression or not self.start:
             return 1
         with open_bytes(place(self.url), "", 0, self.start) as file:
@@ -96,7 +105,10 @@ class InputSplit:
 
 
 def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], object]) -> tuple[bytes, int]:
-    """A line longer than `first`, or the last one without its end, and its length; its beginning if it is too long."""
+    """The rest of a line that is longer than `first` or has no line end.
+
+    Returns the line and its length. The line is cut if it is longer than LONGEST_RECORD.
+    """
     parts, size, part = [first], len(first), first
     while not part.endswith(b"\n") and (part := file.readline(PART)):
         on_bytes(part)
@@ -111,38 +123,40 @@ def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], obje
 
 
 def find(patterns: Sequence[str], on_note: Callable[[str], object] = lambda note: None) -> list[Place]:
-    """The files that are meant, in the order of the patterns, each once. Raises CorpusError for a pattern that means none.
+    """The files that match the patterns, in the order of the patterns, each file once.
 
-    on_note: called with what a user should know: files of a folder that are left out by their names.
+    on_note: called with a note about files of a folder that are skipped because of their names
 
-    A pattern is one of these, on this machine or by URL (`s3://bucket/data/*.parquet`):
+    A pattern is one of the following, as a path or as a URL (`s3://bucket/data/*.parquet`):
 
-    - a file, whatever its name;
-    - a folder: all files in it and below that are called *.jsonl, *.ndjson, *.json or *.txt, also with .gz, .zst, .bz2 or
-      .xz after it, or *.parquet, sorted by their path within it. Names that begin with a dot or an underscore are left
-      out, as Spark and Hadoop do (`_temporary/`), and links to folders are not followed; others are left out with a note;
-    - a glob, `**` for any number of folders: what a shell would make of it, sorted;
-    - `@LIST`: a text file with one of the above a line; blank lines and lines that begin with # are left out.
+    - A file with any name.
+    - A folder. All files in it and below that match *.jsonl, *.ndjson, *.json or *.txt, optionally with .gz, .zst, .bz2 or .xz,
+      or *.parquet are used, sorted by their path within the folder. Names that begin with a dot or an underscore are skipped, as
+      Spark and Hadoop do (`_temporary/`). Links to folders are not followed. Other files are skipped with a note.
+    - A glob, as in a shell, with `**` for any number of folders. Its matches are sorted.
+    - `@LIST`: a text file with one of the patterns above per line. Blank lines and lines that begin with # are skipped.
+
+    Raises CorpusError for a pattern without a match.
     """
     found: dict[str, Place] = {}
     for pattern in patterns:
         for name in _listed(pattern[1:]) if pattern.startswith("@") else [pattern]:
             with _reaching(name):
-                for file in _meant_by(name, on_note):
+                for file in _matching(name, on_note):
                     found.setdefault(_url(file), file)
     return list(found.values())
 
 
 def _listed(name: str) -> list[str]:
     with _reaching(name):
-        # a name may hold what Unicode takes for a line end
+        # not splitlines: a file name may contain other line ends of Unicode
         lines = [line.strip() for line in re.split("[\r\n]", place(name).read_bytes().decode("utf-8-sig"))]
     if not (names := [line for line in lines if line and not line.startswith("#")]):
-        raise CorpusError(f"{name}: this list names no file")
+        raise CorpusError(f"{name}: this list contains no file names")
     return names
 
 
-def _meant_by(name: str, on_note: Callable[[str], object]) -> list[Place]:
+def _matching(name: str, on_note: Callable[[str], object]) -> list[Place]:
     where = place(name)
     if where.is_dir():
         if files := _in_folder(where, on_note):
@@ -166,21 +180,21 @@ def _in_folder(folder: Place, on_note: Callable[[str], object]) -> list[Place]:
     seen = sorted(name for name in names if not any(part[:1] in "._" for part in name.split("/")))
     if isinstance(folder, Path):
         seen = [name for name in seen if (folder / name).is_file()]
-    if left_out := [name for name in seen if not _NAMES.fullmatch(name)]:
-        shown = ", ".join(left_out[:5]) + (", …" if len(left_out) > 5 else "")
-        on_note(f"{folder}: {len(left_out):,} files are left out, for their names are not those of inputs: {shown}")
+    if skipped := [name for name in seen if not _NAMES.fullmatch(name)]:
+        shown = ", ".join(skipped[:5]) + (", …" if len(skipped) > 5 else "")
+        on_note(f"{folder}: {len(skipped):,} files are skipped, because their names are not those of inputs: {shown}")
     return [folder / name for name in seen if _NAMES.fullmatch(name)]
 
 
 def _matches(pattern: Place) -> list[Place]:
     if isinstance(pattern, Path):
-        # pathlib takes no absolute patterns
+        # pathlib does not accept absolute patterns
         return [Path(name) for name in sorted(glob.glob(str(pattern), recursive=True))]  # noqa: PTH207
     return [pattern.with_segments(name) for name in sorted(pattern.fs.glob(pattern.path))]
 
 
 def _url(file: Place) -> str:
-    """That workers understand in whatever folder they run."""
+    """The absolute path or URL, which workers can use in any working directory."""
     return str(file.absolute())
 
 
@@ -191,7 +205,7 @@ def _reaching(what: str | Place) -> Iterator[None]:
     except CorpusError:
         raise
     except Exception as error:
-        # each object store has errors of its own
+        # each object store raises its own errors
         raise CorpusError(f"cannot read {what}: {type(error).__name__}: {error}") from error
 
 
@@ -199,11 +213,11 @@ def _reaching(what: str | Place) -> Iterator[None]:
 
 
 def cut(file: Place, shard_bytes: int, text_key: Keys = None, id_key: Keys = None) -> list[InputSplit]:
-    """Pieces of about `shard_bytes`, which hold all of the file and nothing twice; none of an empty file.
+    """Cut a file into splits of about `shard_bytes`, which contain every record exactly once. An empty file has no splits.
 
-    text_key, id_key  as for `documents.read`: parquet with rows must have such columns. None: it is not asked
+    text_key, id_key  as for `documents.read`: parquet with rows must have such columns. None: do not check
 
-    Raises CorpusError for a file that is missing or holds no text, with what to do about it.
+    Raises CorpusError, with advice, for a file that is missing or contains no text.
     """
     with _reaching(file):
         if not file.is_file():
@@ -226,22 +240,22 @@ def cut(file: Place, shard_bytes: int, text_key: Keys = None, id_key: Keys = Non
 
 
 def _compression(file: Place, head: bytes, size: int) -> Compression:
-    """Of a file with text; a file with anything else is refused."""
+    """The compression of a file with text. Raises CorpusError for a file of another format."""
     refuse_foreign(file, head)
     compression = compression_of(head)
     if _SUFFIXES.get(file.suffix.lower(), compression) != compression:
         text = re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head)
-        what = f"that is {compression}: rename it" if compression else "plain text? Rename it" if text else "is it damaged?"
-        raise CorpusError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {what}")
+        advice = f"that is {compression}: rename it" if compression else "plain text? Rename it" if text else "is it damaged?"
+        raise CorpusError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {advice}")
     if compression:
-        # of a damaged file `read` will tell
+        # `documents.read` reports damaged data
         with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:
             head = stream.read(HEAD)
             if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
                 raise CorpusError(f"{file} is {inner} inside {compression}: unpack it")
             refuse_foreign(file, head)
     if not _is_text(file):
-        refuse_no_lines(file, head, compression)
+        refuse_layout(file, head, compression)
     return compression
 
 
@@ -250,7 +264,7 @@ def _is_text(file: Place) -> bool:
 
 
 def names(key: Keys) -> tuple[str, ...]:
-    """What is to be looked for, in this order.
+    """The keys to search for, in their order.
 
     >>> names("text"), names(["text", "body"]), names(None)
     (('text',), ('text', 'body'), ())
@@ -259,7 +273,7 @@ def names(key: Keys) -> tuple[str, ...]:
 
 
 def _line_bounds(file: Place, size: int, shard_bytes: int) -> list[int]:
-    """Bytes after a line end, about shard_bytes apart, from 0 to the size; little is read around each."""
+    """Offsets after line ends, about shard_bytes apart, from 0 to the size. Only a few bytes around each offset are read."""
     bounds = [0]
     with open_raw(file) as raw:
         while (at := bounds[-1] + shard_bytes) < size:
@@ -272,7 +286,7 @@ def _line_bounds(file: Place, size: int, shard_bytes: int) -> list[int]:
 
 
 def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_key: Keys) -> list[InputSplit]:
-    # pyarrow takes 0.2 s and 50 MB of every process that imports it
+    # imported here: pyarrow costs each process 0.2 s and 50 MB
     from megatron_vocagno.preprocess import parquet
 
     try:
@@ -283,7 +297,7 @@ def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_ke
     for i in range(1, len(before) - 1):
         if before[i + 1] - before[bounds[-1]] > shard_bytes:
             bounds.append(i)
-    # what a row group takes of the file is not in reach: its share of the whole
+    # the bytes of a row group in the file are not known, so they are estimated by its share of the weight
     ends = [size * weight // max(1, before[-1]) for weight in before]
     spans = [(a, b) for a, b in pairwise([*bounds, len(before) - 1]) if a < b]
     return [InputSplit(_url(file), "parquet", "", a, b, ends[b] - ends[a], before[b] - before[a]) for a, b in spans]
@@ -292,34 +306,34 @@ def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_ke
 # ---- take
 
 
-def take(pieces: Iterable[InputSplit], max_documents: int) -> list[InputSplit]:
-    """The pieces that hold the first so many records, the last one with a limit. Reads these and no more.
+def take(splits: Iterable[InputSplit], max_documents: int) -> list[InputSplit]:
+    """The splits that contain the first `max_documents` records, the last split with a limit. Reads only these splits.
 
-    A record is what `documents.read` delivers: a bad one and an empty one count.
+    Records are counted as `documents.read` yields them: bad and empty records count.
     """
     taken: list[InputSplit] = []
     left = max_documents
-    for piece in pieces:
+    for split in splits:
         if left <= 0:
             break
-        n = _count(piece, left)
-        taken.append(replace(piece, limit=left) if n == left else piece)
+        n = _count(split, left)
+        taken.append(replace(split, limit=left) if n == left else split)
         left -= n
     return taken
 
 
-def _count(piece: InputSplit, at_most: int) -> int:
-    """Records of a piece, as far as `at_most`."""
-    if piece.kind == "text":
+def _count(split: InputSplit, at_most: int) -> int:
+    """The number of records of a split, or `at_most` if there are more."""
+    if split.kind == "text":
         return 1
-    if piece.kind == "parquet":
+    if split.kind == "parquet":
         from megatron_vocagno.preprocess import parquet
 
-        groups = parquet.row_groups(place(piece.url))[piece.start : piece.stop]
+        groups = parquet.row_groups(place(split.url))[split.start : split.stop]
         return min(at_most, sum(group.rows for group in groups))
     n = 0
     try:
-        for _ in islice(piece.lines(lambda _: None), at_most):
+        for _ in islice(split.lines(lambda _: None), at_most):
             n += 1
     except BrokenInput:
         n += 1

@@ -1,9 +1,10 @@
 """A text that is too long to be tokenized at once -> parts, cut where both tokenizers have a boundary.
 
-A tokenizer looks no further than a word or two, so a cut is good where the text around it gives the same tokens whole as
-in two halves; before a space between two words that is nearly always so. The tokens of the parts are then those of the
-whole text. Where no such place is found (a megabyte of one letter), the text is cut all the same: its tokens still tile
-it, and one of them may differ from those of the whole.
+A tokenizer's context is a word or two. A cut is good if the text around it gives the same tokens as its two halves. This is
+nearly always true before a space between two words. The tokens of the parts are then the tokens of the full text.
+
+If there is no good cut (for example in a megabyte of one letter), the text is cut anyway. Its tokens still tile it, and a token
+at the cut may differ from those of the full text.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from megatron_vocagno.corpus.tokens import SPENT, Tokenizer
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Part, Side, align_texts
 
 PART = 1 << 20  # characters
-REACH = 1 << 16  # characters before the end of a part, within which a place to cut is sought
-AROUND = 128  # characters on each side, or more, that are tokenized to see whether a place is good
-TRIES = 64  # places looked at
+REACH = 1 << 16  # characters before the end of a part that are searched for a cut
+AROUND = 128  # minimum number of characters on each side that are tokenized to test a cut
+TRIES = 64  # cuts that are tested per kind
 
-# between words; at a line end; between a letter and a punctuation mark, for scripts without spaces
-PLACES = [re.compile(p) for p in (r"(?<=[^\W\d_])(?= [^\W\d_])", r"(?<=\w)(?=\n\w)", r"(?<=\w)(?=[^\w\s])", r"(?<=\S)(?=\S)")]
+# Kinds of cuts in order of preference: between words, at a line end, between a letter and a punctuation mark (for scripts without
+# spaces), between any two characters that are not spaces.
+CUTS = [re.compile(p) for p in (r"(?<=[^\W\d_])(?= [^\W\d_])", r"(?<=\w)(?=\n\w)", r"(?<=\w)(?=[^\w\s])", r"(?<=\S)(?=\S)")]
 
 
 @dataclass(frozen=True)
 class AlignedPart:
-    """Both sides' tokens and the spans of a part, in positions of the whole text; without EOS."""
+    """Both sides' tokens and the spans of a part, without EOS. The spans count teacher tokens from the start of the full text."""
 
     student: Ragged
     teacher: Ragged
@@ -40,19 +42,19 @@ class AlignedPart:
 
 
 def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
-    """The text, in parts of `PART` characters or a little less."""
+    """Cut a text into parts of `PART` characters or slightly less."""
     start = 0
     while len(text) - start > PART:
-        stop = _place(text, start + PART, tokenizers)
+        stop = _last_cut(text, start + PART, tokenizers)
         yield text[start:stop]
         start = stop
     yield text[start:]
 
 
 def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) -> Iterator[AlignedPart]:
-    """The parts of a text, each NFC-normalised (with `nfc`), tokenized by both and aligned.
+    """The parts of a text, each NFC-normalised (with `nfc`), tokenized by both tokenizers and aligned.
 
-    Normalising the whole would take its size once more, and Python keeps four bytes a character where one of them needs it.
+    Normalising the full text at once would need a second copy in memory, at four bytes per character if one character needs them.
     """
     done = Part(ends=False)
     for part in parts(text, (student, teacher)):
@@ -77,9 +79,9 @@ def _side(tokenizer: Tokenizer, part: str, first: bool, nfc: bool) -> Side:
 
 
 def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
-    """The same tokens with the bytes that the tokenizer's own offsets give them: entry i of the table is token i.
+    """The same tokens with the byte lengths of the tokenizer's own offsets: id and table entry i belong to token i.
 
-    None where the offsets do not tile the part either.
+    None if the offsets do not tile the part.
     """
     lead = "" if first or tokenizer.prefix == "never" else SPENT
     tokens = tokenizer.encode_batch([lead + part])[0]
@@ -87,26 +89,29 @@ def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
         return None
     ends = tokens.ends[len(tokenizer.reference.encode([lead]).ids) if lead else 0 :] - len(lead)
     lengths = np.diff(ends, prepend=0).astype(np.uint16)
-    alone = lengths[:1] == 0  # a dummy prefix that stands alone is a token of one byte, less the prefix
-    lengths[:1] += alone
+    only_prefix = lengths[:1] == 0  # a token that is only the dummy prefix: one byte, less the prefix
+    lengths[:1] += only_prefix
     ids = np.arange(len(lengths), dtype=np.uint32)
-    return Side(Ragged(ids, np.array([0, len(ids)])), alone.astype(np.uint8), lengths)
+    return Side(Ragged(ids, np.array([0, len(ids)])), only_prefix.astype(np.uint8), lengths)
 
 
-def _place(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
-    """The last good place to cut before `end`, of the first kind that has one."""
-    for kind in PLACES:
+def _last_cut(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
+    """The last good cut before `end`, of the first kind that has a good cut; `end` if there is none."""
+    for kind in CUTS:
         found = [match.start() for match in kind.finditer(text, end - REACH, end)]
-        for place in reversed(found[-TRIES:]):
-            if all(_is_boundary(text, place, tokenizer) for tokenizer in tokenizers):
-                return place
+        for cut in reversed(found[-TRIES:]):
+            if all(_is_boundary(text, cut, tokenizer) for tokenizer in tokenizers):
+                return cut
     return end
 
 
-def _is_boundary(text: str, place: int, tokenizer: Tokenizer) -> bool:
-    """By Hugging Face's tokenizers, which take less than gigatoken to begin."""
+def _is_boundary(text: str, cut: int, tokenizer: Tokenizer) -> bool:
+    """Whether the text around a cut gives the same tokens as its two halves.
+
+    Uses Hugging Face's tokenizers, whose calls have less overhead than gigatoken's.
+    """
     around = max(AROUND, 4 * tokenizer.longest_added)
-    left, right = text[max(place - around, 0) : place], text[place : place + around]
+    left, right = text[max(cut - around, 0) : cut], text[cut : cut + around]
     encoder = tokenizer.reference
     whole = encoder.encode([left + right]).ids
     halves = np.concatenate([encoder.encode([left]).ids, tokenizer.encode_continuation(right, encoder)])

@@ -1,6 +1,8 @@
-"""Parquet files: their row groups, and the texts in them. Imported where there is one: pyarrow takes 0.2 s and 50 MB.
+"""Parquet files: their row groups and texts.
 
-Memory is one row group's columns, compressed; of a large row group a few pages.
+Import this module only if there is a parquet file: pyarrow takes 0.2 s and 50 MB.
+
+Memory is the compressed columns of one row group, or a few pages of a large row group.
 """
 
 from __future__ import annotations
@@ -18,36 +20,44 @@ from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.errors import BrokenInput, CorpusError
 from megatron_vocagno.preprocess.streams import REMOTE_BUFFER, open_raw
 
-BATCH_BYTES = 1 << 20  # of text decoded at once, by the mean of the row group
-BATCH_ROWS = 64  # at most, since lengths differ
-# A column of a smaller row group is read at once. In pieces, pyarrow takes up to 2 GB for a damaged page that claims them.
+BATCH_BYTES = 1 << 20  # text that is decoded at once, estimated by the mean of the row group
+BATCH_ROWS = 64  # rows that are decoded at once at most, because lengths differ
+# The columns of a smaller row group are read at once: in pieces, pyarrow allocates up to 2 GB for a damaged page.
 LARGE_ROW_GROUP = 128 << 20  # bytes uncompressed
 
 
 class RowGroup(NamedTuple):
-    """A part of a parquet file that is read by itself."""
+    """A part of a parquet file that is read independently."""
 
     rows: int
-    weight: int  # bytes uncompressed, of all columns
+    weight: int  # bytes uncompressed, all columns
 
 
 class Row(NamedTuple):
-    """A record."""
+    """A record.
 
-    number: int  # in the file, from 0
-    text: bytes | None  # as it is stored: null, perhaps not UTF-8
-    id: bytes | None  # the same; a number in decimal. None where none is asked for
+    number  row in the file, from 0
+    text    the stored bytes, which may be invalid UTF-8; None for null
+    id      the stored bytes, or a number in decimal; None for null, or if no ids are read
+    """
+
+    number: int
+    text: bytes | None
+    id: bytes | None
 
 
 class Column(NamedTuple):
-    """A column, or a field of one: its names from the top, and both together as pyarrow and people call it."""
+    """A column, or a field of a column. path: its names from the top; name: the path joined by dots, as pyarrow calls it."""
 
     path: tuple[str, ...]
     name: str
 
 
 def row_groups(where: Place, text_keys: Sequence[str] = (), id_keys: Sequence[str] = ()) -> list[RowGroup]:
-    """Raises BrokenInput for a file whose footer cannot be read, CorpusError where it has rows and no column for a key."""
+    """The row groups of a file.
+
+    Raises BrokenInput for a damaged footer, CorpusError if the file has rows and no column for a key.
+    """
     with _opened(where) as file:
         groups = _row_groups(file)
         if any(group.rows for group in groups):
@@ -56,7 +66,7 @@ def row_groups(where: Place, text_keys: Sequence[str] = (), id_keys: Sequence[st
 
 
 def _row_groups(file: Any) -> list[RowGroup]:
-    # of a damaged footer, pyarrow's metadata of a column ends the process; that of a row group does not
+    # With a damaged footer, pyarrow's metadata of a column crashes the process. The metadata of a row group does not.
     groups = [RowGroup(g.num_rows, g.total_byte_size) for g in map(file.metadata.row_group, range(file.num_row_groups))]
     if min((n for group in groups for n in group), default=0) < 0 or sum(g.rows for g in groups) != file.metadata.num_rows:
         raise BrokenInput("damaged parquet data (the footer's counts contradict each other)")
@@ -64,11 +74,14 @@ def _row_groups(file: Any) -> list[RowGroup]:
 
 
 def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys: Sequence[str]) -> Iterator[Row]:
-    """Of the row groups [start, stop). Raises BrokenInput at a damaged page, CorpusError for columns that hold no text or ids."""
+    """The records of the row groups [start, stop).
+
+    Raises BrokenInput at a damaged page, CorpusError if the columns do not contain texts or ids.
+    """
     with _opened(where) as file:
         metadata, groups = file.metadata, _row_groups(file)
     if not any(group.rows for group in groups[start:stop]):
-        return  # of such files some have no column at all
+        return  # a file without rows may have no columns either
     large = max((group.weight for group in groups[start:stop]), default=0) > LARGE_ROW_GROUP
     with _opened(where, metadata=metadata, buffer_size=REMOTE_BUFFER if large else 0) as file:
         columns = _columns(where, file.schema_arrow, text_keys, id_keys)
@@ -80,20 +93,20 @@ def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys:
                 number += 1
             if number != after[i + 1]:
                 raise BrokenInput(
-                    f"damaged parquet data (row group {i} ends at row {number:,}, the footer says {after[i + 1]:,})"
+                    f"damaged parquet data (row group {i} ends at row {number:,}, expected {after[i + 1]:,} by the footer)"
                 )
 
 
 def _row_group(file: Any, i: int, group: RowGroup, columns: list[Column]) -> Iterator[tuple[bytes | None, bytes | None]]:
-    """texts, ids"""
+    """Pairs of a text and an id."""
     size = max(1, min(BATCH_ROWS, BATCH_BYTES * group.rows // max(1, group.weight)))
     for batch in file.iter_batches(size, row_groups=[i], columns=[column.name for column in columns], use_threads=False):
-        texts, *ids = (_bytes(_of(batch, column)) for column in columns)
+        texts, *ids = (_bytes(_values_of(batch, column)) for column in columns)
         yield from zip(texts, *ids or [[None] * len(texts)], strict=True)
 
 
-def _of(batch: Any, column: Column) -> Any:
-    """Its values in a batch of rows; null where a struct around it is."""
+def _values_of(batch: Any, column: Column) -> Any:
+    """The values of a column in a batch of rows. A field of a null struct is null."""
     top = batch.column(column.path[0])
     return pc.struct_field(top, list(column.path[1:])) if column.path[1:] else top
 
@@ -104,27 +117,29 @@ def _opened(where: Place, **options: Any) -> Iterator[Any]:
         with open_raw(where) as raw, pq.ParquetFile(raw, pre_buffer=False, page_checksum_verification=True, **options) as file:
             yield file
     except (pa.ArrowException, NotImplementedError, UnicodeError, OSError) as error:
-        # pyarrow has OSError for damaged data too, but without a number
+        # pyarrow also raises OSError for damaged data, but without an error number
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        said = str(error).splitlines()[0]
-        if "decrypt" in said.lower():
-            raise BrokenInput(f"encrypted parquet data ({said}): write it without encryption") from None
-        if isinstance(error, NotImplementedError) or "not supported" in said:
-            raise BrokenInput(f"parquet data that pyarrow {pa.__version__} cannot read ({said}): write it anew") from None
-        raise BrokenInput(f"damaged parquet data ({said})") from None
+        message = str(error).splitlines()[0]
+        if "decrypt" in message.lower():
+            raise BrokenInput(f"encrypted parquet data ({message}): write it without encryption") from None
+        if isinstance(error, NotImplementedError) or "not supported" in message:
+            raise BrokenInput(
+                f"parquet data that pyarrow {pa.__version__} cannot read ({message}): write it in another way"
+            ) from None
+        raise BrokenInput(f"damaged parquet data ({message})") from None
 
 
 def _columns(where: Place, schema: Any, text_keys: Sequence[str], id_keys: Sequence[str]) -> list[Column]:
-    """Of the texts, and of the ids where there are any: the first of the keys that is a column."""
+    """The column of the texts, and the column of the ids if there are id keys. The first key that is a column is used."""
     found = []
     for keys, option, kinds in ((text_keys, "--text-key", "strings"), (id_keys, "--id-key", "strings or integers")):
         if not keys:
             continue
         fields = {key: field for key in keys if (field := _field(where, schema, key)) is not None}
         if not fields:
-            asked = " or ".join(map(repr, keys))
-            raise CorpusError(f"{where}: no column {asked} (it has {_some(schema.names)}); {option} names another")
+            wanted = " or ".join(map(repr, keys))
+            raise CorpusError(f"{where}: no column {wanted} (it has {_some(schema.names)}); {option} names another")
         key, (path, kind) = next(iter(fields.items()))
         if not (_is_text(kind) or pa.types.is_null(kind) or (keys is id_keys and pa.types.is_integer(kind))):
             fit = [name for name, inner in _leaves(schema) if _is_text(inner)]
@@ -134,11 +149,14 @@ def _columns(where: Place, schema: Any, text_keys: Sequence[str], id_keys: Seque
 
 
 def _field(where: Place, schema: Any, key: str) -> tuple[tuple[str, ...], Any] | None:
-    """Names from the top, and the type of the values. A column that is called `a.b` comes before the field b of a."""
+    """The path of a key and the type of its values; None if there is no such column.
+
+    A column that is called `a.b` comes before the field b of a.
+    """
     if schema.names.count(key) > 1:
         raise CorpusError(f"{where}: {schema.names.count(key)} columns are called {key!r}: rename all but one")
     if key in schema.names:
-        return (key,), _values(schema.field(key).type)
+        return (key,), _value_type(schema.field(key).type)
     top, *path = key.split(".")
     if not path or schema.names.count(top) != 1:
         return None
@@ -147,13 +165,13 @@ def _field(where: Place, schema: Any, key: str) -> tuple[tuple[str, ...], Any] |
         if not pa.types.is_struct(kind) or kind.get_field_index(name) < 0:
             return None
         kind = kind.field(name).type
-    return (top, *path), _values(kind)
+    return (top, *path), _value_type(kind)
 
 
 def _leaves(fields: Any, above: str = "") -> Iterator[tuple[str, Any]]:
-    """Columns, and fields of structs, with their types."""
+    """Columns and fields of structs, with the types of their values."""
     for field in fields:
-        kind = _values(field.type)
+        kind = _value_type(field.type)
         if pa.types.is_struct(kind):
             yield from _leaves([kind.field(i) for i in range(kind.num_fields)], f"{above}{field.name}.")
         else:
@@ -164,7 +182,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "") or "none"
 
 
-def _values(kind: Any) -> Any:
+def _value_type(kind: Any) -> Any:
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
@@ -175,7 +193,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _bytes(column: Any) -> list[bytes | None]:
-    if pa.types.is_integer(_values(column.type)):
+    if pa.types.is_integer(_value_type(column.type)):
         column = column.cast(pa.string())
     values: list[bytes | None] = column.cast(pa.large_binary()).to_pylist()
     return values

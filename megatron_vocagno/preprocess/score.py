@@ -1,16 +1,16 @@
-"""A dataset, scored: its shards on an engine, then dataset.json.
+"""Compute a teacher's losses for a dataset: its shards on an engine, then dataset.json.
 
-    score     scores the shards that are not scored, all of them or the i-th n-th; whoever finds all of them done records it
-    finish    the record alone
+    score     scores the shards that are not scored, or one slice of them, and records the losses if all shards are scored
+    finish    only records the losses
 
-A shard is scored when its files are there (`corpus.losses`); so any number of processes may share a dataset without talking to
-each other, each with a slice of its own, and what was interrupted goes on from there.
+A shard is scored if its files exist (`corpus.losses`). Any number of processes may therefore score one dataset without
+communicating, each with a separate slice, and an interrupted scoring resumes with the shards that are left.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,26 +26,26 @@ from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import read_config
 from megatron_vocagno.model.quantised import Quantization
 from megatron_vocagno.model.teacher import teacher_folder
-from megatron_vocagno.preprocess.build import locked
+from megatron_vocagno.preprocess.build_folder import locked
+from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
-from megatron_vocagno.preprocess.workers import Failure, failures_of, in_this_process
+from megatron_vocagno.preprocess.workers import Failure, in_this_process
 
 log = logging.getLogger(__name__)
 CONTEXT = 4096
-"""Tokens of the longest window, where the teacher reads so many."""
+"""Tokens of the longest window, if the teacher reads at least this many."""
 
 DType = Literal["bfloat16", "float16", "float32"]
-JobRunner = Callable[..., Iterator[ScoreResult | Failure[ScoreJob]]]
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """What a user asks for.
+    """The options of a scoring.
 
     teacher          a folder, a GGUF file, or a pinned Hub id
-    context, stride  None for the longest window that suits, and half of it
-    bos              as teacher.bos of a run file
+    context, stride  None: the smaller of `CONTEXT` and the teacher's longest input, and half of it
+    bos              as `teacher.bos` of a run file
     """
 
     teacher: Path
@@ -57,7 +57,10 @@ class ScoringOptions:
     bos: Bos = "auto"
 
     def scoring(self, data: AlignedDataset) -> Scoring:
-        """Raises CorpusError, ModelError, DatasetError: the teacher does not suit the dataset, or the numbers do not."""
+        """The record of the scoring of a dataset.
+
+        Raises CorpusError, ModelError or DatasetError if the teacher, `context` or `stride` does not fit the dataset.
+        """
         folder = teacher_folder(self.teacher)
         config = read_config(folder).get_text_config()
         tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
@@ -76,7 +79,7 @@ class ScoringOptions:
             before = f", {len(front)} of them in front of the text" if front else ""
             raise CorpusError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{before}")
         if stride > context:
-            raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be left out")
+            raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be skipped")
         return Scoring(
             teacher=teacher_fingerprint(self.teacher),
             name=hub.short_name(self.teacher),
@@ -91,64 +94,55 @@ class ScoringOptions:
 
 def score(
     path: Path,
-    asked: ScoringOptions,
-    engine: JobRunner = in_this_process,
+    options: ScoringOptions,
+    engine: JobRunner[ScoreResult, ScoreJob] = in_this_process,
     part: Slice | None = None,
     replace: bool = False,
     on_plan: Callable[[Sequence[ScoreJob]], object] = lambda jobs: None,
     on_shard: Callable[[ScoreResult | Failure[ScoreJob]], object] = lambda result: None,
 ) -> Manifest:
-    """Scores a dataset; with `part`, some of its shards. The dataset's manifest then, with the losses where all are scored.
+    """Score a dataset. Returns its manifest, which contains the losses if all shards are scored.
 
-    engine            runs `score_shard` over jobs: `run_local` or `run_ray`, with its own arguments bound
-    replace           score anew what was scored otherwise
-    on_plan, on_shard: called with the jobs, and with each result or failure
+    engine    runs `score_shard` over jobs: `run_local` or `run_ray`, with the other arguments bound
+    part      score only this slice of the shards
+    replace   score shards again that were scored with other settings
+    on_plan   called with the jobs
+    on_shard  called with each result or failure
 
-    Raises CorpusError, ModelError, OSError; what is scored stays, and the next call goes on from there.
+    Raises CorpusError, ModelError or OSError. Scored shards are kept, and the next call continues with the others.
     """
     root = local_folder(path)
     manifest = read_manifest(root)
     recorded = manifest.teacher_losses
-    # without them: a file that is damaged or missing is one to be made
-    scoring = asked.scoring(AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None})))
+    # opened without its losses: a damaged or missing file of losses is made again
+    scoring = options.scoring(AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None})))
     if recorded is not None and recorded.scoring != scoring and not replace:
-        raise ChangedError(f"{path} was scored otherwise:\n{difference(recorded.scoring, scoring)}")
+        raise ChangedError(f"{path} was scored with other settings:\n{difference(recorded.scoring, scoring)}")
     with locked(root, part):
         if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
             manifest = record_losses(root, manifest, None)  # they are about to change
         jobs = [
-            ScoreJob(i, root / shard.path, shard, scoring, asked.teacher, asked.tokens_per_batch, replace)
+            ScoreJob(i, root / shard.path, shard, scoring, options.teacher, options.tokens_per_batch, replace)
             for i, shard in enumerate(manifest.shards)
             if shard.totals.documents
         ]
-        mine = part.of(jobs) if part else jobs
-        on_plan(mine)
-        _run(mine, engine, on_shard)
-        return _seal(root, manifest)
+        selected = part.of(jobs) if part else jobs
+        on_plan(selected)
+        run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError), on_shard, "scored")
+        return _record_if_complete(root, manifest)
 
 
 def finish(path: Path) -> Manifest:
-    """Records the losses of a dataset whose shards are all scored. Raises CorpusError that names those that are not."""
+    """Record the losses of a dataset. Raises CorpusError if not all of its shards are scored, or not with the same settings."""
     data = AlignedDataset.open(path)
-    manifest = _seal(data.path, data.manifest)
+    manifest = _record_if_complete(data.path, data.manifest)
     if manifest.teacher_losses is None:
-        missing = unscored(data.path, manifest)
-        if not missing:
-            raise CorpusError(f"{path}: its shards were scored in different ways; score it with --replace")
-        raise CorpusError(
-            f"{path}: {len(missing):,} of {len(manifest.shards):,} shards are not scored: "
-            f"{', '.join(missing[:10])}{' …' if missing[10:] else ''}; run their tasks again. Do all machines see this folder?"
-        )
+        require_all(unscored(data.path, manifest), len(manifest.shards), "not scored", path)
+        raise CorpusError(f"{path}: its shards were scored with different settings; score it with --replace")
     return manifest
 
 
-def _run(jobs: Sequence[ScoreJob], engine: JobRunner, on_shard: Callable[[ScoreResult | Failure[ScoreJob]], object]) -> None:
-    if failures := failures_of(engine(score_shard, jobs, stop=(ChangedError, ModelError, OSError)), on_shard):
-        shown = "\n".join(f"{failure.job.folder}: {failure.reason}" for failure in failures[:10])
-        raise CorpusError(f"{len(failures):,} of {len(jobs):,} shards could not be scored; the others are, and stay\n{shown}")
-
-
-def _seal(path: Path, manifest: Manifest) -> Manifest:
+def _record_if_complete(path: Path, manifest: Manifest) -> Manifest:
     losses = gather(path, manifest.shards)
     if losses is None:
         return manifest

@@ -1,4 +1,7 @@
-"""One shard of a dataset, scored: the one function that every engine runs. It may be killed at any moment, and run again."""
+"""Compute a teacher's losses for one shard of a dataset.
+
+Every engine runs `score_shard`. It may be killed at any moment, and run again.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ from megatron_vocagno.preprocess.workers import report
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A shard to score. replace: losses that were computed otherwise may be lost."""
+    """A shard to score. replace: overwrite losses that were computed with other settings."""
 
     index: int
     folder: Path
@@ -37,10 +40,15 @@ class ScoreJob:
     tokens_per_batch: int
     replace: bool = False
 
+    @property
+    def name(self) -> str:
+        """The name of the shard."""
+        return self.folder.name
+
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """seconds: of the forwards; 0 where the losses were there already."""
+    """The losses of a shard. seconds: time of the forwards, 0 if the losses existed already."""
 
     job: ScoreJob
     losses: ShardLosses
@@ -49,22 +57,22 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a shard is."""
+    """The progress of one shard: tokens that are scored."""
 
     index: int
     tokens: int
 
 
 def score_shard(job: ScoreJob) -> ScoreResult:
-    """The losses of a shard: as they lie there, or computed now.
+    """Compute the losses of a shard, or reuse them if they exist.
 
-    Raises ChangedError where they were computed otherwise, ModelError for a teacher that cannot be opened, OSError.
+    Raises ChangedError if they were computed with other settings, ModelError for a teacher that cannot be opened, and OSError.
     """
     found = read_losses(job.folder, job.record)
     if found is not None and found.scoring == job.scoring:
         return ScoreResult(job, found)
     if found is not None and not job.replace:
-        raise ChangedError(f"{job.folder} was scored otherwise:\n{difference(found.scoring, job.scoring)}")
+        raise ChangedError(f"{job.folder} was scored with other settings:\n{difference(found.scoring, job.scoring)}")
     teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
     pair = PairReader(job.folder / "teacher")
     begin = time.perf_counter()
@@ -77,22 +85,22 @@ def score_shard(job: ScoreJob) -> ScoreResult:
 
 
 def difference(then: Scoring, now: Scoring) -> str:
-    """A line for each field in which two ways of scoring differ, and what to do."""
+    """A line for each field in which two scorings differ, and the advice."""
     fields = [
         f"  {field}: {getattr(then, field)} then, {getattr(now, field)} now"
         for field in type(then).model_fields
         if getattr(then, field) != getattr(now, field)
     ]
-    return "\n".join([*fields, "  Ask for the same again, or use --replace to score it anew."])
+    return "\n".join([*fields, "  Use the same options as then, or --replace to score it again."])
 
 
 def score_documents(
     teacher: Teacher, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
 ) -> tuple[NDArray[np.float32], LossTotals]:
-    """float32 [T], the loss of each token, and what the forwards took.
+    """float32 [T], the loss of each token, and the numbers of positions and padding of the forwards.
 
     ids      [T], documents end to end
-    lengths  [D], tokens of each
+    lengths  [D], tokens of each document
     """
     windows = plan_windows(lengths.astype(np.int64), job.scoring.context, job.scoring.stride)
     front = np.array(job.scoring.front, np.int64)
@@ -106,7 +114,7 @@ def score_documents(
         batch = _batch(windows, lead_W, rows, starts)
         inputs, targets = batch.read(ids, front, job.scoring.before)
         loss_BU = teacher.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
-        computed.append(loss_BU)  # stays on the device: asking for it would wait
+        computed.append(loss_BU)  # stays on the device: a copy would wait for it
         done += int(batch.scored.sum())
         report(Progress(job.index, done))
     losses = np.full(len(ids), np.nan, np.float32)
@@ -119,31 +127,33 @@ def score_documents(
 
 
 def leads(windows: Windows, front: int) -> Int64:
-    """[W]: how many positions of a window come before the input of its first target, where `front` ids stand at its head.
+    """[W]: the number of positions before the input of a window's first target, if each window begins with `front` ids.
 
-    A document's first target is predicted from the last of them.
+    The first target of a document is predicted from the last of these ids.
     """
     return np.where(windows.start == 0, max(front - 1, 0), front)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """Windows of one forward, [B, U] each."""
+    """The windows of one forward, as arrays [B, U].
+
+    position    of the target in its document. In front of a window it counts down from the window's first target.
+    first       [B, 1], the position of the window's first target
+    place       index of the target in the shard's tokens
+    in_window   False in front of the window and after its end
+    scored      like in_window, and False for a target that another window scores: it is only context here
+    """
 
     position: Int64
-    """Of the target in its document; that of the window's first one, less 1, 2, …, in front of it."""
     first: Int64
-    """[B, 1] of the window's first target."""
     place: Int64
-    """Of the target among all tokens."""
-    there: NDArray[np.bool_]
-    """False in front of the window, and where it has ended."""
+    in_window: NDArray[np.bool_]
     scored: NDArray[np.bool_]
-    """False also where another window has scored the target: here it is context."""
 
     def read(self, ids: NDArray[np.integer], front: Int64, before: int) -> tuple[Int64, Int64]:
-        """Inputs and targets [B, U] int64. front [F], before: of the scoring."""
-        place = np.where(self.there, self.place, 0)
+        """Inputs and targets, [B, U] int64. front [F] and before are those of the `Scoring`."""
+        place = np.where(self.in_window, self.place, 0)
         # int64 first: ids may be unsigned, and IGNORE is not
         inputs = np.where(self.position == 0, before, ids[np.maximum(place - 1, 0)].astype(np.int64))
         column = np.broadcast_to(np.arange(self.position.shape[1]), self.position.shape)
@@ -155,9 +165,9 @@ class _Batch:
 def _batch(windows: Windows, lead_W: Int64, rows: Int64, starts: Int64) -> _Batch:
     first = windows.start[rows, None]
     position = first - lead_W[rows, None] + np.arange(int((lead_W + windows.widths)[rows].max()))
-    there = (position >= first) & (position < windows.stop[rows, None])
-    scored = there & (position >= windows.first[rows, None])
-    return _Batch(position, first, starts[windows.document[rows], None] + position, there, scored)
+    in_window = (position >= first) & (position < windows.stop[rows, None])
+    scored = in_window & (position >= windows.first[rows, None])
+    return _Batch(position, first, starts[windows.document[rows], None] + position, in_window, scored)
 
 
 @lru_cache(maxsize=1)
@@ -166,7 +176,7 @@ def open_once(path: Path, dtype: str, quantization: Quantization) -> Teacher:
 
 
 def own_device() -> torch.device:
-    """The GPU of this process, by LOCAL_RANK where a launcher has given one; the CPU where there is none."""
+    """The GPU of this process, chosen by LOCAL_RANK if a launcher has set it; the CPU if there is no GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")

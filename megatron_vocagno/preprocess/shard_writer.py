@@ -1,8 +1,8 @@
 """Records -> the files of one shard.
 
-Documents are tokenized and aligned in batches of some megabytes, end to end; a document whose bytes do not add up is
-done again alone, by the tokenizer's own offsets, or quarantined; a document of many megabytes is done in parts, so that
-memory does not grow with it.
+Documents are tokenized and aligned in batches of some megabytes. If the token bytes of a document do not add up to its text, the
+document is aligned separately by the tokenizer's own offsets, or quarantined. A document of many megabytes is processed in parts,
+so that memory does not grow with it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ from megatron_vocagno.preprocess.documents import Document
 from megatron_vocagno.preprocess.inputs import InputSplit
 from megatron_vocagno.preprocess.long_texts import PART, aligned_parts
 
-BATCH_BYTES = 2 << 20  # of text, tokenized and aligned at once: a call of gigatoken begins with some 3 ms
+BATCH_BYTES = 2 << 20  # text that is tokenized and aligned at once: each call of gigatoken has an overhead of some 3 ms
 QUARANTINE = "quarantine.jsonl"
 OnBadLine = Literal["error", "skip", "quarantine"]
-CHECK_EVERY = 1000  # documents: one of so many is compared with Hugging Face's tokenizers
+CHECK_EVERY = 1000  # one document per this number is compared with Hugging Face's tokenizers
 
 
 @dataclass(frozen=True)
 class Text:
-    """A document, with its number in the shard and its UTF-8 bytes.
+    """A document to tokenize.
 
-    Normalised; of a long one (above `PART` characters) the text is as it came, and its characters are counted.
+    text     NFC-normalised, unless it is longer than `PART` characters
+    number   of the document in the shard
+    n_bytes  UTF-8 bytes, or characters if it is longer than `PART` characters
     """
 
     document: Document
@@ -53,7 +55,7 @@ class Text:
 
 
 class ShardWriter:
-    """`write` takes the records of a shard, in order; its files are in `folder` when it returns."""
+    """Writes the files of a shard into a folder: `write` reads the records of the shard in order."""
 
     def __init__(
         self,
@@ -65,7 +67,11 @@ class ShardWriter:
         name_of: Callable[[InputSplit], str],
         on_bad_line: OnBadLine = "error",
     ) -> None:
-        """name_of: the name of an input file in the quarantine. on_bad_line: what happens to a record without a text."""
+        """Open a writer.
+
+        name_of      gives the name of a split's file in the quarantine
+        on_bad_line  what to do with a record without a text: raise an error, skip it, or quarantine it
+        """
         self.folder, self.student, self.teacher, self.nfc, self.name_of = folder, student, teacher, nfc, name_of
         self.on_bad_line = on_bad_line
         self.dtypes: dict[str, np.dtype[Any]] = {
@@ -82,7 +88,12 @@ class ShardWriter:
         self.stack = ExitStack()
 
     def write(self, records: Iterable[Document], on_batch: Callable[[Counter[str]], object]) -> Totals:
-        """on_batch: called with the counts so far. Raises CorpusError: a bad record, if those are errors."""
+        """Write all files of the shard and return its totals.
+
+        on_batch: called with the counts after each batch
+
+        Raises CorpusError for a bad record if `on_bad_line` is "error".
+        """
         with self.stack as stack:
             self.pairs = {name: stack.enter_context(PairWriter(self.folder / name, d)) for name, d in self.dtypes.items()}
             for batch in batches(self._texts(records)):
@@ -92,7 +103,7 @@ class ShardWriter:
                     self._add(batch)
                 on_batch(self.counts)
         if not self.counts["documents"]:
-            # an empty .bin can be opened by nobody; such a shard is its shard.json
+            # An empty .bin cannot be mapped into memory: a shard without documents has only a shard.json.
             for name in self.pairs:
                 for ending in ("bin", "idx"):
                     (self.folder / f"{name}.{ending}").unlink()
@@ -101,13 +112,13 @@ class ShardWriter:
         return Totals(**self.counts, span_widths=tuple(self.widths.tolist()))
 
     def quarantine(self, document: Document, reason: str) -> None:
-        """Keeps a document aside, as it stands in the input."""
-        piece = document.piece
-        row: dict[str, Any] = {"file": self.name_of(piece)}
-        if piece.kind == "parquet":
+        """Append a document to quarantine.jsonl, with its bytes as in the input."""
+        split = document.split
+        row: dict[str, Any] = {"file": self.name_of(split)}
+        if split.kind == "parquet":
             row |= {"row": document.offset + 1}
         else:
-            row |= {"line": piece.first_line + document.number, "byte": document.offset}
+            row |= {"line": split.first_line + document.number, "byte": document.offset}
         row |= {"id": document.id} if document.id else {}
         row |= {"reason": reason, "raw_base64": base64.b64encode(document.raw).decode()}
         if self.quarantined is None:
@@ -115,12 +126,12 @@ class ShardWriter:
         self.quarantined.write(orjson.dumps(row) + b"\n")
 
     def _texts(self, records: Iterable[Document]) -> Iterator[Text]:
-        """The records with a text, numbered. The others are counted, and refused, skipped or quarantined."""
+        """The records with a text, numbered. Other records are counted, and then refused, skipped or quarantined."""
         number = 0
         for document in records:
             text = document.text
             if not text:
-                self._leave_out(document)
+                self._handle_without_text(document)
                 continue
             if text.isascii() or len(text) > PART:
                 yield Text(document, text, number, len(text))
@@ -129,14 +140,14 @@ class ShardWriter:
                 yield Text(document, text, number, len(text.encode()))
             number += 1
 
-    def _leave_out(self, document: Document) -> None:
+    def _handle_without_text(self, document: Document) -> None:
         if document.text is not None:
             self.counts["empty_documents"] += 1
             return
         if self.on_bad_line == "error":
             shown = f": {document.raw[:80]!r}" if document.raw else ""
             raise CorpusError(
-                f"{document}: {document.reason}{shown}\n  --on-bad-line skip leaves such records out, quarantine keeps them aside"
+                f"{document}: {document.reason}{shown}\n  Use --on-bad-line skip to drop such records, or quarantine to keep them"
             )
         self.counts["broken_inputs" if document.reason.startswith("broken input") else "bad_lines"] += 1
         if self.on_bad_line == "quarantine":
@@ -153,7 +164,7 @@ class ShardWriter:
         if aligned.good.all():
             self._put(batch, student.tokens, teacher.tokens, aligned)
             return
-        for start, stop in runs(aligned.good):  # so that all stay in their order
+        for start, stop in runs(aligned.good):  # keeps the documents in their order
             if aligned.good[start]:
                 one, other = student.part(start, stop), teacher.part(start, stop)
                 self._put(batch[start:stop], one.tokens, other.tokens, align_texts(one, other, n_bytes[start:stop]))
@@ -173,10 +184,10 @@ class ShardWriter:
         self._count(aligned.widths, aligned.covered, int(s_lengths.sum()), int(t_lengths.sum()))
         self._count_documents(batch, sum(t.n_bytes for t in batch))
 
-    # ---- a document whose bytes do not add up
+    # ---- a document whose token bytes do not add up to its text
 
     def _add_by_offsets(self, text: Text) -> None:
-        """Places its tokens by the tokenizer's own offsets, or keeps it aside."""
+        """Align a document by the tokenizer's own offsets, or quarantine it."""
         sides = (self.student.encode_batch([text.text])[0], self.teacher.encode_batch([text.text])[0])
         for side, tokens in zip(("student", "teacher"), sides, strict=True):
             if tokens.ends_from == "unknown":
@@ -198,7 +209,7 @@ class ShardWriter:
     # ---- a long document
 
     def _add_long(self, text: Text) -> None:
-        """Part by part; what is written of it is taken back where a part's bytes do not add up."""
+        """Add a document part by part. If the bytes of a part do not add up, the parts that are written are removed again."""
         counts, widths = self.counts.copy(), self.widths.copy()
         for name in PAIRS:
             self.pairs[name].add(np.zeros(0, self.dtypes[name]))
@@ -227,11 +238,11 @@ class ShardWriter:
         self.counts["offset_documents"] += by_offsets
 
     def _grow(self, student: ArrayLike, teacher: ArrayLike, codes: ArrayLike, anchors: ArrayLike) -> None:
-        """More of the last document."""
+        """Append to the last document."""
         for name, numbers in (("student", student), ("teacher", teacher), ("spans", codes), ("anchors", anchors)):
             self.pairs[name].grow(np.asarray(numbers, self.dtypes[name]))
 
-    # ---- what each of the three does
+    # ---- counts
 
     def _count(self, widths: NDArray[np.int64], covered: int, n_student: int, n_teacher: int) -> None:
         self.widths += widths
@@ -255,7 +266,7 @@ class ShardWriter:
 
 
 def batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
-    """Batches of `BATCH_BYTES` at most; a longer text goes alone."""
+    """Batches of at most `BATCH_BYTES`. A longer text is a batch by itself."""
     batch: list[Text] = []
     size = 0
     for text in texts:
@@ -269,6 +280,6 @@ def batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
 
 
 def runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """[start, stop) of each stretch of equal flags."""
+    """[start, stop) of each run of equal flags."""
     changes = np.flatnonzero(np.diff(flags)) + 1
     return pairwise([0, *changes.tolist(), len(flags)])

@@ -1,11 +1,12 @@
-"""One shard: the one function that every engine runs.
+"""Make one shard of a dataset.
 
-    make_shard   a job -> one folder of the dataset; idempotent and atomic, so that it may be killed at any moment,
-                 repeated, or run twice at once
+    make_shard   a job -> one folder of the dataset. Every engine runs this function.
 
-A shard is written beside its place, flushed to the disk, hashed and renamed in one step; on an object store, shard.json
-is uploaded last. It is done exactly when its shard.json is there, is whole, and was made from the same input with the
-same settings. Its bytes depend on nothing else: not on time, place, engine or the number of workers.
+`make_shard` is idempotent and atomic: it may be killed at any moment, repeated, or run twice at the same time.
+
+A shard is written to a temporary folder, flushed to the disk, hashed and renamed in one step. On an object store, shard.json
+is uploaded last. A shard is finished if its shard.json exists, is complete, and records the same input and settings. The
+shard's bytes depend only on input and settings, not on time, path, engine or the number of workers.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ from megatron_vocagno.preprocess.workers import report
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What decides a shard's bytes, beside its input. (`backend` does not: its ids are checked.)"""
+    """The settings of a build. They and the input decide a shard's bytes. (`backend` does not: its ids are compared.)"""
 
-    student: str  # as open_tokenizer takes them
+    student: str  # for open_tokenizer, as `teacher`
     teacher: str
     student_eos: str | None = None
     teacher_eos: str | None = None
-    text_key: str | tuple[str, ...] = "text"  # of several, the first that is there
+    text_key: str | tuple[str, ...] = "text"  # if there are several, the first that a record has
     id_key: str | tuple[str, ...] | None = None
     on_bad_line: OnBadLine = "error"
     nfc: bool = True
@@ -61,17 +62,17 @@ class BuildConfig:
 
     @property
     def tokenizers(self) -> tuple[Tokenizer, Tokenizer]:
-        """student, teacher; opened once a process."""
+        """The student's and the teacher's tokenizer, opened once per process."""
         return _tokenizer(self.student, self.student_eos, self.backend), _tokenizer(self.teacher, self.teacher_eos, self.backend)
 
     @property
     def id_name(self) -> str | None:
-        """What a dataset calls its ids."""
+        """The name of the ids in dataset.json; None for a dataset without ids."""
         return " or ".join(names(self.id_key)) or None
 
     @property
     def sha256(self) -> str:
-        """By what tokenizers do, not by where they lie."""
+        """Hash of the settings. It contains fingerprints of the tokenizers instead of their paths."""
         student, teacher = (t.fingerprint for t in self.tokenizers)
         text, ids = ([*names(key)] for key in (self.text_key, self.id_key))
         keys = {"text_key": text[0] if len(text) == 1 else text, "id_key": ids[0] if len(ids) == 1 else ids or None}
@@ -80,7 +81,7 @@ class BuildConfig:
 
     @property
     def in_words(self) -> dict[str, str]:
-        """What `sha256` is made of, as options and their values; of a tokenizer its fingerprint, and where it lies."""
+        """The values that `sha256` hashes, by command-line option. A tokenizer's value is its fingerprint and path."""
         student, teacher = self.tokenizers
         return {
             "--student": f"{student.fingerprint} ({self.student})",
@@ -100,17 +101,26 @@ def _tokenizer(path: str, eos: str | None, backend: Backend) -> Tokenizer:
     return open_tokenizer(path, backend, eos_token=eos)
 
 
+def shard_name(index: int) -> str:
+    """The name of a shard's folder.
+
+    >>> shard_name(7)
+    '0007'
+    """
+    return f"{index:04}"
+
+
 @dataclass(frozen=True)
 class ShardJob:
     """One shard to make.
 
-    root      the folder that all input files have in common: they are named from there on
-    trusted   the input's sizes and times are those of the plan that the shard was made by: its bytes need not be read again
+    root      the common folder of all input files; their recorded names are relative to it
+    trusted   the input has the sizes and times that the plan recorded, so it need not be read again to compare its hash
     force     replace a shard that was made from other input or with other settings
     """
 
     index: int
-    pieces: tuple[InputSplit, ...]
+    splits: tuple[InputSplit, ...]
     root: str
     out: str
     settings: BuildConfig
@@ -120,22 +130,22 @@ class ShardJob:
 
     @property
     def name(self) -> str:
-        """Of the shard."""
-        return f"{self.index:04}"
+        """The name of the shard."""
+        return shard_name(self.index)
 
-    def file(self, piece: InputSplit) -> str:
-        """The name of an input file; not its path: bytes do not depend on places."""
-        return piece.url.removeprefix(self.root)
+    def file(self, split: InputSplit) -> str:
+        """The recorded name of a split's file. It is not the full path, so that moved input gives the same bytes."""
+        return split.url.removeprefix(self.root)
 
     @property
     def folder(self) -> Place:
-        """Of the shard."""
+        """The folder of the shard."""
         return place(self.out) / "shards" / self.name
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A shard that is there. reused: it was there before."""
+    """A finished shard. reused: an earlier job had made it."""
 
     job: ShardJob
     record: ShardRecord
@@ -144,7 +154,7 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a shard is. bad: records that were refused."""
+    """The progress of one shard. bad: records that were refused."""
 
     index: int
     documents: int
@@ -153,22 +163,28 @@ class Progress:
 
 
 class ShardFile(Record):
-    """shard.json. settings, input: sha256 of what the shard was made with and from; encoders: of student and teacher."""
+    """shard.json.
+
+    settings, input  sha256 of the settings and of the input
+    pieces           file name, start and stop of each input split
+    encoders         names of the student's and the teacher's encoder
+    """
 
     settings: str
     input: str
-    pieces: tuple[tuple[str, int, int], ...]  # file name, and what InputSplit calls start and stop
+    pieces: tuple[tuple[str, int, int], ...]
     encoders: tuple[str, str]
     record: ShardRecord
 
 
 def make_shard(job: ShardJob) -> ShardResult:
-    """The finished shard: as it lies there, or made now. Leaves nothing behind when it fails.
+    """Make a shard, or reuse it if it is finished. Removes its temporary files if it fails.
 
-    Raises CorpusError: bad input, changed input or settings, gigatoken's ids are wrong. Raises OSError: disk full.
+    Raises CorpusError for bad input, ChangedError for changed input or settings, EncoderMismatch for wrong ids of gigatoken,
+    and OSError, for example for a full disk.
     """
-    if (made := finished(job)) is not None:
-        return ShardResult(job, made.record, reused=True)
+    if (shard := finished(job)) is not None:
+        return ShardResult(job, shard.record, reused=True)
     folder = job.folder
     if isinstance(folder, Path):
         make_folder(folder.parent)
@@ -177,7 +193,7 @@ def make_shard(job: ShardJob) -> ShardResult:
     else:
         temporary = Path(tempfile.mkdtemp(prefix=f"vocagno-{job.name}-"))
     try:
-        made = _write(job, temporary)
+        shard = _write(job, temporary)
         if isinstance(folder, Path):
             _publish(temporary, folder)
         else:
@@ -186,10 +202,10 @@ def make_shard(job: ShardJob) -> ShardResult:
     except OSError as error:
         if error.filename is not None or error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(temporary)) from error  # a failed write does not say where
+        raise OSError(error.errno, error.strerror, str(temporary)) from error  # the error of a failed write has no path
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return ShardResult(job, made.record, reused=False)
+    return ShardResult(job, shard.record, reused=False)
 
 
 def _write(job: ShardJob, folder: Path) -> ShardFile:
@@ -198,64 +214,64 @@ def _write(job: ShardJob, folder: Path) -> ShardFile:
     settings = job.settings
     writer = ShardWriter(folder, student, teacher, settings.nfc, bool(names(settings.id_key)), job.file, settings.on_bad_line)
 
-    def tell(counts: Counter[str]) -> None:
+    def report_counts(counts: Counter[str]) -> None:
         report(Progress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))
 
-    totals = writer.write(_read(job, digest), tell)
+    totals = writer.write(_read(job, digest), report_counts)
     files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
-    made = ShardFile(
+    shard = ShardFile(
         settings=job.settings_sha256,
         input=digest.hexdigest(),
-        pieces=tuple((job.file(p), p.start, p.stop) for p in job.pieces),
+        pieces=tuple((job.file(split), split.start, split.stop) for split in job.splits),
         encoders=(student.encoder.name, teacher.encoder.name),
         record=ShardRecord(path=f"shards/{job.name}", totals=totals, files=files),
     )
-    write_durably(folder / "shard.json", to_json(made))
-    return made
+    write_durably(folder / "shard.json", to_json(shard))
+    return shard
 
 
 def _read(job: ShardJob, digest: hashlib._Hash) -> Iterator[Document]:
-    for piece in job.pieces:
-        digest.update(b"\0piece\0")
-        yield from read(piece, job.settings.text_key, job.settings.id_key, digest.update)
+    for split in job.splits:
+        digest.update(b"\0piece\0")  # part of the format: the hashes of existing shards contain it
+        yield from read(split, job.settings.text_key, job.settings.id_key, digest.update)
 
 
-# ---- done, or not
+# ---- is a shard finished?
 
 
 def finished(job: ShardJob) -> ShardFile | None:
-    """shard.json of a shard that needs no work; None where there is none, a damaged one, or --force replaces it.
+    """The shard.json of a shard that needs no work; None if the shard is missing or damaged, or if `force` replaces it.
 
-    Raises ChangedError where it was made with other settings or from other input.
+    Raises ChangedError if the shard was made with other settings or from other input.
     """
     file = job.folder / "shard.json"
     try:
-        made = ShardFile.model_validate_json(file.read_bytes())
-        for name, record in made.record.files.items():
+        shard = ShardFile.model_validate_json(file.read_bytes())
+        for name, record in shard.record.files.items():
             check_size(job.folder / name, record)
     except (FileNotFoundError, ValidationError, DatasetError):
         return None
-    if job.settings.backend == "huggingface" and "gigatoken" in made.encoders:
-        return None  # its ids are in doubt
-    changed = _changed(job, made)
-    if changed is None:
-        return made
+    if job.settings.backend == "huggingface" and "gigatoken" in shard.encoders:
+        return None  # its ids may be wrong
+    difference = _difference(job, shard)
+    if difference is None:
+        return shard
     if job.force:
         return None
+    what, then, now = difference
     raise ChangedError(
-        f"{job.folder} was made from other {changed[0]} ({changed[1]}) than are asked for now ({changed[2]}): "
-        "name another --out, or rebuild it with --force"
+        f"{job.folder} was made from other {what}: {then} then, {now} now. Name another --out, or rebuild it with --force"
     )
 
 
-def _changed(job: ShardJob, made: ShardFile) -> tuple[str, object, object] | None:
-    """What a finished shard was made with that differs from what is asked for: then, and now."""
-    if made.settings != job.settings_sha256:
-        return "settings or tokenizers", made.settings, job.settings_sha256
-    if (then := [p[1:] for p in made.pieces]) != (now := [(p.start, p.stop) for p in job.pieces]):
+def _difference(job: ShardJob, shard: ShardFile) -> tuple[str, object, object] | None:
+    """The first value in which a finished shard and its job differ: its name, the shard's value, the job's value."""
+    if shard.settings != job.settings_sha256:
+        return "settings or tokenizers", shard.settings, job.settings_sha256
+    if (then := [piece[1:] for piece in shard.pieces]) != (now := [(split.start, split.stop) for split in job.splits]):
         return "parts of the input", then, now
-    if not job.trusted and (source := _hash_input(job)) != made.input:
-        return "input", made.input, source
+    if not job.trusted and (source := _hash_input(job)) != shard.input:
+        return "input", shard.input, source
     return None
 
 
@@ -266,11 +282,11 @@ def _hash_input(job: ShardJob) -> str:
     return digest.hexdigest()
 
 
-# ---- into its place
+# ---- publish
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """One rename. A folder that is already there is damaged, outdated, or the same made by another worker just now."""
+    """Rename the folder. An existing folder is damaged, outdated, or the same shard that another worker has just made."""
     if folder.exists():
         old = temporary.with_name(f"{temporary.name}.old")
         with suppress(FileNotFoundError):
@@ -285,7 +301,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _upload(temporary: Path, folder: Place) -> None:
-    """An object store has no rename: shard.json, which says that the shard is done, goes first and comes last."""
+    """Upload the shard. An object store has no rename, so that shard.json is removed first and uploaded last."""
     (folder / "shard.json").unlink(missing_ok=True)
     files = sorted(temporary.iterdir(), key=lambda file: (file.name == "shard.json", file.name))
     folder.mkdir(parents=True, exist_ok=True)

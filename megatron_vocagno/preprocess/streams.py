@@ -1,10 +1,10 @@
-"""The bytes of an input file: a stretch of it, decompressed, local or not.
+"""The decompressed bytes of a local or remote input file.
 
-    open_bytes    a stretch of a file -> a buffered reader of its (decompressed) bytes
-    open_raw      the file itself: seek, and read exactly what is asked for
+    open_bytes    a range of a file -> a buffered reader of its (decompressed) bytes
+    open_raw      the file without a buffer: seek, and read exactly the requested bytes
 
-Memory is a buffer, whatever the size of the file. What comes before a damage is delivered, but for the block of the
-compressed data that it lies in; then reading raises BrokenInput.
+Memory is one buffer for a file of any size. If the data is damaged, the bytes before the damaged compressed block are delivered,
+and reading then raises BrokenInput.
 """
 
 from __future__ import annotations
@@ -36,27 +36,27 @@ if TYPE_CHECKING:
 Compression: TypeAlias = Literal["", "gzip", "zstd", "bzip2", "xz"]
 
 LOCAL_BUFFER = 1 << 20
-REMOTE_BUFFER = 8 << 20  # a request each
-COMPRESSED_CHUNK = 4096  # what a decoder cannot deliver when it meets a damage is at most what it made of one chunk
-# A window or dictionary is as large as the file says, and takes that memory: 2 GiB is what `zstd --long=31` says, and the
-# largest that the format's own tools read; xz has 1.5 GiB at most
+REMOTE_BUFFER = 8 << 20  # bytes per request
+COMPRESSED_CHUNK = 4096  # if a chunk is damaged, at most the data of this chunk is lost
+# The file determines the size of the window or dictionary, and thereby the memory. `zstd --long=31` uses 2 GiB, which is the
+# largest window that the zstd command reads; xz uses 1.5 GiB at most.
 LARGEST_ZSTD_WINDOW = 31  # bits
 XZ_MEMORY = 2 << 30
-LONGEST_GZIP_HEADER = 1 << 20  # a name has no length in it, only an end
+LONGEST_GZIP_HEADER = 1 << 20  # the length of a name is not limited by the format
 
-# what a member, frame or stream begins with; bzip2's is plain text, so that its first block, or its end, is taken too
+# The first bytes of a member, frame or stream. bzip2's are plain text, so its first block, or its end, is compared too.
 _BEGINNINGS: dict[Compression, tuple[bytes, ...]] = {
     "gzip": (b"\x1f\x8b\x08",),
-    # a frame, or a skippable one: pzstd begins with such, and the seekable format ends with one
+    # a frame or a skippable frame: files of pzstd begin with a skippable frame, and files of the seekable format end with one
     "zstd": (b"\x28\xb5\x2f\xfd", *(bytes([n]) + b"\x2a\x4d\x18" for n in range(0x50, 0x60))),
     "bzip2": tuple(b"BZh%d" % level + block for level in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")),
     "xz": (b"\xfd7zXZ\x00",),
 }
-HEADER = 18  # bytes that tell what a member is: the longest header of a zstd frame
+HEADER = 18  # bytes that identify a member: the longest header of a zstd frame
 
 
 class _Decompressor(Protocol):
-    """Of one member, frame or stream: the protocol of bz2.BZ2Decompressor."""
+    """Decompresses one member, frame or stream. It has the interface of bz2.BZ2Decompressor."""
 
     @property
     def eof(self) -> bool: ...
@@ -67,7 +67,7 @@ class _Decompressor(Protocol):
     def decompress(self, data: bytes, max_length: int) -> bytes: ...
 
 
-# of gzip, what comes after a header
+# the decompressor of gzip does not read the header
 _DECOMPRESSORS: dict[Compression, Callable[[], _Decompressor]] = {
     "gzip": cast(Callable[[], _Decompressor], partial(igzip_lib.IgzipDecompressor, flag=igzip_lib.DECOMP_GZIP_NO_HDR_VER)),
     "zstd": partial(zstd.ZstdDecompressor, options={zstd.DecompressionParameter.window_log_max: LARGEST_ZSTD_WINDOW}),
@@ -86,19 +86,22 @@ _FAILURES: tuple[type[Exception], ...] = (
 
 
 def compression_of(head: bytes) -> Compression:
-    """By the first bytes of a file; "" for none that is known."""
+    """The compression of a file, by its first bytes; "" if it is not a known one."""
     return next((name for name, beginnings in _BEGINNINGS.items() if head.startswith(beginnings)), "")
 
 
 def open_bytes(where: Place, compression: Compression, start: int, stop: int) -> BinaryIO:
-    """The bytes [start, stop) of a file, decompressed. Reading raises BrokenInput, or OSError where the file cannot be read."""
+    """The bytes [start, stop) of a file, decompressed.
+
+    Reading raises BrokenInput for damaged data, and OSError if the file cannot be read.
+    """
     size = LOCAL_BUFFER if isinstance(where, Path) else REMOTE_BUFFER
     section: BinaryIO = io.BufferedReader(_Section(where, start, stop), size)
     return io.BufferedReader(_Decompressed(section, compression, where), LOCAL_BUFFER) if compression else section
 
 
 def open_raw(where: Place) -> BinaryIO:
-    """Without a buffer: on an object store each read is one request for these bytes alone."""
+    """The file without a buffer. On an object store, each read is one request for exactly these bytes."""
     return where.open("rb", buffering=0) if isinstance(where, Path) else where.open("rb", cache_type="none")
 
 
@@ -127,16 +130,17 @@ class _Section(io.RawIOBase):
 
 
 class _Decompressed(io.RawIOBase):
-    """All members of a compressed file, one after another: gzip, pigz, bgzip, pbzip2, pzstd, and files put together by cat.
+    """All members of a compressed file in sequence.
 
-    Zeros between and behind them are padding, as tapes and block devices leave it.
+    Files of pigz, bgzip, pbzip2 and pzstd have several members, and files that cat has concatenated. Zeros between and after
+    members are padding, as tapes and block devices write it.
     """
 
     def __init__(self, source: BinaryIO, compression: Compression, where: Place) -> None:
         self.source, self.name, self.where = source, compression, where
         self.member: _Decompressor | None = None
-        self.data = b""  # of the file, read and not yet decoded
-        self.at = 0  # how much of the file was read
+        self.data = b""  # bytes of the file that are read and not yet decoded
+        self.at = 0  # number of bytes that are read
 
     def readable(self) -> bool:
         return True
@@ -145,7 +149,7 @@ class _Decompressed(io.RawIOBase):
         view = memoryview(buffer)
         while True:
             if self.member is None or self.member.eof:
-                if not self._begins(self.member.unused_data if self.member else b""):
+                if not self._begin_member(self.member.unused_data if self.member else b""):
                     return 0
                 self.member = _DECOMPRESSORS[self.name]()
             if self.member.needs_input and not self.data:
@@ -161,17 +165,17 @@ class _Decompressed(io.RawIOBase):
         except _FAILURES as error:
             if isinstance(error, MemoryError) or "not enough memory" in str(error):
                 raise CorpusError(
-                    f"{self.where}: too little memory to unpack it: {self.name} data ask for a window of up to 2 GiB "
-                    "(zstd --long, xz --lzma2=dict). Use fewer workers, or pack it again with a smaller one"
+                    f"{self.where}: not enough memory to decompress it: {self.name} data may need a window of up to 2 GiB "
+                    "(zstd --long, xz --lzma2=dict). Use fewer workers, or compress it again with a smaller window"
                 ) from None
             if re.search("upport|too much memory|limit exceeded", str(error)):
                 raise BrokenInput(
-                    f"{self.name} data that cannot be read here ({error}): if they are whole, unpack them with what packed them"
+                    f"{self.name} data that cannot be read here ({error}): if they are complete, unpack them with what packed them"
                 ) from None
             raise BrokenInput(f"damaged {self.name} data ({error})") from None
 
-    def _begins(self, rest: bytes) -> bool:
-        """Whether another member does, of which `data` is then the beginning; of gzip, what comes after its header."""
+    def _begin_member(self, rest: bytes) -> bool:
+        """Find the next member; False if there is none. `data` is then its beginning, without the header of gzip."""
         self.data = rest.lstrip(b"\0")
         while not self.data and (chunk := self._chunk()):
             self.data = chunk.lstrip(b"\0")
@@ -193,7 +197,7 @@ class _Decompressed(io.RawIOBase):
         return True
 
     def _skip_gzip_header(self) -> None:
-        """RFC 1952. isal reads the headers of pgzip and mgzip wrongly where a read ends within one."""
+        """Skip the header of RFC 1952. isal misreads the headers of pgzip and mgzip if a read ends within one."""
         while (size := gzip_header_size(self.data)) is None:
             if len(self.data) > LONGEST_GZIP_HEADER:
                 raise BrokenInput(f"damaged gzip data (a header of more than {LONGEST_GZIP_HEADER:,} bytes)")
@@ -204,12 +208,12 @@ class _Decompressed(io.RawIOBase):
         try:
             dictionary = zstd.get_frame_info(self.data).dictionary_id
         except zstd.ZstdError:
-            return  # skippable, cut off or damaged: the decoder will tell
+            return  # skippable, cut off or damaged: the decoder raises the error
         if dictionary:
             raise BrokenInput(f"zstd data that were packed with a dictionary ({dictionary}): unpack them with it (zstd -d -D)")
 
     def _read(self) -> None:
-        """More data, where the member needs them."""
+        """Read more data of a member. Raises BrokenInput at the end of the file."""
         if not (chunk := self._chunk()):
             raise BrokenInput(f"the {self.name} data ends in the middle: cut off?")
         self.data += chunk
@@ -226,9 +230,12 @@ class _Decompressed(io.RawIOBase):
 
 
 def gzip_header_size(data: bytes) -> int | None:
-    """Bytes of the header that `data` begin with; None where it is not whole. Raises BrokenInput for one that cannot be."""
+    """Size in bytes of the gzip header at the beginning of `data`; None if it is incomplete.
+
+    Raises BrokenInput for an invalid header.
+    """
     extra, name, comment, crc, reserved = 4, 8, 16, 2, 0xE0
-    if len(data) < 12:  # a whole member has more
+    if len(data) < 12:  # a complete member is longer
         return None
     flags, size = data[3], 10
     if flags & reserved:

@@ -1,14 +1,15 @@
-"""What a teacher reads at a time: documents, each alone, as windows of a bounded context.
+"""Documents -> the windows that a teacher reads. A window contains tokens of one document, at most the context's length.
 
     document     E t0 t1 t2 ................................ t[n-1]       E: the teacher's BOS or EOS, n tokens with EOS
     window 0     [ E ............... )  N inputs, scores all its targets
     window 1             [ ................. )                           M inputs later, scores the targets from N on
     window 2                     [ .............. )
 
-What the teacher's tokenizer puts in front of a text is read before each window and has no target; in window 0 its last id is E.
+The ids that the teacher's tokenizer puts in front of a text are read before each window and have no target. In window 0, E is
+the last of these ids.
 
-Input p is the token before target p. A target is scored once, in the first window that holds it, and so with at least N - M
-tokens before it; in the first window with all that there are.
+Input p is the token before target p. Each target is scored once, in the first window that contains it. It therefore has at least
+N - M tokens of context; in window 0 it has all tokens before it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Int64 = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Windows:
-    """W windows, each [W] int64: inputs [start, stop) of a document, of which the targets [first, stop) are scored."""
+    """W windows, each field [W] int64: the inputs [start, stop) of a document; the targets [first, stop) are scored."""
 
     document: Int64
     start: Int64
@@ -36,7 +37,12 @@ class Windows:
 
 
 def plan_windows(lengths: Int64, context: int, stride: int) -> Windows:
-    """Windows of documents of so many tokens [D], in their order. context: N, stride: M, 1 <= M <= N."""
+    """The windows of documents, in their order.
+
+    lengths  [D], tokens of each document
+    context  N, inputs of a window at most
+    stride   M, inputs between the starts of two windows, 1 <= M <= N
+    """
     more = np.maximum(0, -(-(lengths - context) // stride))
     document = np.repeat(np.arange(len(lengths)), more + 1)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(more + 1) - (more + 1), more + 1)

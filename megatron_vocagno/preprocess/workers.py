@@ -1,12 +1,12 @@
-"""Runs jobs in processes of this machine, and replaces those that die. Knows nothing of what the jobs are.
+"""Run jobs in processes of this machine, and replace processes that die.
 
-    run_local         jobs -> their results as they come, a Failure for a job that cannot be done
+    run_local         jobs -> their results as they arrive, a Failure for a job that could not be done
     in_this_process   the same without processes
-    failures_of       the failures among results
-    report            called by a task: how far it is
+    report            called by a task to report its progress
 
-A task is a function that can be imported by its name, and may be killed at any moment and run again. What a task raises is
-the Failure of its job, and the rest goes on; exceptions that the caller names in `stop` end everything by being raised.
+A task is a function that can be imported by its name. It may be killed at any moment and run again. An exception in a task
+becomes the Failure of its job, and the other jobs continue. An exception that the caller names in `stop` is raised and ends all
+jobs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from megatron_vocagno.errors import CorpusError
 
-STRIKES = 3  # workers that may die at one job
-FALSE_STARTS = 10  # workers that may die in a row before any of them is ready
-REPORT_SECONDS = 0.2  # at least, between two reports of one job
+STRIKES = 3  # deaths of workers after which a job is given up
+FALSE_STARTS = 10  # deaths in sequence, without any worker becoming ready, after which no more workers are started
+REPORT_SECONDS = 0.2  # minimum time between two reports of one job
 
-# a worker is one core; the threads of libraries would fight for the others. Libraries read this when they are imported
+# Each worker uses one core; threads of libraries would compete for the others. Libraries read these variables on import.
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false"} | dict.fromkeys(
     ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "NUMBA_NUM_THREADS"), "1"
 )
@@ -46,25 +46,18 @@ Stop: TypeAlias = tuple[type[Exception], ...]
 
 @dataclass(frozen=True)
 class Failure(Generic[J]):
-    """A job that could not be done."""
+    """A job that could not be done.
+
+    reason  the message of a CorpusError, the traceback of another exception, or how the workers died
+    """
 
     job: J
-    reason: str  # for people: the message of a CorpusError, the traceback of another exception, or how the workers died
+    reason: str
 
 
 def in_this_process(task: Callable[[J], R], jobs: Sequence[J], stop: Stop = ()) -> Iterator[R | Failure[J]]:
-    """The engine that starts no process."""
+    """The engine that runs jobs in the calling process."""
     return run_local(task, jobs, workers=1, stop=stop)
-
-
-def failures_of(results: Iterable[R | Failure[J]], on_result: Callable[[R | Failure[J]], object]) -> list[Failure[J]]:
-    """Waits for all results, and tells each as it comes."""
-    failures = []
-    for result in results:
-        on_result(result)
-        if isinstance(result, Failure):
-            failures.append(result)
-    return failures
 
 
 def run_local(
@@ -74,51 +67,52 @@ def run_local(
     stop: Stop = (),
     on_progress: Callable[[Any], object] | None = None,
 ) -> Iterator[R | Failure[J]]:
-    """Results as they come; jobs are begun in their order. One worker runs in this process.
+    """Yield results as they arrive. Jobs start in their order. A single worker runs in the calling process.
 
-    A worker that is killed is replaced and its job done again; the third death at one job is a Failure. on_progress: called
-    with what tasks report. Raises CorpusError when no worker can start. Workers end when the iterator is closed or dropped,
-    and soon after this process, however that ends.
+    on_progress  called with the reports of tasks
 
-    Each worker has a pipe of its own and shares no lock or queue with the others: a death costs one job, and is seen at
-    once as the end of its pipe. (concurrent.futures waits for ever when a worker dies while another one starts.)
+    A worker that dies is replaced and its job is run again; after the third death the job is a Failure. Workers end when the
+    iterator is closed or dropped, and shortly after this process ends for any reason. Raises CorpusError if no worker can start.
+
+    Each worker has a separate pipe and shares no lock or queue with others. A death therefore affects one job, and is detected
+    immediately as the end of the pipe. (concurrent.futures waits forever if a worker dies while another one starts.)
     """
     if workers > 1:
-        crew = _Crew(task, jobs, workers, stop, on_progress)
+        pool = _WorkerPool(task, jobs, workers, stop, on_progress)
         try:
-            yield from crew.results()
+            yield from pool.results()
         finally:
-            crew.dismiss()
+            pool.stop_workers()
         return
     for job in jobs:
-        with _followed(on_progress):
+        with _listening(on_progress):
             answer = run_job(task, job, stop)
         yield unwrap(job, answer)
 
 
-# ---- how far a task is
+# ---- progress
 
 _listener: ContextVar[Callable[[object], object] | None] = ContextVar("listener", default=None)
 
 
 def report(update: object) -> None:
-    """Called by a task as often as it likes: how far it is, in one value that replaces the one before. Most are dropped."""
+    """Report a task's progress, as often as the task likes. A value replaces the one before; most values are dropped."""
     if (listener := _listener.get()) is not None:
         listener(update)
 
 
 @contextmanager
-def _followed(listener: Callable[[object], object] | None) -> Iterator[None]:
-    """Hands on what is reported meanwhile, a few updates a second."""
+def _listening(listener: Callable[[object], object] | None) -> Iterator[None]:
+    """Pass reports to the listener, at most one per `REPORT_SECONDS`, while the block runs."""
     due = 0.0
 
-    def tell(update: object) -> None:
+    def forward(update: object) -> None:
         nonlocal due
         if listener is not None and time.monotonic() >= due:
             listener(update)
             due = time.monotonic() + REPORT_SECONDS
 
-    token = _listener.set(tell)
+    token = _listener.set(forward)
     try:
         yield
     finally:
@@ -127,11 +121,14 @@ def _followed(listener: Callable[[object], object] | None) -> Iterator[None]:
 
 # ---- one job, on any engine
 
-Answer: TypeAlias = tuple[Literal["done", "failed", "stopped"], Any]  # with the result, the reason, the exception
+Answer: TypeAlias = tuple[Literal["done", "failed", "stopped"], Any]  # and the result, the reason, or the exception
 
 
 def run_job(task: Callable[[J], R], job: J, stop: Stop) -> Answer:
-    """Does a job, whatever becomes of it. stop: exceptions that end all jobs. Ctrl-C and exits pass."""
+    """Run a job. An exception is returned in the answer, except KeyboardInterrupt and SystemExit, which are raised.
+
+    stop: exceptions that end all jobs
+    """
     try:
         return "done", task(job)
     except (KeyboardInterrupt, SystemExit):
@@ -145,7 +142,7 @@ def run_job(task: Callable[[J], R], job: J, stop: Stop) -> Answer:
 
 
 def serialize(answer: Answer) -> bytes:
-    """Pickled. Of what cannot be, the text: many exceptions can be pickled, but not unpickled."""
+    """Pickle an answer. A value that does not survive pickling is replaced by its text: many exceptions cannot be unpickled."""
     outcome, value = answer
     text = "".join(traceback.format_exception(value)) if outcome == "stopped" else ""
     try:
@@ -160,7 +157,7 @@ def serialize(answer: Answer) -> bytes:
 
 
 def unwrap(job: J, answer: Answer) -> Any:
-    """The result or a Failure. Raises an exception of `stop`."""
+    """The result, or a Failure. Raises the exception of an answer that ends all jobs."""
     outcome, value = answer
     if outcome == "stopped":
         raise value
@@ -169,26 +166,26 @@ def unwrap(job: J, answer: Answer) -> Any:
 
 @dataclass(eq=False)
 class Entry(Generic[J]):
-    """A job in the queue. deaths: workers that died at it."""
+    """A job in the queue. deaths: workers that died while they ran it."""
 
     job: J
     deaths: int = 0
 
 
 class Queue(deque[Entry[J]]):
-    """Jobs in their order; one whose worker died comes first again."""
+    """Jobs in their order. A job whose worker died returns to the front."""
 
     def __init__(self, jobs: Sequence[J]) -> None:
         super().__init__(Entry(job) for job in jobs)
 
-    def again(self, entry: Entry[J], death: str) -> Iterator[Failure[J]]:
-        """After a worker died: puts its job back, or gives it up."""
+    def retry(self, entry: Entry[J], death: str) -> Iterator[Failure[J]]:
+        """Put the job of a dead worker back, or yield a Failure after `STRIKES` deaths."""
         entry.deaths += 1
         if entry.deaths < STRIKES:
             self.appendleft(entry)
             return
-        hint = "Out of memory? Fewer workers a machine need less"
-        yield Failure(entry.job, f"{STRIKES} workers died at it, the last one {death}. {hint}")
+        hint = "Out of memory? Try fewer --workers"
+        yield Failure(entry.job, f"{STRIKES} workers died while they ran it, the last one {death}. {hint}")
 
 
 # ---- the workers of this machine
@@ -199,7 +196,7 @@ class _Worker(Generic[J]):
     process: BaseProcess
     pipe: Connection
     ready: bool = False
-    entry: Entry[J] | None = None  # at work on it
+    entry: Entry[J] | None = None  # the job that it runs
 
     @property
     def death(self) -> str:
@@ -207,7 +204,7 @@ class _Worker(Generic[J]):
         return f"by signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"with exit status {code}"
 
 
-class _Crew(Generic[J, R]):
+class _WorkerPool(Generic[J, R]):
     def __init__(
         self,
         task: Callable[[J], R],
@@ -222,39 +219,40 @@ class _Crew(Generic[J, R]):
         self.false_starts = 0
 
     def results(self) -> Iterator[R | Failure[J]]:
-        while self.queue or self._at_work:
-            while len(self.workers) < min(self.size, len(self.queue) + self._at_work):
-                self._hire()
-            self._feed()
+        while self.queue or self._running:
+            while len(self.workers) < min(self.size, len(self.queue) + self._running):
+                self._start_worker()
+            self._send_jobs()
             for pipe in wait(list(self.workers)):
-                yield from self._hear(self.workers[pipe])
+                yield from self._receive(self.workers[pipe])
 
     @property
-    def _at_work(self) -> int:
+    def _running(self) -> int:
+        """The number of workers that run a job."""
         return sum(worker.entry is not None for worker in self.workers.values())
 
-    def _hire(self) -> None:
+    def _start_worker(self) -> None:
         context = multiprocessing.get_context("spawn")
-        pipe, theirs = context.Pipe()
-        args = (self.task, self.stop, theirs, self.on_progress is not None)
+        pipe, worker_end = context.Pipe()
+        args = (self.task, self.stop, worker_end, self.on_progress is not None)
         process = context.Process(target=_work, args=args, daemon=True)
         with _interrupts_held(), _environment(ONE_THREAD):
             process.start()
             self.workers[pipe] = _Worker(process, pipe)
-        theirs.close()  # the worker's copy is the last one: the pipe ends when the worker does
+        worker_end.close()  # only the worker has a copy now: the pipe ends when the worker does
 
-    def _feed(self) -> None:
+    def _send_jobs(self) -> None:
         for worker in self.workers.values():
             if self.queue and worker.ready and worker.entry is None:
                 worker.entry = self.queue.popleft()
-                with suppress(OSError):  # it is dead already: heard next
+                with suppress(OSError):  # the worker is dead: `_receive` notices it next
                     worker.pipe.send(worker.entry.job)
 
-    def _hear(self, worker: _Worker[J]) -> Iterator[R | Failure[J]]:
+    def _receive(self, worker: _Worker[J]) -> Iterator[R | Failure[J]]:
         try:
             message = worker.pipe.recv_bytes()
         except (EOFError, OSError):
-            yield from self._bury(worker)
+            yield from self._remove_dead(worker)
             return
         outcome, value = pickle.loads(message)
         if outcome == "ready":
@@ -264,23 +262,23 @@ class _Crew(Generic[J, R]):
                 self.on_progress(value)
         elif worker.entry is not None:
             entry, worker.entry = worker.entry, None
-            self._feed()  # it need not wait for who takes this result
+            self._send_jobs()  # the worker need not wait until the caller has used this result
             yield unwrap(entry.job, (outcome, value))
 
-    def _bury(self, worker: _Worker[J]) -> Iterator[Failure[J]]:
+    def _remove_dead(self, worker: _Worker[J]) -> Iterator[Failure[J]]:
         del self.workers[worker.pipe]
         worker.pipe.close()
-        worker.process.join(timeout=5)  # on its way out, with a status of its own
+        worker.process.join(timeout=5)  # it may still be exiting; its own exit status is more useful than that of a kill
         worker.process.kill()
         worker.process.join()
         if worker.entry is not None:
-            yield from self.queue.again(worker.entry, worker.death)
+            yield from self.queue.retry(worker.entry, worker.death)
         elif not worker.ready:
             self.false_starts += 1
             if (worker.process.exitcode or 0) > 0 or self.false_starts == FALSE_STARTS:
-                raise CorpusError(f"workers cannot start: the last one died {worker.death}; see what it wrote above")
+                raise CorpusError(f"workers cannot start: the last one died {worker.death}; see its output above")
 
-    def dismiss(self) -> None:
+    def stop_workers(self) -> None:
         for worker in self.workers.values():
             worker.process.kill()
         for worker in self.workers.values():
@@ -290,22 +288,22 @@ class _Crew(Generic[J, R]):
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits, and a process that is started meanwhile never sees it: who started it does, and ends it."""
-    resource_tracker.ensure_running()  # its own start would let interrupts through
+    """Delay Ctrl-C until the end of the block. A process that starts in the block never receives it: its parent ends it."""
+    resource_tracker.ensure_running()  # if it started in the block, it would unblock interrupts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     handler = signal.getsignal(signal.SIGINT)
-    came: list[int] = []
-    # the mask is this thread's; a library's thread may take the signal, and then Python interrupts this one all the same
+    received: list[int] = []
+    # The mask applies to this thread. If a library's thread receives the signal, Python still interrupts this thread.
     swapped = threading.current_thread() is threading.main_thread() and callable(handler)
     if swapped:
-        signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
     try:
         yield
     finally:
         if swapped:
             signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        if came:
+        if received:
             signal.raise_signal(signal.SIGINT)
 
 
@@ -323,23 +321,23 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(task: Callable[[J], R], stop: Stop, pipe: Connection, followed: bool) -> None:
+def _work(task: Callable[[J], R], stop: Stop, pipe: Connection, with_progress: bool) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
-    def tell(update: object) -> None:
+    def send_progress(update: object) -> None:
         pipe.send_bytes(pickle.dumps(("progress", update)))
 
-    with suppress(EOFError, OSError):  # the parent is gone
+    with suppress(EOFError, OSError):  # the parent has ended
         pipe.send_bytes(pickle.dumps(("ready", None)))
         while True:
             job = pipe.recv()
-            with _followed(tell if followed else None):
+            with _listening(send_progress if with_progress else None):
                 answer = run_job(task, job, stop)
             pipe.send_bytes(serialize(answer))
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and one at work does not look at its pipe."""
+    """End this process when its parent ends. A killed parent cannot end its workers, and a busy worker does not read its pipe."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -15,7 +15,7 @@ import pytest
 from megatron_vocagno.corpus import losses
 from megatron_vocagno.corpus.losses import tidy
 from megatron_vocagno.files import beside
-from megatron_vocagno.preprocess import build as building
+from megatron_vocagno.preprocess import build_folder
 from megatron_vocagno.preprocess.build import build
 
 NAME = "0f" * 16
@@ -50,7 +50,7 @@ def test_a_build_removes_what_killed_ones_left_and_nothing_else(copy, settings):
 @pytest.mark.parametrize("how", ["no locks", "local locks"])
 def test_where_no_lock_tells_of_neighbours_only_what_has_long_been_left_is_removed(copy, settings, monkeypatch, how):
     corpus, out = copy
-    old = time.time() - 2 * building.LONG
+    old = time.time() - 2 * build_folder.STALE_SECONDS
     for path in ((out / DEAD[0]) / "student.bin", out / DEAD[0]):
         os.utime(path, (old, old))
     if how == "no locks":
@@ -60,7 +60,7 @@ def test_where_no_lock_tells_of_neighbours_only_what_has_long_been_left_is_remov
 
         monkeypatch.setattr(fcntl, "flock", no_locks)
     else:
-        monkeypatch.setattr(building, "local_option", lambda _: "localflock")
+        monkeypatch.setattr(build_folder, "local_option", lambda _: "localflock")
     build([corpus], out, settings, shard_bytes=100_000)
     assert left(out) == [DEAD[1], *FILES, *STRANGERS]
 

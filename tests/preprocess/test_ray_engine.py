@@ -26,7 +26,7 @@ import pytest
 from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.preprocess import ray_engine
 from megatron_vocagno.preprocess.build import build
-from megatron_vocagno.preprocess.ray_engine import TASKS_A_SLOT, run_ray
+from megatron_vocagno.preprocess.ray_engine import TASKS_PER_SLOT, run_ray
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult, make_shard
 from megatron_vocagno.preprocess.workers import ONE_THREAD, Failure, Queue
@@ -196,7 +196,7 @@ def test_workers_have_one_thread(drive):
 
 
 def test_ray_has_as_many_jobs_as_keep_it_busy(call, cluster):
-    assert call(jobs_in_flight, cluster.address, 100) == (TASKS_A_SLOT * CPUS - 1, TASKS_A_SLOT * CPUS - 1)
+    assert call(jobs_in_flight, cluster.address, 100) == (TASKS_PER_SLOT * CPUS - 1, TASKS_PER_SLOT * CPUS - 1)
 
 
 def jobs_in_flight(address: str, n: int) -> tuple[int, int]:
