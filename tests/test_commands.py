@@ -381,7 +381,7 @@ def test_plain_lines_come_at_an_interval_with_what_is_left(
 def test_what_was_there_before_does_not_count_as_speed(clock: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
     """Of ten shards of 100 bytes eight are reused at once, and the ninth takes a minute: so will the tenth."""
     progress = BuildProgress(Console())
-    jobs: list[Any] = [SimpleNamespace(index=i, name=f"{i:04}", pieces=[SimpleNamespace(weight=100)]) for i in range(10)]
+    jobs: list[Any] = [SimpleNamespace(index=i, name=f"{i:04}", splits=[SimpleNamespace(weight=100)]) for i in range(10)]
     progress.plan(SimpleNamespace(), jobs)  # type: ignore[arg-type]
     totals = SimpleNamespace(documents=7, text_bytes=100, bad_lines=0, broken_inputs=0)
     for i in range(9):

@@ -55,7 +55,7 @@ def same(a: AlignedTexts, b: AlignedTexts) -> None:
         assert np.array_equal(getattr(a, field.name), getattr(b, field.name)), field.name
 
 
-def test_both_roads_give_the_same():
+def test_both_backends_give_the_same():
     good = bad = escapes = 0
     for seed in range(150):
         for part in (WHOLE, Part(5000, 77, ends=False), Part(4095, 3, ends=True), Part(4096, 0, ends=False)):
@@ -165,9 +165,9 @@ def test_each_text_gets_its_end():
 
 def test_numpy_does_it_where_numba_is_missing(monkeypatch):
     original = aligner.importlib.util.find_spec
-    assert aligner._road() is by_walk
+    assert aligner._backend() is by_walk
     monkeypatch.setattr(aligner.importlib.util, "find_spec", lambda name: None if name == "numba" else original(name))
-    assert aligner._road() is by_bytes
+    assert aligner._backend() is by_bytes
 
 
 @pytest.mark.slow

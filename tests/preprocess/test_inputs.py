@@ -6,12 +6,10 @@ import io
 import json
 import os
 import pickle
-import sqlite3
 import tarfile
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -147,7 +145,7 @@ def test_line_numbers_and_offsets_hold_in_every_piece(tmp_path):
             path, line, byte = str(document).rsplit(":", 2)
             assert path == str(file) and data[int(byte) :].removeprefix(BOM).startswith(document.raw + b"\n")
             assert int(line) == 1 + data[: int(byte)].count(b"\n")
-            met += document.piece.start > 0
+            met += document.split.start > 0
     assert met > 500
 
 
@@ -238,16 +236,15 @@ def foreign() -> dict[str, tuple[bytes, str]]:
         with new(sink, table.schema) as writer:
             writer.write_table(table)
         made[name] = sink.getvalue().to_pybytes(), "an Arrow file.*parquet"
-    array = io.BytesIO()
-    np.save(array, np.arange(3))
-    made["numpy"] = array.getvalue(), "numpy"
     made["pickle"] = pickle.dumps(["one"]), "a pickle"
-    database = sqlite3.connect(":memory:")
-    database.execute("create table t (x)")
-    made["SQLite"] = database.serialize(), "SQLite"
+    made["rich text"] = rb"{\rtf1\ansi one}", "a PDF, RTF or WARC file.*extract its text"
+    made["Git LFS"] = (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+        "a pointer of Git LFS, not the file.*git lfs pull",
+    )
     made["UTF-16"] = text.decode().encode("utf-16"), "UTF-16.*iconv"
     made["UTF-16 without a mark"] = text.decode().encode("utf-16-le"), "UTF-16.*iconv"
-    made["index"] = b"MMIDIDX\x00\x00\x01", "tokenized documents"
+
     rows = [{"text": "one"}, {"text": "two"}]
     for name, data in (("", json.dumps(rows)), (", indented", json.dumps(rows, indent=2)), (", a row a line", "[\n{}\n]")):
         made[f"JSON array{name}"] = data.encode(), r"one JSON array.*jq -c '\.\[\]'"
@@ -336,7 +333,7 @@ def mixture(tmp_path_factory) -> list[InputSplit]:
 
 def test_the_first_documents_are_the_first_of_all(mixture):
     everything, _ = read_all(mixture)
-    assert len(everything) > 30 and len({d.piece.url for d in everything}) == 6
+    assert len(everything) > 30 and len({d.split.url for d in everything}) == 6
     assert {d.text is None for d in everything} == {True, False}
     for n in range(len(everything) + 3):
         taken = take(mixture, n)

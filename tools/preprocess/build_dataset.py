@@ -31,11 +31,12 @@ from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
 from megatron_vocagno.errors import CorpusError, DatasetError
-from megatron_vocagno.preprocess.build import JobRunner, build, finish
+from megatron_vocagno.preprocess.build import build, finish
 from megatron_vocagno.preprocess.inputs import find
+from megatron_vocagno.preprocess.jobs import JobRunner
 from megatron_vocagno.preprocess.plan import SHARD_BYTES, plan
 from megatron_vocagno.preprocess.shard_writer import OnBadLine
-from megatron_vocagno.preprocess.shards import BuildConfig
+from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult
 from megatron_vocagno.preprocess.workers import Failure, run_local
 
 from .console import Terminal, absolute, slice_of
@@ -305,7 +306,7 @@ def tokenizer_of(path_or_id: str) -> str:
     return str(absolute(path)) if path.exists() else path_or_id
 
 
-def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> JobRunner:
+def engine_of(args: argparse.Namespace, out: Place, progress: BuildProgress) -> JobRunner[ShardResult, ShardJob]:
     if args.engine == "ray":
         from megatron_vocagno.preprocess.ray_engine import run_ray
 

@@ -37,7 +37,7 @@ class BuildProgress(WorkProgress):
         self.shards, self.done, self.reused, self.failed = len(jobs), 0, 0, 0
         self.documents = self.text = self.bad = self.left_out = self.ended = 0
         self.at_work.clear()
-        self.weight = {job.index: sum(p.weight for p in job.pieces) for job in jobs}
+        self.weight = {job.index: sum(p.weight for p in job.splits) for job in jobs}
         self.bar.reset(self.task, description=f"shard 0/{self.shards}", total=sum(self.weight.values()))
         self.start()
 
@@ -61,7 +61,7 @@ class BuildProgress(WorkProgress):
     def _finished(self, result: ShardResult) -> str:
         job, totals = result.job, result.record.totals
         if totals.broken_inputs:
-            files = ", ".join(sorted({job.file(piece) for piece in job.pieces}))
+            files = ", ".join(sorted({job.file(split) for split in job.splits}))
             self.note(f"shard {job.name}: {totals.broken_inputs} of its input files are cut off or damaged ({files})")
         if result.reused:
             self.reused += 1

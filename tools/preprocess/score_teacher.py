@@ -32,7 +32,8 @@ from megatron_vocagno.preprocess.workers import run_local
 from .console import Terminal, absolute, slice_of
 
 if TYPE_CHECKING:
-    from megatron_vocagno.preprocess.score import JobRunner
+    from megatron_vocagno.preprocess.jobs import JobRunner
+    from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
 
     from .score_progress import ScoreProgress
 
@@ -181,7 +182,7 @@ def part_of(part: Slice, rank: int, world: int) -> Slice | None:
     return Slice(part.i + part.n * rank, part.n * world)
 
 
-def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner:
+def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[ScoreResult, ScoreJob]:
     import torch
 
     if args.engine == "ray":
