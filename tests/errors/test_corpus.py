@@ -44,7 +44,7 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
         DIR=tmp_path,
     ):
         find([str(tmp_path)])
-    with told(snapshot("DIR/list.txt: this list names no file"), DIR=tmp_path):
+    with told(snapshot("DIR/list.txt: this list contains no file names"), DIR=tmp_path):
         find([f"@{write(tmp_path / 'list.txt', '# nothing yet')}"])
     with told(
         snapshot("cannot read DIR/nowhere.txt: FileNotFoundError: [Errno 2] No such file or directory: 'DIR/nowhere.txt'"),
@@ -60,7 +60,10 @@ def test_inputs_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> None:
-    with told(snapshot("DIR/paper.pdf is a PDF, not JSON lines, parquet or plain text: extract its text"), DIR=tmp_path):
+    with told(
+        snapshot("DIR/paper.pdf is a PDF, RTF or WARC file, not JSON lines, parquet or plain text: extract its text"),
+        DIR=tmp_path,
+    ):
         cut(write(tmp_path / "paper.pdf", b"%PDF-1.7"), 100)
     with told(
         snapshot("DIR/a.jsonl.gz is called .gz, but its first bytes are b'{\"text\":': plain text? Rename it"),
@@ -75,30 +78,19 @@ def test_inputs_of_another_format(tmp_path: Path, teacher_tokenizer: Path) -> No
     with told(snapshot("DIR/c.gz is called .gz, but its first bytes are b'\\x1e\\x8b\\x08\\x00': is it damaged?"), DIR=tmp_path):
         cut(write(tmp_path / "c.gz", b"\x1e\x8b\x08\0"), 100)
     with told(
-        snapshot("DIR/a.json is one JSON array, not JSON with a document a line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl"),
+        snapshot(
+            "DIR/a.json is one JSON array, not JSON with one document per line: convert it, e.g. jq -c '.[]' FILE > FILE.jsonl"
+        ),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json", '[\n{"text": "one"}\n]'), 100)
     with told(
         snapshot(
-            "DIR/a.json.gz is JSON over several lines, not JSON with a document a line: convert it, "
-            "e.g. gzip -dc FILE | jq -c . > FILE.jsonl"
+            "DIR/a.json.gz is JSON over several lines, not JSON with one document per line: convert it, e.g. gzip -dc FILE | jq -c . > FILE.jsonl"
         ),
         DIR=tmp_path,
     ):
         cut(write(tmp_path / "a.json.gz", gzip.compress(b'{\n"text": "one"\n}')), 100)
-    with told(
-        snapshot(
-            "DIR/a.csv is a table as text, not JSON lines or parquet: write it as parquet, "
-            "e.g. pandas.read_csv(FILE).to_parquet(FILE.parquet)"
-        ),
-        DIR=tmp_path,
-    ):
-        cut(write(tmp_path / "a.csv", "text,id\none,1\n"), 100)
-    with told(
-        snapshot("DIR/b.jsonl is a web page or XML, not JSON lines: did a download go wrong? Else extract its text"), DIR=tmp_path
-    ):
-        cut(write(tmp_path / "b.jsonl", "<html><title>404 Not Found"), 100)
     with told(
         snapshot(
             "DIR/a.parquet: damaged parquet data (Parquet file size is 4 bytes, smaller than the minimum file "
@@ -183,16 +175,18 @@ def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
 def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
-    with told(snapshot("--force with --shards: other tasks may use what it would remove. Name another --out")):
+    with told(snapshot("--force with --shards: other tasks may use the shards that --force removes. Name another --out")):
         build([corpus], tmp_path / "out", settings, force=True, part=Slice(1, 2))
-    with told(snapshot("--shards 3/2: the first number goes from 1 to the second")):
+    with told(snapshot("--shards 3/2: the first number must be from 1 to the second")):
         Slice(3, 2)
     with told(snapshot("DIR/corpus.jsonl is a file, and a dataset is a folder: name another --out"), DIR=tmp_path):
         build([corpus], corpus, settings)
-    with told(snapshot("DIR is not empty and holds no dataset: name another --out"), DIR=tmp_path):
+    with told(snapshot("DIR is not empty and contains no dataset: name another --out"), DIR=tmp_path):
         build([corpus], tmp_path, settings)
     with told(
-        snapshot("DIR/out has no plan (.build/plan.json): no build was started there, or run it once without --shards"),
+        snapshot(
+            "DIR/out has no plan (.build/plan.json): no build was started there. Start one, or run it once without --shards"
+        ),
         DIR=tmp_path,
     ):
         finish(tmp_path / "out", settings)
@@ -241,9 +235,7 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     assert "an older release planned it" in old.other_settings(plan([corpus], replace(settings, id_key=None), 40))
 
     assert first.other_input(plan([corpus], settings, 80)) == (
-        snapshot(
-            "files of the same names and sizes, cut otherwise: other lines in them, or another --shard-mb or --max-documents"
-        )
+        snapshot("same names and sizes, split differently: did their lines, --shard-mb or --max-documents change?")
     )
     second = write(tmp_path / "more.jsonl", lines[0])
     assert first.other_input(plan([corpus, second], settings, 40)) == snapshot("no file then, more.jsonl of 28 bytes now")
@@ -253,9 +245,10 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
     )
     with told(
         snapshot(
-            "DIR/out was planned with other input than are asked for now: corpus.jsonl of 56 bytes then, "
-            "more.jsonl of 28 bytes now.\n"
-            "  1 shards then, 1 now. Name another --out, or use --force."
+            """\
+DIR/out was planned with other input: corpus.jsonl of 56 bytes then, more.jsonl of 28 bytes now.
+  1 shards then, 1 now. Name another --out, or use --force.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -273,23 +266,27 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
     build([corpus], out, settings, shard_bytes=40, part=Slice(1, 2))
     with told(
         snapshot(
-            "DIR/out was planned with other settings than are asked for now: --no-nfc absent then, given now.\n"
-            "  2 shards then, 2 now. Name another --out, or use --force."
+            """\
+DIR/out was planned with other settings: --no-nfc absent then, given now.
+  2 shards then, 2 now. Name another --out, or use --force.\
+"""
         ),
         **names,
     ):
         build([corpus], out, other, shard_bytes=40, part=Slice(2, 2))
     with told(
         snapshot(
-            "DIR/out was planned with other settings than these: --no-nfc absent then, given now.\n"
-            "  finalize takes the options of its build."
+            """\
+DIR/out was planned with other settings: --no-nfc absent then, given now.
+  Pass finalize the same options as the build.\
+"""
         ),
         **names,
     ):
         finish(out, other)
     with told(
         snapshot(
-            "1 of 2 shards are missing: 0001; run their tasks again, or the build without --shards. Do all machines see this folder?"
+            "DIR/out: 1 of 2 shards are missing: 0001. Run their tasks again, or the command without --shards. Do all machines see this folder?"
         ),
         **names,
     ):
@@ -318,8 +315,7 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
     (out / ".build" / "plan.json").unlink()
     with told(
         snapshot(
-            "DIR/out/shards/0000 was made from other settings or tokenizers (THIS) than are asked for now "
-            "(OTHER): name another --out, or rebuild it with --force"
+            "DIR/out/shards/0000 was made from other settings or tokenizers: THIS then, OTHER now. Name another --out, or rebuild it with --force"
         ),
         **names,
     ):
@@ -331,10 +327,11 @@ def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenize
     settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
     with told(
         snapshot(
-            "1 of 1 shards could not be made; others are finished and stay\n"
-            "shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: "
-            'b\'{"body": "two"}\'\n'
-            "  --on-bad-line skip leaves such records out, quarantine keeps them aside"
+            """\
+1 of 1 shards could not be built; the finished shards are kept
+shard 0000: DIR/corpus.jsonl:2:16: no key 'text' (it has 'body'); --text-key names another: b'{"body": "two"}'
+  Use --on-bad-line skip to drop such records, or quarantine to keep them\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -362,9 +359,11 @@ def test_a_ray_cluster_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> N
     def run(address: str) -> None:
         list(run_ray(len, ["job"], address=address))
 
-    with told(snapshot("--ray-address somewhere: neither 'auto' nor HOST:PORT")):
+    with told(snapshot("--ray-address somewhere: expected 'auto' or HOST:PORT")):
         run("somewhere")
-    with told(snapshot("no Ray cluster answers at 127.0.0.1:1: [Errno 111] Connection refused")):
+    with told(
+        snapshot("no Ray cluster answers at 127.0.0.1:1 ([Errno 111] Connection refused): is it running, and is the port open?")
+    ):
         run("127.0.0.1:1")
     monkeypatch.setitem(sys.modules, "ray", None)
     with told(snapshot("Ray is not installed: pip install 'megatron-vocagno[ray]'")):
@@ -385,21 +384,22 @@ def test_a_ray_cluster_that_refuses_or_ends(monkeypatch: pytest.MonkeyPatch) -> 
     ray.init = fail(kinds["AuthenticationError"]())
     with told(
         snapshot(
-            "this process has no token for the Ray cluster: name its file in RAY_AUTH_TOKEN_PATH, or copy it to "
-            "~/.ray/auth_token. For a cluster that takes anybody, set RAY_AUTH_MODE=disabled"
+            "this process has no token for the Ray cluster: set RAY_AUTH_TOKEN_PATH to the token's file, or copy it to ~/.ray/auth_token. For a cluster without authentication, set RAY_AUTH_MODE=disabled"
         )
     ):
         ray_engine._connect("auto")
     ray.init = fail(ConnectionError("Could not find any running Ray instance."))
     with told(
         snapshot(
-            "cannot use the Ray cluster at auto: Could not find any running Ray instance.\n"
-            "  If it runs, its token (RAY_AUTH_TOKEN_PATH) or its version may be another one"
+            """\
+cannot use the Ray cluster at auto: Could not find any running Ray instance.
+  If it is running, check its token (RAY_AUTH_TOKEN_PATH) and its version of Ray\
+"""
         )
     ):
         ray_engine._connect("auto")
     ray.get = fail(kinds["LocalRayletDiedError"]())
-    with told(snapshot("Ray has ended on this machine; what is finished will be reused by the next run")):
+    with told(snapshot("Ray has ended on this machine; the next run will reuse the finished shards")):
         ray_engine._answer(ray, None)
     task_error = kinds["RayTaskError"]()
     task_error.cause = ModuleNotFoundError("No module named 'megatron_vocagno'")  # type: ignore[attr-defined]
@@ -423,6 +423,6 @@ class Pipe(int):
 def test_workers_that_cannot_start() -> None:
     process = SimpleNamespace(join=lambda timeout=None: None, kill=lambda: None, exitcode=1)
     worker: Any = SimpleNamespace(pipe=Pipe(), process=process, entry=None, ready=False, death="with status 1")
-    crew: Any = SimpleNamespace(workers={0: worker}, false_starts=0)
-    with told(snapshot("workers cannot start: the last one died with status 1; see what it wrote above")):
-        list(workers._Crew._bury(crew, worker))
+    pool: Any = SimpleNamespace(workers={0: worker}, false_starts=0)
+    with told(snapshot("workers cannot start: the last one died with status 1; see its output above")):
+        list(workers._WorkerPool._remove_dead(pool, worker))

@@ -23,6 +23,7 @@ from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.preprocess import score as scoring
 from megatron_vocagno.preprocess.build import build
+from megatron_vocagno.preprocess.jobs import run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, finish, score
 from megatron_vocagno.preprocess.shards import BuildConfig
@@ -190,11 +191,15 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
 def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: ScoringOptions, tmp_path: Path) -> None:
     with told(snapshot("--context 1,000: the teacher MODEL reads 256 tokens"), MODEL=case.teacher):
         score(tiny, replace(asked, context=1000))
-    with told(snapshot("--stride 65 is more than --context 64: tokens between windows would be left out")):
+    with told(snapshot("--stride 65 is more than --context 64: tokens between windows would be skipped")):
         score(tiny, replace(asked, stride=65))
     with told(
         snapshot(
-            "SCORED was scored otherwise:\n  context: 64 then, 32 now\n  Ask for the same again, or use --replace to score it anew."
+            """\
+SCORED was scored with other settings:
+  context: 64 then, 32 now
+  Use the same options as then, or --replace to score it again.\
+"""
         ),
         SCORED=scored,
     ):
@@ -203,17 +208,18 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
     score(data, asked, part=Slice(1, 2))
     with told(
         snapshot(
-            "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003; run their tasks again. "
-            "Do all machines see this folder?"
+            "DIR/data: 2 of 4 shards are not scored: shards/0001, shards/0003. Run their tasks again, or the command without --shards. Do all machines see this folder?"
         ),
         DIR=tmp_path,
     ):
         finish(data)
     with told(
         snapshot(
-            "DIR/data/shards/0000 was scored otherwise:\n"
-            "  context: 64 then, 32 now\n"
-            "  Ask for the same again, or use --replace to score it anew."
+            """\
+DIR/data/shards/0000 was scored with other settings:
+  context: 64 then, 32 now
+  Use the same options as then, or --replace to score it again.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -231,14 +237,14 @@ def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, a
 
 
 def test_scoring_that_does_not_end(case: Case, asked: ScoringOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure: Any = Failure(SimpleNamespace(folder="data/shards/0000"), "the worker died of signal 9")  # type: ignore[arg-type]
+    failure: Any = Failure(SimpleNamespace(name="0000"), "the worker died of signal 9")  # type: ignore[arg-type]
     with told(
-        snapshot("1 of 1 shards could not be scored; the others are, and stay\ndata/shards/0000: the worker died of signal 9")
+        snapshot("1 of 1 shards could not be scored; the finished shards are kept\nshard 0000: the worker died of signal 9")
     ):
-        scoring._run([failure.job], lambda *_, **__: iter([failure]), lambda _: None)
-    monkeypatch.setattr(scoring, "_seal", lambda _, manifest: manifest)
+        run_jobs(lambda *_, **__: iter([failure]), len, [failure.job], (), lambda _: None, "scored")
+    monkeypatch.setattr(scoring, "_record_if_complete", lambda _, manifest: manifest)
     monkeypatch.setattr(scoring, "unscored", lambda *_: [])
-    with told(snapshot("DATA: its shards were scored in different ways; score it with --replace"), DATA=case.valid):
+    with told(snapshot("DATA: its shards were scored with different settings; score it with --replace"), DATA=case.valid):
         finish(case.valid)
 
 

@@ -89,7 +89,7 @@ def test_finalize_names_what_is_missing(corpus, settings, tmp_path):
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(2, 3))
     build([corpus], out, settings, shard_bytes=SHARD, part=Slice(3, 3))
     (out / "shards/0003/teacher.bin").write_bytes(b"short")
-    with pytest.raises(CorpusError, match=r"1 of 5 shards are missing: 0003;"):
+    with pytest.raises(CorpusError, match=r"1 of 5 shards are missing: 0003\."):
         finish(out, settings)
     assert not (out / "dataset.json").exists()
 
@@ -160,11 +160,15 @@ SAID = {
     "shorter": SIZES,
     "longer": SIZES,
     "empty": SIZES,
-    "in another order": "cut otherwise: other lines",
+    "in another order": "split differently: did their lines",
 }
 SAID |= {"tokenizer": f"--teacher {HASHES}", "end of text": r"--teacher-eos <\|endoftext\|> then, <\|im_end\|> now"}
 SAID |= {"key": "--text-key text then, body now", "id": "--id-key none then, text now", "nfc": "--no-nfc absent then, given now"}
-SAID |= {"bad lines": "--on-bad-line error then, skip now", "cuts": "cut otherwise", "number of documents": "cut otherwise"}
+SAID |= {
+    "bad lines": "--on-bad-line error then, skip now",
+    "cuts": "split differently",
+    "number of documents": "split differently",
+}
 
 
 @pytest.mark.parametrize("what", [*CHANGES, *OTHER])

@@ -223,7 +223,7 @@ def test_each_mistake_is_told_without_a_traceback(run, texts, tmp_path):
         ((tmp_path / "nope.jsonl",), {}, "nope.jsonl: no such file or folder"),
         ((tmp_path / "*.parquet",), {}, "*.parquet: no such file or folder"),
         ((f"@{tmp_path}/none.txt",), {}, "none.txt"),
-        ((f"@{tmp_path}/list.txt",), {}, "this list names no file"),
+        ((f"@{tmp_path}/list.txt",), {}, "this list contains no file names"),
         ((tmp_path / "folder",), {}, "in this folder"),
         ((tmp_path / "empty.jsonl",), {}, "no document was read"),
         ((tmp_path / "pretty.json",), {}, "is one JSON array"),
@@ -234,7 +234,7 @@ def test_each_mistake_is_told_without_a_traceback(run, texts, tmp_path):
         ((good,), {"student": tmp_path / "none"}, "none: no such file or folder"),
         ((good,), {"teacher_eos": "<nope>"}, "'<nope>' is not among its 49,152 tokens"),
         ((good,), {"out": good}, "good.jsonl is a file"),
-        ((good,), {"out": tmp_path}, "is not empty and holds no dataset"),
+        ((good,), {"out": tmp_path}, "is not empty and contains no dataset"),
         ((good,), {"engine": "ray", "ray_address": "127.0.0.1:1"}, "answers at 127.0.0.1:1"),
         ((good,), {"out": "memory://x", "workers": 2}, "use --workers 1"),
         ((good, "--force"), {"shards": "1/2"}, "--force with --shards"),
@@ -313,7 +313,7 @@ def test_tasks_and_finalize_from_the_command_line(run, settings, corpus, built, 
         code, out, _ = run(corpus, shards=f"{i}/2", shard_mb=100_000 / 2**20)
         assert code == 0 and f"part {i} of 2 is done" in out and "finalize" in out
     (tmp_path / "out/shards/0001").rename(tmp_path / "away")
-    assert finalize() == 2 and "1 of 5 shards are missing: 0001;" in capsys.readouterr().err
+    assert finalize() == 2 and "1 of 5 shards are missing: 0001." in capsys.readouterr().err
     (tmp_path / "away").rename(tmp_path / "out/shards/0001")
     assert finalize("--verify") == 0 and "121 in 5 shards" in capsys.readouterr().out
     assert contents(tmp_path / "out") == contents(built.path)

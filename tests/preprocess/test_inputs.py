@@ -78,7 +78,7 @@ def test_files_of_a_folder_that_are_left_out_are_named(tree):
     notes: list[str] = []
     find([str(folder), f"{folder}/sub"], notes.append)
     names = "README.md, b.jsonl.tmp, jsonl, p.parquet.gz, x.csv.gz"
-    assert notes == [f"{folder}: 5 files are left out, for their names are not those of inputs: {names}"]
+    assert notes == [f"{folder}: 5 files are skipped, because their names are not those of inputs: {names}"]
     notes.clear()
     find([f"{folder}/b.jsonl", f"{folder}/*.gz", f"{folder}/s*"], notes.append)
     assert not notes
@@ -102,7 +102,7 @@ def test_a_pattern_that_means_no_file_is_named(tree):
         f"{folder}/nope.jsonl": "no such file or folder",
         f"{folder}/*.nope": "no such file or folder",
         f"{folder}/empty": r"no \*\.jsonl, .* in this folder",
-        f"@{folder}/list": "this list names no file",
+        f"@{folder}/list": "this list contains no file names",
         f"@{folder}/nolist": "cannot read .*nolist: FileNotFoundError",
         "nope://x/y": "cannot (open|read) nope://x/y",
     }

@@ -202,7 +202,7 @@ def test_other_settings_or_input_are_refused_unless_forced(what, settings, texts
 def test_a_foreign_folder_is_not_written_to(settings, texts, tmp_path):
     (tmp_path / "thesis.tex").write_text("...")
     file = write_jsonl(tmp_path / "a.jsonl", texts[:1])
-    with pytest.raises(ChangedError, match="is not empty and holds no dataset"):
+    with pytest.raises(ChangedError, match="is not empty and contains no dataset"):
         make([file], tmp_path, settings)
     with pytest.raises(ChangedError, match="is a file"):
         make([file], file, settings)

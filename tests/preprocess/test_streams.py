@@ -117,7 +117,8 @@ def test_too_little_memory_for_a_window_is_no_damage(name, tmp_path):
     data = zstd_stream(b"text", 31) if name == "zstd" else xz_with_dictionary(b"text", 3 << 29)
     file = write(tmp_path / "a", data)
     run = subprocess.run([sys.executable, "-c", TOO_LITTLE, file, name], capture_output=True, text=True)
-    assert run.stdout.startswith(f"{file}: too little memory to unpack it: {name} data ask for a window of up to 2 GiB"), run
+    assert f"{file}: not enough memory to decompress it: {name} data" in run.stdout
+    assert "or compress it again with a smaller window" in run.stdout
 
 
 def test_zstd_with_a_dictionary_is_called_so(tmp_path):
@@ -138,7 +139,7 @@ def test_what_a_library_does_not_support_is_not_called_damaged(tmp_path):
         xz_with_dictionary(b"text", (4 << 30) - 1),
     ):
         with pytest.raises(
-            BrokenInput, match=r"data that cannot be read here .*: if they are whole, unpack them with what packed them"
+            BrokenInput, match=r"data that cannot be read here .*: if they are complete, unpack them with what packed them"
         ):
             unpacked(tmp_path / "a", data)
 

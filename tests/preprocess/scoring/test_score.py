@@ -176,7 +176,7 @@ def test_losses_of_another_teacher_are_replaced_only_when_asked(
 
     score(folder, other, part=Slice(1, 3), replace=True)
     assert AlignedDataset.open(folder).scoring is None, "two teachers are none"
-    with pytest.raises(ChangedError, match="was scored otherwise"):
+    with pytest.raises(ChangedError, match="was scored with other settings"):
         score(folder, asked, part=Slice(1, 3))
     score(folder, other, replace=True)
     again = AlignedDataset.open(folder)
