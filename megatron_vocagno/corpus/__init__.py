@@ -1,14 +1,14 @@
-"""An aligned dataset: tokenizers, alignment, files. numpy only, no torch.
+"""An aligned dataset: tokenizers, alignment, files. It needs numpy, not torch.
 
 Tokenizers:
 
 - `tokens`       a text -> `Tokens`: ids and the UTF-8 byte at which each token ends
-- `encoders`     the libraries that give the ids
+- `encoders`     the libraries that compute the ids
 - `plain_text`   a tokenizer.json -> how it reads a text, without its control tokens
 - `sentencepiece_model`  a SentencePiece model -> tokenizer.json
-- `tokenizer_files`  which files a tokenizer has, and which token ends a document
+- `tokenizer_files`  the files of a tokenizer, and the token that ends a document
 - `front`        the ids that a model's tokenizer puts in front of a text (BOS)
-- `identity`     whether two tokenizers are the same, and whether one gives the ids of its own library
+- `identity`     compares two tokenizers, or a tokenizer with its own library
 - `decoding`     token ids -> text
 
 Alignment:
@@ -18,16 +18,16 @@ Alignment:
 
 Files:
 
-- `places`       a path or URL -> something to open
+- `places`       a path or URL -> a path object that can be opened
 - `indexed`      Megatron `.bin`/`.idx` pairs
 - `manifest`     dataset.json
 - `create`       finished shards -> a dataset
-- `losses`       the losses of a teacher that has scored the dataset
+- `losses`       a teacher's losses of the dataset's tokens
 - `dataset`      `AlignedDataset`: open, read, merge
-- `verify`       read everything and find what changed
+- `verify`       reads a dataset completely and finds changes
 
-docs/reference.md describes the files byte by byte. The names below are for code outside of this project; inside, modules are
-named in full.
+docs/reference.md describes the files byte by byte. Code outside of this project should use the names in `__all__`; code inside
+imports from the modules.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ if not TYPE_CHECKING:  # a type checker would let any name pass
     }
 
     def __getattr__(name: str) -> object:
-        """The names in __all__ when they are asked for: commands start without them, and all modules here import CorpusError."""
+        """Import a name of __all__ on first use, so that commands start quickly."""
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

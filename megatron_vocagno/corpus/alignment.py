@@ -1,4 +1,7 @@
-"""One text, two tokenizers -> which teacher tokens cover each student token. For loops of one's own; builds use `aligner`."""
+"""One text, two tokenizers -> the teacher tokens that cover each student token.
+
+This module is for your own code and for looking at texts; builds use `preprocess.aligner`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer
 
 @dataclass(frozen=True, repr=False)
 class Alignment:
-    """A text as two models read it, without BOS or EOS.
+    """Two tokenizations of a text, without BOS or EOS, and the spans between them.
 
-    student, teacher  ids and byte ends of the N and the M tokens
-    spans             of the N student tokens: teacher tokens [first, last)
+    student, teacher  ids and byte ends of the N student tokens and the M teacher tokens
+    spans             the teacher tokens [first, last) of each of the N student tokens
 
-    Iterating gives, for each student token, its bytes and those of the teacher tokens that cover it. Printing it shows them.
+    Iteration yields, for each student token, its bytes and the bytes of the teacher tokens that cover it. `print` shows a table.
     """
 
     text: str
@@ -33,7 +36,7 @@ class Alignment:
             yield piece, tuple(covering[first:last])
 
     def __str__(self) -> str:
-        """A line a student token: its position, its text, its range, and the text of each teacher token in it."""
+        """One line per student token: its position, its text, its range, and the text of each teacher token in the range."""
         tokens = [(_shown(piece), "  ".join(map(_shown, cover)) or "unmapped") for piece, cover in self]
         ranges = [f"[{first}, {last})" for first, last in zip(self.spans.first, self.spans.last, strict=True)]
         width, range_width = (max(map(len, column), default=0) for column in ([student for student, _ in tokens], ranges))
@@ -48,10 +51,10 @@ class Alignment:
 
 
 def align(text: str, student: Tokenizer | str | Path, teacher: Tokenizer | str | Path) -> Alignment:
-    """Both sides' tokens of a text, and for each student token the range of teacher tokens that hold its bytes.
+    """Both sides' tokens of a text, and for each student token the range of teacher tokens that contain its bytes.
 
-    student, teacher  a folder, a tokenizer.json or a SentencePiece model, as `open_tokenizer` takes it; for many texts open each
-                      once and give the `Tokenizer`, since opening takes a thousand times as long as a sentence does
+    student, teacher  a folder, a tokenizer.json or a SentencePiece model, as for `open_tokenizer`. If you align many texts, open
+                      each tokenizer once and pass the `Tokenizer`: opening takes a thousand times longer than one sentence.
 
     >>> pair = align("les êtres humains", "mistral", "smollm2")
     >>> print(pair)
@@ -64,14 +67,14 @@ def align(text: str, student: Tokenizer | str | Path, teacher: Tokenizer | str |
     >>> pair.spans.first.tolist(), pair.spans.last.tolist()
     ([0, 1, 1, 3, 5, 6], [1, 2, 3, 5, 6, 7])
 
-    Positions are counted in bytes of the UTF-8 text (docs/method.md, Alignment): SmolLM2 has no token of its own for `ê` after a
-    space. Two student tokens may share a teacher token, as 1 and 2 do; one that holds no text, such as a dummy prefix that
-    stands alone, is unmapped. An empty text has no tokens.
+    Alignment compares bytes of the UTF-8 text (docs/method.md, Alignment): here SmolLM2 cuts `ê` after a space into two tokens.
+    Two student tokens may share a teacher token, as 1 and 2 do. A token without text, for example a token that is only a dummy
+    prefix, is unmapped. An empty text has no tokens.
 
-    Nothing is normalised here, and a tokenizer that does so itself moves the bytes: give it
+    The text is not normalised. If a tokenizer normalises text itself, byte positions change: pass
     `unicodedata.normalize("NFC", text)`, as build_dataset does.
 
-    Raises TokenizerError: a tokenizer that is not there, or loses text. CorpusError: the two do not read the same bytes.
+    Raises TokenizerError for a tokenizer that does not exist or loses text, CorpusError if the two do not read the same bytes.
     """
     sides = [side if isinstance(side, Tokenizer) else open_tokenizer(side) for side in (student, teacher)]
     (student_tokens,), (teacher_tokens,) = (side.encode_batch([text]) for side in sides)
@@ -79,7 +82,7 @@ def align(text: str, student: Tokenizer | str | Path, teacher: Tokenizer | str |
 
 
 def _shown(piece: bytes) -> str:
-    """A token's text; its bytes where it does not hold whole characters."""
+    """A token's text, or its bytes if they are not complete characters."""
     try:
         return repr(piece.decode())
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Write what makes finished shards a dataset: its tokenizers and, last, dataset.json."""
+"""Finished shards -> a dataset: write its tokenizers and, last, dataset.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def create(
     id_key: str | None = None,
     teacher_losses: TeacherLosses | None = None,
 ) -> None:
-    """Writes the tokenizers and, last, dataset.json around finished shards. Raises DatasetError when no document is left."""
+    """Write the tokenizers and, last, dataset.json. Raises DatasetError if the shards contain no document."""
     totals = sum((shard.totals for shard in shards), Totals())
     if not totals.documents:
         if not totals.empty_documents + totals.bad_lines + totals.mismatched_documents:

@@ -1,18 +1,19 @@
 """An aligned dataset: one text as two token streams and the spans between them.
 
-    DIR/dataset.json                         everything below, by name, size and sha256 (`manifest`); written last
+    DIR/dataset.json                         name, size and sha256 of all files below (`manifest`); written last
     DIR/tokenizers/{student,teacher}/        tokenizer.json, tokenizer_config.json, byte_lengths.npy (int32 [V])
-    DIR/shards/NNNN/shard.json               the shard's record and what it was made from
+    DIR/shards/NNNN/shard.json               the shard's record, and hashes of its input and settings
     DIR/shards/NNNN/{student,teacher}.{bin,idx}   token ids, EOS last; uint16 for vocabularies below 65,500, else int32
-    DIR/shards/NNNN/spans.{bin,idx}          uint8, one code a student token (`spans`)
+    DIR/shards/NNNN/spans.{bin,idx}          uint8, one code per student token (`spans`)
     DIR/shards/NNNN/anchors.{bin,idx}        int32, ceil(N / 4096) anchors, then (position, code) of each escape
-    DIR/shards/NNNN/ids.{bin,idx}            uint8, UTF-8 of each document's id, where the dataset was built with --id-key
-    DIR/shards/NNNN/teacher_loss.{bin,idx,json}   float16, a loss a teacher token, where a teacher has scored it (`losses`)
-    DIR/shards/NNNN/quarantine.jsonl         what was refused, where anything was
+    DIR/shards/NNNN/ids.{bin,idx}            uint8, UTF-8 of each document's id, if the dataset was built with --id-key
+    DIR/shards/NNNN/teacher_loss.{bin,idx,json}   float16, one loss per teacher token, if a teacher has scored it (`losses`)
+    DIR/shards/NNNN/quarantine.jsonl         the refused records, if there are any
 
-Every pair is a Megatron pair (`indexed`) with the same documents in the same order. A shard without documents has no
-pairs. Opening refuses an unknown format version and any file that is missing or of another size than recorded; it reads
-the lengths of documents and nothing else. `verify` reads everything.
+Every pair is a Megatron pair (`indexed`) with the same documents in the same order. A shard without documents has no pairs.
+
+Opening reads only the lengths of documents. It raises an error for an unknown format version, and for a file that is missing or
+does not have the recorded size. `verify` reads everything.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ from megatron_vocagno.errors import DatasetError
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What a dataset knows of a tokenizer.
+    """A tokenizer of a dataset.
 
-    vocab_size  highest id + 1, control tokens that no text gives included
-    rows        that an embedding must have for it: 1 + the highest id that a text gives, or EOS
+    vocab_size  highest id + 1, including control tokens that no text produces
+    rows        minimum number of rows of an embedding: 1 + the highest id that a text produces, or EOS
     path        the folder with its tokenizer.json
     """
 
@@ -77,7 +78,13 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Document:
-    """student_ids int32 [N], teacher_ids int32 [M], EOS last in both; spans of the N student tokens; id: "" without ids."""
+    """One document of a dataset.
+
+    student_ids  int32 [N], EOS last
+    teacher_ids  int32 [M], EOS last
+    spans        of the N student tokens
+    id           "" if the dataset has no ids
+    """
 
     student_ids: NDArray[np.int32]
     teacher_ids: NDArray[np.int32]
@@ -86,10 +93,10 @@ class Document:
 
 
 class AlignedDataset:
-    """Documents as two token streams and their spans; `open` makes one. Reading touches only the bytes asked for.
+    """Documents as two token streams and their spans. Use `open` to get one. Reading touches only the requested bytes.
 
-    student_lengths, teacher_lengths  int32 [D], tokens of each document, EOS included
-    student_byte_lengths, teacher_…   int32 [V], bytes of text of each token
+    student_lengths, teacher_lengths            int32 [D], tokens of each document, including EOS
+    student_byte_lengths, teacher_byte_lengths  int32 [V], bytes of text of each token
 
     >>> dataset = AlignedDataset.open("data/mine")
     >>> dataset
@@ -103,7 +110,10 @@ class AlignedDataset:
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
-        """For `open` and `of`. Raises DatasetError: a shard's pairs differ in their documents, a tokenizer's table is damaged."""
+        """Used by `open` and `of`.
+
+        Raises DatasetError if the pairs of a shard do not have the same documents, or if a tokenizer's table is damaged.
+        """
         self.path, self.manifest, self.totals = path, manifest, manifest.totals
         folders = [path / shard.path for shard in manifest.shards if shard.totals.documents]
         student, teacher, codes, anchors, ids = ([folder / name for folder in folders] for name in (*PAIRS, IDS))
@@ -112,8 +122,8 @@ class AlignedDataset:
         self._ids = PairReader(*ids) if manifest.id_key is not None else None
         self._losses = self._teacher.with_same_lengths(np.uint16, *(folder / LOSS for folder in folders))
         for pair in (self._teacher, self._anchors, *([self._ids] if self._ids is not None else [])):
-            for k, (mine, students) in enumerate(zip(pair.first_documents[1:], self._student.first_documents[1:], strict=True)):
-                if mine != students:
+            for k, (count, expected) in enumerate(zip(pair.first_documents[1:], self._student.first_documents[1:], strict=True)):
+                if count != expected:
                     raise DatasetError(f"{pair.prefixes[k]}.idx and {student[k]}.idx differ in their number of documents")
         self.student_lengths, self.teacher_lengths = self._student.lengths, self._teacher.lengths
         self.student_byte_lengths, self.teacher_byte_lengths = self._byte_lengths("student"), self._byte_lengths("teacher")
@@ -122,13 +132,17 @@ class AlignedDataset:
 
     @classmethod
     def open(cls, path: str | Place) -> AlignedDataset:
-        """Raises DatasetError: no dataset, unknown version, or a file missing or of another size than recorded."""
+        """Open a dataset.
+
+        Raises DatasetError if there is no dataset, its format version is unknown, or a file is missing or does not have the
+        recorded size.
+        """
         root = local_folder(path)
         return cls.of(root, read_manifest(root))
 
     @classmethod
     def of(cls, root: Path, manifest: Manifest) -> AlignedDataset:
-        """The same with a manifest that was read before, or only a part of it."""
+        """Open a dataset with a manifest that was read before, or with a part of a manifest."""
         by_folder = itertools.groupby(recorded_files(root, manifest), key=lambda recorded: recorded[0].parent)
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(_check_sizes, [list(files) for _, files in by_folder]))
@@ -136,19 +150,19 @@ class AlignedDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything in it but the teacher's losses."""
+        """Hash of the dataset without the teacher's losses."""
         return self.manifest.fingerprint
 
     @property
     def scoring(self) -> Scoring | None:
-        """How its teacher's losses were computed; None where it has none, or not in all shards."""
+        """The settings of the teacher's losses; None if not all shards have losses."""
         return self.manifest.teacher_losses.scoring if self.manifest.teacher_losses is not None else None
 
     def __len__(self) -> int:
         return len(self._student)
 
     def __getitem__(self, i: int) -> Document:
-        """Document i, -1 the last. Raises IndexError."""
+        """Document i; -1 is the last one. Raises IndexError."""
         i = i + len(self) if i < 0 else i
         return Document(self.student(i), self.teacher(i), self.spans(i), self.id(i))
 
@@ -163,12 +177,12 @@ class AlignedDataset:
         )
 
     def text(self, i: int) -> str:
-        """The text of document i as it was tokenized, which is NFC unless the dataset was built without.
+        """The text of document i as it was tokenized: in NFC, unless the dataset was built with --no-nfc.
 
-        To the byte where one of the tokenizers is byte-level (GPT-2's, Llama 3's, Qwen's). Where both are SentencePiece's (Llama
-        2's, Mistral's), U+2581 reads as a space, and a space at the text's start may be missing.
+        The text is exact if one of the tokenizers is byte-level (GPT-2's, Llama 3's, Qwen's). If both are SentencePiece models
+        (Llama 2's, Mistral's), U+2581 is read as a space, and a space at the start of the text may be missing.
         """
-        certain = ("never", "always", "unless_space")  # whose first space is known for its own, or for the text's
+        certain = ("never", "always", "unless_space")  # from "a first space is certainly the text's" to "it is not known whose"
         side = min(("student", "teacher"), key=lambda side: certain.index(self._decoders[side].prefix))
         return self._decoders[side].text(self.student(i) if side == "student" else self.teacher(i))
 
@@ -181,7 +195,7 @@ class AlignedDataset:
         return self._teacher.read(i, start, stop).astype(np.int32)
 
     def teacher_losses(self, i: int, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """float32 [stop - start], nats, losses of the teacher's tokens of document i; only where `scoring` is not None."""
+        """float32 [stop - start], losses in nats of the teacher's tokens of document i. Requires that `scoring` is not None."""
         return self._losses.read(i, start, stop).view(np.float16).astype(np.float32)
 
     def spans(self, i: int, start: int = 0, stop: int | None = None) -> Spans:
@@ -196,7 +210,10 @@ class AlignedDataset:
         return decode(self._encoded(i), start, stop)
 
     def common_boundary(self, i: int, start: int, stop: int) -> NDArray[np.bool_]:
-        """bool [stop - start]: both streams have a boundary where the student token starts. Reads these tokens' codes alone."""
+        """bool [stop - start]: whether both streams have a boundary at the start of the student token.
+
+        Reads only the codes of these tokens.
+        """
         codes = self._codes.read(i, start, stop)
         shared = codes & 1
         if ESCAPE in codes:
@@ -207,7 +224,7 @@ class AlignedDataset:
         return boundary
 
     def id(self, i: int) -> str:
-        """The document's id in the input; "" where the dataset was built without."""
+        """The document's id in the input; "" if the dataset has no ids."""
         return self._ids.read(i).tobytes().decode() if self._ids is not None else ""
 
     def _encoded(self, i: int) -> EncodedSpans:
@@ -216,31 +233,35 @@ class AlignedDataset:
         return EncodedSpans(self._codes.read(i), side[:n], side[n:].reshape(-1, 2))
 
     def require_tokenizer(self, side: Literal["student", "teacher"], folder: Path) -> str | None:
-        """Refuse a model, of that side, whose own tokenizer did not make the ids.
+        """Check that the tokenizer of a model made the ids of a side.
 
-        Returns None; or, where the folder has no tokenizer to compare with, a sentence that says so.
+        folder: of the model
 
-        Raises DatasetError with both paths and what differs.
+        Returns None, or a note if the folder has no tokenizer to compare with.
+
+        Raises DatasetError with both paths and the differences.
         """
         return require_tokenizer(self.path, self.manifest.tokenizer(side), side, folder)
 
     def require_tokenizers_of(self, other: AlignedDataset) -> None:
-        """Raises DatasetError with both paths and what differs, unless both datasets were made with the same."""
+        """Check that both datasets have the same tokenizers. Raises DatasetError with both paths and the differences."""
         for side in ("student", "teacher"):
-            mine, theirs = (ds.manifest.tokenizer(side) for ds in (self, other))
-            if mine.fingerprint != theirs.fingerprint:
-                require_same(self.path, mine, other.path, theirs, side)
+            record, other_record = (ds.manifest.tokenizer(side) for ds in (self, other))
+            if record.fingerprint != other_record.fingerprint:
+                require_same(self.path, record, other.path, other_record, side)
 
     def verify(self, on_shard: Callable[[ShardRecord], object] = lambda shard: None) -> None:
-        """Reads everything: hashes, ids, EOS, spans against lengths, and what lies there besides.
+        """Read everything and check hashes, ids, EOS, spans against lengths, and that there are no other files.
 
-        on_shard: called after each shard. Raises DatasetError that names every file that is not what was written.
+        on_shard: called after each shard
+
+        Raises DatasetError that names every changed file.
         """
         verify(self.path, on_shard)
 
     @cached_property
     def _decoders(self) -> dict[str, TokenDecoder]:
-        """Each side's; reading the tokenizers takes a tenth of a second."""
+        """The decoder of each side. Cached, because reading the tokenizers takes a tenth of a second."""
         tables = {"student": self.student_byte_lengths, "teacher": self.teacher_byte_lengths}
         return {
             side: TokenDecoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()
@@ -255,13 +276,13 @@ class AlignedDataset:
         file = self.path / "tokenizers" / side / "byte_lengths.npy"
         expected = (self.manifest.tokenizer(side).vocab_size,)
         try:
-            # mapped, so that a damaged header cannot ask for memory
+            # mapped, so that a damaged header cannot make numpy allocate memory
             table = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
         except (ValueError, OSError):
-            # numpy's own words advise to trust the file
-            raise DatasetError(f"{file} is damaged: it is no array of numpy; copy the dataset again") from None
+            # numpy's own message advises to trust the file
+            raise DatasetError(f"{file} is damaged: it is not a numpy array; copy the dataset again") from None
         if table.dtype != np.int32 or table.shape != expected:
-            raise DatasetError(f"{file} is damaged: it holds {table.dtype} {table.shape}, expected int32 {expected}")
+            raise DatasetError(f"{file} is damaged: it contains {table.dtype} {table.shape}, expected int32 {expected}")
         return table
 
 
@@ -271,15 +292,15 @@ def _check_sizes(files: list[tuple[Path, FileRecord]]) -> None:
 
 
 def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
-    """One dataset of the documents of several, in that order: their shards stay where they are, only dataset.json is new.
+    """Merge datasets into one with the documents of all, in their order. The shards stay in place; only dataset.json is new.
 
-    It has the teacher's losses where all of them have, computed in one way.
+    The new dataset has the teacher's losses if all datasets have losses with the same settings.
 
-    Raises DatasetError where tokenizers or settings differ or `out` is taken.
+    Raises DatasetError if tokenizers or settings differ, or if `out` contains a dataset.
     """
     target = local_folder(out)
     if (target / DATASET).exists():
-        raise DatasetError(f"{target} already holds a dataset; merge into a new folder")
+        raise DatasetError(f"{target} already contains a dataset; merge into a new folder")
     opened = [AlignedDataset.open(path) for path in datasets]
     if not opened:
         raise DatasetError("nothing to merge: no dataset was named")
@@ -307,7 +328,7 @@ def merge(datasets: Sequence[str | Path], out: str | Path) -> AlignedDataset:
     make_folder(target)
     shutil.copytree(first.path / "tokenizers", target / "tokenizers", dirs_exist_ok=True)
     totals = sum((ds.totals for ds in opened), Totals())
-    # ids are text, whatever they were called
+    # ids are text, even if their keys differ
     id_key = " or ".join(dict.fromkeys(ds.manifest.id_key for ds in opened if ds.manifest.id_key)) or None
     changes = {"totals": totals, "shards": tuple(shards), "id_key": id_key, "teacher_losses": _merge_losses(opened)}
     merged = first.manifest.model_copy(update=changes)
@@ -324,9 +345,9 @@ def _merge_losses(datasets: Sequence[AlignedDataset]) -> TeacherLosses | None:
 
 
 def local_folder(path: str | Place) -> Path:
-    """Raises DatasetError for what lies in an object store."""
+    """The path of a folder on this machine. Raises DatasetError for a URL of an object store."""
     where = place(path)
-    # a URL that was taken for a path has lost a slash
+    # a URL that was converted to a Path has lost a slash
     if not isinstance(where, Path) or re.match(r"\w[\w+.-]+:/", str(where)):
         raise DatasetError(
             f"{path} is not on this machine, and a dataset is read through memory maps: copy the folder first "

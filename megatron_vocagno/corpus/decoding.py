@@ -1,8 +1,12 @@
 """Token ids -> text, by the bytes of each token.
 
-A piece of a tokenizer.json is written in one of five ways, and the number of its bytes says in which: as it stands; one
-character of GPT-2's byte alphabet a byte; `<0xNN>` for one byte; with U+2581 for each space; or, an added token that is
-normalised, without the space that its normalizer puts before it.
+A piece of a tokenizer.json is written in one of five ways. The number of its bytes determines which:
+
+- the text itself
+- one character of GPT-2's byte alphabet per byte
+- `<0xNN>` for one byte
+- with U+2581 for each space
+- a normalised added token, without the space that its normalizer puts before it
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ from megatron_vocagno.errors import DatasetError
 
 @dataclass(frozen=True)
 class TokenDecoder:
-    """Whole documents of one tokenizer -> their text.
+    """Complete documents of one tokenizer -> their text.
 
-    bytes   [vocabulary] the text of each id; b"" for control tokens and ids that no piece has
-    prefix  when a space that is not in the text was put before it
+    bytes   [vocabulary] the text of each id; b"" for control tokens and ids without a piece
+    prefix  when the tokenizer puts a space before a text that is not in the text
     """
 
     bytes: list[bytes]
@@ -34,34 +38,42 @@ class TokenDecoder:
 
     @classmethod
     def of(cls, file: Path, byte_lengths: NDArray[np.int32]) -> TokenDecoder:
-        """file: a tokenizer.json; byte_lengths: int32 [vocabulary], bytes of each id. Raises DatasetError: see token_bytes."""
+        """The decoder of a tokenizer.json.
+
+        byte_lengths: int32 [vocabulary], bytes of each id
+
+        Raises DatasetError, see token_bytes.
+        """
         raw = orjson.loads(file.read_bytes())
         return cls(token_bytes(file, pieces_of(raw), byte_lengths), plain_text(raw, set()).prefix)
 
     def text(self, ids: NDArray[np.int32]) -> str:
-        """The text of a document's tokens [N]; "" where there are none.
+        """The text of a document's tokens [N]; "" if there are no tokens.
 
-        It is the text that was tokenized, to the byte, except that a space at its start is missing where the prefix is
-        "unless_space", and U+2581 reads as a space where the pieces write spaces so. Where an added token cuts a text and a
-        prefix is put before what follows, that space is in it too.
+        It equals the tokenized text with three exceptions:
+
+        - a space at the start is missing if the prefix is "unless_space"
+        - U+2581 is read as a space if the pieces write spaces as U+2581
+        - if an added token cuts a text and the tokenizer puts a prefix before the rest, that space is contained too
         """
         data = b"".join([self.bytes[i] for i in ids.tolist()])
         return (data if self.prefix == "never" else data.removeprefix(b" ")).decode()
 
 
 def pieces_of(raw: Mapping[str, Any]) -> dict[str, int]:
-    """Piece -> id, of a tokenizer.json, its added tokens included."""
+    """Piece -> id of a tokenizer.json, including its added tokens."""
     pieces: dict[str, int] = raw["model"]["vocab"]
     return {token["content"]: token["id"] for token in raw.get("added_tokens") or []} | pieces
 
 
 def token_bytes(file: Path, pieces: Mapping[str, int], byte_lengths: NDArray[np.int32]) -> list[bytes]:
-    """[vocabulary]: the text of each id; b"" for control tokens and ids that no piece has.
+    """[vocabulary]: the text of each id; b"" for control tokens and ids without a piece.
 
-    file    the tokenizer.json that the pieces are from, for the message
-    pieces  piece -> id
+    file          the tokenizer.json of the pieces, for the message
+    pieces        piece -> id
+    byte_lengths  int32 [vocabulary], bytes of each id
 
-    Raises DatasetError where a piece cannot have the bytes that byte_lengths.npy records.
+    Raises DatasetError if a piece cannot have the bytes that byte_lengths.npy records.
     """
     texts = [b""] * len(byte_lengths)
     lengths = byte_lengths.tolist()
@@ -74,9 +86,9 @@ def token_bytes(file: Path, pieces: Mapping[str, int], byte_lengths: NDArray[np.
 
 
 def _text_of(piece: str, n_bytes: int) -> bytes:
-    as_it_stands = piece.encode()
-    if n_bytes in (0, len(as_it_stands)):
-        return as_it_stands[:n_bytes]
+    unchanged = piece.encode()
+    if n_bytes in (0, len(unchanged)):
+        return unchanged[:n_bytes]
     if len(piece) == n_bytes and BYTE_OF.keys() >= set(piece):
         return bytes(BYTE_OF[character] for character in piece)
     if n_bytes == 1 and piece.startswith("<0x"):
@@ -86,7 +98,7 @@ def _text_of(piece: str, n_bytes: int) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's: a character for each byte, its own where it can be seen, else the next from U+0100 on."""
+    """The byte alphabet of GPT-2: a visible byte is its own character, other bytes are the characters from U+0100 on."""
     seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in seen]
     return {chr(byte): byte for byte in seen} | {chr(0x100 + i): byte for i, byte in enumerate(hidden)}

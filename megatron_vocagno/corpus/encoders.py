@@ -1,8 +1,8 @@
-"""Texts -> token ids, many at once: Hugging Face tokenizers, or gigatoken, which gives the same ids in a fraction of the time.
+"""Texts -> token ids, many texts at once.
 
-gigatoken (https://github.com/marcelroed/gigatoken) is trusted as far as it is checked: its ids are compared with Hugging
-Face's when it is opened, and later for the texts that the caller names. It is handed `str` only, never bytes: invalid
-UTF-8 can crash the process.
+Two backends give the same ids: Hugging Face tokenizers, and gigatoken (https://github.com/marcelroed/gigatoken), which takes a
+fraction of the time. The ids of gigatoken are compared with Hugging Face's when it is opened, and later for the texts that the
+caller names. gigatoken only gets `str`, never bytes: invalid UTF-8 can crash the process.
 """
 
 from __future__ import annotations
@@ -23,30 +23,34 @@ from megatron_vocagno.errors import EncoderError, EncoderMismatch
 
 Backend = Literal["auto", "gigatoken", "huggingface"]
 
-# A byte-level tokenizer of gigatoken remembers each word that it has met, in a table that doubles. In a process that has
-# grown large it starts afresh after so many characters: opening it costs 0.8 s, some 4 ms a
-# megabyte of text, and 50 MB are not taken. (One of SentencePiece's kind remembers nothing from call to call.)
+# A byte-level tokenizer of gigatoken caches each word in a table that doubles. In a process above RESIDENT_LIMIT it is opened again
+# after TEXT_BEFORE_REOPENING characters: this costs 0.8 s, or some 4 ms per megabyte of text, and saves 50 MB. (A tokenizer of
+# SentencePiece's kind caches nothing from call to call.)
 RESIDENT_LIMIT = 400 << 20
 TEXT_BEFORE_REOPENING = 224 << 20
 
 
 @dataclass(frozen=True)
 class Ragged:
-    """Token ids of D texts, end to end. ids: uint32 [N]; bounds: int64 [D + 1], text d has ids[bounds[d]:bounds[d + 1]]."""
+    """Token ids of D texts, concatenated.
+
+    ids     uint32 [N]
+    bounds  int64 [D + 1]; text d has the ids ids[bounds[d] : bounds[d + 1]]
+    """
 
     ids: NDArray[np.uint32]
     bounds: NDArray[np.int64]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """int64 [D]."""
+        """int64 [D], tokens of each text."""
         return np.diff(self.bounds)
 
     def __getitem__(self, text: int) -> NDArray[np.uint32]:
         return self.ids[self.bounds[text] : self.bounds[text + 1]]
 
     def select(self, texts: NDArray[np.bool_]) -> Ragged:
-        """Those of some texts [D]."""
+        """The ids of the texts whose flag is set. texts: bool [D]"""
         if texts.all():
             return self
         lengths = self.lengths
@@ -61,7 +65,11 @@ def bounds_of(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Encoder(Protocol):
-    """encode: token ids of each text, without BOS or EOS. check: which texts' ids are compared with Hugging Face's."""
+    """A backend.
+
+    `encode` returns the token ids of each text, without BOS or EOS. check: indices of texts whose ids are compared with Hugging
+    Face's.
+    """
 
     name: str
 
@@ -69,17 +77,17 @@ class Encoder(Protocol):
 
 
 class HuggingFaceEncoder:
-    """The reference."""
+    """The reference backend."""
 
     name = "huggingface"
 
     def __init__(self, plain: bytes) -> None:
         """plain: a tokenizer.json that reads everything as plain text. Raises EncoderError."""
-        import tokenizers  # here, so that reading a dataset does not pay for it
+        import tokenizers  # imported here, because reading a dataset does not need it
 
         try:
             self.tokenizer: Any = tokenizers.Tokenizer.from_str(plain.decode())
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no more specific class
             raise EncoderError(f"the tokenizers library refuses it: {error}") from None
 
     def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
@@ -88,34 +96,34 @@ class HuggingFaceEncoder:
         return Ragged(np.concatenate([np.zeros(0, np.uint32), *encoded]), bounds_of(lengths))
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
-        """The characters of each token, as the tokenizer has them."""
+        """[N] the range of characters of each token, by the tokenizer itself."""
         offsets: list[tuple[int, int]] = self.tokenizer.encode(text, add_special_tokens=False).offsets
         return offsets
 
     def id_of(self, token: str) -> int:
-        """Of a piece or an added token, which it has."""
+        """The id of a piece or an added token, which must exist."""
         found: int | None = self.tokenizer.token_to_id(token)
         assert found is not None, token
         return found
 
     def normalised(self, text: str) -> str:
-        """The text as its model sees it."""
+        """The text after the tokenizer's normalizer."""
         normalizer = self.tokenizer.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))
 
 
 class OwnTokenizer:
-    """A tokenizer as its own library reads the untouched file: tokenizers for a tokenizer.json, else sentencepiece."""
+    """A tokenizer's original file in its own library: tokenizers for a tokenizer.json, sentencepiece for a model file."""
 
     def __init__(self, file: bytes) -> None:
-        """file: the content. Raises EncoderError."""
+        """file: the content of the file. Raises EncoderError."""
         if file.lstrip()[:1] == b"{":
             self.library = "tokenizers"
             self.tokenizer: Any = HuggingFaceEncoder(file).tokenizer
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             if getattr(self.tokenizer.model, "dropout", None):
-                self.tokenizer.model.dropout = None  # it is for training alone
+                self.tokenizer.model.dropout = None  # dropout is only for training
         else:
             import sentencepiece
 
@@ -135,14 +143,16 @@ class OwnTokenizer:
 
 
 class GigatokenEncoder:
-    """gigatoken's ids."""
+    """The gigatoken backend."""
 
     name = "gigatoken"
 
     def __init__(self, plain: bytes, reference: HuggingFaceEncoder, samples: Sequence[str] = ()) -> None:
-        """samples: texts to compare besides SAMPLE.
+        """Open gigatoken and compare its ids.
 
-        Raises EncoderError where gigatoken cannot read the tokenizer, EncoderMismatch where its ids are others.
+        samples: texts to compare in addition to SAMPLE
+
+        Raises EncoderError if gigatoken cannot read the tokenizer, EncoderMismatch if its ids differ.
         """
         self.plain, self.reference = plain, reference
         self.tokenizer = self._open()
@@ -150,11 +160,11 @@ class GigatokenEncoder:
         self.encode(texts, check=range(len(texts)))
 
     def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
-        """Raises EncoderMismatch: a text of `check` whose ids are not Hugging Face's."""
-        if self.remembers and self.text_read > TEXT_BEFORE_REOPENING and _resident_bytes() > RESIDENT_LIMIT:
+        """See Encoder. Raises EncoderMismatch if the ids of a text in `check` differ from Hugging Face's."""
+        if self.caches_words and self.text_read > TEXT_BEFORE_REOPENING and _resident_bytes() > RESIDENT_LIMIT:
             self.tokenizer = self._open()
         self.text_read += sum(map(len, texts))
-        # parallel: a worker is one core, and its siblings have the others
+        # not parallel: each worker uses one core
         layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         ids: NDArray[np.uint32] = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
@@ -168,22 +178,22 @@ class GigatokenEncoder:
     def _open(self) -> Any:
         import gigatoken
 
-        self.tokenizer = None  # its memory first
+        self.tokenizer = None  # free its memory first
         try:
             tokenizer = gigatoken.Tokenizer.from_json(self.plain)
-        except Exception as error:  # whatever its native code makes of a tokenizer that it does not know
+        except Exception as error:  # its native code raises different classes for an unknown tokenizer
             raise EncoderError(f"gigatoken cannot read it: {str(error).splitlines()[0]}") from None
         self.text_read = 0  # characters
-        self.remembers = isinstance(tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)
+        self.caches_words = isinstance(tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)
         trim_memory()
         return tokenizer
 
 
 def around_a_text(post_processor: Mapping[str, Any] | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids that the post-processor of a tokenizer.json puts before and behind a text. Raises EncoderError."""
+    """The ids that the post-processor of a tokenizer.json puts before and after a text. Raises EncoderError."""
     if post_processor is None:
         return (), ()
-    text = 2**32 - 1  # the id of a text's only token, which is no other's
+    text = 2**32 - 1  # the id of the text's only token; no other token has it
     model = {"type": "WordLevel", "vocab": {"a": text}, "unk_token": "a"}
     nothing: dict[str, Any] = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": None, "decoder": None}
     raw = {**nothing, "post_processor": post_processor, "model": model}
@@ -193,11 +203,12 @@ def around_a_text(post_processor: Mapping[str, Any] | None) -> tuple[tuple[int, 
 
 
 def open_encoder(plain: bytes, backend: Backend, samples: Sequence[str] = ()) -> tuple[Encoder, HuggingFaceEncoder, str]:
-    """The encoder, the reference, and why the encoder is not gigatoken's ("" where it is, or was not asked for).
+    """The encoder, the reference, and the reason why the encoder is not gigatoken ("" if it is, or if it was not requested).
 
-    samples: texts that are compared when gigatoken is opened, besides SAMPLE.
+    samples: texts that are compared when gigatoken is opened, in addition to SAMPLE
 
-    Raises EncoderError: no backend reads it, or the one that was asked for does not; then EncoderMismatch too.
+    Raises EncoderError if the requested backend cannot read the tokenizer, or with "auto" no backend can. Raises EncoderMismatch
+    if gigatoken was requested and gives other ids.
     """
     reference = HuggingFaceEncoder(plain)
     if backend == "huggingface":
@@ -225,13 +236,13 @@ def _first_difference(text: str, found: NDArray[np.uint32], expected: NDArray[np
 
 
 def trim_memory() -> None:
-    """Gives freed memory back to the system, where the C library can: parsing a tokenizer leaves 50 MB of holes."""
+    """Return freed memory to the system if the C library supports it: parsing a tokenizer leaves 50 MB of free blocks."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
+    """Resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123 - called for each batch
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -239,7 +250,7 @@ def _resident_bytes() -> int:
         return 0
 
 
-# what tokenizers have disagreed about: combining marks, spaces, digits, control tokens as text, scripts, emoji
+# texts on which tokenizers have differed: combining marks, spaces, digits, control tokens as text, scripts, emoji
 SAMPLE = (
     "The quick brown fox doesn't jump over 12,345.678 lazy dogs;  they'll RUN\taway!\n\n  def f(x): return x**2\r\n",
     " leading, trailing ",

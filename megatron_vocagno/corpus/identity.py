@@ -1,11 +1,11 @@
-"""Whether two tokenizers are the same, and in what they differ; whether one reads texts as its own library does.
+"""Compare tokenizers: two tokenizers with each other, or a tokenizer with its own library.
 
-    check_own          a tokenizer against its own library, on the untouched file: before a dataset is made
-    require_tokenizer  a model's folder against a dataset that is to be used with it
-    require_same       one dataset against another
+    check_own          compares a tokenizer with its own library on the original file, before a dataset is made
+    require_tokenizer  compares a model's folder with a dataset
+    require_same       reports the difference between two datasets
 
-A fingerprint is of all that decides ids, bytes and EOS (`parts_of`). It leaves out what touches no text: decoder, post-processor,
-truncation.
+A fingerprint hashes everything that determines ids, bytes and EOS (`parts_of`). It does not hash the decoder, the post-processor
+and truncation, which do not affect the text.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from megatron_vocagno.errors import DatasetError, TokenizerError
 
 
 def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ()) -> int:
-    """Compares its ids with those of its own library on the untouched file; returns for how many texts.
+    """Compare a tokenizer's ids with those of its own library on the original file. Returns the number of compared texts.
 
-    The texts are those that tokenizers disagree about, some with its own added tokens, and `texts`. Those with control tokens in
-    them are left out, since these are plain text here alone.
+    The texts are SAMPLE, texts with the tokenizer's added tokens, and `texts`. A text that contains a control token is skipped,
+    because the library does not read control tokens as plain text.
 
-    Raises TokenizerError: a text with other ids.
+    Raises TokenizerError for a text with different ids.
     """
     own = OwnTokenizer(tokenizer.original)
     compared = [
@@ -43,8 +43,8 @@ def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ())
             at = next((k for k in range(n) if found[k] != expected[k]), n)
             shown = [[own.piece(token) for token in ids[at : at + 4]] for ids in (found, expected)]
             raise TokenizerError(
-                f"{name}: its texts would be read in another way than its own tokenizer reads them. {text[:60]!r}…: "
-                f"from token {at} on {shown[0]} here, {shown[1]} by {own.library} on the untouched file"
+                f"{name}: texts would not be tokenized as its own library does. {text[:60]!r}…: "
+                f"from token {at} on {shown[0]} here, {shown[1]} by {own.library} on the original file"
             )
     return len(compared)
 
@@ -67,33 +67,33 @@ def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, fold
             raise DatasetError(f"{dataset}: {why}: its {side} ids are not those of {folder}. Build the dataset again")
         raise DatasetError(
             f"{dataset}: its {side} ids were made with another tokenizer than that of the {side} model, {folder}. "
-            f"They differ in: {what_differs(copy, model)} ({dataset / 'tokenizers' / side} and {folder}); {advice}"
+            f"They differ in: {differences(copy, model)} ({dataset / 'tokenizers' / side} and {folder}); {advice}"
         )
     return None
 
 
 def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
-    """A sentence about a model whose folder has no tokenizer; None where it has one."""
+    """A note about a model whose folder has no tokenizer; None if it has one."""
     if tokenizer_file(folder) is not None:
         return None
     return (
-        f"the {side} model {folder} has neither tokenizer.json nor tokenizer.model: whether {dataset} was made with its "
-        "tokenizer is not known"
+        f"the {side} model {folder} has no tokenizer.json or tokenizer.model: it is not known whether {dataset} was made with its "
+        "tokenizer"
     )
 
 
-def require_same(mine: Path, my_record: TokenizerRecord, other: Path, other_record: TokenizerRecord, side: str) -> None:
-    """Raises DatasetError for two datasets whose fingerprints differ."""
-    (one, why), (another, why_another) = _copy(mine, my_record, side), _copy(other, other_record, side)
-    found = what_differs(one, another) if one.fingerprint != another.fingerprint else why or why_another
+def require_same(dataset: Path, record: TokenizerRecord, other: Path, other_record: TokenizerRecord, side: str) -> None:
+    """Raises DatasetError with the differences of two datasets whose fingerprints differ."""
+    (one, why), (another, why_another) = _copy(dataset, record, side), _copy(other, other_record, side)
+    found = differences(one, another) if one.fingerprint != another.fingerprint else why or why_another
     raise DatasetError(
-        f"{mine}: its {side} ids were made with another tokenizer than those of {other}. They differ in: {found}; "
+        f"{dataset}: its {side} ids were made with another tokenizer than those of {other}. They differ in: {found}; "
         "build one of them again with the other's tokenizer"
     )
 
 
 def _copy(dataset: Path, record: TokenizerRecord, side: str) -> tuple[Tokenizer, str]:
-    """The tokenizer that a dataset keeps, and why its ids are not that tokenizer's, where they are not."""
+    """The tokenizer that a dataset contains, and the reason if the dataset's ids were not made with it, else ""."""
     copy = open_tokenizer(dataset / "tokenizers" / side, eos_token=record.eos_token, backend="huggingface")
     if copy.fingerprint == record.fingerprint:
         return copy, ""
@@ -102,21 +102,20 @@ def _copy(dataset: Path, record: TokenizerRecord, side: str) -> tuple[Tokenizer,
     return copy, f"it was made without the {len(added):,} added tokens of its {side} tokenizer that texts may give ({shown}, …)"
 
 
-def what_differs(mine: Tokenizer, theirs: Tokenizer) -> str:
-    """In words, each with both values where these can be shown."""
+def differences(one: Tokenizer, other: Tokenizer) -> str:
+    """The parts in which two tokenizers differ, each with both values if they are short."""
     found = []
-    other_parts = _told_apart(theirs)
-    for name, value in _told_apart(mine).items():
-        other = other_parts[name]
-        if value != other:
-            found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other})")
-    if mine.eos_id == theirs.eos_id and mine.eos_token != theirs.eos_token:
-        found.append(f"the end-of-text token's name ({mine.eos_token} and {theirs.eos_token})")
+    other_parts = _comparable_parts(other)
+    for name, value in _comparable_parts(one).items():
+        if value != other_parts[name]:
+            found.append(name if value.startswith("sha256:") else f"{name} ({value} and {other_parts[name]})")
+    if one.eos_id == other.eos_id and one.eos_token != other.eos_token:
+        found.append(f"the end-of-text token's name ({one.eos_token} and {other.eos_token})")
     return ", ".join(found)
 
 
-def _told_apart(tokenizer: Tokenizer) -> dict[str, str]:
-    """Name of a part -> a digest, or what can be shown."""
+def _comparable_parts(tokenizer: Tokenizer) -> dict[str, str]:
+    """Name of a part -> its value, or a digest if the value is long."""
     plain = plain_text(orjson.loads(tokenizer.source), set(tokenizer.control))
     parts = parts_of(plain, tokenizer.eos_id, tokenizer.vocab_size)
     model = {k: v for k, v in parts["model"].items() if k not in ("vocab", "merges")}

@@ -1,4 +1,4 @@
-"""Megatron's pair of files: `NAME.bin` holds the numbers, `NAME.idx` says where each document lies. Little-endian.
+"""Megatron's pair of files: `NAME.bin` contains the numbers, `NAME.idx` the position of each document. Little-endian.
 
 NAME.bin   the documents' numbers, one after another, of one dtype
 NAME.idx   9 bytes   "MMIDIDX\\0\\0"
@@ -7,7 +7,7 @@ NAME.idx   9 bytes   "MMIDIDX\\0\\0"
            8 bytes   uint64 n, sequences
            8 bytes   uint64 d, entries of the document index
            n × 4     int32, length of each sequence, in numbers
-           n × 8     int64, byte of NAME.bin at which it starts
+           n × 8     int64, byte of NAME.bin at which each sequence starts
            d × 8     int64, document index: the sequence at which each document starts, and n
 
 Here each document is one sequence, so d = n + 1 and the document index is 0 … n. The bytes equal those that
@@ -40,18 +40,18 @@ LONGEST = 2**31 - 1
 CODES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "float64": 6, "float32": 7, "uint16": 8}
 DTYPES = {code: np.dtype(name) for name, code in CODES.items()}
 THREADS = 16
-# a map keeps its file open; a dataset of a thousand shards has more of them than many machines allow
+# A memory map keeps its file open. A dataset of a thousand shards has more files than many machines allow to be open.
 OPEN_FILES = min(max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2), 32_768)
 _readers = itertools.count()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The dtype that megatron-core gives to a vocabulary."""
+    """The dtype that megatron-core uses for a vocabulary: uint16 below 65,500 tokens, else int32."""
     return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class PairWriter:
-    """Writes `prefix.bin` document by document; `close` writes `prefix.idx`. Both are on the disk when it returns.
+    """Writes `prefix.bin` document by document. `close` writes `prefix.idx`, and both files are on the disk when it returns.
 
     >>> with PairWriter(Path("pair"), np.uint16) as pair:
     ...     pair.add(np.array([7, 8, 9]))
@@ -76,7 +76,7 @@ class PairWriter:
             self._bin.close()
 
     def add(self, document: NDArray[Any]) -> None:
-        """One document, [n], which may be empty. Raises CorpusError: a number that does not fit the dtype."""
+        """Append a document, [n], which may be empty. Raises CorpusError for a number that does not fit the dtype."""
         stored = document.astype(self.dtype)
         if not np.array_equal(stored, document):
             raise CorpusError(f"{self.prefix}: {document.max()} or {document.min()} does not fit {self.dtype}")
@@ -84,32 +84,32 @@ class PairWriter:
         self._lengths.append(len(stored))
 
     def extend(self, numbers: NDArray[Any], lengths: NDArray[np.int64]) -> None:
-        """Many documents, end to end, already of the dtype."""
+        """Append documents. numbers: all documents, concatenated, of the dtype; lengths: int64 [D]"""
         self._bin.write(np.ascontiguousarray(numbers.astype(self.dtype, casting="safe", copy=False)).data)
         self._lengths.extend(lengths.tolist())
 
     def grow(self, numbers: NDArray[Any]) -> None:
-        """More of the last document, of the dtype."""
+        """Append numbers of the dtype to the last document."""
         self._bin.write(np.ascontiguousarray(numbers.astype(self.dtype, casting="safe", copy=False)).data)
         self._lengths[-1] += len(numbers)
 
     def pop(self) -> None:
-        """Takes the last document back."""
+        """Remove the last document."""
         self._bin.seek(-self._lengths.pop() * self.dtype.itemsize, os.SEEK_END)
         self._bin.truncate()
 
     def close(self) -> None:
-        """Raises CorpusError: a document too long for an index."""
+        """Write the index. Raises CorpusError for a document that is too long for an index."""
         _flush(self._bin)
         write_index(self.prefix, self.dtype, np.array(self._lengths, np.int64))
 
 
 def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int64]) -> None:
-    """`prefix.idx` of documents of so many numbers; on the disk when it returns.
+    """Write `prefix.idx`. It is on the disk when this returns.
 
-    lengths  int64 [D]
+    lengths  int64 [D], numbers of each document
 
-    Raises CorpusError: a document of more than 2^31 - 1 numbers.
+    Raises CorpusError for a document of more than 2^31 - 1 numbers.
     """
     if np.any(lengths > LONGEST):
         raise CorpusError(f"{prefix}: a document of {lengths.max():,} numbers; an index holds {LONGEST:,} at most")
@@ -124,18 +124,18 @@ def write_index(prefix: Path, dtype: np.dtype[Any], lengths: NDArray[np.int64]) 
 class PairReader:
     """A pair, or the same pair of many shards, as one sequence of documents.
 
-    Opening reads the lengths alone: four of the twenty bytes that an index holds for a document. A .bin is mapped into memory
-    when it is first read. Raises CorpusError with the path and both numbers.
+    Opening reads only the lengths: four of the twenty bytes that an index has per document. A .bin is mapped into memory when it
+    is first read. A CorpusError contains the path and both numbers.
 
     lengths          int32 [D], numbers of each document
-    first_documents  where each shard's documents begin, and D
+    first_documents  index of the first document of each shard, and D
     """
 
     def __init__(self, *prefixes: Path) -> None:
-        """prefixes: one or more. Raises CorpusError: a pair that is damaged, or of another dtype than the first."""
+        """Open one or more pairs. Raises CorpusError for a damaged pair, or if the dtypes of the pairs differ."""
         self.prefixes = prefixes
         self._bins = [f"{prefix}.bin" for prefix in prefixes]
-        # a network file system takes a millisecond to answer, and here are thousands of questions
+        # a network file system takes a millisecond per request, and there may be thousands of requests
         with ThreadPoolExecutor(THREADS) as pool:
             indices = list(pool.map(read_lengths, prefixes))
         self.dtype = indices[0][0]
@@ -146,12 +146,16 @@ class PairReader:
         self.first_documents = list(itertools.accumulate((len(lengths) for _, lengths in indices), initial=0))
         starts = [np.cumsum(lengths, dtype=np.int64) - lengths for _, lengths in indices]
         self._sizes = [int(lengths.sum()) for _, lengths in indices]
-        # half the memory, unless a .bin holds as many numbers as no shard does
+        # uint32 takes half the memory, and suffices for all shards of a usual size
         self._starts = np.concatenate(starts, dtype=np.uint32 if max(self._sizes) < 2**32 else np.int64, casting="unsafe")
         self._number = next(_readers)
 
     def with_same_lengths(self, dtype: DTypeLike, *prefixes: Path) -> PairReader:
-        """Other pairs, one beside each of these, whose documents are as long as theirs; their indices are not read."""
+        """A reader of other pairs whose documents have the same lengths as these. Their indices are not read.
+
+        dtype     of the other pairs
+        prefixes  one per pair of this reader
+        """
         other = copy.copy(self)
         other.prefixes, other.dtype, other._number = prefixes, np.dtype(dtype), next(_readers)
         other._bins = [f"{prefix}.bin" for prefix in prefixes]
@@ -161,7 +165,10 @@ class PairReader:
         return len(self.lengths)
 
     def read(self, document: int, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """The numbers [start, stop) of a document: a view of the file. Raises IndexError; CorpusError, see map_numbers."""
+        """The numbers [start, stop) of a document, as a view of the file.
+
+        Raises IndexError for a range outside the document, CorpusError as in map_numbers.
+        """
         if not 0 <= document < len(self.lengths):
             raise IndexError(f"{self.prefixes[0]}: no document {document}; there are {len(self):,}")
         length = int(self.lengths[document])
@@ -177,7 +184,7 @@ class PairReader:
 
 
 def read_lengths(prefix: Path) -> tuple[np.dtype[Any], NDArray[np.int32]]:
-    """An index's dtype and int32 [n], its lengths. Raises CorpusError."""
+    """The dtype of an index, and its lengths, int32 [n]. Raises CorpusError."""
     path = Path(f"{prefix}.idx")
     try:
         with path.open("rb", buffering=0) as file:
@@ -191,7 +198,10 @@ def read_lengths(prefix: Path) -> tuple[np.dtype[Any], NDArray[np.int32]]:
 
 
 def check_pointers(prefix: Path) -> None:
-    """Reads the rest of an index, which readers compute from the lengths. Raises CorpusError where it says otherwise."""
+    """Compare the pointers and the document index with those that readers compute from the lengths.
+
+    Raises CorpusError if they differ.
+    """
     path = Path(f"{prefix}.idx")
     dtype, lengths = read_lengths(prefix)
     n = len(lengths)
@@ -203,7 +213,7 @@ def check_pointers(prefix: Path) -> None:
 
 
 def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype[Any], int]:
-    """dtype and number of documents; refuses what is no index of version 1, or one of another size than it must have."""
+    """The dtype and the number of documents. Raises CorpusError if the file is not an index of version 1 or has a wrong size."""
     if header[:9] != MAGIC[: len(header)] or size < HEADER:
         raise CorpusError(
             f"{path}: starts with {header[:9]!r} ({size:,} bytes), an index with {MAGIC!r} and {HEADER} bytes or more"
@@ -222,9 +232,9 @@ def _check_header(path: Path, header: bytes, size: int) -> tuple[np.dtype[Any], 
 
 
 def map_numbers(path: str, dtype: np.dtype[Any], count: int, advice: int) -> NDArray[Any]:
-    """[count], a read-only view of a .bin. advice: how it will be read, as madvise says it.
+    """[count], a read-only view of a .bin. advice: a constant of madvise for the order of reading
 
-    Raises CorpusError where the file is missing or holds another number.
+    Raises CorpusError if the file is missing or does not contain `count` numbers.
     """
     try:
         with open(path, "rb") as file:  # noqa: PTH123 - the path is a string to be hashed quickly
@@ -245,13 +255,13 @@ def map_numbers(path: str, dtype: np.dtype[Any], count: int, advice: int) -> NDA
 
 @functools.lru_cache(maxsize=OPEN_FILES)
 def _mapped(path: str, dtype: np.dtype[Any], count: int, reader: int) -> NDArray[Any]:
-    """reader: its number, for a file may be written anew at the same path."""
-    # rows take a few kilobytes here and there: reading ahead would read thirty times as much
+    """A cached map. reader: the number of the reader, because a file may be written again at the same path"""
+    # rows read a few kilobytes at random places: reading ahead would read thirty times as much
     return map_numbers(path, dtype, count, mmap.MADV_RANDOM)
 
 
 def _pointers(lengths: NDArray[np.int64], dtype: np.dtype[Any]) -> NDArray[np.int64]:
-    """The byte at which each document starts; int64 throughout: four-byte sums overflow at 2 GiB."""
+    """int64 [n], the byte at which each document starts. Sums of four bytes would overflow at 2 GiB."""
     ends = np.cumsum(lengths, dtype=np.int64) * dtype.itemsize
     return ends - lengths * dtype.itemsize
 

@@ -1,13 +1,13 @@
-"""The teacher's losses of a dataset, scored once: a fifth pair in each shard.
+"""The teacher's losses of a dataset: a fifth pair in each shard.
 
-    DIR/shards/NNNN/teacher_loss.{bin,idx}   float16, nats, one for each teacher token; stored as uint16, whose bits they are:
-                                             a Megatron index knows no float16
-    DIR/shards/NNNN/teacher_loss.json        the shard's record: how, from which ids, the files' sha256; written last
-    DIR/dataset.json                         "teacher_losses": the same of all shards, once every one is scored
+    DIR/shards/NNNN/teacher_loss.{bin,idx}   float16, nats, one per teacher token; the index has the dtype uint16, because a
+                                             Megatron index does not support float16
+    DIR/shards/NNNN/teacher_loss.json        the shard's record: settings, hash of the ids, sha256 of the files; written last
+    DIR/dataset.json                         "teacher_losses": the same for all shards, when every shard is scored
 
-A shard is scored exactly when its teacher_loss.json is there, its files have the recorded sizes, and its ids are those that
-were scored. Losses are rounded to the nearest float16 (11 bits: 0.05 % at most); a finite one stays finite, infinite and NaN
-stay what they are.
+A shard is scored if its teacher_loss.json exists, its files have the recorded sizes, and its ids are those that were scored.
+Losses are rounded to the nearest float16 (11 bits: 0.05 % at most). A finite loss stays finite; infinite losses and NaN stay as
+they are.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from megatron_vocagno.files import beside, sync, try_lock
 LOSS = "teacher_loss"
 LOSS_RECORD = f"{LOSS}.json"
 LOSS_FILES = (f"{LOSS}.bin", f"{LOSS}.idx", LOSS_RECORD)
-ON_ITS_WAY = re.compile(rf"(\.{LOSS}\.[0-9a-f]+)(\.bin|\.idx)?")
+TEMPORARY = re.compile(rf"(\.{LOSS}\.[0-9a-f]+)(\.bin|\.idx)?")
 LARGEST = float(np.finfo(np.float16).max)
 
 
 class ShardLosses(Record):
-    """teacher_loss.json. ids: sha256 of the teacher.bin whose tokens were scored."""
+    """teacher_loss.json. ids: sha256 of the teacher.bin whose tokens were scored"""
 
     scoring: Scoring
     ids: str
@@ -56,7 +56,7 @@ class ShardLosses(Record):
 
 
 def rounded(losses: NDArray[np.float32]) -> NDArray[np.float16]:
-    """To the nearest float16; what is finite and beyond 65,504 becomes 65,504."""
+    """Losses rounded to the nearest float16. A finite loss above 65,504 becomes 65,504."""
     return np.where(np.isinf(losses), losses, np.clip(losses, -LARGEST, LARGEST)).astype(np.float16)
 
 
@@ -68,11 +68,11 @@ def write_losses(
     lengths: NDArray[np.int64],
     forwards: LossTotals,
 ) -> ShardLosses:
-    """The losses of one shard's teacher tokens, on the disk and in their place, the record last.
+    """Write the losses of one shard's teacher tokens, the record last. They are on the disk when this returns.
 
-    losses    [T], those of the documents end to end
+    losses    [T], the losses of all documents, concatenated
     lengths   [D], teacher tokens of each document
-    forwards  what is known besides the losses: positions and padding
+    forwards  the numbers of positions and padding
     """
     (folder / LOSS_RECORD).unlink(missing_ok=True)
     with _at_work(beside(folder / LOSS)) as temporary:
@@ -91,12 +91,13 @@ def write_losses(
 
 @contextmanager
 def _at_work(temporary: Path) -> Iterator[Path]:
-    """A prefix of files on their way. A locked file of that name says that their writer lives; all are gone afterwards.
+    """A prefix of temporary files. A locked file of this name shows that their writer is alive. All are removed at the end.
 
-    A shard may belong to several datasets, with a lock each: who tidies up in one may meet a writer of another.
+    A shard may belong to several datasets, each with a lock. A process that tidies one dataset may therefore find temporary files
+    of a process that works on another.
     """
-    with temporary.open("xb") as sign:
-        try_lock(sign)
+    with temporary.open("xb") as marker:
+        try_lock(marker)
         try:
             yield temporary
         finally:
@@ -105,7 +106,7 @@ def _at_work(temporary: Path) -> Iterator[Path]:
 
 
 def count(losses: NDArray[np.float16]) -> LossTotals:
-    """Of losses [T]; nothing is known of the forwards that gave them."""
+    """The totals of losses [T], without positions and padding."""
     finite = losses[np.isfinite(losses)]
     nan = int(np.isnan(losses).sum())
     return LossTotals(
@@ -114,7 +115,7 @@ def count(losses: NDArray[np.float16]) -> LossTotals:
 
 
 def read_losses(folder: Path, shard: ShardRecord) -> ShardLosses | None:
-    """The record of a scored shard; None where it is not scored, where its files are not whole, or other ids were scored."""
+    """The record of a scored shard; None if it is not scored, its files are incomplete, or other ids were scored."""
     try:
         found = ShardLosses.model_validate_json((folder / LOSS_RECORD).read_bytes())
         for name, record in found.files.items():
@@ -125,7 +126,7 @@ def read_losses(folder: Path, shard: ShardRecord) -> ShardLosses | None:
 
 
 def gather(root: Path, shards: Sequence[ShardRecord]) -> TeacherLosses | None:
-    """What dataset.json records of them; None unless every shard that has documents is scored, and all in one way."""
+    """The record for dataset.json; None unless all shards with documents are scored, with the same settings."""
     files: list[dict[str, FileRecord]] = []
     totals, scoring = LossTotals(), None
     for shard in shards:
@@ -148,21 +149,21 @@ def unscored(root: Path, manifest: Manifest) -> list[str]:
 
 
 def record_losses(root: Path, manifest: Manifest, losses: TeacherLosses | None) -> Manifest:
-    """Writes them into dataset.json, or takes them out of it."""
+    """Write the losses into dataset.json, or remove them from it. Returns the new manifest."""
     data = manifest.model_copy(update={"teacher_losses": losses}).sealed()
     if data != (root / DATASET).read_bytes():
         write_durably(root / DATASET, data)
     return Manifest.model_validate_json(data)
 
 
-def require_whole(root: Path, manifest: Manifest) -> None:
-    """Raises DatasetError where a shard's record is not the one that dataset.json has recorded: it was scored anew elsewhere."""
+def require_unchanged(root: Path, manifest: Manifest) -> None:
+    """Raises DatasetError if a shard was scored again as part of another dataset, so that dataset.json does not match."""
     assert manifest.teacher_losses is not None
     for shard, files in zip(manifest.shards, manifest.teacher_losses.shards, strict=True):
         recorded, file = files.get(LOSS_RECORD), root / shard.path / LOSS_RECORD
         if recorded is not None and hash_file(file) != recorded:
             raise DatasetError(
-                f"{file} is not what {root / DATASET} records: was the shard scored anew, as part of another dataset?"
+                f"{file} is not what {root / DATASET} records: was the shard scored again, as part of another dataset?"
             )
 
 
@@ -171,16 +172,16 @@ def _ids_of(shard: ShardRecord) -> str:
 
 
 def tidy(root: Path, manifest: Manifest) -> None:
-    """Removes what killed processes left in the folders of shards, and nothing of those that are at work."""
+    """Remove temporary files of killed processes from the folders of shards. Files of running processes are kept."""
     for shard in manifest.shards:
         for leftover in (root / shard.path).glob(f".{LOSS}.*"):
-            if (found := ON_ITS_WAY.fullmatch(leftover.name)) and not _is_at_work(leftover.with_name(found[1])):
+            if (found := TEMPORARY.fullmatch(leftover.name)) and not _is_at_work(leftover.with_name(found[1])):
                 leftover.unlink(missing_ok=True)
 
 
-def _is_at_work(sign: Path) -> bool:
+def _is_at_work(marker: Path) -> bool:
     try:
-        with sign.open("r+b") as stream:
+        with marker.open("r+b") as stream:
             return try_lock(stream) == "held"
     except FileNotFoundError:
         return False

@@ -1,8 +1,8 @@
-"""dataset.json: what a dataset is made of, by name, size and sha256; and how it comes onto the disk.
+"""dataset.json: the files of a dataset by name, size and sha256, and functions that write it.
 
-It is written last, so it is there only when everything is, and it carries its own checksum: `sha256` is that of the file
-with this value replaced by 64 zeros. That value is the dataset's fingerprint; where the teacher's losses are recorded too, the
-fingerprint is the one that it has without them.
+It is written last, so it exists only if all other files do. It contains its own checksum: `sha256` is the hash of the file with
+this value replaced by 64 zeros. The checksum is the dataset's fingerprint. If the file records the teacher's losses too, the
+fingerprint is the checksum that the file would have without them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_vocagno.errors import DatasetError, looked_for, tool
 FORMAT = 2
 CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
 DATASET = "dataset.json"
-BUILD = ".build"  # what a build remembers for its next run; no part of the dataset
+BUILD = ".build"  # folder of a build's notes for its next run; not a part of the dataset
 PAIRS = ("student", "teacher", "spans", "anchors")
 IDS = "ids"
 SIDES = ("student", "teacher")
@@ -30,34 +30,34 @@ UNSEALED = "0" * 64
 
 
 class Record(BaseModel):
-    """A part of dataset.json or shard.json. Frozen, and it knows every key."""
+    """A part of dataset.json or shard.json. It is frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class FileRecord(Record):
-    """What a file must be."""
+    """The size and hash that a file must have."""
 
     size: int  # bytes
     sha256: str
 
 
 class Totals(Record):
-    """Counts of a shard or of a dataset; they add."""
+    """Counts of a shard or of a dataset. They can be added."""
 
     documents: int = 0
-    student_tokens: int = 0  # EOS included, as below
+    student_tokens: int = 0  # including EOS, as all counts below
     teacher_tokens: int = 0
     text_bytes: int = 0
-    eos_tokens: int = 0  # student tokens, unmapped: one a document
-    zero_width_tokens: int = 0  # student tokens, unmapped: a dummy prefix that stands alone
-    covered_tokens: int = 0  # mapped student tokens whose span holds all their bytes: IoS = 100 %
+    eos_tokens: int = 0  # student tokens, unmapped: one per document
+    zero_width_tokens: int = 0  # student tokens, unmapped: tokens that are only a dummy prefix
+    covered_tokens: int = 0  # mapped student tokens whose span contains all their bytes: IoS = 100 %
     span_widths: tuple[int, ...] = (0,) * 9  # student tokens by width of the span: 0 (unmapped), 1 … 7, 8 or more
-    offset_documents: int = 0  # a side's ends come from its tokenizer's offsets
-    mismatched_documents: int = 0  # refused: a side's tokens do not cover the text
+    offset_documents: int = 0  # documents for which the byte ends of a side come from its tokenizer's offsets
+    mismatched_documents: int = 0  # refused: the tokens of a side do not cover the text
     empty_documents: int = 0  # dropped
     bad_lines: int = 0  # refused
-    broken_inputs: int = 0  # containers that ended early; what came before is here
+    broken_inputs: int = 0  # files that are damaged or end early; the records before the damage are in the dataset
 
     def __add__(self, other: Totals) -> Totals:
         numbers = {k: getattr(self, k) + getattr(other, k) for k in type(self).model_fields if k != "span_widths"}
@@ -66,7 +66,7 @@ class Totals(Record):
 
     @property
     def mapped_tokens(self) -> int:
-        """Student tokens with a range of teacher tokens."""
+        """The number of student tokens with a range of teacher tokens."""
         return self.student_tokens - self.eos_tokens - self.zero_width_tokens
 
 
@@ -89,16 +89,16 @@ class ShardRecord(Record):
 
 
 class Scoring(Record):
-    """How the teacher's losses were computed."""
+    """The settings by which the teacher's losses were computed."""
 
     teacher: str  # fingerprint of its weights
-    name: str  # of its folder or file, for people
+    name: str  # of its folder or file, for messages
     dtype: str
     weights: Literal["as-is", "int8", "fp8"]
     context: int  # tokens of the longest window
     stride: int  # tokens from window to window
-    before: int  # the id that a document's first token is predicted from: the last one of `front`, or the teacher's EOS
-    front: tuple[int, ...] = ()  # ids at the head of each window: what the teacher's tokenizer puts in front of a text
+    before: int  # the id from which a document's first token is predicted: the last id of `front`, or the teacher's EOS
+    front: tuple[int, ...] = ()  # ids at the beginning of each window: those that the teacher's tokenizer puts before a text
 
     @property
     def quantization(self) -> Literal["none", "int8", "fp8"]:
@@ -114,10 +114,10 @@ class Scoring(Record):
 
 
 class LossTotals(Record):
-    """Counts of a shard or of a dataset; they add."""
+    """Counts of the losses of a shard or of a dataset. They can be added."""
 
     tokens: int = 0
-    positions: int = 0  # of all forwards: tokens that were read again as context, and padding, are among them
+    positions: int = 0  # of all forwards, including tokens that are read again as context, and padding
     padding: int = 0
     nan: int = 0
     infinite: int = 0
@@ -128,7 +128,7 @@ class LossTotals(Record):
 
     @property
     def mean(self) -> float:
-        """Nats a token, of those with a finite loss; 0 without any."""
+        """Mean of the finite losses, in nats per token; 0 if there are none."""
         return self.nats / max(1, self.tokens - self.nan - self.infinite)
 
 
@@ -163,7 +163,7 @@ class Manifest(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Of everything but the teacher's losses: scoring makes no other dataset of it."""
+        """Hash of everything except the teacher's losses: scoring does not change it."""
         return self.sha256 if self.teacher_losses is None else self.model_copy(update={"teacher_losses": None})._digest()
 
     @property
@@ -176,7 +176,7 @@ class Manifest(Record):
         return self.student if side == "student" else self.teacher
 
     def sealed(self) -> bytes:
-        """The file's bytes, checksum and all."""
+        """The bytes of the file, including the checksum."""
         data = to_json(self.model_copy(update={"sha256": UNSEALED}))
         return data.replace(UNSEALED.encode(), self._digest().encode(), 1)
 
@@ -185,12 +185,12 @@ class Manifest(Record):
 
 
 def read_manifest(root: Place) -> Manifest:
-    """Raises DatasetError: no dataset.json, one of another format, or one that is not what was written."""
+    """Read dataset.json. Raises DatasetError if there is none, if it has another format, or if it was changed."""
     file = root / DATASET
     if not file.is_file():
         if (root / "shards").is_dir():
             raise DatasetError(f"{file} is missing: the build of the dataset did not finish; run the same command again")
-        raise DatasetError(f"{root} is not a dataset: {_what_is_there(root)}", str(root))
+        raise DatasetError(f"{root} is not a dataset: {_why_no_dataset(root)}", str(root))
     data = file.read_bytes()
     try:
         fields = orjson.loads(data)
@@ -213,7 +213,7 @@ def read_manifest(root: Place) -> Manifest:
     return manifest
 
 
-def _what_is_there(root: Place) -> str:
+def _why_no_dataset(root: Place) -> str:
     if not root.exists():
         return f"the path does not exist{looked_for(root) if isinstance(root, Path) else ''}"
     if root.is_file():
@@ -222,7 +222,7 @@ def _what_is_there(root: Place) -> str:
 
 
 def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileRecord]]:
-    """All files of a dataset but dataset.json itself."""
+    """All files of a dataset except dataset.json, with their records."""
     for side in SIDES:
         for name, record in manifest.tokenizer(side).files.items():
             yield root / "tokenizers" / side / name, record
@@ -236,7 +236,7 @@ def recorded_files(root: Path, manifest: Manifest) -> Iterator[tuple[Path, FileR
 
 
 def check_size(file: Place, record: FileRecord) -> None:
-    """Raises DatasetError: missing, or of another size than recorded."""
+    """Raises DatasetError if a file is missing or does not have the recorded size."""
     try:
         size = file.stat().st_size
     except OSError as error:
@@ -249,19 +249,19 @@ def check_size(file: Place, record: FileRecord) -> None:
 
 
 def hash_file(file: Place) -> FileRecord:
-    """What it is now; reads all of it. Raises OSError."""
+    """The current size and hash of a file. Reads the complete file. Raises OSError."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # fsspec's files have readinto as well
         return FileRecord(size=file.stat().st_size, sha256=digest.hexdigest())
 
 
 def to_json(record: BaseModel) -> bytes:
-    """The bytes of its file: equal records, equal bytes."""
+    """The bytes of a record's file. Equal records have equal bytes."""
     return orjson.dumps(record.model_dump(), option=orjson.OPT_INDENT_2) + b"\n"
 
 
 def write_durably(file: Place, data: bytes) -> None:
-    """The whole file or nothing; on the disk when this returns. Object stores do so by themselves."""
+    """Write a file atomically. It is on the disk when this returns. Object stores guarantee both."""
     if isinstance(file, Path):
         files.write_durably(file, data)
     else:
@@ -269,7 +269,7 @@ def write_durably(file: Place, data: bytes) -> None:
 
 
 def make_folder(folder: Place) -> None:
-    """With those above it; on the disk when this returns."""
+    """Create a folder and its parents. They are on the disk when this returns."""
     if isinstance(folder, Path):
         files.make_folder(folder)
     else:

@@ -1,7 +1,7 @@
 """Files and folders by path or URL: `data/a.jsonl`, `file:///data/a.jsonl`, `s3://bucket/a.jsonl`, `memory://a.jsonl`.
 
-A local one is a `pathlib.Path`; any other is a `UPath`, which has the same methods and reads through fsspec. Object stores
-need their fsspec package (s3fs, gcsfs, adlfs) and take credentials and endpoints from the environment.
+A local path is a `pathlib.Path`. Any other is a `UPath`, which has the same methods and reads through fsspec. An object store
+needs its fsspec package (s3fs, gcsfs, adlfs), which reads credentials and endpoints from the environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Place: TypeAlias = Path | UPath
 
 
 def place(url: str | Place) -> Place:
-    """Raises CorpusError for an unknown protocol, or one whose package is not installed."""
+    """The path object of a path or URL. Raises CorpusError for an unknown protocol, or if its package is not installed."""
     if isinstance(url, Path):
         return url
     try:
@@ -31,7 +31,7 @@ def place(url: str | Place) -> Place:
 
 @contextmanager
 def reaching(where: Place) -> Iterator[None]:
-    """Each object store raises errors of its own. Raises CorpusError instead."""
+    """Convert the errors that object stores raise into CorpusError."""
     try:
         yield
     except (CorpusError, OSError):

@@ -1,8 +1,8 @@
-"""A tokenizer.json -> one that reads every text as its own does, and knows no control token.
+"""A tokenizer.json -> a tokenizer.json that reads every text in the same way, but has no control tokens.
 
-Control tokens that a text writes out, such as "</s>", are text like any other; so they leave, and the merges that make them.
-All other added tokens are ordinary vocabulary that the model was trained with (runs of spaces, HTML tags, letters): they stay,
-with their flags and ids.
+A control token that is written out in a text, such as "</s>", is ordinary text here. The control tokens and the merges that
+produce them are therefore removed. All other added tokens are ordinary vocabulary of the model (runs of spaces, HTML tags,
+letters) and are kept, with their flags and ids.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 from megatron_vocagno.corpus.sentencepiece_model import FIRST_ONLY, SPACE
 from megatron_vocagno.errors import TokenizerError
 
-# normalizers that leave NFC text as it is, or only mark its spaces
+# normalizers that do not change NFC text, or only mark its spaces
 HARMLESS_NORMALIZERS = ("NFC", "Prepend", "Replace")
 # pre-tokenizers that cut a text without removing anything
 HARMLESS_PRE_TOKENIZERS = ("ByteLevel", "Metaspace", "Split", "Digits", "Punctuation")
 
-PLACEHOLDER = "\ufdd0"  # no character
+PLACEHOLDER = "\ufdd0"  # a code point that is not a character
 FLAGS = ("content", "single_word", "lstrip", "rstrip", "normalized")  # of an added token
 
 
 @dataclass(frozen=True)
 class PlainText:
-    """How a text is read.
+    """A tokenizer.json without control tokens, and its properties.
 
     json      the tokenizer.json
-    prefix    when a space that is not in the text is put before it
-    again     it is put before each part of a text that an added token has cut off, too
-    marked    spaces are U+2581 in its pieces
-    composes  its normalizer brings a text into NFC
-    ordinary  its added tokens that a text may give, as tokenizer.json has them
-    drops     its pre-tokenizer leaves out what its pattern does not match
+    prefix    when the tokenizer puts a space before a text that is not in the text
+    again     whether it also puts this space before each part of a text after an added token
+    marked    whether its pieces write spaces as U+2581
+    composes  whether its normalizer converts a text to NFC
+    ordinary  its added tokens that are not control tokens, as in tokenizer.json
+    drops     whether its pre-tokenizer drops text that its pattern does not match
     """
 
     json: dict[str, Any]
@@ -51,7 +51,7 @@ class PlainText:
 
 
 def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
-    """Raises TokenizerError with the reason where the bytes of its tokens cannot be known."""
+    """Remove the control tokens. Raises TokenizerError, with the reason, if the bytes of the tokens cannot be known."""
     model = {k: v for k, v in raw["model"].items() if k != "dropout"}
     if model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         raise TokenizerError("its pieces carry a subword prefix or suffix that is not in the text")
@@ -63,9 +63,9 @@ def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
     if not byte_level and not model.get("byte_fallback"):
         raise TokenizerError("neither byte-level nor with byte fallback: characters outside its vocabulary would be lost")
     if byte_level and marked:
-        raise TokenizerError("it marks spaces with U+2581 and cuts into bytes: its pieces do not tell how many bytes a space has")
+        raise TokenizerError("it marks spaces with U+2581 and is byte-level: the bytes of a space in its pieces are ambiguous")
     prefix, again = _prefix(normalizers, pre_tokenizers)
-    # no text may give a control token: neither through a merge nor as a whole word
+    # no text may produce a control token, neither through a merge nor as a word
     pairs = [m.split(" ", 1) if isinstance(m, str) else list(m) for m in model["merges"]]
     model["merges"] = [pair for pair in pairs if "".join(pair) not in control]
     if model.get("ignore_merges"):
@@ -90,11 +90,11 @@ def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
 
 
 def _with_placeholders(raw: dict[str, Any], model: dict[str, Any], control: set[str]) -> list[dict[str, Any]]:
-    """Its added tokens, in their order. A control token's place is taken by a name that no text has, in the model as well.
+    """The added tokens in their order. Each control token is renamed, here and in the model, to a name that no text contains.
 
-    The tokenizers library counts ids on from token to token, and two tokens of one id hide each other: nothing may be left out.
+    No token may be removed: the tokenizers library numbers added tokens consecutively, and two tokens with one id hide each other.
     """
-    parts = {part for pair in model["merges"] for part in pair} & control  # what a merge needs keeps its name
+    parts = {part for pair in model["merges"] for part in pair} & control  # a part of a merge keeps its name
     kept = []
     vocab = dict(raw["model"]["vocab"])
     for token in raw["added_tokens"]:
@@ -111,7 +111,7 @@ def _with_placeholders(raw: dict[str, Any], model: dict[str, Any], control: set[
 
 
 def byte_table(plain: PlainText, vocab_size: int, control: set[str]) -> NDArray[np.int32]:
-    """int32 [vocab_size]: bytes of text of each piece of the model; 0 for control tokens and ids that no piece has."""
+    """int32 [vocab_size]: bytes of text of each piece of the model; 0 for control tokens and ids without a piece."""
     lengths = np.zeros(vocab_size, np.int32)
     byte_level = any(s["type"] == "ByteLevel" for s in steps(plain.json["pre_tokenizer"]))
     unknown = plain.json["model"].get("unk_token")
@@ -128,9 +128,9 @@ def byte_table(plain: PlainText, vocab_size: int, control: set[str]) -> NDArray[
 
 
 def parts_of(plain: PlainText, eos_id: int, vocab_size: int) -> dict[str, Any]:
-    """What decides ids, bytes and EOS, by name."""
+    """The parts of a tokenizer that determine ids, bytes and EOS, by name. A fingerprint is their digest."""
     model = {k: v for k, v in plain.json["model"].items() if v not in (None, False, "")}
-    # in a file without ordinary added tokens this is what it always was, so that its datasets stay valid
+    # without ordinary added tokens there is no such key, as in earlier releases, so that fingerprints do not change
     ordinary = [[a["id"], *(a.get(flag) for flag in FLAGS)] for a in plain.ordinary]
     return {
         "normalizer": plain.json["normalizer"],
@@ -142,7 +142,7 @@ def parts_of(plain: PlainText, eos_id: int, vocab_size: int) -> dict[str, Any]:
 
 
 def digest(part: Any) -> str:
-    """sha256 of a part, or of all of them."""
+    """sha256 of one part, or of all parts."""
     return hashlib.sha256(orjson.dumps(part, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
@@ -158,7 +158,7 @@ def steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def marks_spaces(step: dict[str, Any]) -> bool:
-    """Whether it writes U+2581 for a space."""
+    """Whether the step replaces a space by U+2581."""
     if step["type"] == "Metaspace":
         return bool(step.get("replacement") == SPACE)
     return bool(step["type"] == "Replace" and step.get("pattern") == {"String": " "} and step.get("content") == SPACE)
@@ -177,7 +177,8 @@ def _check_normalizers(normalizers: list[dict[str, Any]], marked: bool) -> None:
 def _check_pre_tokenizers(pre_tokenizers: list[dict[str, Any]]) -> None:
     for i, step in enumerate(pre_tokenizers):
         kind = step["type"]
-        # "Removed" and inverted drops what the pattern does not match: nothing, where it matches everything (see Tokenizer)
+        # "Removed" and inverted drops the text that the pattern does not match. That is nothing if it matches every text, which
+        # `tokens` tests.
         drops = step.get("behavior") == "Removed" and not (kind == "Split" and step.get("invert"))
         if kind not in HARMLESS_PRE_TOKENIZERS or drops:
             raise TokenizerError(f"its pre-tokenizer {kind} removes parts of the text")
@@ -186,7 +187,7 @@ def _check_pre_tokenizers(pre_tokenizers: list[dict[str, Any]]) -> None:
         if i and _prepends(step):
             before = pre_tokenizers[i - 1]["type"]
             raise TokenizerError(
-                f"its pre-tokenizer {kind} puts a space before each part that {before} has cut, not only the first"
+                f"its pre-tokenizer {kind} puts a space before each part that {before} cuts, not only before the first part"
             )
 
 
@@ -211,6 +212,6 @@ def _prepends(step: dict[str, Any]) -> bool:
 
 
 def _first_only(step: dict[str, Any]) -> bool:
-    """The step that sentencepiece_to_json writes for a model with symbols of its user's."""
+    """Whether it is the step that sentencepiece_to_json writes for a model with user-defined symbols."""
     pattern = (step.get("pattern") or {}).get("Regex", "")
     return bool(step["type"] == "Replace" and step.get("content") == SPACE and pattern.startswith(FIRST_ONLY))

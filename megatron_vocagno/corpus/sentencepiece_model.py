@@ -1,9 +1,9 @@
 """A SentencePiece BPE model -> the tokenizer.json that gives the same ids.
 
-A symbol of the user's (USER_DEFINED: Gemma's runs of line ends, HTML tags) is one token wherever the normalised text has it.
-It becomes an added token that is no control token. `Prepend` would put a space before each part of a text that follows one;
-SentencePiece puts one before the text alone. So the step of such a model is a Replace of `\\A`, where a text begins. It spares
-a text that is nothing but a symbol, since the added tokens go through it as well.
+A user-defined symbol (USER_DEFINED: Gemma's runs of line ends, HTML tags) is one token wherever it occurs in the normalised text.
+It becomes an added token that is not a control token. SentencePiece puts a space only before the text, whereas `Prepend` would
+also put one before each part of a text that follows a symbol. The normalizer of such a model is therefore a Replace of `\\A`, the
+beginning of the text. It does not change a text that is exactly one symbol, because the library also normalises added tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 from megatron_vocagno.errors import TokenizerError
 
 SPACE = "\u2581"  # SentencePiece's visible space
-FIRST_ONLY = r"\A(?!"  # how the step begins that puts a space before a text and before nothing else
+FIRST_ONLY = r"\A(?!"  # beginning of the pattern of the step that puts a space only before the text
 
 
 def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """A SentencePiece BPE model -> (tokenizer.json with the same ids, names of its control tokens).
 
-    Raises TokenizerError where it is no such model, or one that changes the text.
+    Raises TokenizerError if it is not such a model, or if it changes the text.
     """
     proto = _parse(data, file)
     _check(proto, file)
@@ -64,7 +64,7 @@ def sentencepiece_to_json(data: bytes, file: Path) -> tuple[dict[str, Any], dict
 
 
 def sentencepiece_names(data: bytes, file: Path) -> tuple[dict[str, str], dict[str, int]]:
-    """(the names of a model's control tokens, the id of each piece). Raises TokenizerError: no such model."""
+    """(names of a model's control tokens, id of each piece). Raises TokenizerError if it is not a SentencePiece model."""
     proto = _parse(data, file)
     return _names(proto), {piece.piece: i for i, piece in enumerate(proto.pieces)}
 
@@ -94,8 +94,7 @@ def _check(proto: Any, file: Path) -> None:
         "its model is not BPE (Unigram, word or char); only BPE is supported": trainer.model_type != trainer.BPE,
         "it has no byte fallback: characters outside its vocabulary would be lost": not trainer.byte_fallback,
         f"its normalizer {spec.name!r} changes the text": bool(spec.precompiled_charsmap) or spec.remove_extra_whitespaces,
-        "it marks spaces in another way than U+2581 before a word": trainer.treat_whitespace_as_suffix
-        or not spec.escape_whitespaces,
+        "it does not mark spaces with U+2581 before a word": trainer.treat_whitespace_as_suffix or not spec.escape_whitespaces,
     }
     for reason, applies in refused.items():
         if applies:
@@ -105,15 +104,15 @@ def _check(proto: Any, file: Path) -> None:
 def _prefix(symbols: list[str]) -> list[dict[str, Any]]:
     if not symbols:
         return [{"type": "Prepend", "prepend": SPACE}]
-    alone = "|".join(re.escape(symbol) for symbol in symbols)
-    return [{"type": "Replace", "pattern": {"Regex": rf"{FIRST_ONLY}(?:{alone})\z)"}, "content": SPACE}]
+    any_symbol = "|".join(re.escape(symbol) for symbol in symbols)
+    return [{"type": "Replace", "pattern": {"Regex": rf"{FIRST_ONLY}(?:{any_symbol})\z)"}, "content": SPACE}]
 
 
 def _merges(scores: dict[str, float]) -> list[list[str]]:
-    """All pairs that make a piece, in the order in which BPE must apply them.
+    """All pairs that form a piece, in the order in which BPE must apply them.
 
-    SentencePiece knows scores, not merges. The order is (score, length of the left part, length of the right part), all
-    descending: with ties broken by the ids of the parts instead, the ids of many texts differ.
+    SentencePiece has scores instead of merges. The order is (score, length of the left part, length of the right part), all
+    descending. If ties were broken by the ids of the parts instead, the ids of many texts would differ.
     """
     merges = []
     for piece, score in scores.items():

@@ -1,19 +1,19 @@
-"""For each student token, the teacher tokens that hold its bytes.
+"""For each student token, the teacher tokens that contain its bytes.
 
-Student token i covers the bytes [s, e) of the text. Its span [first, last) is every teacher token that overlaps them:
-first = the first one that ends after s, last = the first one that starts at e or later. A token without bytes (a dummy
-prefix that stands alone, EOS) is **unmapped**: first == last, the teacher position at which it stands.
+Student token i covers the bytes [s, e) of the text. Its span [first, last) contains every teacher token that overlaps these bytes:
+`first` is the first teacher token that ends after s, and `last` is the first teacher token that starts at e or later. A token
+without bytes (EOS, or a token that is only a dummy prefix) is **unmapped**: first == last, its position among the teacher tokens.
 
-Since both sequences tile one text, neighbours share at most one teacher token:
+Both sequences tile one text, so neighbours share at most one teacher token:
 
     first[i + 1] ∈ {last[i], last[i] - 1}          last[-1] := before
 
-`before` is the teacher position at which the sequence starts: 0 for a document, 1 where the teacher's own dummy prefix
-stands alone, which no student token maps to. So a byte where both sides have a boundary lies before token i exactly where
-first[i] == last[i - 1], and one byte a token is enough on disk:
+`before` is the teacher position at which the sequence starts. It is 0 for a document, or 1 if the teacher's first token is only a
+dummy prefix, to which no student token maps. Both sides have a boundary before token i if and only if first[i] == last[i - 1].
+One byte per token is therefore enough on disk:
 
-    code = width << 1 | shares its first teacher token with the token before
-    255: the width is 127 or more; the code is in a side list of (position, code)
+    code = width << 1 | shares its first teacher token with the previous token
+    255: the width is 127 or more; the code is in a separate list of (position, code)
     anchor k: last[4096 k - 1], so that decoding may start in the middle of a document
 """
 
@@ -29,12 +29,16 @@ from megatron_vocagno.errors import CorpusError
 
 ANCHOR_EVERY = 4096  # tokens
 ESCAPE = 255
-WIDEST = 126  # the widest span that needs no escape
+WIDEST = 126  # the widest span without an escape
 
 
 @dataclass(frozen=True)
 class Spans:
-    """first, last: int32 [N], teacher positions, half-open; unmapped where equal. before: `last` of the token before."""
+    """The spans of N student tokens.
+
+    first, last  int32 [N], the teacher tokens [first, last) of each token; a token is unmapped if both are equal
+    before       `last` of the token before the first one
+    """
 
     first: NDArray[np.int32]
     last: NDArray[np.int32]
@@ -45,17 +49,17 @@ class Spans:
 
     @property
     def mapped(self) -> NDArray[np.bool_]:
-        """bool [N]."""
+        """bool [N]: whether a token has at least one teacher token."""
         return self.first < self.last
 
     @property
     def common_boundary(self) -> NDArray[np.bool_]:
-        """bool [N]: both sequences have a boundary where token i starts. True at a document's start."""
+        """bool [N]: whether both sequences have a boundary at the start of token i. True at the start of a document."""
         boundary: NDArray[np.bool_] = self.first == self._last_before()
         return boundary
 
     def with_eos(self) -> Spans:
-        """N + 1: the spans with the student's EOS, unmapped, at the place of the teacher's."""
+        """N + 1 spans: these, and the span of the student's EOS, unmapped, at the position of the teacher's EOS."""
         end = self.last[-1:] if len(self) else np.array([self.before], np.int32)
         return Spans(np.append(self.first, end), np.append(self.last, end), self.before)
 
@@ -64,13 +68,13 @@ class Spans:
 
 
 def align(student: Tokens, teacher: Tokens) -> Spans:
-    """Spans of one document's student tokens; by binary search, O(N log M) (docs/method.md, 1).
+    """Spans of one document's student tokens, by binary search, O(N log M) (docs/method.md, section 1).
 
-    Both must tile the same bytes; only at byte 0 may a token be without text. No token on either side gives no span.
+    Both sides must tile the same bytes. Only a token at byte 0 may have no text. If neither side has tokens, there are no spans.
 
-    Raises CorpusError: the ends of a side are unknown, the two read different bytes, or ends do not rise.
+    Raises CorpusError if the ends of a side are unknown, the sides have different numbers of bytes, or the ends do not increase.
 
-    [sel][ection] over [select][ion], as their tokens end:
+    For example, the student tokens [sel][ection] and the teacher tokens [select][ion], by the bytes at which they end:
 
     >>> student, teacher = (Tokens(np.zeros(2, np.int32), np.array(ends)) for ends in ([3, 9], [6, 9]))
     >>> spans = align(student, teacher)
@@ -100,7 +104,7 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
 
 
 def intersection_over_student(student: Tokens, teacher: Tokens, spans: Spans) -> NDArray[np.float64]:
-    """float64 [N]: the share of each token's bytes that its span covers, from the byte ends alone; NaN where unmapped."""
+    """float64 [N]: the fraction of each token's bytes that its span covers, computed from the byte ends; NaN if unmapped."""
     ious = np.full(len(spans), np.nan)
     m = spans.mapped
     left = np.maximum(student.starts[m], teacher.starts[spans.first[m]])
@@ -111,11 +115,11 @@ def intersection_over_student(student: Tokens, teacher: Tokens, spans: Spans) ->
 
 @dataclass(frozen=True)
 class EncodedSpans:
-    """One document's spans as they are stored.
+    """The stored spans of one document.
 
     codes    uint8 [N]
     anchors  int32 [ceil(N / 4096)]
-    escapes  int32 [E, 2], (position, code), by rising position
+    escapes  int32 [E, 2], (position, code), by increasing position
     """
 
     codes: NDArray[np.uint8]
@@ -124,7 +128,7 @@ class EncodedSpans:
 
 
 def encode(spans: Spans) -> EncodedSpans:
-    """A document's spans -> codes. Raises CorpusError where neighbours share more than one teacher token or skip one.
+    """A document's spans -> codes. Raises CorpusError if neighbours share more than one teacher token or skip one.
 
     >>> spans = Spans(np.array([0, 0, 2], np.int32), np.array([1, 2, 3], np.int32))
     >>> encode(spans).codes.tolist()
@@ -151,7 +155,10 @@ def encode(spans: Spans) -> EncodedSpans:
 
 
 def decode(stored: EncodedSpans, start: int = 0, stop: int | None = None) -> Spans:
-    """Spans of the tokens [start, stop) of a document, in document coordinates; reads O(stop - start + 4096) codes."""
+    """Spans of the tokens [start, stop) of a document. Teacher positions count from the start of the document.
+
+    Reads O(stop - start + 4096) codes.
+    """
     stop = len(stored.codes) if stop is None else stop
     anchor = start // ANCHOR_EVERY
     begin, skip = anchor * ANCHOR_EVERY, start % ANCHOR_EVERY
@@ -160,10 +167,10 @@ def decode(stored: EncodedSpans, start: int = 0, stop: int | None = None) -> Spa
         return Spans(codes, codes)
     if len(stored.escapes):
         position, code = stored.escapes.T
-        here = (position >= begin) & (position < stop)
-        codes[position[here] - begin] = code[here]
+        in_range = (position >= begin) & (position < stop)
+        codes[position[in_range] - begin] = code[in_range]
     width = codes >> 1
-    # int32 throughout: numpy's running sum is ten times slower where it has to convert
+    # int32 throughout: numpy's cumulative sum is ten times slower if it has to convert
     last = np.cumsum(width - (codes & 1), dtype=np.int32)
     last += stored.anchors[anchor]
     before = last[skip - 1] if skip else stored.anchors[anchor]

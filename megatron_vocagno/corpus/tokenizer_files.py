@@ -1,10 +1,11 @@
-"""The files of a tokenizer: which is read, and what lies beside it, its control tokens' names and what ends a document.
+"""The files of a tokenizer, the names of its control tokens, and the token that ends a document.
 
-The end-of-text token of a chat model ends a turn of its chat (<|im_end|>, <|eot_id|>), and not the documents that it was
-pretrained on. Where its vocabulary has the separator of pretraining as a control token, that is taken:
+The end-of-text token of a chat model ends a turn of a chat (<|im_end|>, <|eot_id|>). In pretraining, documents ended with another
+token. If the vocabulary has the separator of pretraining as a control token, the separator is used:
 
-- a token ends a turn when the chat template has it, or when it is one of CHAT_ENDS
-- a separator is one of SEPARATORS; a tokenizer whose own end of text is one of these keeps it, whatever its chat template has
+- A token ends a turn if the chat template contains it, or if it is in CHAT_ENDS.
+- A separator is a token of SEPARATORS. If a tokenizer's own end of text is a separator, it is used, even if the chat template
+  contains it.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ import orjson
 from megatron_vocagno import hub
 from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, looked_for, tool
 
-FILES = ("tokenizer.json", "tokenizer.model")  # in this order
+FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
 SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
 SMALL_FILES += ["chat_template.jinja"]
-# what stands between documents in pretraining; where a vocabulary has several, the first
+# tokens that separate documents in pretraining; if a vocabulary has several, the first is used
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "<eos>", "</s>")
 CHAT_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<turn|>", "<|end|>", "<|return|>", "<|eom_id|>")
 
 
 def find_file(path_or_id: str | Path) -> Path:
-    """tokenizer.json or tokenizer.model of a folder or a Hub id; or the file itself. Raises TokenizerError."""
+    """The tokenizer.json or tokenizer.model of a folder or a Hub id, or the file itself. Raises TokenizerError."""
     path = Path(path_or_id)
     if not path.is_file() and isinstance(path_or_id, str) and hub.is_id(path_or_id):
         path = _from_hub(path_or_id)
@@ -35,17 +36,20 @@ def find_file(path_or_id: str | Path) -> Path:
     if path.is_dir():
         what = "a folder without tokenizer.json or tokenizer.model"
     else:
-        # a Path is never asked of the Hub
+        # a Path is never a Hub id
         what = "no such file or folder" + (f". {hub.why_path(path_or_id)}" if isinstance(path_or_id, str) else "")
         what += looked_for(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 
 def tokenizer_file(path: Path) -> Path | None:
-    """The file itself, or that of a folder; None where there is none. Raises TokenizerError: it is GGUF, or of Git LFS."""
+    """The file itself, or the tokenizer's file of a folder; None if there is none.
+
+    Raises TokenizerError for a GGUF file or a pointer of Git LFS.
+    """
     file = path if path.is_file() else next((path / name for name in FILES if (path / name).is_file()), None)
     if file is not None:
-        # of a model it may be gigabytes
+        # read only the beginning: the file of a model may have gigabytes
         with file.open("rb") as opened:
             start = opened.read(64)
         if start.startswith(b"GGUF"):
@@ -59,7 +63,7 @@ def tokenizer_file(path: Path) -> Path | None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """{} where there is no such file, or no object in it. Raises TokenizerError: not JSON."""
+    """The object in a JSON file; {} if there is no file, or no object. Raises TokenizerError for invalid JSON."""
     try:
         content = orjson.loads(file.read_bytes()) if file.is_file() else {}
     except orjson.JSONDecodeError as error:
@@ -74,8 +78,8 @@ def _from_hub(name: str) -> Path:
         raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
 
 
-def names_beside(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
-    """bos, eos, unk and pad token as the files beside a tokenizer name them."""
+def token_names(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
+    """The names of the bos, eos, unk and pad tokens in the files of a tokenizer's folder. raw: the tokenizer.json"""
     names: dict[str, str] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         for key, value in read_json(folder / name).items():
@@ -94,7 +98,7 @@ def names_beside(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
 
 
 def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
-    """(the token that ends a document, why it is not the one that the tokenizer names; "" where it is).
+    """(the token that ends a document, the reason if it is not the tokenizer's own end of text, else "").
 
     named    the tokenizer's own end of text
     control  its control tokens
@@ -105,7 +109,7 @@ def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
     in_template = named in _chat_template(folder)
     if not in_template and named not in CHAT_ENDS:
         return named, ""
-    why = "its chat template has it" if in_template else "as chat models write it"
+    why = "its chat template contains it" if in_template else "as in chat models"
     return separator, f"the tokenizer names {named}, which ends a turn of its chat ({why})"
 
 

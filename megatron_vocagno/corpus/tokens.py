@@ -1,22 +1,22 @@
 """A text -> token ids and the byte at which each token ends.
 
-`open_tokenizer(path)` reads a Hugging Face `tokenizer.json` or a SentencePiece BPE model. Both kinds of BPE in use keep
-every byte of the text, so one table of byte lengths and one cumulative sum give exact ends:
+`open_tokenizer(path)` reads a Hugging Face `tokenizer.json` or a SentencePiece BPE model. Both common kinds of BPE keep every byte
+of the text, so a table of byte lengths and a cumulative sum give exact ends:
 
 | kind | bytes of a piece | dummy prefix |
 |---|---|---|
-| byte-level BPE | one a character of GPT-2's byte alphabet | `add_prefix_space`: unless the text starts with a space |
-| SentencePiece-like, byte fallback | U+2581 is one space, `<0xNN>` one byte | Prepend: always; Metaspace: likewise unless |
-| added tokens (runs of spaces, HTML tags) | those of their text | put before each part that they cut off, too, in some |
+| byte-level BPE | one per character of GPT-2's byte alphabet | `add_prefix_space`: unless the text starts with a space |
+| SentencePiece-like, byte fallback | U+2581 is one space, `<0xNN>` one byte | Prepend: always; Metaspace: unless a space starts it |
+| added tokens (runs of spaces, HTML tags) | those of their text | in some tokenizers also before each part after the token |
 
-Where the table cannot know, its sum is not believed, even where it adds up: U+2581 in the text, a text that the tokenizer
-brings into NFC, an added token that takes the spaces around it or is followed by a prefix. Then the tokenizer's own offsets are
-asked, which are in characters and overlap where a character is cut; where these do not tile the text either, its ends are
-"unknown".
+In some cases the sum of the table may be wrong even if it equals the length of the text, and is not used: a text with U+2581, a
+text that the tokenizer converts to NFC, an added token that removes the spaces around it or is followed by a prefix. The
+tokenizer's own offsets are used then. They count characters, and overlap if a token ends inside a character. If they do not tile
+the text either, the ends are "unknown".
 
-Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason.
-NFC is the caller's: normalise once, before both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are
-plain text; all else is read as the tokenizer itself reads it (`plain_text`).
+Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason. The caller
+normalises to NFC, once for both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are plain text. All other
+text is read as the tokenizer itself reads it (`plain_text`).
 """
 
 from __future__ import annotations
@@ -36,22 +36,21 @@ from megatron_vocagno.corpus.encoders import SAMPLE, Backend, Encoder, HuggingFa
 from megatron_vocagno.corpus.front import front_of_json, front_of_sentencepiece, putting_in_front
 from megatron_vocagno.corpus.plain_text import PlainText, byte_table, digest, parts_of, plain_text
 from megatron_vocagno.corpus.sentencepiece_model import SPACE, sentencepiece_to_json
-from megatron_vocagno.corpus.tokenizer_files import end_of_text, find_file, names_beside
+from megatron_vocagno.corpus.tokenizer_files import end_of_text, find_file, token_names
 from megatron_vocagno.errors import EncoderError, TokenizerError
 
-# a control character that no merge takes in: byte fallback or a byte of its own, whatever follows it
-SPENT = "\x01"
-UNSURE = 255  # a text whose bytes are not those that its tokens have by the table
+SENTINEL = "\x01"  # a control character that is in no merge: its token is always a single byte
+UNSURE = 255  # marks a text for which the table of byte lengths may be wrong
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One document, tokenized.
+    """The tokens of one document.
 
     ids        int32 [N]
-    ends       int64 [N], the UTF-8 byte of the document at which each token ends; never falling
-    ends_from  where the ends come from: the byte table, the tokenizer's offsets, or "unknown": then they do not reach the
-               text's end, nothing may be aligned with them
+    ends       int64 [N], the UTF-8 byte of the document at which each token ends; non-decreasing
+    ends_from  source of the ends: the byte table, the tokenizer's offsets, or "unknown". Unknown ends do not reach the end of the
+               text and cannot be aligned.
 
     >>> tokens = Tokens(ids=np.array([5, 9]), ends=np.array([3, 9]))
     >>> tokens.starts.tolist(), tokens.pieces("selection")
@@ -69,11 +68,14 @@ class Tokens:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of text that the tokens hold; 0 where there are none."""
+        """Bytes of text of all tokens; 0 if there are no tokens."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def pieces(self, text: str) -> list[bytes]:
-        """[N] the bytes of each token, of the text that was tokenized: a token may hold a part of a character."""
+        """[N] the bytes of each token. A token may contain a part of a character.
+
+        text: the text that was tokenized
+        """
         data = text.encode()
         return [data[start:end] for start, end in zip(self.starts.tolist(), self.ends.tolist(), strict=True)]
 
@@ -82,17 +84,22 @@ class Tokens:
 class Tokenizer:
     """A tokenizer whose tokens have known byte lengths.
 
-    eos_token      ends a document; `eos_why` says why it is not the one that the tokenizer names, where it is not
-    vocab_size     highest id + 1, added tokens included
-    byte_lengths   int32 [vocab_size], bytes of text of each id; 0 for those that no text gives (control tokens, gaps)
-    unsure         ids of added tokens whose bytes differ from text to text
-    front          what its model reads in front of a text: BOS or nothing, see `front`
-    fingerprint    sha256 of all that decides ids, bytes and EOS; equal for a tokenizer.json and the model it came from
-    prefix         when a space that is not in the text is put before it
-    marked, composes  its pieces have U+2581 for a space; it brings a text into NFC
-    added          its added tokens that a text may give; `samples` are texts that have them
-    original       the file that it was read from, `source` its tokenizer.json
-    encoder        gives the ids; `not_fast` says why that is not gigatoken, where it is not
+    eos_token      ends a document
+    eos_why        the reason why `eos_token` is not the tokenizer's own end of text, else ""
+    vocab_size     highest id + 1, including added tokens
+    byte_lengths   int32 [vocab_size], bytes of text of each id; 0 for ids that no text produces (control tokens, gaps)
+    unsure         ids of added tokens whose bytes depend on the text
+    front          ids that its model reads in front of a text: BOS or nothing, see the module `front`
+    fingerprint    hash of all that determines ids, bytes and EOS; equal for a tokenizer.json and the SentencePiece model of it
+    prefix         when the tokenizer puts a space before a text that is not in the text
+    marked         whether its pieces write spaces as U+2581
+    composes       whether it converts a text to NFC
+    added          its added tokens that a text may produce
+    samples        texts with the added tokens
+    original       the content of the file from which it was read
+    source         the content of its tokenizer.json
+    encoder        computes the ids
+    not_fast       the reason why the encoder is not gigatoken, else ""
     """
 
     eos_id: int
@@ -117,24 +124,26 @@ class Tokenizer:
     not_fast: str = ""
 
     def encode_batch(self, texts: Sequence[str]) -> list[Tokens]:
-        """Tokens of each text, without BOS or EOS; an empty text has none."""
+        """Tokens of each text, without BOS or EOS. An empty text has no tokens."""
         tokens = self.encoder.encode(texts)
         return [self._place(text, tokens[i].astype(np.int32)) for i, text in enumerate(texts)]
 
     def encode_continuation(self, text: str, encoder: Encoder) -> NDArray[np.uint32]:
-        """[N] ids of a text that follows other text: without a dummy prefix.
+        """[N] ids of a text that continues another text, that is without a dummy prefix.
 
-        The prefix is spent on a control character, whose tokens are taken off again.
+        The text is tokenized after a control character, which gets the prefix. Its tokens are then removed.
         """
         if self.prefix == "never":
             return encoder.encode([text]).ids
-        lead = len(encoder.encode([SPENT]).ids)
-        return encoder.encode([SPENT + text]).ids[lead:]
+        lead = len(encoder.encode([SENTINEL]).ids)
+        return encoder.encode([SENTINEL + text]).ids[lead:]
 
     def prefixes(self, texts: Sequence[str], nfc: bool = False, first: bool = True) -> NDArray[np.uint8]:
-        """uint8 [D]: how many spaces are put before each text (which is not empty); UNSURE: the table cannot know its bytes.
+        """uint8 [D]: the number of spaces that are put before each text, or UNSURE if the table of bytes may be wrong for it.
 
-        nfc: the texts are in NFC, which takes longer to see than to know. first: they begin documents.
+        texts  not empty
+        nfc    whether all texts are known to be in NFC; if not, they are tested, which takes time
+        first  whether the texts begin documents
         """
         if not first or self.prefix == "never":
             found = np.zeros(len(texts), np.uint8)
@@ -150,23 +159,23 @@ class Tokenizer:
 
     @cached_property
     def short_byte_lengths(self) -> NDArray[np.uint16]:
-        """uint16 [vocab_size]: `byte_lengths`, in half the cache; 0 for `unsure` as well, so that no sum is believed."""
+        """uint16 [vocab_size]: `byte_lengths` in half the memory. It is 0 for `unsure` ids, so that their texts are not good."""
         table = self.byte_lengths.astype(np.uint16)
         table[self.unsure] = 0
         return table
 
     @cached_property
     def longest_added(self) -> int:
-        """Characters of the longest added token that a text may give; 0 without any."""
+        """Characters of the longest added token that a text may produce; 0 if there are none."""
         return max(map(len, self.added), default=0)
 
     @property
     def _spaces(self) -> tuple[str, ...]:
-        """What a text begins with that gets no prefix."""
+        """The beginnings of texts that get no prefix."""
         return (" ", SPACE) if self.marked else (" ",)
 
     def save(self, folder: Path) -> None:
-        """tokenizer.json, added tokens and all, and a tokenizer_config.json that names EOS: what transformers loads."""
+        """Write the tokenizer.json, including added tokens, and a tokenizer_config.json with EOS, so that transformers can load it."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_bytes(self.source)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names, "eos_token": self.eos_token}
@@ -187,12 +196,13 @@ class Tokenizer:
 
 
 def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token: str | None = None) -> Tokenizer:
-    """A folder or file on disk (tokenizer.json or a SentencePiece BPE model, known by content), or a Hub id, see hub.py.
+    """Open a tokenizer.
 
-    backend: "auto" takes gigatoken where it is installed, can read the tokenizer and gives the same ids.
-    eos_token: for tokenizers that come without one, or name another; a token of the vocabulary.
+    path_or_id  a folder or file (tokenizer.json or a SentencePiece BPE model, recognized by its content), or a Hub id, see hub.py
+    backend     "auto" uses gigatoken if it is installed, can read the tokenizer and gives the same ids
+    eos_token   a token of the vocabulary, for a tokenizer that has no end-of-text token or the wrong one
 
-    Raises TokenizerError: nothing there, not one of the two kinds, text would be lost, no end-of-text token is known.
+    Raises TokenizerError if there is no tokenizer, it is of another kind, text would be lost, or no end-of-text token is known.
 
     >>> mistral = open_tokenizer("mistral")
     >>> mistral.vocab_size, mistral.eos_token, mistral.prefix
@@ -216,7 +226,7 @@ def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token:
         raise TokenizerError(f"{file}: JSON, but not a tokenizer.json of Hugging Face tokenizers: it has no 'model'")
     try:
         front = front_of_sentencepiece(names, raw["model"]["vocab"], file) if from_model else front_of_json(raw, file)
-        return _build(raw, original, names | names_beside(file.parent, raw), front, file.parent, eos_token, backend)
+        return _build(raw, original, names | token_names(file.parent, raw), front, file.parent, eos_token, backend)
     except (TokenizerError, EncoderError) as error:
         raise TokenizerError(f"{file}: {error}") from None
 
@@ -234,11 +244,11 @@ def _build(
         raise TokenizerError(f"its model is {raw['model'].get('type')}, which may lose bytes of the text; only BPE is supported")
     added = raw.get("added_tokens") or []
     ids = raw["model"]["vocab"] | {a["content"]: a["id"] for a in added}
-    # a token that fills rows up is in no text, whatever its flag says
+    # a padding token is never in a text, even if it is not flagged as special
     control = {a["content"] for a in added if a.get("special") or a["content"] == names.get("pad_token")}
     eos, eos_why = eos_token or names.get("eos_token"), ""
     if eos is None:
-        raise TokenizerError("no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos")
+        raise TokenizerError("no file next to it names an end-of-text token: pass eos_token=…, --student-eos or --teacher-eos")
     if eos_token is None:
         eos, eos_why = end_of_text(eos, control, folder)
     if eos not in ids:
@@ -274,50 +284,50 @@ def _build(
         not_fast=not_fast,
     )
     if plain.drops:
-        _prove_whole(tokenizer)
+        _require_nothing_dropped(tokenizer)
     return tokenizer
 
 
 def _added_bytes(
     table: NDArray[np.int32], plain: PlainText, reference: HuggingFaceEncoder, controls: set[int]
 ) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-    """The table with the bytes of ordinary added tokens, and the ids among these whose bytes it cannot tell."""
+    """The table with the bytes of ordinary added tokens, and the ids of those whose bytes depend on the text."""
     unsure = []
     for token in plain.ordinary:
         content = token["content"]
         i = reference.id_of(content)
         if i in controls:
-            continue  # a file whose ids are taken twice: the library never finds this token
+            continue  # two tokens have this id: the library never finds this one
         text = reference.normalised(content) if token.get("normalized", True) else content
         n_bytes = len((text.replace(SPACE, " ") if plain.marked and text != content else text).encode())
         if content not in plain.json["model"]["vocab"]:
             table[i] = n_bytes
         elif plain.marked and SPACE in content:
-            continue  # as a piece it is spaces, as a text U+2581: such texts are UNSURE
+            continue  # its piece means spaces, its text means U+2581: texts with U+2581 are UNSURE
         if table[i] != n_bytes or plain.again or token.get("lstrip") or token.get("rstrip"):
             unsure.append(i)
     return table, np.array(unsure, np.int64)
 
 
 def _samples(contents: list[str]) -> tuple[str, ...]:
-    """Each within a word, between spaces and line ends, doubled; some at the start and at the end of a text."""
+    """Texts with each added token: inside a word, between spaces and line ends, twice; some at the start and end of a text."""
     among = [f"a{c}b {c} c\n{c}{c}1" for c in contents]
     some = contents[:: max(len(contents) // 64, 1)]
     return (*("\n".join(among[i : i + 16]) for i in range(0, len(among), 16)), *(f"{c} x{c}" for c in some))
 
 
-def _prove_whole(tokenizer: Tokenizer) -> None:
-    """Raises TokenizerError where its pre-tokenizer drops what its pattern does not match, and the pattern leaves something."""
+def _require_nothing_dropped(tokenizer: Tokenizer) -> None:
+    """Raises TokenizerError if the pre-tokenizer drops unmatched text and its pattern does not match every character."""
     known = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
     runs = ["".join(known[i : i + 64]) for i in range(0, len(known), 64)]
     texts = [unicodedata.normalize("NFC", text) for text in (*SAMPLE, *runs)]
     for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
         if tokens.ends_from != "table":
-            raise TokenizerError(f"its pre-tokenizer Split removes parts of the text, of {text[:60]!r}… for one")
+            raise TokenizerError(f"its pre-tokenizer Split removes parts of the text, for example of {text[:60]!r}…")
 
 
 def _source(raw: dict[str, Any], original: bytes, front: tuple[int, ...]) -> bytes:
-    """A tokenizer.json that puts `front` before a text."""
+    """The content of a tokenizer.json that puts `front` before a text."""
     from_json = original.lstrip()[:1] == b"{"
     if from_json and around_a_text(raw.get("post_processor"))[0] == front:
         return original
@@ -329,9 +339,17 @@ def _source(raw: dict[str, Any], original: bytes, front: tuple[int, ...]) -> byt
 def ends_from_offsets(
     text: str, offsets: list[tuple[int, int]], lengths: NDArray[np.int32], prefix: int
 ) -> NDArray[np.int64] | None:
-    """Byte ends [N] from the tokenizer's character offsets [N], or None where these do not tile the text.
+    """Byte ends [N] from the tokenizer's character offsets [N], or None if these do not tile the text.
 
-    Tokens that share one range (a character cut into bytes) divide it by their byte lengths, which must add up to it.
+    Tokens that share one range (a character that is cut into bytes) divide it by their byte lengths, which must add up to it.
+
+    lengths  int32 [N], bytes of each token by the table
+    prefix   number of spaces that the tokenizer puts before the text
+
+    For example, two tokens of one character of three bytes, of 2 bytes and 1 byte, after a token of one letter:
+
+    >>> ends_from_offsets("a一", [(0, 1), (1, 2), (1, 2)], np.array([1, 2, 1], np.int32), 0).tolist()
+    [1, 3, 4]
     """
     code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     widths = 1 + (code_points >= 0x80) + (code_points >= 0x800) + (code_points >= 0x10000)
@@ -339,7 +357,7 @@ def ends_from_offsets(
     ends: list[int] = []
     here = i = 0
     if prefix and len(lengths) and lengths[0] == prefix and len(lengths) > 1 and offsets[1][0] == 0:
-        ends.append(0)  # the dummy prefix alone: the tokenizer gives it the first character, which it does not hold
+        ends.append(0)  # a token that is only the dummy prefix: its offset is the first character, which it does not contain
         i = 1
     while i < len(offsets):
         first, last = offsets[i]

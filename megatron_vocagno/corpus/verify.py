@@ -1,12 +1,11 @@
-"""Reads a dataset whole, and says what is not as it was written.
+"""Read a complete dataset and report all changes since it was written.
 
-Hashes find every changed bit, the walk finds what is missing and what does not belong, and the structure is checked in
-case that it was wrong when it was written: ids within the vocabulary, EOS last, codes that lead from anchor to anchor and
-to the teacher's last token.
+Hashes find every changed bit, and a walk finds missing and unknown files. The structure is checked too, in case it was written
+wrongly: ids within the vocabulary, EOS last, codes that lead from anchor to anchor and to the teacher's last token.
 
-    complaints = verify_frame(root, manifest)                      dataset.json, tokenizers, what lies there besides
+    complaints = verify_frame(root, manifest)                      dataset.json, tokenizers, unknown files
     for check in shard_checks(root, manifest):
-        complaints += verify_shard(check)                          one shard; picklable, so that workers may do it
+        complaints += verify_shard(check)                          one shard; a check can be pickled for workers
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ from megatron_vocagno.corpus.manifest import (
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, ESCAPE, WIDEST
 from megatron_vocagno.errors import CorpusError, DatasetError
 
-BLOCK = 1 << 20  # student tokens looked at together: what a core's cache holds
+BLOCK = 1 << 20  # student tokens that are checked at once: they fit the cache of a core
 
 Numbers = NDArray[Any]
 
 
 def verify(root: Path, on_shard: Callable[[ShardRecord], object] = lambda shard: None) -> None:
-    """Raises DatasetError that names every file that is not what was written. on_shard: called after each shard."""
+    """Verify a dataset. Raises DatasetError that names every changed file. on_shard: called after each shard"""
     manifest = read_manifest(root)
     complaints = verify_frame(root, manifest)
     for check in shard_checks(root, manifest):
@@ -58,24 +57,24 @@ def verify(root: Path, on_shard: Callable[[ShardRecord], object] = lambda shard:
 
 
 def verify_frame(root: Path, manifest: Manifest) -> list[str]:
-    """Everything but the shards."""
+    """The complaints about everything except the shards' files."""
     complaints = []
     for side in SIDES:
         complaints += _changed_files(root / "tokenizers" / side, manifest.tokenizer(side).files)
     complaints += [
         f"{path} does not belong to the dataset: left by a killed worker, or put there since?"
-        for path in strangers(root, manifest)
+        for path in unknown_files(root, manifest)
     ]
     if sum((shard.totals for shard in manifest.shards), Totals()) != manifest.totals:
         complaints.append(f"{root / DATASET}: its totals are not the sum of its shards'")
     return complaints
 
 
-def strangers(root: Path, manifest: Manifest) -> list[Path]:
-    """Files in the dataset's folder and in those of its shards that dataset.json does not name, and empty folders.
+def unknown_files(root: Path, manifest: Manifest) -> list[Path]:
+    """Files in the folders of the dataset and its shards that dataset.json does not name, and empty folders.
 
-    Another dataset's folder within is that dataset's matter, and losses that dataset.json does not name are a scoring's that is
-    not finished.
+    Folders of other datasets inside are skipped. Losses that dataset.json does not name belong to an unfinished scoring and are
+    not reported.
     """
     named = {root: {DATASET}} | {root / "tokenizers" / side: set(manifest.tokenizer(side).files) for side in SIDES}
     named |= {root / shard.path: {*shard.files, *LOSS_FILES} for shard in manifest.shards}
@@ -97,7 +96,7 @@ def strangers(root: Path, manifest: Manifest) -> list[Path]:
 
 @dataclass(frozen=True)
 class ShardCheck:
-    """What it takes to verify one shard."""
+    """The arguments of verify_shard."""
 
     folder: Path
     record: ShardRecord
@@ -108,7 +107,7 @@ class ShardCheck:
 
 
 def shard_checks(root: Path, manifest: Manifest) -> list[ShardCheck]:
-    """One a shard, for verify_shard on any engine."""
+    """One check per shard, for verify_shard on any engine."""
     losses = manifest.teacher_losses.shards if manifest.teacher_losses is not None else ({},) * len(manifest.shards)
     return [
         ShardCheck(root / record.path, record, manifest.student, manifest.teacher, manifest.pairs, files)
@@ -117,7 +116,7 @@ def shard_checks(root: Path, manifest: Manifest) -> list[ShardCheck]:
 
 
 def verify_shard(check: ShardCheck) -> list[str]:
-    """What is wrong with a shard, a line each."""
+    """The complaints about a shard, one line each."""
     complaints = _changed_files(check.folder, check.record.files | check.losses)
     if complaints or not check.record.totals.documents:
         return complaints
@@ -146,7 +145,7 @@ def _changed_files(folder: Path, files: dict[str, FileRecord]) -> list[str]:
 
 
 class _Pair:
-    """One pair of one shard; starts [n + 1], where each document's numbers begin, and their end."""
+    """One pair of one shard. starts: [n + 1], the index of the first number of each document, and the number of numbers"""
 
     def __init__(self, prefix: Path) -> None:
         check_pointers(prefix)
@@ -161,13 +160,13 @@ class _Pair:
         return self.flat[self.starts[first] : self.starts[stop]]
 
     def refuse(self, bad: NDArray[np.bool_], what: str, first: int = 0) -> None:
-        """Raises DatasetError for the first document that is bad, counted from `first`."""
+        """Raises DatasetError for the first bad document. first: the index of the document of bad[0]"""
         if bad.any():
             raise DatasetError(f"{self.prefix}.bin: document {first + int(np.argmax(bad)):,} {what}")
 
 
 def _check_structure(check: ShardCheck) -> None:
-    """Raises CorpusError: a shard that was written wrong."""
+    """Raises CorpusError for a shard that was written wrongly."""
     pairs = {name: _Pair(check.folder / name) for name in check.pairs}
     student, teacher, codes, anchors = (pairs[name] for name in PAIRS)
     totals = check.record.totals
@@ -176,7 +175,7 @@ def _check_structure(check: ShardCheck) -> None:
             raise DatasetError(f"{pair.prefix}.idx: {len(pair.lengths):,} documents, recorded are {totals.documents:,}")
     _check_ids(student, check.student, "student")
     _check_ids(teacher, check.teacher, "teacher")
-    codes.refuse(codes.lengths != student.lengths, "has not a code for each student token")
+    codes.refuse(codes.lengths != student.lengths, "does not have one code per student token")
     first = unmapped = 0
     while first < totals.documents:
         stop = max(first + 1, int(np.searchsorted(codes.starts, codes.starts[first] + BLOCK, side="right")) - 1)
@@ -198,7 +197,7 @@ def _check_structure(check: ShardCheck) -> None:
 def _check_losses(check: ShardCheck, teacher: _Pair) -> None:
     losses, recorded = _Pair(check.folder / LOSS), read_losses(check.folder, check.record)
     if not np.array_equal(losses.lengths, teacher.lengths):
-        raise DatasetError(f"{losses.prefix}.idx: not one loss for each teacher token")
+        raise DatasetError(f"{losses.prefix}.idx: the lengths are not those of the teacher tokens")
     counted = count(losses.flat.view(np.float16))
     if recorded is None or (counted.tokens, counted.nan, counted.infinite) != (
         recorded.totals.tokens,
@@ -207,12 +206,12 @@ def _check_losses(check: ShardCheck, teacher: _Pair) -> None:
     ):
         raise DatasetError(
             f"{losses.prefix}.bin: {counted.nan:,} NaN and {counted.infinite:,} infinite losses of {counted.tokens:,}, "
-            f"its record says otherwise: {recorded and recorded.totals}"
+            f"recorded are {recorded and recorded.totals}"
         )
 
 
 def _check_ids(pair: _Pair, tokenizer: TokenizerRecord, side: str) -> None:
-    pair.refuse(pair.lengths < 1, "is empty; it has EOS at least")
+    pair.refuse(pair.lengths < 1, "is empty; it must have at least EOS")
     pair.refuse(pair.flat[pair.starts[1:] - 1] != tokenizer.eos_id, f"does not end with the {side}'s EOS, {tokenizer.eos_id}")
     lowest, highest = int(pair.flat.min()), int(pair.flat.max())
     if lowest < 0 or highest >= tokenizer.vocab_size:
@@ -222,21 +221,21 @@ def _check_ids(pair: _Pair, tokenizer: TokenizerRecord, side: str) -> None:
 
 
 def _check_spans(codes: _Pair, anchors: _Pair, teacher: _Pair, first: int, stop: int) -> int:
-    """The documents [first, stop): every anchor is where the codes lead, and they end at the teacher's EOS.
+    """Check that the codes of the documents [first, stop) lead to every anchor and to the teacher's EOS.
 
     Returns the number of unmapped tokens.
     """
     code = codes.of(first, stop)
     begins = codes.starts[first : stop + 1] - codes.starts[first]
-    codes.refuse(code[begins[:-1]] & 1 == 1, "starts with a token that shares a teacher token with the one before", first)
+    codes.refuse(code[begins[:-1]] & 1 == 1, "starts with a token that shares a teacher token with a previous token", first)
     codes.refuse(code[begins[1:] - 1] != 0, "ends with a token that is mapped, EOS is not", first)
     if len(where := np.flatnonzero(code == 1)):
         codes.refuse(begins[1:] > where[0], "has a token without a span that shares it", first)
 
-    # what stands beside the codes: for each document its anchors, then its escapes in pairs
+    # the side list of each document: its anchors, then its escapes in pairs
     side = anchors.of(first, stop)
     n_side, n_anchors = anchors.lengths[first:stop], -(-codes.lengths[first:stop] // ANCHOR_EVERY)
-    anchors.refuse((n_side < n_anchors) | ((n_side - n_anchors) % 2 == 1), "has not an anchor every 4,096 tokens", first)
+    anchors.refuse((n_side < n_anchors) | ((n_side - n_anchors) % 2 == 1), "does not have an anchor every 4,096 tokens", first)
     is_anchor = _within(n_side) < np.repeat(n_anchors, n_side)
     anchor, escapes = side[is_anchor].astype(np.int64), side[~is_anchor].reshape(-1, 2)
     n_escapes = (n_side - n_anchors) // 2
@@ -249,7 +248,7 @@ def _check_spans(codes: _Pair, anchors: _Pair, teacher: _Pair, first: int, stop:
 
     # from anchor to anchor, and from the last one to EOS
     segments = np.repeat(begins[:-1], n_anchors) + _within(n_anchors) * ANCHOR_EVERY
-    # int32 is twice as fast as int64, and 4,096 codes of a byte fit
+    # int32 is twice as fast as int64, and the sum of 4,096 one-byte codes fits
     steps = np.add.reduceat((code >> 1) - (code & 1), segments, dtype=np.int32).astype(np.int64)
     wide = escapes[:, 1].astype(np.int64)
     beyond = (wide >> 1) - (wide & 1) - ((ESCAPE >> 1) - (ESCAPE & 1))
@@ -265,7 +264,7 @@ def _check_spans(codes: _Pair, anchors: _Pair, teacher: _Pair, first: int, stop:
 
 
 def _within(lengths: Numbers) -> NDArray[np.int64]:
-    """0 … n - 1 for each n, one after another."""
+    """0 … n - 1 for each length n, concatenated."""
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
 

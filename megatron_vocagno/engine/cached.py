@@ -22,7 +22,7 @@ from megatron_vocagno.batch.unguided import RandomGuide, RandomRows, ZeroGuide
 from megatron_vocagno.config import Guidance, Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import describe_front, front_of
-from megatron_vocagno.corpus.losses import require_whole, unscored
+from megatron_vocagno.corpus.losses import require_unchanged, unscored
 from megatron_vocagno.corpus.manifest import DATASET, Scoring
 from megatron_vocagno.errors import RunError, tool
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
@@ -117,7 +117,7 @@ def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
             f"{len(shards) - len(missing)} of {len(shards)} shards are scored.\n"
             f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'}"
         )
-    require_whole(data.path, data.manifest)
+    require_unchanged(data.path, data.manifest)
     folder = None if asked.path is None else _here(asked.path)
     if asked.path is not None:
         _require_teacher(data, data.scoring, asked.path, folder)

@@ -1,4 +1,4 @@
 """The method inside other training loops.
 
-text_collator.py    texts -> aligned tensors, for a loop of your own or the Hugging Face Trainer
+text_collator.py    texts -> aligned tensors, for your own training loop or the Hugging Face Trainer
 """

@@ -1,4 +1,4 @@
-"""Texts -> tensors of both models, aligned on the way: for loops of one's own, without a dataset on disk and without packing."""
+"""Texts -> aligned tensors for both models, for your own training loop. It needs no dataset on disk and does not pack rows."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from megatron_vocagno.corpus.tokens import Tokenizer
 
 
 class TextCollator:
-    """A row a text: what both models read and predict, and which teacher tokens cover each of the student's.
+    """Collates one row per text: inputs and labels of both models, and the teacher tokens that cover each student token.
 
-    The first token of a text is predicted from what the model's tokenizer puts in front of a text (a BOS in most families), or
-    else from EOS; the last prediction is EOS, which no teacher token covers. Rows are
-    padded on the right, where a causal model never looks: no mask is needed. Texts are NFC-normalised, as build_dataset does.
+    The first token of a text is predicted from the id that the model's tokenizer puts in front of a text (BOS in most families),
+    or from EOS if there is none. The last label is EOS, which no teacher token covers. Rows are padded on the right, which a
+    causal model does not read, so no attention mask is needed. Texts are NFC-normalised, as in build_dataset.
     """
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer, length: int) -> None:
-        """length: most student tokens of a text; what comes after is left out."""
+        """length: maximum number of student tokens per text; the rest of a longer text is dropped"""
         self.student, self.teacher, self.length = student, teacher, length
 
     def __call__(self, examples: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-        """The key "text" of each example, in B rows; S and U are the longest text's tokens. All int64.
+        """Collate the key "text" of B examples. All tensors are int64; S and U are the numbers of tokens of the longest text.
 
-        input_ids, labels                  [B, S] the student's; labels[i] is predicted from input_ids[:i + 1], and is -100 where
-                                           the row is padded
-        teacher_input_ids, teacher_labels  [B, U] the teacher's, likewise
-        first, last                        [B, S] the teacher_labels [first, last) that cover labels[i]; equal where it is
+        input_ids, labels                  [B, S] of the student; labels[i] is predicted from input_ids[:i + 1], and is -100 for
+                                           padding
+        teacher_input_ids, teacher_labels  [B, U] of the teacher, likewise
+        first, last                        [B, S] teacher_labels[first:last] cover labels[i]; first == last if the label is
                                            unmapped or padding
 
-        Raises CorpusError: the tokenizers do not read the same bytes of a text.
+        Raises CorpusError if the tokenizers do not read the same bytes of a text.
 
         >>> from megatron_vocagno.corpus import open_tokenizer
         >>> collate = TextCollator(open_tokenizer("mistral"), open_tokenizer("smollm2"), length=128)
@@ -63,7 +63,7 @@ class TextCollator:
         labels = np.append(pair.student.ids, self.student.eos_id)[: self.length]
         first, last = spans.first[: self.length], spans.last[: self.length]
         teacher_labels = pair.teacher.ids[: last[-1]]
-        # all of what is in front but its last id predicts nothing
+        # only the last of the ids in front predicts a token
         before, teacher_before = self.student.front or (self.student.eos_id,), self.teacher.front or (self.teacher.eos_id,)
         silent, teacher_silent = [IGNORE] * (len(before) - 1), [IGNORE] * (len(teacher_before) - 1)
         unmapped = [0] * len(silent)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_vocagno.corpus.encoders import Ragged
-from megatron_vocagno.corpus.tokens import SPENT, Tokenizer
+from megatron_vocagno.corpus.tokens import SENTINEL, Tokenizer
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Part, Side, align_texts
 
 PART = 1 << 20  # characters
@@ -83,7 +83,7 @@ def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
 
     None if the offsets do not tile the part.
     """
-    lead = "" if first or tokenizer.prefix == "never" else SPENT
+    lead = "" if first or tokenizer.prefix == "never" else SENTINEL
     tokens = tokenizer.encode_batch([lead + part])[0]
     if tokens.ends_from == "unknown":
         return None

@@ -89,7 +89,7 @@ def test_a_text_has_the_same_ids_in_any_batch(fast, texts):
 
 
 def test_opening_again_when_memory_has_grown_keeps_the_ids(mistral, texts, monkeypatch):
-    assert not mistral.encoder.remembers
+    assert not mistral.encoder.caches_words
     fast = deepseek().encoder
     expected = fast.encode(texts)
     opened = []

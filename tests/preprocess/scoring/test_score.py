@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_vocagno.corpus.dataset import AlignedDataset, merge
-from megatron_vocagno.corpus.losses import LARGEST, LOSS_FILES, gather, require_whole, rounded
+from megatron_vocagno.corpus.losses import LARGEST, LOSS_FILES, gather, require_unchanged, rounded
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.corpus.verify import verify
 from megatron_vocagno.errors import ChangedError, CorpusError, DatasetError, ModelError
@@ -242,7 +242,7 @@ def test_a_merged_dataset_has_the_losses_that_all_of_it_has(
     # scored anew through the merged one: the other no longer vouches for it
     score(tmp_path / "both", replace(asked, stride=48), replace=True)
     with pytest.raises(DatasetError, match=r"teacher_loss.json is not what|teacher_loss.json: .* bytes"):
-        require_whole(second.path, read_manifest(second.path))
+        require_unchanged(second.path, read_manifest(second.path))
 
 
 @pytest.mark.parametrize("end", ["bin", "idx", "json"])
