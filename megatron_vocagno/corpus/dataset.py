@@ -261,7 +261,7 @@ class AlignedDataset:
 
     @cached_property
     def _decoders(self) -> dict[str, TokenDecoder]:
-        """The decoder of each side. Cached, because reading the tokenizers takes a tenth of a second."""
+        """The decoder of each side. It is cached, because reading the tokenizers takes a tenth of a second."""
         tables = {"student": self.student_byte_lengths, "teacher": self.teacher_byte_lengths}
         return {
             side: TokenDecoder.of(self.path / "tokenizers" / side / "tokenizer.json", table) for side, table in tables.items()

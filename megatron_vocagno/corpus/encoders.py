@@ -23,9 +23,9 @@ from megatron_vocagno.errors import EncoderError, EncoderMismatch
 
 Backend = Literal["auto", "gigatoken", "huggingface"]
 
-# A byte-level tokenizer of gigatoken caches each word in a table that doubles. In a process above RESIDENT_LIMIT it is opened again
-# after TEXT_BEFORE_REOPENING characters: this costs 0.8 s, or some 4 ms per megabyte of text, and saves 50 MB. (A tokenizer of
-# SentencePiece's kind caches nothing from call to call.)
+# A byte-level tokenizer of gigatoken caches each word in a table that doubles. In a process above RESIDENT_LIMIT it is opened
+# again after TEXT_BEFORE_REOPENING characters: this costs 0.8 s, or some 4 ms per megabyte of text, and saves 50 MB. (A tokenizer
+# of SentencePiece's kind caches nothing from call to call.)
 RESIDENT_LIMIT = 400 << 20
 TEXT_BEFORE_REOPENING = 224 << 20
 

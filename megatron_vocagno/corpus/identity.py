@@ -24,7 +24,7 @@ from megatron_vocagno.errors import DatasetError, TokenizerError
 
 
 def check_own(tokenizer: Tokenizer, name: str | Path, texts: Sequence[str] = ()) -> int:
-    """Compare a tokenizer's ids with those of its own library on the original file. Returns the number of compared texts.
+    """Compare a tokenizer with its own library, which reads the original file. Returns the number of compared texts.
 
     The texts are SAMPLE, texts with the tokenizer's added tokens, and `texts`. A text that contains a control token is skipped,
     because the library does not read control tokens as plain text.
@@ -77,8 +77,8 @@ def not_compared(dataset: Path, side: str, folder: Path) -> str | None:
     if tokenizer_file(folder) is not None:
         return None
     return (
-        f"the {side} model {folder} has no tokenizer.json or tokenizer.model: it is not known whether {dataset} was made with its "
-        "tokenizer"
+        f"the {side} model {folder} has no tokenizer.json or tokenizer.model: it is not known whether {dataset} was made with "
+        "its tokenizer"
     )
 
 

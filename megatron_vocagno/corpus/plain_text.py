@@ -92,7 +92,7 @@ def plain_text(raw: dict[str, Any], control: set[str]) -> PlainText:
 def _with_placeholders(raw: dict[str, Any], model: dict[str, Any], control: set[str]) -> list[dict[str, Any]]:
     """The added tokens in their order. Each control token is renamed, here and in the model, to a name that no text contains.
 
-    No token may be removed: the tokenizers library numbers added tokens consecutively, and two tokens with one id hide each other.
+    No token may be removed: the tokenizers library numbers added tokens consecutively, and tokens with one id hide each other.
     """
     parts = {part for pair in model["merges"] for part in pair} & control  # a part of a merge keeps its name
     kept = []

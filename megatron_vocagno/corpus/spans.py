@@ -1,6 +1,6 @@
 """For each student token, the teacher tokens that contain its bytes.
 
-Student token i covers the bytes [s, e) of the text. Its span [first, last) contains every teacher token that overlaps these bytes:
+Student token i covers the bytes [s, e) of the text. Its span [first, last) contains every teacher token that overlaps them:
 `first` is the first teacher token that ends after s, and `last` is the first teacher token that starts at e or later. A token
 without bytes (EOS, or a token that is only a dummy prefix) is **unmapped**: first == last, its position among the teacher tokens.
 

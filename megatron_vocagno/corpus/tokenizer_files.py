@@ -55,7 +55,7 @@ def tokenizer_file(path: Path) -> Path | None:
         if start.startswith(b"GGUF"):
             convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
             raise TokenizerError(
-                f"{file} is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n  {convert}"
+                f"{file} is a GGUF file, which is not read as a tokenizer. Convert it, and name the folder:\n  {convert}"
             )
         if pointer := lfs_pointer(start):
             raise TokenizerError(f"{file} {pointer}")
@@ -75,7 +75,9 @@ def _from_hub(name: str) -> Path:
     try:
         return hub.snapshot(name, SMALL_FILES)
     except HubError as error:
-        raise TokenizerError(f"cannot open the tokenizer {name}: no such folder here, and the hub says: {error}") from error
+        raise TokenizerError(
+            f"cannot open the tokenizer {name}: no such folder here, and not found on the Hub: {error}"
+        ) from error
 
 
 def token_names(folder: Path, raw: dict[str, Any]) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """A text -> token ids and the byte at which each token ends.
 
-`open_tokenizer(path)` reads a Hugging Face `tokenizer.json` or a SentencePiece BPE model. Both common kinds of BPE keep every byte
-of the text, so a table of byte lengths and a cumulative sum give exact ends:
+`open_tokenizer(path)` reads a Hugging Face `tokenizer.json` or a SentencePiece BPE model. Both common kinds of BPE keep every
+byte of the text, so a table of byte lengths and a cumulative sum give exact ends:
 
 | kind | bytes of a piece | dummy prefix |
 |---|---|---|
 | byte-level BPE | one per character of GPT-2's byte alphabet | `add_prefix_space`: unless the text starts with a space |
-| SentencePiece-like, byte fallback | U+2581 is one space, `<0xNN>` one byte | Prepend: always; Metaspace: unless a space starts it |
+| SentencePiece-like, byte fallback | U+2581 is one space, `<0xNN>` one byte | Prepend: always; Metaspace: as above |
 | added tokens (runs of spaces, HTML tags) | those of their text | in some tokenizers also before each part after the token |
 
 In some cases the sum of the table may be wrong even if it equals the length of the text, and is not used: a text with U+2581, a
@@ -14,9 +14,9 @@ text that the tokenizer converts to NFC, an added token that removes the spaces 
 tokenizer's own offsets are used then. They count characters, and overlap if a token ends inside a character. If they do not tile
 the text either, the ends are "unknown".
 
-Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason. The caller
-normalises to NFC, once for both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are plain text. All other
-text is read as the tokenizer itself reads it (`plain_text`).
+Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason. The
+caller normalises to NFC, once for both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are plain text. All
+other text is read as the tokenizer itself reads it (`plain_text`).
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Tokenizer:
         return (" ", SPACE) if self.marked else (" ",)
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer.json, including added tokens, and a tokenizer_config.json with EOS, so that transformers can load it."""
+        """Write tokenizer.json with the added tokens, and tokenizer_config.json with EOS. transformers can load both."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "tokenizer.json").write_bytes(self.source)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", **self.names, "eos_token": self.eos_token}
@@ -202,7 +202,8 @@ def open_tokenizer(path_or_id: str | Path, backend: Backend = "auto", eos_token:
     backend     "auto" uses gigatoken if it is installed, can read the tokenizer and gives the same ids
     eos_token   a token of the vocabulary, for a tokenizer that has no end-of-text token or the wrong one
 
-    Raises TokenizerError if there is no tokenizer, it is of another kind, text would be lost, or no end-of-text token is known.
+    Raises TokenizerError if there is no tokenizer, it is not one of these two kinds, text would be lost, or no end-of-text token
+    is known.
 
     >>> mistral = open_tokenizer("mistral")
     >>> mistral.vocab_size, mistral.eos_token, mistral.prefix

@@ -325,7 +325,7 @@ def test_merge_is_one_dataset_and_copies_no_tokens(built, settings, texts, tmp_p
         assert np.array_equal(merged[i].student_ids, from_one.student_ids)
         assert np.array_equal(merged[i].spans.first, from_one.spans.first)
     merged.verify()
-    with pytest.raises(DatasetError, match="already holds a dataset"):
+    with pytest.raises(DatasetError, match="already contains a dataset"):
         merge([built.path], tmp_path / "far" / "merged")
     with pytest.raises(DatasetError, match="nothing to merge"):
         merge([], tmp_path / "nothing")

@@ -169,7 +169,7 @@ def test_reading_a_front_takes_neither_torch_nor_transformers(tmp_path: Path) ->
 
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("[]")
-    with pytest.raises(TokenizerError, match="it is no object"):
+    with pytest.raises(TokenizerError, match="it is not an object"):
         front_ids(tmp_path)
 
 

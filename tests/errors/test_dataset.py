@@ -135,13 +135,13 @@ def test_a_dataset_that_was_not_copied_whole(copy: Path) -> None:
     raw = table.read_bytes()
     table.write_bytes(raw.replace(b"'<i4'", b"'<u4'"))
     with told(
-        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it holds uint32 (32000,), expected int32 (32000,)"),
+        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it contains uint32 (32000,), expected int32 (32000,)"),
         DIR=copy,
     ):
         AlignedDataset.open(copy)
     table.write_bytes(b"x" * len(raw))
     with told(
-        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it is no array of numpy; copy the dataset again"), DIR=copy
+        snapshot("DIR/tokenizers/student/byte_lengths.npy is damaged: it is not a numpy array; copy the dataset again"), DIR=copy
     ):
         AlignedDataset.open(copy)
 
@@ -209,8 +209,8 @@ def test_a_dataset_that_was_made_without_its_added_tokens(tmp_path: Path) -> Non
 def test_a_model_without_a_tokenizer_is_said_not_to_be_compared(case: Case, tmp_path: Path) -> None:
     data = AlignedDataset.open(case.valid)
     assert data.require_tokenizer("student", tmp_path) == (
-        f"the student model {tmp_path} has neither tokenizer.json nor tokenizer.model: whether {data.path} was made with its "
-        "tokenizer is not known"
+        f"the student model {tmp_path} has no tokenizer.json or tokenizer.model: it is not known whether {data.path} was made "
+        "with its tokenizer"
     )
 
 
@@ -224,7 +224,7 @@ def test_a_model_with_tokenizer_model_alone_is_compared(case: Case, tmp_path: Pa
 
 
 def test_datasets_that_cannot_be_merged(case: Case, copy: Path, tmp_path: Path) -> None:
-    with told(snapshot("DATA already holds a dataset; merge into a new folder"), DATA=case.valid):
+    with told(snapshot("DATA already contains a dataset; merge into a new folder"), DATA=case.valid):
         merge([copy], case.valid)
     with told(snapshot("nothing to merge: no dataset was named")):
         merge([], tmp_path / "out")
@@ -247,8 +247,7 @@ def test_losses_that_are_not_those_of_the_dataset(copy: Path) -> None:
     losses = TeacherLosses(scoring=scoring, totals=LossTotals(), shards=files)
     with told(
         snapshot(
-            "DIR/shards/0000/teacher_loss.json is not what DIR/dataset.json records: was the shard scored anew, "
-            "as part of another dataset?"
+            "DIR/shards/0000/teacher_loss.json is not what DIR/dataset.json records: was the shard scored again, as part of another dataset?"
         ),
         DIR=copy,
     ):
@@ -365,8 +364,8 @@ def test_ids_and_losses_that_were_written_wrong(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(verification, "_Pair", lambda _: losses)
     monkeypatch.setattr(verification, "read_losses", lambda *_: None)
     check: Any = SimpleNamespace(folder=Path("DIR"), record=None)
-    with told(snapshot("DIR/teacher_loss.idx: not one loss for each teacher token")):
+    with told(snapshot("DIR/teacher_loss.idx: the lengths are not those of the teacher tokens")):
         verification._check_losses(check, student)
     student.lengths = losses.lengths
-    with told(snapshot("DIR/teacher_loss.bin: 0 NaN and 0 infinite losses of 1, its record says otherwise: None")):
+    with told(snapshot("DIR/teacher_loss.bin: 0 NaN and 0 infinite losses of 1, recorded are None")):
         verification._check_losses(check, student)

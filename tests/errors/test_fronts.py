@@ -22,13 +22,12 @@ from tests.tokenizers_with_bos import with_front
 
 
 def test_ids_that_a_model_does_not_have(teacher_tokenizer: Path, tmp_path: Path) -> None:
-    with told(snapshot("student.bos = 6 is no id of the model: its embedding has 6 rows, ids 0 to 5")):
+    with told(snapshot("student.bos = 6 is not an id of the model: its embedding has 6 rows, ids 0 to 5")):
         front_of(6, [], "student.bos", 6)
     two = with_front(teacher_tokenizer, tmp_path / "two", ["<|im_start|>", "<|im_end|>"])
     with told(
         snapshot(
-            "teacher.bos = 'auto': the tokenizer puts 2 in front of a text, which is no id of the model: its embedding has 2 rows, "
-            "ids 0 to 1"
+            "teacher.bos = 'auto': the tokenizer puts 2 in front of a text, which is not an id of the model: its embedding has 2 rows, ids 0 to 1"
         )
     ):
         front_of("auto", [two], "teacher.bos", 2)

@@ -69,8 +69,10 @@ def test_a_gguf_file_is_no_tokenizer_and_is_not_read(
     monkeypatch.chdir(REPOSITORY)
     with told(
         snapshot(
-            "DIR/x.gguf is a GGUF file, which is no tokenizer here. Convert it, and name the folder:\n"
-            "  python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x"
+            """\
+DIR/x.gguf is a GGUF file, which is not read as a tokenizer. Convert it, and name the folder:
+  python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -88,7 +90,7 @@ def test_a_tokenizer_without_its_end_of_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(RAW))
     with told(
         snapshot(
-            "DIR/tokenizer.json: no end-of-text token is named beside it; name one: eos_token=…, --student-eos or --teacher-eos"
+            "DIR/tokenizer.json: no file next to it names an end-of-text token: pass eos_token=…, --student-eos or --teacher-eos"
         ),
         DIR=tmp_path,
     ):

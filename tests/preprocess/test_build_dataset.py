@@ -88,7 +88,7 @@ def test_elsewhere_than_on_a_terminal_it_tells_in_plain_lines(settings, corpus, 
     assert re.fullmatch(r"note: the teacher's tokens come from huggingface \(gigatoken cannot read it: .*\)", lines[1])
     assert lines[2] == (
         "note: the teacher's documents end with <|endoftext|>: the tokenizer names <|im_end|>, which ends a turn of its chat "
-        "(as chat models write it); --teacher-eos sets another token"
+        "(as in chat models); --teacher-eos sets another token"
     )
     shards = [line.split(", eta ") for line in lines[3:]]
     assert {re.sub(r"\d", "N", line[0]) for line in shards} <= {f"shard N/N: NNNN {n} documents, N.N MB" for n in ("N", "NN")}

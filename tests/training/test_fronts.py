@@ -103,5 +103,5 @@ def test_one_process_may_read_the_front_of_its_models_alone(fronted: Case) -> No
     assert "the student reads" in finished.stdout and "(5) in front of each row" in finished.stdout
     assert "the teacher reads <|im_end|> (2) in front of each row" in finished.stdout
     refused = spawn(1, fronted.command("beyond", [f"teacher.bos={10**6}"]))
-    assert refused.returncode == 2 and "teacher.bos = 1000000 is no id of the model" in refused.stdout
+    assert refused.returncode == 2 and "teacher.bos = 1000000 is not an id of the model" in refused.stdout
     assert real.MISTRAL_BOS == BOS and STUDENT["max_position_embeddings"] == 128
