@@ -31,7 +31,7 @@ def place(url: str | Place) -> Place:
 
 @contextmanager
 def reaching(where: Place) -> Iterator[None]:
-    """Convert the errors that object stores raise into CorpusError."""
+    """Convert the errors of object stores, which have their own classes. Raises CorpusError instead of them."""
     try:
         yield
     except (CorpusError, OSError):
