@@ -328,6 +328,30 @@ class Run(Part):
         """Keep the notes that `load_run` passes as the context of the validation."""
         self._notes = tuple(context or ())
 
+    @property
+    def cached_teachers(self) -> tuple[Teacher, ...]:
+        """The teachers whose losses are stored with the datasets. Empty if a teacher is loaded, or if none is needed."""
+        return self.teacher if self.guidance.needs_teacher and self.teacher[0].placement == "cached" else ()
+
+    @property
+    def cached(self) -> bool:
+        """Whether the run reads the losses of its teachers from the datasets."""
+        return bool(self.cached_teachers)
+
+    @property
+    def loaded_teacher(self) -> Teacher | None:
+        """The teacher that the processes load. None if its losses are cached, or if the objective needs no teacher."""
+        return self.teacher[0] if self.guidance.needs_teacher and not self.cached else None
+
+    @property
+    def weights(self) -> dict[str, Path]:
+        """The models whose weights the run reads, by the field that names them: `student.pretrained`, `teacher.path`."""
+        paths = {
+            "student.pretrained": self.student.pretrained,
+            "teacher.path": self.loaded_teacher.path if self.loaded_teacher else None,
+        }
+        return {field: path for field, path in paths.items() if path is not None}
+
     def notes(self) -> Iterator[str]:
         """Notes about how the run was given: fields under an old name, and fields that the objective ignores."""
         yield from self._notes
