@@ -6,13 +6,13 @@ settings        the DeepSpeed configuration, checked against the run; settings_f
 build           model + objective -> engine: pipeline, or data-parallel with ZeRO-1/2/3
 engines         the engines, with one interface for the loop
 pipeline        the student as a pipeline module
-loss            losses and labels -> the loss of a micro-batch
+loss            per-token losses -> the loss of a micro-batch, with the selection
 distilling      the engine of the baselines that compare distributions
-placement       the teacher of a run: loaded on every rank or sharded, and its scorer
+placement       load the teacher, on every rank or sharded, and make its scorer
 scoring         run the teacher on the rows of a step
-cached          a teacher whose losses are stored with the dataset
-step_counts     numbers that all ranks know before a step: tokens, unmapped tokens by reason, the divisor of the loss
-text_losses     sums of both models' losses on the text of a step
+cached          the teacher's side of rows; checks of losses that are stored with the dataset
+step_counts     counts that all ranks know before a step: tokens, unmapped tokens by reason, the divisor of the loss
+text_losses     sums of both models' losses over the text of a step
 checkpoint      atomic save, exact resume in any layout
 manifest        the files of a checkpoint, and which checkpoint is complete
 state           weights, optimizer and counters in a form that does not depend on the layout

@@ -1,4 +1,4 @@
-"""Model + objective -> engine: the pipeline, or the plain engine with ZeRO-1/2/3, behind one door.
+"""Build the training engine from model and objective: the pipeline engine, or the data-parallel engine with ZeRO-1/2/3.
 
 The student is the same list of layers in both.
 """
@@ -19,7 +19,7 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Run, Schedule
 from megatron_vocagno.engine.distilling import Distiller, DistillingEngine
 from megatron_vocagno.engine.engines import DataParallelEngine, PipelineEngine, TrainEngine
-from megatron_vocagno.engine.loss import Objective
+from megatron_vocagno.engine.loss import GuidedObjective
 from megatron_vocagno.engine.pipeline import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.settings import DeepSpeedConfig, precision
@@ -38,20 +38,22 @@ def build_engine(
     processes: Processes,
     distiller: Distiller | None = None,
 ) -> TrainEngine:
-    """The student, from weights or from the seed, in the engine that the run asks for. Collective over the world.
+    """The student in the engine that `run.parallel` selects. Collective over the world.
 
-    distiller: the teacher that stands beside it, where the objective compares their distributions.
+    weights    of a pretrained student; None initializes from the seed
+    steps      of the run, for the learning-rate schedule
+    distiller  source of the teacher's distributions, for objectives that compare them
 
-    Raises RunError: what DeepSpeed refuses.
+    Raises RunError if DeepSpeed rejects the configuration.
     """
     stages, recompute = run.parallel.pipeline_stages, run.parallel.activation_checkpointing
     pipeline = {"use_reentrant": False, **settings.get("pipeline", {})}
     if stages:
-        # DeepSpeed copies tied weights between stages here, which autograd would otherwise record and warn of
+        # DeepSpeed copies tied weights between stages here: autograd would record the copies and warn
         with torch.no_grad():
             staged = StudentPipeline(
                 config,
-                # not twice where the DeepSpeed configuration asks for its own
+                # layers do not recompute twice if the DeepSpeed configuration enables it too
                 pipeline_layers(
                     config, run.training.seed, weights, recompute and not pipeline.get("activation_checkpoint_interval")
                 ),
@@ -60,14 +62,15 @@ def build_engine(
                 checkpointable_layers=[DecoderLayer.__name__],
             )
         # the data-parallel groups are created with the module
-        objective = Objective(run.guidance, processes.device, staged.mpu().get_data_parallel_group(), logit_softcap(config))
-        staged.loss_fn = objective.of_hidden_states
+        group = staged.mpu().get_data_parallel_group()
+        objective = GuidedObjective(run.guidance, processes.device, group, logit_softcap(config))
+        staged.loss_fn = objective.from_hidden_states
         module: nn.Module = staged
     else:
         module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
-        objective = Objective(run.guidance, processes.device, dist.get_world_group(), logit_softcap(config))
+        objective = GuidedObjective(run.guidance, processes.device, dist.get_world_group(), logit_softcap(config))
     batches = {
         "train_batch_size": layout.rows,
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
@@ -81,25 +84,25 @@ def build_engine(
             config=settings | {"pipeline": pipeline} | batches,
             dist_init_required=False,
         )
-    # by which DeepSpeed and the optimizers say that a name or a value of theirs is wrong
+    # the errors that DeepSpeed and the optimizers raise for a wrong name or value
     except (AssertionError, TypeError, ValueError, NotImplementedError, DeepSpeedConfigError) as error:
-        raise RunError(f"DeepSpeed does not take this configuration: {type(error).__name__}: {error}") from error
-    documents = run.data.by_document
+        raise RunError(f"DeepSpeed rejects this configuration: {type(error).__name__}: {error}") from error
+    by_document = run.data.by_document
     if distiller is not None:
-        return DistillingEngine(engine, objective, layout, documents, distiller)
-    return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, documents)
+        return DistillingEngine(engine, objective, layout, by_document, distiller)
+    return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
 
 
 def check_precision(settings: DeepSpeedConfig, device: torch.device) -> None:
-    """Raises RunError where DeepSpeed would refuse with less words."""
+    """Raises RunError if the device cannot compute in the configured precision."""
     if precision(settings) == "fp16" and not get_accelerator().is_fp16_supported():
         raise RunError(
-            f"fp16 is enabled in the DeepSpeed configuration, and this {device.type} has no products in fp16: use bf16"
+            f"fp16 is enabled in the DeepSpeed configuration, but this {device.type} cannot multiply matrices in fp16. Use bf16"
         )
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices decay; norms and biases do not."""
+    """Two groups: weight decay applies to matrices, and not to norms and biases."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups: list[dict[str, object]] = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
@@ -113,7 +116,7 @@ def _scheduler(schedule: Schedule, steps: int, optimizer: torch.optim.Optimizer)
 
 
 def share_of_peak(schedule: Schedule, steps: int, step: int) -> float:
-    """Learning rate of step `step` (from 0) of `steps`, as a share of the peak."""
+    """Learning rate of step `step` (counted from 0) of `steps`, divided by the peak."""
     if step < schedule.warmup_steps:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":

@@ -1,12 +1,13 @@
-"""Where the teacher's losses are cached, or are not asked for: rows bring along what guides, and no teacher is loaded.
+"""The teacher's side of rows: teacher ids for a loaded teacher, stored losses for cached teachers, or a guide without a teacher.
 
-What is refused: a dataset without losses or with those of some shards alone, losses of another teacher than the run names, and
-for several teachers datasets that are not of the same documents.
+Cached losses are checked before a run uses them. Refused are a dataset without losses or with losses of only some shards, losses
+of another teacher than the run names, and, with several teachers, datasets that do not contain the same documents.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor
 from megatron_vocagno import hub
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
 from megatron_vocagno.batch.chunked import Chunked
-from megatron_vocagno.batch.front import Front
+from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import RandomGuide, RandomRows, ZeroGuide
-from megatron_vocagno.config import Guidance, Run, Teacher
+from megatron_vocagno.config import Guidance, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import describe_front, front_of
 from megatron_vocagno.corpus.losses import require_unchanged, unscored
@@ -29,109 +30,118 @@ from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import cached_snapshot
 
 
-def is_cached(run: Run) -> bool:
-    """Whether the run's teachers have spoken already."""
-    return run.guidance.needs_teacher and run.teacher[0].placement == "cached"
+@dataclass(frozen=True)
+class TeacherSources:
+    """Makes the teacher's side of the rows of each dataset."""
+
+    guidance: Guidance
+    seed: int
+    """Seed of the run. `random` guidance draws from it."""
+    cached_teachers: tuple[Teacher, ...] = ()
+    """The teachers whose losses are stored with the datasets. Empty if a teacher is loaded, or if none is needed."""
+    teacher_limit: int | None = None
+    """Largest number of positions that the loaded teacher reads. None if it has no limit, or if no teacher is loaded."""
+    prefix: Front = NO_FRONT
+    """Prefix of the loaded teacher."""
+
+    def training_rows(self, datasets: Sequence[AlignedDataset], row_length: int, student_prefix: Front) -> list[TrainRows]:
+        """The rows of each dataset of `data.train`. Raises RunError if cached losses are missing or come from another teacher."""
+        if self.guidance.objective == "random":
+            return [RandomRows(data, row_length, self.seed, part, student_prefix) for part, data in enumerate(datasets)]
+        pairs = zip(datasets, self._sources(datasets), strict=True)
+        return [TrainRows(data, row_length, self.seed, source, student_prefix) for data, source in pairs]
+
+    def held_out(self, datasets: Sequence[AlignedDataset], valid: AlignedDataset) -> TeacherSource:
+        """The teacher's side of the rows of `data.valid`. datasets: those of `data.train`.
+
+        Raises RunError: see training_rows; or there are several teachers, because only the first one has losses of `data.valid`.
+        """
+        if len(self.cached_teachers) > 1:
+            raise RunError(
+                f"logging.samples needs one teacher, this run has {len(self.cached_teachers)}: [[teacher]] 2 has no losses for "
+                f"data.valid ({valid.path}).\n  Remove logging.samples, or use one teacher."
+            )
+        return self._sources([*datasets, valid])[-1]
+
+    def _sources(self, datasets: Sequence[AlignedDataset]) -> list[TeacherSource]:
+        guidance = self.guidance
+        if guidance.objective == "random":
+            return [RandomGuide(data, self.seed, part) for part, data in enumerate(datasets)]
+        if guidance.objective == "student":
+            return [ZeroGuide(data) for data in datasets]
+        if not self.cached_teachers:
+            return [self._aligned(TeacherIds(data, self.teacher_limit, self.prefix)) for data in datasets]
+        scored = [open_scored(teacher, datasets) for teacher in self.cached_teachers]
+        return [self._combined([of_teacher[i] for of_teacher in scored]) for i in range(len(datasets))]
+
+    def _combined(self, scored: Sequence[AlignedDataset]) -> TeacherSource:
+        """The source of one dataset, which every teacher has scored."""
+        sources = [self._aligned(CachedLosses(data)) for data in scored]
+        return sources[0] if len(sources) == 1 else CombinedGuides(sources, self.guidance.aggregate, self.guidance.combine)
+
+    def _aligned(self, source: TeacherSource) -> TeacherSource:
+        """The source, with the alignment by chunks if `guidance.chunks` replaces the one of the dataset."""
+        return source if self.guidance.chunks is None else Chunked(source, self.guidance.chunks)
 
 
-def training_rows(
-    run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None, fronts: tuple[Front, Front]
-) -> list[TrainRows]:
-    """The rows of each dataset of `data.train`, with what the run's teachers read or have said.
+def check_cached(teachers: Sequence[Teacher], datasets: Sequence[AlignedDataset]) -> None:
+    """Raises RunError if cached losses are missing or come from another teacher.
 
-    teacher_limit: most positions that a loaded teacher reads. fronts: of the student, and of a loaded teacher.
-    Raises RunError: losses that are missing, or not those asked for.
+    teachers: those whose losses are cached. A further teacher whose datasets do not exist yet is not checked.
     """
-    length, seed, (student, teacher) = run.data.row_length, run.training.seed, fronts
-    if run.guidance.objective == "random":
-        return [RandomRows(data, length, seed, part, student) for part, data in enumerate(datasets)]
-    sources = _sources(run, datasets, teacher_limit, teacher)
-    return [TrainRows(data, length, seed, source, student) for data, source in zip(datasets, sources, strict=True)]
+    for teacher in teachers:
+        if all((path / DATASET).is_file() for path in teacher.data):
+            open_scored(teacher, datasets)
 
 
-def held_out_source(
-    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset, teacher_limit: int | None, teacher: Front
-) -> TeacherSource:
-    """The teacher's side of rows of `data.valid`, as that of training rows. Raises RunError, see training_rows."""
-    if is_cached(run) and len(run.teacher) > 1:
-        raise RunError(
-            f"logging.samples = {run.logging.samples} with {len(run.teacher)} teachers: [[teacher]] 2 names no losses of "
-            f"data.valid ({run.data.valid}).\n  Leave logging.samples out, or name one teacher."
-        )
-    return _sources(run, [*datasets, valid], teacher_limit, teacher)[-1]
+def open_scored(teacher: Teacher, datasets: Sequence[AlignedDataset]) -> list[AlignedDataset]:
+    """The datasets that store the losses of a cached teacher, checked. Raises RunError.
 
-
-def _sources(run: Run, datasets: Sequence[AlignedDataset], teacher_limit: int | None, front: Front) -> list[TeacherSource]:
-    guidance = run.guidance
-    if guidance.objective == "random":
-        return [RandomGuide(data, run.training.seed, part) for part, data in enumerate(datasets)]
-    if guidance.objective == "student":
-        return [ZeroGuide(data) for data in datasets]
-    if not is_cached(run):
-        return [_aligned(TeacherIds(data, teacher_limit, front), guidance) for data in datasets]
-    scored = [open_scored(run, k, datasets) for k in range(len(run.teacher))]
-    return [_cached_source([sets[i] for sets in scored], guidance) for i in range(len(datasets))]
-
-
-def _cached_source(teachers: Sequence[AlignedDataset], guidance: Guidance) -> TeacherSource:
-    cached = [_aligned(CachedLosses(data), guidance) for data in teachers]
-    return cached[0] if len(cached) == 1 else CombinedGuides(cached, guidance.aggregate, guidance.combine)
-
-
-def _aligned(source: TeacherSource, guidance: Guidance) -> TeacherSource:
-    return source if guidance.chunks is None else Chunked(source, guidance.chunks)
-
-
-def check_cached(run: Run, datasets: Sequence[AlignedDataset]) -> None:
-    """Raises RunError: losses that are missing, or not those asked for. Of further teachers, where their datasets are there."""
-    if is_cached(run):
-        for k, teacher in enumerate(run.teacher):
-            if all((path / DATASET).is_file() for path in teacher.data):
-                open_scored(run, k, datasets)
-
-
-def open_scored(run: Run, k: int, datasets: Sequence[AlignedDataset]) -> list[AlignedDataset]:
-    """The datasets that hold the losses of the run's teacher k: those of `data.train` for the first, its own for the others."""
-    asked = run.teacher[k]
-    if k == 0:
-        scored = list(datasets)
+    datasets: those of `data.train`. They store the losses of the first teacher. Each further teacher names its own (`data`).
+    """
+    if teacher.data:
+        scored = [AlignedDataset.open(path) for path in teacher.data]
+        for data, first in zip(scored, datasets, strict=True):
+            _require_same_documents(data, first)
     else:
-        scored = [AlignedDataset.open(path) for path in asked.data]
-        for mine, first in zip(scored, datasets, strict=True):
-            _require_same_documents(mine, first)
+        scored = list(datasets)
     for data in scored:
-        _require_losses(data, asked)
+        _require_losses(data, teacher)
         if data.scoring != scored[0].scoring:
             raise RunError(
-                f"{data.path} and {scored[0].path} were not scored in one way:\n  {data.scoring}\n  {scored[0].scoring}\n"
-                f"  One teacher's losses guide a run. Score one of them anew ({tool('preprocess.score_teacher')} … --replace)."
+                f"{data.path} and {scored[0].path} were not scored in the same way:\n  {data.scoring}\n  {scored[0].scoring}\n"
+                "  A run needs losses from one teacher with the same settings. Score one of the datasets again "
+                f"({tool('preprocess.score_teacher')} … --replace)."
             )
     return scored
 
 
-def _require_losses(data: AlignedDataset, asked: Teacher) -> None:
+def _require_losses(data: AlignedDataset, teacher: Teacher) -> None:
     if data.scoring is None:
         missing, shards = unscored(data.path, data.manifest), data.manifest.shards
         raise RunError(
             f"{data.path} has no losses of its teacher, and teacher.placement is 'cached': "
             f"{len(shards) - len(missing)} of {len(shards)} shards are scored.\n"
-            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'}"
+            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {teacher.path or 'TEACHER'}"
         )
     require_unchanged(data.path, data.manifest)
-    folder = None if asked.path is None else _here(asked.path)
-    if asked.path is not None:
-        _require_teacher(data, data.scoring, asked.path, folder)
-    _require_front(data, data.scoring, asked, folder)
+    folder = None if teacher.path is None else _local_weights(teacher.path)
+    if teacher.path is not None:
+        _require_teacher(data, data.scoring, teacher.path, folder)
+    _require_prefix(data, data.scoring, teacher, folder)
 
 
-def _here(path: Path) -> Path | None:
-    """A teacher's folder or file, where its weights are on this machine."""
+def _local_weights(path: Path) -> Path | None:
+    """The folder or file of a teacher. None if its weights are not on this machine. Downloads nothing."""
     found = cached_snapshot(path) if hub.is_id(path) else path.expanduser()
     return found if found is not None and found.exists() else None
 
 
 def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path, folder: Path | None) -> None:
-    """Raises RunError: `path` is not the teacher that was scored, by its weights where they are here, or else by its name."""
+    """Raises RunError unless `path` is the teacher that scored the dataset.
+
+    Weights are compared if they are on this machine (`folder`). Otherwise names are compared.
+    """
     if folder is not None:
         fingerprint = teacher_fingerprint(folder)
         same, which = fingerprint == scoring.teacher, fingerprint
@@ -140,49 +150,49 @@ def _require_teacher(data: AlignedDataset, scoring: Scoring, path: Path, folder:
     if not same:
         raise RunError(
             f"{data.path} holds the losses of {scoring.name} ({scoring.teacher}), teacher.path is {path} ({which}).\n"
-            "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the dataset, or\n"
-            f"  score it anew ({tool('preprocess.score_teacher')} … --replace)."
+            "  A dataset stores the losses of one teacher: name the teacher that scored it, score a copy of the dataset, or\n"
+            f"  score it again ({tool('preprocess.score_teacher')} … --replace)."
         )
 
 
-def _require_front(data: AlignedDataset, scoring: Scoring, asked: Teacher, folder: Path | None) -> None:
-    """Raises RunError: the teacher was scored with something else in front of its windows than the run asks for."""
-    own = [folder] if folder is not None and folder.is_dir() else []
+def _require_prefix(data: AlignedDataset, scoring: Scoring, teacher: Teacher, folder: Path | None) -> None:
+    """Raises RunError if the teacher was scored with another prefix than the run gives it."""
+    model = [folder] if folder is not None and folder.is_dir() else []
     tokenizer = data.teacher_tokenizer.path
-    front = front_of(asked.bos, [*own, tokenizer], "teacher.bos", data.teacher_tokenizer.vocab_size)
-    if front != scoring.front:
+    prefix = front_of(teacher.bos, [*model, tokenizer], "teacher.bos", data.teacher_tokenizer.vocab_size)
+    if prefix != scoring.front:
         raise RunError(
             f"{data.path} was scored with {describe_front(scoring.front, tokenizer)} in front of each window, "
-            f"teacher.bos = {asked.bos!r} asks for {describe_front(front, tokenizer)}.\n"
-            "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
-            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {asked.path or 'TEACHER'} --replace"
+            f"but teacher.bos = {teacher.bos!r} means {describe_front(prefix, tokenizer)}.\n"
+            "  Without its BOS, a teacher that was trained with one has far too high losses. Score the dataset again:\n"
+            f"  {tool('preprocess.score_teacher')} {data.path} --teacher {teacher.path or 'TEACHER'} --replace"
         )
 
 
-def _require_same_documents(mine: AlignedDataset, first: AlignedDataset) -> None:
-    """Raises RunError unless both hold the same student ids, by the recorded sha256 of their files."""
-    student, other = (data.manifest.student.fingerprint for data in (mine, first))
+def _require_same_documents(data: AlignedDataset, first: AlignedDataset) -> None:
+    """Raises RunError unless both datasets contain the same student ids, by the recorded sha256 of their files."""
+    student, other = (each.manifest.student.fingerprint for each in (data, first))
     if student != other:
-        raise RunError(f"{mine.path} was built with the student tokenizer {student}, {first.path} with {other}")
+        raise RunError(f"{data.path} was built with the student tokenizer {student}, {first.path} with {other}")
     ids = [
         [
             tuple(shard.files[f"student.{end}"].sha256 for end in ("bin", "idx"))
-            for shard in data.manifest.shards
+            for shard in each.manifest.shards
             if shard.totals.documents
         ]
-        for data in (mine, first)
+        for each in (data, first)
     ]
     if ids[0] != ids[1]:
         same = next((i for i, (a, b) in enumerate(zip(*ids, strict=False)) if a != b), min(map(len, ids)))
         raise RunError(
-            f"{mine.path} and {first.path} are not of the same documents: {len(mine):,} documents in {len(ids[0])} shards, "
-            f"{len(first):,} in {len(ids[1])}; shard {same} is the first that differs.\n"
+            f"{data.path} and {first.path} do not contain the same documents: {len(data):,} documents in {len(ids[0])} shards, "
+            f"and {len(first):,} in {len(ids[1])}; the first different shard is {same}.\n"
             "  Build both from the same input with the same --shard-mb, and look for documents that one build has quarantined."
         )
 
 
 class CachedScorer:
-    """Nothing is scored, and nothing is collective."""
+    """A Scorer that returns the losses that come with the batches. It is not collective."""
 
     padding = 0.0
 

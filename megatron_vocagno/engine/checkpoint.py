@@ -1,8 +1,8 @@
-"""Atomic save, exact resume, in any layout.
+"""Atomic save and exact resume, in any layout.
 
-All ranks write, then each file is brought to disk and hashed, then the manifest is written, then `latest` is moved: a crash at
-any moment leaves the older checkpoints whole and the new one recognisably unfinished (see manifest.py). What a disk refuses
-to one rank ends the run on all, with one message.
+All ranks write. Then each file is synced to disk and hashed, then the manifest is written, and last `latest` is replaced. A crash
+at any moment leaves the older checkpoints complete, and the new one is recognised as unfinished (see manifest.py). If one rank
+cannot write, the run ends on all ranks with one message.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +20,8 @@ from deepspeed import comm as dist
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.config import Run
-from megatron_vocagno.engine.collectives import ErrorCollector, run_on_all_ranks, run_on_rank0
+from megatron_vocagno.config import Checkpoint
+from megatron_vocagno.engine.collectives import ErrorCollector, all_gather, run_on_all_ranks, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
     FOLDER,
@@ -40,8 +40,9 @@ from megatron_vocagno.engine.manifest import (
     changes,
     check_resumable,
     checkpoint_folders,
+    data_of,
     finished_checkpoints,
-    first_whole,
+    first_complete,
     inspect,
     outdated,
     read_manifest,
@@ -58,89 +59,112 @@ Item = TypeVar("Item")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class StoredFiles:
+    """The files of a checkpoint that stay the same during a run."""
+
+    run: str
+    """The resolved run, as JSON."""
+    config: PretrainedConfig
+    """Configuration of the student."""
+    tokenizer: Path
+    """Folder of the student's tokenizer, from the dataset."""
+    pretrained: Path | None
+    """The pretrained student: a folder or a Hub id. None for a student from scratch."""
+
+    def write(self, folder: Path) -> None:
+        """Raises OSError."""
+        shutil.copytree(self.tokenizer, folder / TOKENIZER)
+        if self.pretrained is not None and (source := on_this_machine(self.pretrained)) is not None:
+            carry_over(source, folder / PRETRAINED)
+        self.config.to_json_file(folder / "config.json")
+        (folder / RUN).write_text(self.run, encoding="utf-8")
+
+
+def engine_layout(settings: DeepSpeedConfig, pipeline_stages: int, config: PretrainedConfig) -> EngineLayout:
+    """The layout of this run. config: of the student."""
+    return EngineLayout(
+        world=dist.get_world_size(),
+        pipeline_stages=pipeline_stages,
+        zero_stage=zero_stage(settings),
+        precision=precision(settings),
+        optimizer=settings["optimizer"]["type"],
+        student=_fingerprint(config),
+    )
+
+
 class CheckpointManager:
     """Saves and resumes one run."""
 
     def __init__(
         self,
         engine: TrainEngine,
-        run: Run,
-        config: PretrainedConfig,
-        settings: DeepSpeedConfig,
-        dataset: str,
-        tokenizer: Path,
-        front: Front = NO_FRONT,
+        output: Path,
+        settings: Checkpoint,
+        stored: StoredFiles,
+        start: Position,
+        layout: EngineLayout,
     ) -> None:
-        """dataset: fingerprint of the training data; tokenizer: folder of the student's tokenizer; front: of the student."""
-        self.run, self.config, self.tokenizer = run, config, tokenizer
-        self.root, self.settings = run.output / FOLDER, run.checkpoint
-        self.state = EngineState(engine, config)
-        bos = " ".join(map(str, front.ids)) or "none"
-        self.fresh = Position(step=0, rows=0, dataset=dataset, row_length=run.data.row_length, seed=run.training.seed, bos=bos)
-        self.layout = EngineLayout(
-            world=dist.get_world_size(),
-            pipeline_stages=run.parallel.pipeline_stages,
-            zero_stage=zero_stage(settings),
-            precision=precision(settings),
-            optimizer=settings["optimizer"]["type"],
-            student=_fingerprint(config),
-        )
+        """
+        output    folder of the run
+        settings  which checkpoints are kept
+        start     the position of a run that does not resume
+        """
+        self.root, self.settings, self.stored = output / FOLDER, settings, stored
+        self.start, self.layout = start, layout
+        self.state = EngineState(engine, stored.config)
 
     def save(self, position: Position) -> Path:
-        """Write a checkpoint, then remove those that need not stay. Collective over the world. Returns its folder.
+        """Write a checkpoint, then remove older ones that are no longer kept. Collective over the world. Returns its folder.
 
-        Raises RunError: a rank could not write; nothing of the new checkpoint is left, and the older ones are untouched.
+        Raises SharedError if a rank could not write. The new checkpoint is then removed, and the older ones are not changed.
         """
         folder = step_folder(self.root, position.step)
         first = dist.get_rank() == 0
         disk = ErrorCollector(OSError, SafetensorError)
         if first:
             with disk.on():
-                self._open(folder)
+                self._create(folder)
         dist.barrier()
         written = self.state.write(folder, disk)
-        self._check(disk, folder)
-        files = _describe(folder, written, disk)
-        self._check(disk, folder)
+        self._raise_failure(disk, folder)
+        files = _sync_and_hash(folder, written, disk)
+        self._raise_failure(disk, folder)
         if first:
             with disk.on():
                 manifest = CheckpointManifest(position=position, layout=self.layout, files=files)
                 sync(self.root.parent)  # `checkpoints` itself may be new
                 write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
                 write_durably(self.root / LATEST, folder.name.encode())
-        self._check(disk, folder)
+        self._raise_failure(disk, folder)
         if first:
-            self._tidy(folder)
+            self._remove_outdated(folder)
         dist.barrier()
         return folder
 
-    def _open(self, folder: Path) -> None:
-        """An empty folder, with what is known before any tensor is gathered."""
-        # left behind by a run that died here, or by one that was resumed from an older checkpoint
+    def _create(self, folder: Path) -> None:
+        """Create the folder with the files that need no collectives."""
+        # a run that was killed here, or one that was resumed from an older checkpoint, may have left the folder behind
         if folder.exists():
             shutil.rmtree(folder)
         make_folder(folder / STUDENT)
         (folder / OPTIMIZER).mkdir()
-        shutil.copytree(self.tokenizer, folder / TOKENIZER)
-        if self.run.student.pretrained is not None and (source := on_this_machine(self.run.student.pretrained)) is not None:
-            carry_over(source, folder / PRETRAINED)
-        self.config.to_json_file(folder / "config.json")
-        (folder / RUN).write_text(self.run.model_dump_json(indent=2), encoding="utf-8")
+        self.stored.write(folder)
 
-    def _tidy(self, newest: Path) -> None:
+    def _remove_outdated(self, newest: Path) -> None:
         try:
             remove_leftovers(self.root / LATEST)
         except OSError as error:
-            log.warning("what a killed run left beside %s could not be removed: %s", self.root / LATEST, error)
+            log.warning("could not remove temporary files of a killed run next to %s: %s", self.root / LATEST, error)
         for old in outdated(self.root, newest, self.settings.keep_last, self.settings.keep_every):
             try:
                 shutil.rmtree(old)
             except OSError as error:
-                # the new one is whole: nothing to end a run for, and the next save tries again
-                log.warning("%s should go and could not be removed: %s", old, error)
+                # the new checkpoint is complete, so the run continues; the next save tries again
+                log.warning("could not remove the old checkpoint %s: %s", old, error)
 
-    def _check(self, disk: ErrorCollector, folder: Path) -> None:
-        """Give the folder up where any rank could not write. Collective over the world."""
+    def _raise_failure(self, disk: ErrorCollector, folder: Path) -> None:
+        """Remove the folder and raise SharedError if a rank could not write. Collective over the world."""
         failure = disk.failure()
         if failure is None:
             return
@@ -149,94 +173,91 @@ class CheckpointManager:
         older = [path for path in finished_checkpoints(self.root) if path != folder]
         raise SharedError(
             f"no checkpoint could be written to {folder} (rank {failure.ranks[0]}): {failure.message}\n"
-            + (f"  {older[0]} is untouched: " if older else "  There is no older one: ")
-            + f"make room there, and the same command goes on {'from it' if older else 'from the start'}."
+            + (f"  {older[0]} is unchanged. " if older else "  There is no older checkpoint. ")
+            + f"Make room, and run the same command again: it {'resumes from there' if older else 'starts from the beginning'}."
         )
 
-    def resume(self, say: Callable[[str], None]) -> Position:
-        """Load the newest whole checkpoint into the engine; a fresh start where there is none. Collective over the world.
+    def resume(self, report: Callable[[str], None]) -> Position:
+        """Load the newest complete checkpoint into the engine, if there is one. Collective over the world.
 
-        Raises RunError: the checkpoint speaks of other data, another order of rows or another training, is of another release,
-        or a rank could not read what the others could.
+        report: gets lines for the user. Returns the position of the checkpoint, or that of a start.
+
+        Raises SharedError or RunError: the checkpoint belongs to other data, another order of rows, another student or another
+        release, or a rank could not read it.
         """
-        folder = first_whole(run_on_rank0(lambda: checkpoint_folders(self.root), OSError), _complaint, say)
+        folder = first_complete(run_on_rank0(lambda: checkpoint_folders(self.root), OSError), _find_problem, report)
         if folder is None:
             self._check_nothing_is_lost()
-            return self.fresh
+            return self.start
         manifest = run_on_rank0(lambda: read_manifest(folder), RunError, OSError)
-        student = orjson.loads(self.config.to_json_string())
-        check_resumable(folder, manifest, self.fresh, self.layout, student, [source.path for source in self.run.data.train])
+        student, run = orjson.loads(self.stored.config.to_json_string()), orjson.loads(self.stored.run)
+        check_resumable(folder, manifest, self.start, self.layout, student, data_of(run))
         disk = ErrorCollector(OSError, SafetensorError)
         self.state.read(folder, disk)
         if failure := disk.failure():
             raise SharedError(
                 f"{folder} could not be loaded (rank {failure.ranks[0]}): {failure.message}\n"
-                "  Its files were whole a moment ago: do all machines see the same files?"
+                "  Its files were complete when they were checked: do all machines see the same files?"
             )
-        say(f"loaded {folder}")
+        report(f"loaded {folder}")
         if manifest.layout != self.layout:
-            say(f"note: from here on with {self.layout} (was {manifest.layout})")
+            report(f"note: from here on with {self.layout} (was {manifest.layout})")
         before = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
-        for change in changes(with_current_names(before)[0], orjson.loads(self.run.model_dump_json())):
-            say(f"note: from here on {change}")
+        for change in changes(with_current_names(before)[0], run):
+            report(f"note: from here on {change}")
         return manifest.position
 
     def _check_nothing_is_lost(self) -> None:
-        """Raises SharedError where checkpoints are there, though none is whole: starting over would remove them."""
+        """Raises SharedError if there are checkpoints, but none is complete: a run from the start would remove them."""
         if damaged := run_on_rank0(lambda: finished_checkpoints(self.root), OSError):
             raise SharedError(
-                f"none of the {len(damaged)} checkpoints in {self.root} is whole (see above); starting over would remove them.\n"
-                "  Put a whole one back, or move them away to start from the beginning."
+                f"none of the {len(damaged)} checkpoints in {self.root} is complete (see above); a new start would remove them.\n"
+                "  Restore a complete one, or move them away to start from the beginning."
             )
 
 
-def _complaint(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole. The ranks share the work; collective over the world.
+def _find_problem(folder: Path) -> str | None:
+    """The reason why a checkpoint is not complete. None if it is. The ranks share the work. Collective over the world.
 
-    Raises SharedError: it is of another release, or a rank cannot read what the first one sees. A checkpoint is not passed over,
-    and removed later, because one machine has lost its disk.
+    Raises SharedError if another release wrote the checkpoint, or if a rank cannot read files that the first rank sees. Such a
+    checkpoint is not skipped, because skipped checkpoints are removed later, and one machine may just have lost its disk.
     """
     found = run_on_rank0(lambda: inspect(folder), RunError, OSError)
     if isinstance(found, str):
         return found
     share = dict(_share(list(found.files.items())))
-    mine = run_on_all_ranks(lambda: altered(folder, share), OSError)
-    complaints: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(complaints, mine)
-    return next((complaint for complaint in complaints if complaint is not None), None)
+    problem = run_on_all_ranks(lambda: altered(folder, share), OSError)
+    return next((each for each in all_gather(problem) if each is not None), None)
 
 
-def _describe(folder: Path, written: list[str], disk: ErrorCollector) -> dict[str, File]:
-    """Size and hash of every file, on disk for good. The ranks share the work; collective over the world.
+def _sync_and_hash(folder: Path, written: list[str], disk: ErrorCollector) -> dict[str, File]:
+    """Sync every file to disk. Returns sizes and hashes. The ranks share the work. Collective over the world.
 
     written: names of the layers' files that this rank wrote
     """
-    known: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     if dist.get_rank() == 0:
         written = written + [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    # each rank names its own: on a network file system a listing may lack what another machine has just written
-    dist.all_gather_object(known, written)
-    mine: dict[str, File] = {}
+    # each rank lists its own files: on a network file system, a listing may lack files that another machine has just written
+    names = {name for of_rank in all_gather(written) for name in of_rank}
+    hashed: dict[str, File] = {}
     with disk.on():
-        for name in _share(sorted({name for names in known for name in names})):
+        for name in _share(sorted(names)):
             path = folder / name
             sync(path)
-            mine[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
+            hashed[name] = File(bytes=path.stat().st_size, sha256=sha256(path))
         if dist.get_rank() == 0:
             for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder, folder.parent):
                 sync(path)
-    shares: list[dict[str, File]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(shares, mine)
-    return dict(sorted(item for share in shares for item in share.items()))
+    return dict(sorted(item for share in all_gather(hashed) for item in share.items()))
 
 
 def _share(work: list[Item]) -> list[Item]:
-    """This rank's part of what all ranks do run_on_all_ranks."""
+    """This rank's share of the work of all ranks."""
     return work[dist.get_rank() :: dist.get_world_size()]
 
 
 def _fingerprint(config: PretrainedConfig) -> str:
-    """Of what decides the student's shape, whichever release of transformers wrote it and wherever it came from."""
-    passing = ("transformers_version", "_name_or_path", "dtype")
-    fields = {name: value for name, value in config.to_dict().items() if name not in passing}
+    """sha256 of the fields that determine the student, without the release of transformers and the path it came from."""
+    ignored = ("transformers_version", "_name_or_path", "dtype")
+    fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()

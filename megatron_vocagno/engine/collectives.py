@@ -1,4 +1,4 @@
-"""What one rank meets, all ranks act on: an error on one must not leave the others waiting for it."""
+"""Exchange values and errors between ranks, so that one failing rank does not leave the others blocked in a collective."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that some ranks met."""
+    """An error that occurred on some ranks."""
 
     ranks: tuple[int, ...]
     message: str
-    """Of the first of them."""
+    """Message of the first of these ranks."""
     path: str | None = None
-    """The model or dataset that is missing there: see UserError."""
+    """The model or dataset that is missing on the first of these ranks: see UserError."""
 
 
 class ErrorCollector:
-    """Notes the first error, so that this rank can go on to where all ranks tell each other."""
+    """Stores the first error of this rank. The rank can then continue to the collective in which all ranks share their errors."""
 
     def __init__(self, *kinds: type[Exception]) -> None:
-        """kinds: those that are told as a message. Any other is a defect, and raised again where it was met."""
+        """kinds: errors that are shared as a message. Any other error is a bug, and is raised again on its rank."""
         self.kinds = kinds
         self.error: str | None = None
         self.path: str | None = None
         self._defect: Exception | None = None
 
     @contextmanager
-    def on(self, what: object = None) -> Iterator[None]:
-        """Run a block without collectives; `what` it works on stands before its error."""
+    def on(self, subject: object = None) -> Iterator[None]:
+        """Run a block without collectives. subject: for example a file, is put in front of the message of an error."""
         try:
             yield
         except Exception as error:
@@ -48,58 +48,58 @@ class ErrorCollector:
                 self._defect = self._defect or error
                 message = f"{type(error).__name__}: {message}"
             if self.error is None:
-                self.error = f"{what}: {message}" if what else message
+                self.error = f"{subject}: {message}" if subject else message
                 self.path = getattr(error, "path", None)
 
     def failure(self) -> Failure | None:
-        """The same on all ranks; None where no rank met an error. Collective over the world.
+        """The same result on all ranks: None if no rank had an error. Collective over the world.
 
-        Raises, on the rank that met it alone, an error of another kind.
+        An error of another kind is raised on its own rank only.
         """
         errors: list[tuple[str, str | None] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(errors, None if self.error is None else (self.error, self.path))
         if self._defect is not None:
             raise self._defect
-        met = {rank: error for rank, error in enumerate(errors) if error is not None}
-        return Failure(tuple(met), *next(iter(met.values()))) if met else None
+        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
+        return Failure(tuple(failed), *next(iter(failed.values()))) if failed else None
 
 
 def run_on_all_ranks(action: Callable[[], Result], *errors: type[Exception]) -> Result:
-    """What `action` returns, once it has succeeded on every rank; it may hold no collectives. Collective over the world.
+    """Run `action` on every rank, and return its result after it has succeeded on all of them. Collective over the world.
 
-    Raises SharedError on all ranks where it raised one of `errors` on any. Any other error is raised as it is where it was met,
-    and as a SharedError elsewhere.
+    `action` must not contain collectives. If it raises one of `errors` on any rank, all ranks raise SharedError. Any other error
+    is raised unchanged on its own rank, and as SharedError on the others.
     """
-    watch = ErrorCollector(*errors)
-    with watch.on():
+    collector = ErrorCollector(*errors)
+    with collector.on():
         result = action()
-    if failure := watch.failure():
+    if failure := collector.failure():
         some = len(failure.ranks) < dist.get_world_size()
-        who = "rank " + ", ".join(map(str, failure.ranks))
-        where = f"\n  Met by {who} alone: do all machines see the same files?" if some else ""
-        raise SharedError(failure.message + where, failure.path)
+        ranks = "rank " + ", ".join(map(str, failure.ranks))
+        hint = f"\n  This happened only on {ranks}: do all machines see the same files?" if some else ""
+        raise SharedError(failure.message + hint, failure.path)
     return result
 
 
 def run_on_rank0(action: Callable[[], Result], *errors: type[Exception]) -> Result:
-    """What `action` returns on the first rank, on all. Collective over the world.
+    """Run `action` on the first rank, and return its result on all ranks. Collective over the world.
 
-    Raises SharedError on all ranks where it raised one of `errors`. Any other error is raised as it is on the first, and as a
+    If it raises one of `errors`, all ranks raise SharedError. Any other error is raised unchanged on the first rank, and as
     SharedError on the others.
     """
-    watch = ErrorCollector(*errors)
-    answer: list[Result | None] = [None]
+    collector = ErrorCollector(*errors)
+    result: list[Result | None] = [None]
     if dist.get_rank() == 0:
-        with watch.on():
-            answer = [action()]
-    if failure := watch.failure():
+        with collector.on():
+            result = [action()]
+    if failure := collector.failure():
         raise SharedError(failure.message, failure.path)
-    dist.broadcast_object_list(answer, src=0)
-    return cast(Result, answer[0])
+    dist.broadcast_object_list(result, src=0)
+    return cast(Result, result[0])
 
 
 def all_gather(item: Result) -> list[Result]:
-    """One of every rank, in their order. Collective over the world."""
+    """The items of all ranks, in the order of the ranks. Collective over the world."""
     items: list[Result | None] = [None] * dist.get_world_size()
     dist.all_gather_object(items, item)
     return cast(list[Result], items)
@@ -110,12 +110,12 @@ def my_rank() -> int:
 
 
 def all_reduce_sum(tensor: Tensor, group: Any = None) -> None:
-    """Replace the tensor by the sum over all ranks, or over those of a process group. Collective over them."""
+    """Replace the tensor by its sum over all ranks, or over the ranks of a process group. Collective over these ranks."""
     dist.all_reduce(tensor, group=group)
 
 
 def all_reduce_max(number: int, device: torch.device) -> int:
-    """Of the numbers of all ranks. Collective over the world."""
+    """The largest number of all ranks. Collective over the world."""
     shared = torch.tensor(number, device=device)
     dist.all_reduce(shared, op=dist.ReduceOp.MAX)
     return int(shared)

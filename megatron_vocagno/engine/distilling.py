@@ -1,10 +1,10 @@
-"""Where a teacher's distributions are compared with the student's: the baselines `uld` and `kld`.
+"""The baselines `uld` and `kld`, which compare the distributions of teacher and student.
 
     loss = mean of l_S over all targets + distance_weight * mean of the distance over the compared targets
 
 Both are means over the step: sums over all ranks and micro-batches, divided once. The teacher reads a micro-batch just before the
-student does, and of its hidden states those of the compared targets stay until the student has learned from them. Every rank
-holds the whole teacher, and none waits for another's.
+student does. Its hidden states at the compared targets are kept until the student's backward pass. Every rank has a complete
+teacher, so no rank waits for the teacher of another rank.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import Batch, Layout
 from megatron_vocagno.batch.pack import Int32
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Guidance
+from megatron_vocagno.config import Teacher as TeacherConfig
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.engines import DataParallelEngine
-from megatron_vocagno.engine.loss import Chosen, Labels, Objective
+from megatron_vocagno.engine.loss import GuidedObjective, LossInputs, PreselectedInputs
 from megatron_vocagno.engine.scoring import plan_scoring
 from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.errors import RunError
@@ -31,37 +32,46 @@ from megatron_vocagno.objective.distance import Kind, Reference, compared
 from megatron_vocagno.objective.linear_ce import SelectedTokens
 
 
-def check_vocabularies(run: Run, data: AlignedDataset) -> None:
-    """Raises RunError for `kld` of models whose tokenizers differ: an id would stand for two tokens."""
+def check_vocabularies(guidance: Guidance, data: AlignedDataset) -> None:
+    """Raises RunError if the objective is `kld` and the tokenizers differ, because an id would mean two tokens."""
     student, teacher = data.student_tokenizer, data.teacher_tokenizer
-    if run.guidance.distance == "kld" and student.fingerprint != teacher.fingerprint:
+    if guidance.distance == "kld" and student.fingerprint != teacher.fingerprint:
         raise RunError(
-            f"guidance.objective = 'kld' compares two distributions over one vocabulary, and {data.path} was aligned for two: "
+            f"guidance.objective = 'kld' compares distributions over one vocabulary, but {data.path} was aligned for two: "
             f"the student's tokenizer is {student.fingerprint} ({student.vocab_size:,} ids), "
             f"the teacher's {teacher.fingerprint} ({teacher.vocab_size:,} ids).\n"
-            "  Take a teacher of the student's own family and build the dataset with its tokenizer on both sides, "
-            "or compare by guidance.objective = 'uld', which needs no common vocabulary."
+            "  Use a teacher of the student's family and build the dataset with its tokenizer on both sides, "
+            "or use guidance.objective = 'uld', which needs no common vocabulary."
         )
 
 
-def open_distiller(teacher: object, run: Run, data: AlignedDataset, student_rows: int, device: torch.device) -> Distiller | None:
-    """What a run's teacher is asked for while the student learns; None where the objective compares no distributions.
+def make_distiller(
+    teacher: object,
+    config: TeacherConfig | None,
+    guidance: Guidance,
+    data: AlignedDataset,
+    student_vocab_size: int,
+    by_document: bool,
+    device: torch.device,
+) -> Distiller | None:
+    """The source of the teacher's distributions. None if the objective compares no distributions.
 
-    student_rows: of the student's head.
+    teacher, config     the loaded teacher and its section of the run; None if no teacher is loaded
+    student_vocab_size  rows of the student's head
+    by_document         whether attention stops at document borders
     """
-    kind = run.guidance.distance
+    kind = guidance.distance
     if kind is None:
         return None
-    assert isinstance(teacher, Teacher), "the configuration lets no other through"
-    # a control token may lie beyond a head's rows: then it is not compared
-    ids = min(data.student_tokenizer.vocab_size, student_rows), min(data.teacher_tokenizer.vocab_size, teacher.vocab_size)
+    assert isinstance(teacher, Teacher) and config is not None, "the configuration allows no other teacher"
+    # a control token may have an id beyond the rows of a head: then it is not compared
+    ids = min(data.student_tokenizer.vocab_size, student_vocab_size), min(data.teacher_tokenizer.vocab_size, teacher.vocab_size)
     ids = (min(ids), min(ids)) if kind == "kld" else ids
-    documents = run.data.by_document
-    return Distiller(teacher, kind, ids, run.teacher[0].tokens_per_batch, device, documents)
+    return Distiller(teacher, kind, ids, config.tokens_per_batch, device, by_document)
 
 
 class Distiller:
-    """A teacher that is asked what it predicts, instead of how surprised it is."""
+    """Computes the teacher's distributions at the compared targets."""
 
     def __init__(
         self,
@@ -70,34 +80,38 @@ class Distiller:
         ids: tuple[int, int],
         tokens_per_batch: int,
         device: torch.device,
-        documents: bool = False,
+        by_document: bool = False,
     ) -> None:
-        """ids: of the student's and of the teacher's tokenizer. tokens_per_batch: padded teacher tokens of one forward.
-        documents: attention ends at the borders of documents.
+        """
+        ids               how many ids of the student's and of the teacher's vocabulary are compared
+        tokens_per_batch  padded teacher tokens of one forward
+        by_document       whether attention stops at document borders
         """
         self.teacher, self.kind, self.tokens_per_batch, self.device = teacher, kind, tokens_per_batch, device
-        self.documents = documents
+        self.by_document = by_document
         self.vocabulary, teacher_vocabulary = ids
         self.head_WH = teacher.head.weight.detach()[:teacher_vocabulary]
 
     def reference(self, batch: Batch) -> Reference:
-        """What the teacher predicts at the compared targets of a micro-batch."""
+        """The teacher's side of the distance at the compared targets of a micro-batch."""
         compared_BS = compared(batch.first_BS, batch.last_BS)
         row_N, position_N = compared_BS.nonzero(as_tuple=True)
         first_N = batch.first_BS[compared_BS].long()
         hidden_NH = self.head_WH.new_empty(len(row_N), self.head_WH.shape[1])
-        # one rank, all rows: the plan is only how to cut them
+        # all rows for one rank: the plan only splits them into forwards
         lengths = [
             len(ids) if len(targets) else 0 for ids, targets in zip(batch.teacher_inputs, batch.teacher_targets, strict=True)
         ]
         plan = plan_scoring(lengths, 1, self.tokens_per_batch)
         for rows in plan.forwards[0]:
             hidden_BUH = self.teacher.hidden_states(
-                self._padded(batch.teacher_inputs, rows), self._padded(batch.teacher_segments, rows) if self.documents else None
+                self._padded(batch.teacher_inputs, rows), self._padded(batch.teacher_segments, rows) if self.by_document else None
             )
             for b, row in enumerate(rows):
-                here_M = (row_N == row).nonzero().squeeze(1)
-                hidden_NH[here_M.to(self.device)] = hidden_BUH[b, (batch.teacher_leads[row] + first_N[here_M]).to(self.device)]
+                of_row_M = (row_N == row).nonzero().squeeze(1)
+                hidden_NH[of_row_M.to(self.device)] = hidden_BUH[
+                    b, (batch.teacher_leads[row] + first_N[of_row_M]).to(self.device)
+                ]
         tokens_N = (row_N * compared_BS.shape[1] + position_N).to(self.device)
         return Reference(self.kind, tokens_N, hidden_NH, self.head_WH, self.teacher.head.softcap, self.vocabulary)
 
@@ -107,31 +121,36 @@ class Distiller:
 
 
 class DistillingEngine(DataParallelEngine):
-    """The plain engine, with a teacher beside the student."""
+    """The data-parallel engine, with the distance from the teacher's distributions in its loss."""
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool, distiller: Distiller
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        objective: GuidedObjective,
+        layout: Layout,
+        by_document: bool,
+        distiller: Distiller,
     ) -> None:
-        super().__init__(engine, objective, layout, documents)
+        super().__init__(engine, objective, layout, by_document)
         self.distiller = distiller
         self._compared = 1
-        self._seen = torch.zeros((), dtype=torch.float64, device=engine.device)
+        self._distance_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
 
     def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         self._compared = max(1, counts.compared)
         return super().train(batches, teacher_losses, counts)
 
-    def _training_loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
+    def _training_loss(self, batch: Batch, inputs: LossInputs | PreselectedInputs) -> Tensor:
         device, selected, reference = self.engine.device, SelectedTokens(), self.distiller.reference(batch)
-        labels = type(labels)(*(label.to(device) for label in labels))
-        loss_BS, distance_BS = self.engine(self._on_device(batch), labels.target_BS, selected, reference)
-        apart = distance_BS.sum()
-        self._seen += apart.detach()
-        mean = apart / self._divisor(self._compared).to(device).squeeze()
-        return self.objective(loss_BS, labels, selected) + self.objective.guidance.distance_weight * mean
+        inputs = type(inputs)(*(tensor.to(device) for tensor in inputs))
+        loss_BS, distance_BS = self.engine(self._on_device(batch), inputs.target_BS, selected, reference)
+        distance = distance_BS.sum()
+        self._distance_sum += distance.detach()
+        mean = distance / self._divisor(self._compared).to(device).squeeze()
+        return self.objective(loss_BS, inputs, selected) + self.objective.guidance.distance_weight * mean
 
-    def take_numbers(self, counts: StepCounts) -> dict[str, float]:
-        seen, self._seen = self._seen, torch.zeros_like(self._seen)
-        dist.all_reduce(seen)
-        numbers = {"distance/share_compared": counts.compared / counts.targets}
-        return numbers | ({"distance/mean": float(seen) / counts.compared} if counts.compared else {})
+    def reduce_metrics(self, counts: StepCounts) -> dict[str, float]:
+        total, self._distance_sum = self._distance_sum, torch.zeros_like(self._distance_sum)
+        dist.all_reduce(total)
+        metrics = {"distance/share_compared": counts.compared / counts.targets}
+        return metrics | ({"distance/mean": float(total) / counts.compared} if counts.compared else {})

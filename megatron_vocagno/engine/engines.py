@@ -1,7 +1,6 @@
-"""The two DeepSpeed engines as the loop sees them: the pipeline, and the plain one with ZeRO-1/2/3.
+"""The two DeepSpeed engines behind one interface: the pipeline engine, and the data-parallel engine with ZeRO-1/2/3.
 
-Both take the micro-batches of a step with the teacher's losses, learn from them, and count what they did; the loop that
-drives them cannot tell them apart.
+Both train on the micro-batches of a step, given the teacher's losses, and sum statistics of the step.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from deepspeed import comm as dist
 from torch import Tensor, nn
 
 from megatron_vocagno.batch.loader import IGNORE, Batch, Layout
-from megatron_vocagno.engine.loss import Chosen, Labels, Objective, to_tensors
+from megatron_vocagno.engine.loss import GuidedObjective, LossInputs, PreselectedInputs, to_tensors
 from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.model.attention import document_positions
 from megatron_vocagno.model.student import LayerInput
@@ -24,63 +23,66 @@ from megatron_vocagno.objective.rule import Selection
 
 
 class TrainEngine(ABC):
-    """A DeepSpeed engine as the loop sees it."""
+    """A DeepSpeed engine with the interface that the training loop needs."""
 
     data_rank: int
-    """Which of the data-parallel shares this rank reads."""
+    """The data-parallel rank: which share of the rows this rank reads."""
     data_group: dist.ProcessGroup
     """The ranks that read different rows."""
     pipe_group: dist.ProcessGroup | None
-    """The ranks that read the same rows; None where each reads its own."""
-    speaks: bool
-    """Whether this rank counts what the ranks that read the same rows all know."""
+    """The ranks that read the same rows, those of one pipeline. None without a pipeline."""
+    counts_rows: bool
+    """Whether this rank adds its rows to sums over all ranks. Exactly one rank per pipeline does."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
-        """documents: attention ends at the borders of documents."""
-        self.engine, self.objective, self.layout, self.documents = engine, objective, layout, documents
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
+        """by_document: whether attention stops at document borders."""
+        self.engine, self.objective, self.layout, self.by_document = engine, objective, layout, by_document
 
     def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
-        """One optimizer step on the micro-batches of this rank; the loss that was learned, over all ranks.
+        """One optimizer step on the micro-batches of this rank. Returns the training loss over all ranks.
 
-        teacher_losses  one [B, U] a batch, float32, nats; [B, 0] without a teacher
+        teacher_losses  one [B, U] per batch, float32, nats; [B, 0] without a teacher
 
-        Where one selection goes over several micro-batches, a forward of all of them comes first.
+        If one selection covers several micro-batches, all of them are run forward first, to get the losses to select from.
         """
-        labels = [
-            self._labels(batch, loss_BU, counts.kept, capacity)
+        inputs = [
+            self._loss_inputs(batch, loss_BU, counts.kept, capacity)
             for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True)
         ]
-        if self.objective.looks_first(len(batches)) and (losses := self._look(batches, labels)):
-            return self._learn(batches, self.objective.choose(losses, labels))
-        return self._learn(batches, labels)
+        if self.objective.needs_two_passes(len(batches)) and (losses := self._student_losses(batches, inputs)):
+            return self._train(batches, self.objective.preselect(losses, inputs))
+        return self._train(batches, inputs)
 
-    def look(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """The student's losses of a step's micro-batches, one [B, S] a batch; none on a rank where no loss is taken."""
-        return self._look(batches, [self._unguided(batch) for batch in batches])
+    def student_losses(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """The student's losses for the micro-batches of a step, one [B, S] per batch, without a backward pass.
 
-    def judge(self, batch: Batch, loss_BS: Tensor, teacher_loss_BU: Tensor) -> Selection:
-        """What would be kept of a batch that is a micro-batch by itself, from its losses; on the host, and on this rank alone."""
-        return self.objective.judge(loss_BS, self._labels(batch, teacher_loss_BU, 1.0, 0))
+        The list is empty on a pipeline stage that computes no loss.
+        """
+        return self._student_losses(batches, [self._unguided(batch) for batch in batches])
+
+    def select_only(self, batch: Batch, loss_BS: Tensor, teacher_loss_BU: Tensor) -> Selection:
+        """The selection within a batch, given its losses on the host. Adds no statistics and is not collective."""
+        return self.objective.select_only(loss_BS, self._loss_inputs(batch, teacher_loss_BU, 1.0, 0))
 
     @abstractmethod
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
-        """The student's losses, one [B, S] a batch, by a forward alone; none on a rank where no loss is taken."""
+    def _student_losses(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> list[Tensor]:
+        """See student_losses."""
 
     @abstractmethod
-    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
+    def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
         """Forward, backward and optimizer step."""
 
     @abstractmethod
     def evaluate(self, batches: Sequence[Batch]) -> float:
         """Sum of the losses of all targets of all ranks, nats."""
 
-    def take_numbers(self, counts: StepCounts) -> dict[str, float]:
-        """What is remembered of the last step besides its losses. Collective over the world."""
+    def reduce_metrics(self, counts: StepCounts) -> dict[str, float]:
+        """Further metrics of the last step, over all ranks. Collective over the world."""
         return {}
 
     @abstractmethod
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
-        """This rank's layers with their place in the whole student; a tied head is not told again."""
+        """This rank's layers with their index in the complete student. A tied head is left out: its weight is the embedding's."""
 
     @property
     def learning_rate(self) -> float:
@@ -88,100 +90,100 @@ class TrainEngine(ABC):
 
     @property
     def grad_norm(self) -> float | None:
-        """Of the last step, before clipping; None where DeepSpeed did not take it."""
+        """Gradient norm of the last step, before clipping. None if DeepSpeed did not compute it."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 
     def has_finite_weights(self) -> bool:
-        """Whether all weights of all ranks are numbers. Collective over the world."""
-        # of a weight that is sharded (ZeRO-3), this rank's part
-        held = [getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters()]
-        finite = torch.tensor(int(all(bool(part.isfinite().all()) for part in held)), device=self.engine.device)
+        """Whether all weights of all ranks are finite. Collective over the world."""
+        # under ZeRO-3, each rank checks its share of a weight
+        shares = [getattr(parameter, "ds_tensor", parameter) for parameter in self.engine.module.parameters()]
+        finite = torch.tensor(int(all(bool(share.isfinite().all()) for share in shares)), device=self.engine.device)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps whose gradients were not finite, so that DeepSpeed left the weights alone."""
+        """Number of steps that DeepSpeed has skipped because their gradients were not finite."""
         return int(self.engine.skipped_steps)
 
-    def _labels(self, batch: Batch, teacher_loss_BU: Tensor, divisor: float, capacity: int) -> Labels:
+    def _loss_inputs(self, batch: Batch, teacher_loss_BU: Tensor, divisor: float, capacity: int) -> LossInputs:
         first_BS, last_BS = batch.first_BS, batch.last_BS
         if not teacher_loss_BU.shape[1]:
             first_BS = last_BS = torch.zeros_like(first_BS)
-        room = torch.empty(capacity, 0)
-        return Labels(batch.target_BS, teacher_loss_BU, first_BS, last_BS, self._divisor(divisor), room, batch.text_BS)
+        capacity_C0 = torch.empty(capacity, 0)
+        return LossInputs(batch.target_BS, teacher_loss_BU, first_BS, last_BS, self._divisor(divisor), capacity_C0, batch.text_BS)
 
-    def _inputs(self, batch: Batch) -> LayerInput:
-        """What the student's first layer takes."""
-        return (batch.input_BS, document_positions(batch.segment_BS)) if self.documents else batch.input_BS
+    def _layer_input(self, batch: Batch) -> LayerInput:
+        """The input of the student's first layer."""
+        return (batch.input_BS, document_positions(batch.segment_BS)) if self.by_document else batch.input_BS
 
     def _divisor(self, of_sum: float) -> Tensor:
-        """[1]. DeepSpeed takes the mean over micro-batches and data-parallel ranks."""
+        """[1]. DeepSpeed averages over micro-batches and data-parallel ranks: divide the divisor of the sum by their number."""
         return torch.tensor([of_sum / (self.layout.micro_batches * self.layout.data_parallel)], dtype=torch.float32)
 
-    def _unguided(self, batch: Batch) -> Chosen:
-        """For evaluation: every target counts, and the loss is a sum."""
-        nothing_learned = torch.empty(0, dtype=torch.int64)
-        return Chosen(batch.target_BS, (batch.target_BS != IGNORE).float(), nothing_learned, self._divisor(1.0))
+    def _unguided(self, batch: Batch) -> PreselectedInputs:
+        """For evaluation: every target has weight 1, the loss is a sum, and no token has a gradient."""
+        no_tokens = torch.empty(0, dtype=torch.int64)
+        return PreselectedInputs(batch.target_BS, (batch.target_BS != IGNORE).float(), no_tokens, self._divisor(1.0))
 
 
 class PipelineEngine(TrainEngine):
-    """The student over several stages, ZeRO-1."""
+    """The student in pipeline stages, with ZeRO-1."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
-        super().__init__(engine, objective, layout, documents)
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
+        super().__init__(engine, objective, layout, by_document)
         self.data_rank = engine.grid.get_data_parallel_rank()
         self.data_group = engine.grid.get_data_parallel_group()
         self.pipe_group = engine.grid.get_pipe_parallel_group()
-        self.speaks = engine.grid.get_stage_id() == 0
+        self.counts_rows = engine.grid.get_stage_id() == 0
 
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
-        with self.objective.looking() as losses:
-            self.engine.eval_batch(self._items(batches, labels), reduce_output=None, bcast_loss=False)
+    def _student_losses(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> list[Tensor]:
+        with self.objective.recording_losses() as losses:
+            self.engine.eval_batch(self._items(batches, inputs), reduce_output=None, bcast_loss=False)
         return losses
 
-    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
-        return float(self.engine.train_batch(self._items(batches, labels)))
+    def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
+        return float(self.engine.train_batch(self._items(batches, inputs)))
 
     def evaluate(self, batches: Sequence[Batch]) -> float:
         return float(self.engine.eval_batch(self._items(batches, [self._unguided(batch) for batch in batches])))
 
     def _items(
-        self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]
+        self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]
     ) -> Iterator[tuple[LayerInput, tuple[Tensor, ...]]]:
-        """What the first stage reads, and what the last one does."""
-        for batch, of_batch in zip(batches, labels, strict=True):
-            yield self._inputs(batch), to_tensors(of_batch)
+        """Inputs of the first stage and of the loss in the last stage, per micro-batch."""
+        for batch, of_batch in zip(batches, inputs, strict=True):
+            yield self._layer_input(batch), to_tensors(of_batch)
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         start = self.engine.module._local_start
-        for place, layer in enumerate(self.engine.module.forward_funcs):
+        for index, layer in enumerate(self.engine.module.forward_funcs):
             if isinstance(layer, nn.Module):
-                yield start + place, layer
+                yield start + index, layer
 
 
 class DataParallelEngine(TrainEngine):
-    """The whole student on every rank, or sharded: ZeRO-1 to 3."""
+    """The complete student on every rank, or sharded: ZeRO-1 to 3."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: Objective, layout: Layout, documents: bool) -> None:
-        super().__init__(engine, objective, layout, documents)
+    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
+        super().__init__(engine, objective, layout, by_document)
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
-        self.pipe_group, self.speaks = None, True
+        self.pipe_group, self.counts_rows = None, True
 
     @torch.no_grad()
-    def _look(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> list[Tensor]:
+    def _student_losses(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> list[Tensor]:
         self.engine.eval()
-        with self.objective.looking() as losses:
-            for batch, of_batch in zip(batches, labels, strict=True):
+        with self.objective.recording_losses() as losses:
+            for batch, of_batch in zip(batches, inputs, strict=True):
                 self._loss(batch, of_batch)
         return losses
 
-    def _learn(self, batches: Sequence[Batch], labels: Sequence[Labels | Chosen]) -> float:
+    def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
         self.engine.train()
         total = torch.zeros((), device=self.engine.device)
-        for batch, of_batch in zip(batches, labels, strict=True):
+        for batch, of_batch in zip(batches, inputs, strict=True):
             loss = self._training_loss(batch, of_batch)
             self.engine.backward(loss)
             self.engine.step()
@@ -198,27 +200,27 @@ class DataParallelEngine(TrainEngine):
 
     def layers(self) -> Iterator[tuple[int, nn.Module]]:
         student = self.engine.module
-        told: set[int] = set()
-        for place, layer in enumerate(student.layers):
-            if not all(id(parameter) in told for parameter in layer.parameters()):
-                yield place, layer
-            told.update(id(parameter) for parameter in layer.parameters())
+        seen: set[int] = set()
+        for index, layer in enumerate(student.layers):
+            if not all(id(parameter) in seen for parameter in layer.parameters()):
+                yield index, layer
+            seen.update(id(parameter) for parameter in layer.parameters())
 
     def _mean(self, total: Tensor) -> float:
-        """Over micro-batches and ranks, as the pipeline engine reports it."""
+        """The mean over micro-batches and ranks, which the pipeline engine reports too."""
         dist.all_reduce(total)
         return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
 
-    def _training_loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
-        return self._loss(batch, labels)
+    def _training_loss(self, batch: Batch, inputs: LossInputs | PreselectedInputs) -> Tensor:
+        return self._loss(batch, inputs)
 
-    def _loss(self, batch: Batch, labels: Labels | Chosen) -> Tensor:
+    def _loss(self, batch: Batch, inputs: LossInputs | PreselectedInputs) -> Tensor:
         device, selected = self.engine.device, SelectedTokens()
-        labels = type(labels)(*(label.to(device) for label in labels))
-        loss_BS = self.engine(self._on_device(batch), labels.target_BS, selected)
-        return self.objective(loss_BS, labels, selected)
+        inputs = type(inputs)(*(tensor.to(device) for tensor in inputs))
+        loss_BS = self.engine(self._on_device(batch), inputs.target_BS, selected)
+        return self.objective(loss_BS, inputs, selected)
 
     def _on_device(self, batch: Batch) -> LayerInput:
-        """What the student's first layer takes."""
-        inputs, device = self._inputs(batch), self.engine.device
+        """The input of the student's first layer, on the device."""
+        inputs, device = self._layer_input(batch), self.engine.device
         return tuple(part.to(device) for part in inputs) if isinstance(inputs, tuple) else inputs.to(device)

@@ -1,4 +1,4 @@
-"""Losses and labels -> the loss of a micro-batch, and what was seen on the way. Both engines call it, each in its own place."""
+"""Per-token losses and their inputs -> the loss of a micro-batch, and the statistics of its selection. Both engines use it."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS, tally
 
 
-class Labels(NamedTuple):
-    """What a loss that selects needs besides the student. Tensors alone, as a pipeline hands on nothing else."""
+class LossInputs(NamedTuple):
+    """The inputs of a loss that selects tokens, without the student's losses. All are tensors: a pipeline sends nothing else."""
 
     target_BS: Tensor
     """int64"""
     teacher_loss_BU: Tensor
-    """float32, nats. U is 0 without a teacher, and all ranges are empty."""
+    """float32, nats. U is 0 without a teacher, and then all ranges are empty."""
     first_BS: Tensor
     last_BS: Tensor
     """int32, teacher positions, half-open."""
     divisor_1: Tensor
     """float32"""
     capacity_C0: Tensor
-    """[C, 0]. Its length says how many tokens can have weight at most: a number that a device need not be asked for."""
+    """[C, 0]. C is the largest number of tokens that can have weight. A shape can be read without waiting for the device."""
     text_BS: Tensor
     """bool, as in Batch."""
 
 
-class Chosen(NamedTuple):
-    """What the loss needs where the weights are known before it."""
+class PreselectedInputs(NamedTuple):
+    """The inputs of a loss whose weights are known before the student's losses."""
 
     target_BS: Tensor
     """int64"""
@@ -52,33 +52,33 @@ class Chosen(NamedTuple):
     """float32"""
 
 
-_TYPES: tuple[type[Labels], type[Chosen]] = (Labels, Chosen)
+_TYPES: tuple[type[LossInputs], type[PreselectedInputs]] = (LossInputs, PreselectedInputs)
 
 
-def to_tensors(labels: Labels | Chosen) -> tuple[Tensor, ...]:
-    """Labels as a pipeline transports them: a plain tuple of tensors. The shape of the first one, [type, 0], encodes their type.
+def to_tensors(inputs: LossInputs | PreselectedInputs) -> tuple[Tensor, ...]:
+    """Loss inputs as a pipeline transports them: a plain tuple of tensors.
 
-    A shape can be read without waiting for the device.
+    The shape of the first one, [type, 0], encodes their type. A shape can be read without waiting for the device.
     """
-    return torch.empty(_TYPES.index(type(labels)), 0), *labels
+    return torch.empty(_TYPES.index(type(inputs)), 0), *inputs
 
 
-def from_tensors(tensors: tuple[Tensor, ...]) -> Labels | Chosen:
+def from_tensors(tensors: tuple[Tensor, ...]) -> LossInputs | PreselectedInputs:
     """The inverse of to_tensors."""
-    type_T0, *labels = tensors
-    return _TYPES[len(type_T0)](*labels)
+    type_T0, *fields = tensors
+    return _TYPES[len(type_T0)](*fields)
 
 
 def selection_rule(guidance: Guidance, group: dist.ProcessGroup | None = None) -> Rule:
-    """How a run selects tokens. group: the data-parallel ranks."""
+    """The rule by which a run selects tokens. group: the data-parallel ranks."""
     g = guidance
     rule = Rule(g.keep, g.aggregate, g.scope, g.unmapped, g.require_positive, group)
     # if nothing is selected, all tokens are unmapped, and included
     return rule if g.selects else replace(rule, scope="microbatch", unmapped="include")
 
 
-class Objective:
-    """Per-token losses and labels -> the loss of a micro-batch. Adds up what it saw until it is asked."""
+class GuidedObjective:
+    """Per-token losses and loss inputs -> the loss of a micro-batch. Sums statistics until reduce_stats is called."""
 
     def __init__(
         self,
@@ -93,108 +93,115 @@ class Objective:
         """
         self.guidance, self.device, self.softcap = guidance, device, softcap
         self.rule = selection_rule(guidance, group)
-        self._looked: list[Tensor] | None = None
-        self._seen = torch.zeros(len(STATS), dtype=torch.float64, device=device)
+        self._recorded: list[Tensor] | None = None
+        self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
         self._text_nats = torch.zeros((), dtype=torch.float64, device=device)
-        """Sum of the student's losses of text."""
+        """Sum of the student's losses over text."""
 
-    def __call__(self, loss_BS: Tensor, labels: Labels | Chosen, selected: SelectedTokens) -> Tensor:
-        """The loss, [] float32. Sets `selected` to the tokens that are learned."""
-        if self._looked is not None:
-            self._looked.append(loss_BS)
+    def __call__(self, loss_BS: Tensor, inputs: LossInputs | PreselectedInputs, selected: SelectedTokens) -> Tensor:
+        """The loss, [] float32. Sets `selected` to the tokens that have a gradient."""
+        if self._recorded is not None:
+            self._recorded.append(loss_BS)
             return loss_BS.sum()
-        if isinstance(labels, Labels):
-            selection = self._select(loss_BS.detach(), labels, len(labels.capacity_C0))
+        if isinstance(inputs, LossInputs):
+            selection = self._select(loss_BS.detach(), inputs, len(inputs.capacity_C0))
             weight_BS, tokens_C = selection.weight_BS, selection.tokens_C
         else:
-            weight_BS, tokens_C = labels.weight_BS, labels.tokens_C
+            weight_BS, tokens_C = inputs.weight_BS, inputs.tokens_C
         selected.set(tokens_C)
-        return weighted_loss(loss_BS, weight_BS, labels.divisor_1.squeeze())
+        return weighted_loss(loss_BS, weight_BS, inputs.divisor_1.squeeze())
 
-    def of_hidden_states(self, outputs: tuple[Tensor, Tensor], labels: tuple[Tensor, ...]) -> Tensor:
-        """The same from what a pipeline's last stage gives: hidden states and head, so that no logits are kept."""
+    def from_hidden_states(self, outputs: tuple[Tensor, Tensor], tensors: tuple[Tensor, ...]) -> Tensor:
+        """The loss from the outputs of a pipeline's last stage, without storing logits.
+
+        outputs  hidden states [B, S, H] and head [V, H]
+        tensors  loss inputs, see to_tensors
+        """
         hidden_BSH, head_VH = outputs
-        of_batch, selected = from_tensors(labels), SelectedTokens()
-        target_N = of_batch.target_BS.flatten()
+        inputs, selected = from_tensors(tensors), SelectedTokens()
+        target_N = inputs.target_BS.flatten()
         loss_N = token_loss(
             hidden_BSH.flatten(0, 1), head_VH, target_N, ignore_index=IGNORE, softcap=self.softcap, selected=selected
         )
-        return self(loss_N.view_as(of_batch.target_BS), of_batch, selected)
+        return self(loss_N.view_as(inputs.target_BS), inputs, selected)
 
-    def looks_first(self, micro_batches: int) -> bool:
-        """Whether the losses of a whole step are needed before the first of them is learned."""
+    def needs_two_passes(self, micro_batches: int) -> bool:
+        """Whether the losses of the complete step are needed before its first backward pass.
+
+        Only if one selection covers several micro-batches: scope `global`, with more than one micro-batch per step.
+        """
         return self.guidance.selects and self.guidance.scope == "global" and micro_batches > 1
 
     @contextmanager
-    def looking(self) -> Iterator[list[Tensor]]:
-        """Within it nothing is selected: the losses [B, S] go onto the list, in the order of the calls."""
-        self._looked = []
+    def recording_losses(self) -> Iterator[list[Tensor]]:
+        """Within the context, calls select nothing. They append the losses [B, S] to the list, in the order of the calls."""
+        self._recorded = []
         try:
-            yield self._looked
+            yield self._recorded
         finally:
-            self._looked = None
+            self._recorded = None
 
-    def choose(self, losses: Sequence[Tensor], labels: Sequence[Labels]) -> list[Chosen]:
+    def preselect(self, losses: Sequence[Tensor], inputs: Sequence[LossInputs]) -> list[PreselectedInputs]:
         """One selection over all micro-batches of a step, from their losses [B, S]. Collective over the group.
 
-        The weights come back to the host at once, so that no micro-batch waits for a device to know how many it has.
+        The weights are copied to the host at once. Later, no micro-batch waits for the device to know how many tokens it keeps.
         """
-        step = Labels(
-            torch.cat([of_batch.target_BS for of_batch in labels]).to(self.device),
-            pad_sequence([row_U for of_batch in labels for row_U in of_batch.teacher_loss_BU], batch_first=True),
-            torch.cat([of_batch.first_BS for of_batch in labels]).to(self.device),
-            torch.cat([of_batch.last_BS for of_batch in labels]).to(self.device),
-            labels[0].divisor_1,
-            labels[0].capacity_C0,
-            torch.cat([of_batch.text_BS for of_batch in labels]).to(self.device),
+        step = LossInputs(
+            torch.cat([each.target_BS for each in inputs]).to(self.device),
+            pad_sequence([row_U for each in inputs for row_U in each.teacher_loss_BU], batch_first=True),
+            torch.cat([each.first_BS for each in inputs]).to(self.device),
+            torch.cat([each.last_BS for each in inputs]).to(self.device),
+            inputs[0].divisor_1,
+            inputs[0].capacity_C0,
+            torch.cat([each.text_BS for each in inputs]).to(self.device),
         )
         weights = self._select(torch.cat(tuple(losses)), step, None).weight_BS.cpu().split(len(losses[0]))
         return [
-            Chosen(of_batch.target_BS, weight_BS, weight_BS.flatten().nonzero().squeeze(1), of_batch.divisor_1)
-            for of_batch, weight_BS in zip(labels, weights, strict=True)
+            PreselectedInputs(each.target_BS, weight_BS, weight_BS.flatten().nonzero().squeeze(1), each.divisor_1)
+            for each, weight_BS in zip(inputs, weights, strict=True)
         ]
 
-    def judge(self, loss_BS: Tensor, labels: Labels) -> Selection:
-        """What would be kept of rows that are a micro-batch by themselves: nothing is counted, and no other rank is asked."""
-        return self._selection(loss_BS, labels, None, replace(self.rule, group=None))
+    def select_only(self, loss_BS: Tensor, inputs: LossInputs) -> Selection:
+        """The selection within these rows, as if they were a micro-batch. Adds no statistics and is not collective."""
+        return self._selection(loss_BS, inputs, None, replace(self.rule, group=None))
 
-    def _select(self, loss_BS: Tensor, labels: Labels, capacity: int | None) -> Selection:
-        selection = self._selection(loss_BS, labels, capacity, self.rule)
-        self._seen += selection.stats
-        self._text_nats += loss_BS.where(labels.text_BS, 0.0).sum(dtype=torch.float64)
+    def _select(self, loss_BS: Tensor, inputs: LossInputs, capacity: int | None) -> Selection:
+        selection = self._selection(loss_BS, inputs, capacity, self.rule)
+        self._stats += selection.stats
+        self._text_nats += loss_BS.where(inputs.text_BS, 0.0).sum(dtype=torch.float64)
         return selection
 
-    def _selection(self, loss_BS: Tensor, labels: Labels, capacity: int | None, rule: Rule) -> Selection:
-        valid_BS, chance = labels.target_BS != IGNORE, self.guidance.objective == "random"
+    def _selection(self, loss_BS: Tensor, inputs: LossInputs, capacity: int | None, rule: Rule) -> Selection:
+        valid_BS, random = inputs.target_BS != IGNORE, self.guidance.objective == "random"
         selection = select_tokens(
-            # chance asks of a loss only whether it is a number
-            loss_BS.where(loss_BS.isnan(), 0.0) if chance else loss_BS,
-            labels.teacher_loss_BU,
-            labels.first_BS,
-            labels.last_BS,
+            # random selection ignores the loss, but not whether it is NaN
+            loss_BS.where(loss_BS.isnan(), 0.0) if random else loss_BS,
+            inputs.teacher_loss_BU,
+            inputs.first_BS,
+            inputs.last_BS,
             valid_BS,
             rule,
             capacity=capacity,
         )
-        return _with_sums_of(loss_BS, selection, valid_BS) if chance else selection
+        return _with_stats_of(loss_BS, selection, valid_BS) if random else selection
 
-    def take_stats(self, besides_N: Tensor) -> tuple[Tensor, float, Tensor]:
+    def reduce_stats(self, extra_N: Tensor) -> tuple[Tensor, float, Tensor]:
         """Sums since the last call, over all ranks, on the host. Collective over the world.
 
-        besides_N  [N] float64, what a caller adds up in the same round
-        returns    those of STATS, in their order; the student's losses of text, nats; and [N]
+        extra_N  [N] float64, further sums of the caller for the same all-reduce
+        returns  the sums of STATS, in their order, the sum of the student's losses over text (nats), and the sums of extra_N
         """
-        mine = torch.cat([self._seen, self._text_nats[None], besides_N.to(self._seen.device)])
-        self._seen, self._text_nats = torch.zeros_like(self._seen), torch.zeros_like(self._text_nats)
-        dist.all_reduce(mine)
-        sums = mine.cpu()
+        sums = torch.cat([self._stats, self._text_nats[None], extra_N.to(self._stats.device)])
+        self._stats, self._text_nats = torch.zeros_like(self._stats), torch.zeros_like(self._text_nats)
+        dist.all_reduce(sums)
+        sums = sums.cpu()
         return sums[: len(STATS)], float(sums[len(STATS)]), sums[len(STATS) + 1 :]
 
 
-def _with_sums_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor) -> Selection:
-    """The same choice, counted with the losses that are learned. A GPU is waited for.
+def _with_stats_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor) -> Selection:
+    """The same selection with statistics of the student's real losses. Waits for the device.
 
-    None is over capacity: a guide that is drawn is a number wherever it was planned to be one.
+    The number of tokens over capacity is 0: every token that was planned to have a random guide has one.
     """
     no_threshold = loss_BS.new_empty(0)
     sums = tally(loss_BS.float(), selection.guide_BS, valid_BS, selection.weight_BS != 0, no_threshold, over_capacity=0)

@@ -1,17 +1,17 @@
-"""What a checkpoint is on disk, and which one is whole. Reads JSON and hashes; knows no engine.
+"""The files of a checkpoint, and which checkpoint is complete. Reads JSON and computes hashes, without an engine.
 
     RUN/checkpoints/step-00000300/
         student/layer_0000.safetensors …   the weights under Hugging Face names
         optimizer/layer_0000.safetensors … float32 states under the same names
         engine.json                        steps, learning-rate schedule, loss scale
-        tokenizer/                         the student's tokenizer, as the dataset has it
-        pretrained/                        of a pretrained student, its own tokenizer, chat templates and generation settings
+        tokenizer/                         the student's tokenizer, copied from the dataset
+        pretrained/                        for a pretrained student: its own tokenizer, chat templates and generation settings
         config.json                        the student's Hugging Face configuration
         run.json                           the resolved run
         manifest.json                      written last: position, layout, and size and sha256 of every other file
-    RUN/checkpoints/latest                 the name of the newest whole checkpoint, replaced in one move; for people
+    RUN/checkpoints/latest                 the name of the newest complete checkpoint, for people; replaced atomically
 
-A checkpoint without a manifest, or with a file that differs from it, is not one: it is named and passed over.
+A checkpoint is complete if it has a manifest and all files match it. Other checkpoints are reported and skipped.
 """
 
 from __future__ import annotations
@@ -43,31 +43,37 @@ class Frozen(BaseModel):
 
 
 class Position(Frozen):
-    """Where a run stands, and of which data and order it speaks."""
+    """How far a run is, and everything that determines the order of its rows."""
 
     step: int
+    """Steps done."""
     rows: int
-    """Rows consumed, over all ranks."""
+    """Rows read, over all ranks."""
     dataset: str
     """Fingerprints and shares of the training datasets."""
     row_length: int
     seed: int
     bos: str = "none"
-    """The ids that the student reads in front of each row; earlier releases put none there."""
+    """The ids of the student's prefix, separated by spaces. Earlier releases had no prefix."""
 
     def after(self, rows: int) -> Position:
-        """One step and so many rows later."""
+        """The position one step later. rows: the rows of that step."""
         return self.model_copy(update={"step": self.step + 1, "rows": self.rows + rows})
 
 
 class EngineLayout(Frozen):
-    """What was trained, and how it lay on the ranks. The first may not change in a resumed run, the second may."""
+    """How the student is trained, and how it is distributed over the ranks.
+
+    `precision`, `optimizer` and `student` must stay the same when a run resumes. `world`, `pipeline_stages` and `zero_stage` may
+    change.
+    """
 
     precision: str
     optimizer: str
     student: str
     """sha256 of the student's configuration."""
     world: int
+    """Number of processes."""
     pipeline_stages: int
     zero_stage: int
 
@@ -88,42 +94,44 @@ class CheckpointManifest(Frozen):
     files: dict[str, File]
 
 
-def newest_checkpoint(output: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files all are what its manifest says; the others are named and passed over.
+def newest_checkpoint(output: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint of a run. None if there is none. report: gets a line for each checkpoint that is skipped.
 
-    Raises OtherVersion: one of another release may be whole, and passing over it would start over, and remove it.
+    Raises OtherVersion: a checkpoint of another release may be complete. If it were skipped, it would be removed later.
     """
 
-    def complaint(folder: Path) -> str | None:
+    def find_problem(folder: Path) -> str | None:
         found = inspect(folder)
         return found if isinstance(found, str) else altered(folder, found.files)
 
-    return first_whole(checkpoint_folders(output / FOLDER), complaint, say)
+    return first_complete(checkpoint_folders(output / FOLDER), find_problem, report)
 
 
-def first_whole(folders: Iterable[Path], complaint: Callable[[Path], str | None], say: Callable[[str], None]) -> Path | None:
-    """The first that there is no complaint about; those before it are named."""
+def first_complete(
+    folders: Iterable[Path], find_problem: Callable[[Path], str | None], report: Callable[[str], None]
+) -> Path | None:
+    """The first folder without a problem. None if all have one. Reports the folders before it."""
     for folder in folders:
-        found = complaint(folder)
-        if found is None:
+        problem = find_problem(folder)
+        if problem is None:
             return folder
-        say(f"passing over {folder}: {found}")
+        report(f"passing over {folder}: {problem}")
     return None
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Raises RunError: no manifest, or one of another version."""
+    """Raises RunError if the manifest is missing or damaged, and OtherVersion if another release wrote it."""
     path = folder / MANIFEST
     try:
         fields = orjson.loads(path.read_bytes())
         if isinstance(fields, dict) and fields.get("version") != VERSION:
             raise OtherVersion(
-                f"{path} has version {fields.get('version')}, this release reads version {VERSION}: "
-                "go on with the release that wrote it, or from its exported weights"
+                f"{path} has version {fields.get('version')}, this release reads version {VERSION}. "
+                "Continue with the release that wrote it, or start from its exported weights"
             )
         return CheckpointManifest.model_validate(fields)
     except FileNotFoundError:
-        raise RunError(f"{path} is missing: the checkpoint was never finished") from None
+        raise RunError(f"{path} is missing: the checkpoint is unfinished") from None
     except orjson.JSONDecodeError as error:
         raise RunError(f"{path} cannot be read: {error}") from None
     except ValidationError as error:
@@ -132,10 +140,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def inspect(folder: Path) -> CheckpointManifest | str:
-    """The manifest of a checkpoint whose files are all there, at their sizes; or what is wrong with it.
-
-    Raises OtherVersion.
-    """
+    """The manifest if all files exist and have the recorded sizes, or the problem as a text. Raises OtherVersion."""
     try:
         manifest = read_manifest(folder)
     except OtherVersion:
@@ -147,32 +152,33 @@ def inspect(folder: Path) -> CheckpointManifest | str:
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != file.bytes:
-            return f"{name} holds {path.stat().st_size:,} bytes, {file.bytes:,} were written"
+            return f"{name} has {path.stat().st_size:,} bytes, {file.bytes:,} were written"
     return manifest
 
 
 def altered(folder: Path, files: Mapping[str, File]) -> str | None:
-    """Which of some files of a checkpoint is not what was written; None where all are. Reads them whole."""
+    """The first file whose hash differs from the manifest, as text. None if no hash differs. Reads the files completely."""
     for name, file in files.items():
         if sha256(folder / name) != file.sha256:
-            return f"{name} is not what was written: its sha256 differs"
+            return f"{name} has changed since it was written: its sha256 differs"
     return None
 
 
 def check_resumable(
     folder: Path,
     manifest: CheckpointManifest,
-    fresh: Position,
+    start: Position,
     layout: EngineLayout,
     student: Mapping[str, Any],
     data: Sequence[Path] = (),
 ) -> None:
-    """Raises RunError: the checkpoint is of other data or another order of rows than a fresh start, or of another training.
+    """Raises RunError if the checkpoint belongs to other data, another order of rows, another student, precision or optimizer.
 
-    The number of processes, of stages and the ZeRO stage may differ.
+    The number of processes, the number of stages and the ZeRO stage may differ.
 
-    student  the configuration, as its config.json has it
-    data     where this run's datasets lie, for the message
+    start    the position of this run before its first step
+    student  the student's configuration, as in config.json
+    data     paths of this run's datasets, for the message
     """
     fields = (
         ("dataset", "data.train"),
@@ -181,41 +187,42 @@ def check_resumable(
         ("bos", "student.bos"),
     )
     for name, field in fields:
-        mine, theirs = getattr(fresh, name), getattr(manifest.position, name)
-        if mine != theirs:
+        now, before = getattr(start, name), getattr(manifest.position, name)
+        if now != before:
             if name == "dataset" and data:
-                mine, theirs = _named(data, mine), _named(_data_of(folder), theirs)
+                saved = orjson.loads((folder / RUN).read_bytes())
+                now, before = _with_paths(data, now), _with_paths(data_of(saved), before)
             raise RunError(
-                f"{folder} was written with {field} = {theirs}, this run has {mine}: its rows would not follow on.\n"
-                "  Give the run another 'output', or the old value back."
+                f"{folder} was written with {field} = {before}, this run has {now}: it would read other rows.\n"
+                "  Use another 'output', or restore the old value."
             )
     if layout.student != manifest.layout.student:
-        before = orjson.loads((folder / "config.json").read_bytes())
+        saved = orjson.loads((folder / "config.json").read_bytes())
         raise RunError(
-            f"{folder} holds another student than this run's: {'; '.join(changes(before, dict(student)))}.\n"
-            "  Give the run another 'output', or the student its old configuration back."
+            f"{folder} contains another student than this run: {'; '.join(changes(saved, dict(student)))}.\n"
+            "  Use another 'output', or restore the student's old configuration."
         )
     for name, field in (("precision", "precision"), ("optimizer", "optimizer.type")):
-        mine, theirs = getattr(layout, name), getattr(manifest.layout, name)
-        if mine != theirs:
+        now, before = getattr(layout, name), getattr(manifest.layout, name)
+        if now != before:
             raise RunError(
-                f"{folder} was written with {field} = {theirs}, the DeepSpeed configuration now says {mine}: "
-                "its optimizer states are of no use here.\n"
+                f"{folder} was written with {field} = {before}, the DeepSpeed configuration has {now}: "
+                "the optimizer states cannot be used.\n"
                 "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
             )
 
 
-def _named(paths: Sequence[Path], fingerprints: str) -> str:
+def _with_paths(paths: Sequence[Path], fingerprints: str) -> str:
     return f"{', '.join(map(str, paths))} ({fingerprints})"
 
 
-def _data_of(folder: Path) -> list[Path]:
-    """Where the datasets of a checkpoint's run lay, as its run file had them."""
-    return [Path(source["path"]) for source in orjson.loads((folder / RUN).read_bytes())["data"]["train"]]
+def data_of(run: Mapping[str, Any]) -> list[Path]:
+    """The paths of the training datasets of a run. run: the resolved run, as in run.json."""
+    return [Path(source["path"]) for source in run["data"]["train"]]
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> list[str]:
-    """What a resumed run does otherwise, a line each: 'guidance.keep = 0.9 (was 0.4)'."""
+    """The values that differ, one line each: 'guidance.keep = 0.9 (was 0.4)'. place: prefix of the names."""
     lines = []
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name), new.get(name)
@@ -227,27 +234,29 @@ def changes(old: dict[str, Any], new: dict[str, Any], place: str = "") -> list[s
 
 
 def outdated(root: Path, newest: Path, keep: int, keep_every: int | None = None) -> list[Path]:
-    """What may go once `newest` is whole: all finished checkpoints but the newest `keep` and those whose step is a multiple of
-    `keep_every`, and whatever lies beyond `newest`.
+    """The folders to remove after `newest` was written.
 
-    A later step than the newest whole one, or a folder without a manifest, is what a run left behind that died there.
+    Kept are the newest `keep` finished checkpoints, and those whose step is a multiple of `keep_every`. All other folders are
+    removed. Among them are folders of a later step and folders without a manifest, which a killed run left behind.
+
+    For example, with steps 10, 20, 30 and 40, newest 40, keep 1 and keep_every 20, steps 10 and 30 are removed.
     """
     last = step_of(newest)
     assert last is not None
     finished = [folder for folder in finished_checkpoints(root) if (step_of(folder) or 0) <= last]
-    stay = set(finished[:keep])
+    kept = set(finished[:keep])
     if keep_every is not None:
-        stay |= {folder for folder in finished if (step_of(folder) or 0) % keep_every == 0}
-    return [folder for folder in checkpoint_folders(root) if folder not in stay]
+        kept |= {folder for folder in finished if (step_of(folder) or 0) % keep_every == 0}
+    return [folder for folder in checkpoint_folders(root) if folder not in kept]
 
 
 def finished_checkpoints(root: Path) -> list[Path]:
-    """Newest first. Their files may have been damaged since."""
+    """The checkpoints with a manifest, newest first. Their files are not checked."""
     return [folder for folder in checkpoint_folders(root) if (folder / MANIFEST).is_file()]
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
-    """Newest first, whole or not. Whatever has another name, as a copy of a checkpoint, is somebody's own."""
+    """All folders `step-N`, newest first, complete or not. Folders with other names, for example copies, belong to the user."""
     found = [(step, path) for path in root.glob("step-*") if (step := step_of(path)) is not None and path.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
 
@@ -257,7 +266,7 @@ def step_folder(root: Path, step: int) -> Path:
 
 
 def step_of(folder: Path) -> int | None:
-    """The step of a checkpoint's folder; None for a name that no run gives."""
+    """The step in the name of a checkpoint's folder. None for any other name, for example `step-300` or `step-00000300-copy`."""
     digits = folder.name.removeprefix("step-")
-    named = digits.isascii() and digits.isdigit() and folder.name == step_folder(folder.parent, int(digits)).name
-    return int(digits) if named else None
+    valid = digits.isascii() and digits.isdigit() and folder.name == step_folder(folder.parent, int(digits)).name
+    return int(digits) if valid else None

@@ -1,4 +1,4 @@
-"""The student as DeepSpeed's pipeline module: how its layers are dealt to stages, each of which makes its own and no others."""
+"""The student as DeepSpeed's pipeline module. Layers are assigned to stages, and each stage builds only its own layers."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from megatron_vocagno.model.folder import PretrainedWeights
 
 
 def check_stages(parallel: Parallel, decoder_layers: int) -> None:
-    """Refuse stages that a student of so many decoder layers cannot be cut into. Raises RunError."""
-    stages, dealt = parallel.pipeline_stages, parallel.partition
+    """Raises RunError if a student with `decoder_layers` layers cannot be divided into the configured stages."""
+    stages, partition = parallel.pipeline_stages, parallel.partition
     if stages > decoder_layers:
-        raise RunError(f"parallel.pipeline_stages is {stages}, the student has {decoder_layers} decoder layers to deal to them")
-    if isinstance(dealt, str):
+        raise RunError(f"parallel.pipeline_stages is {stages}, but the student has only {decoder_layers} decoder layers")
+    if isinstance(partition, str):
         return
-    if len(dealt) != stages:
+    if len(partition) != stages:
         raise RunError(
-            f"parallel.partition = {list(dealt)} deals layers to {len(dealt)} stages, parallel.pipeline_stages is {stages}"
+            f"parallel.partition = {list(partition)} is for {len(partition)} stages, parallel.pipeline_stages is {stages}"
         )
-    if sum(dealt) != decoder_layers:
+    if sum(partition) != decoder_layers:
         raise RunError(
-            f"parallel.partition = {list(dealt)} deals {sum(dealt)} decoder layers, the student has {decoder_layers}.\n"
-            "  Embedding and head are not counted: they go to the first and the last stage."
+            f"parallel.partition = {list(partition)} assigns {sum(partition)} decoder layers, the student has {decoder_layers}.\n"
+            "  Do not count embedding and head: they belong to the first and the last stage."
         )
 
 
 class StudentPipeline(PipelineModule):
-    """DeepSpeed's module, but for how it weighs layers when it cuts them into stages, and for cuts that it is told."""
+    """DeepSpeed's module with its own parameter counts for the partition, and with partitions that are given as a list."""
 
     def __init__(self, config: PretrainedConfig, layers: list[LayerSpec], **options: object) -> None:
-        # not registered as an attribute before nn.Module is set up: DeepSpeed counts while it is
+        # DeepSpeed counts parameters in its __init__. A partial can be set before nn.Module is initialized, a module cannot
         self._count = partial(model.layer_parameters, config)
         super().__init__(layers, **options)
 
@@ -52,12 +52,12 @@ class StudentPipeline(PipelineModule):
         self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
 
     def _count_layer_params(self) -> list[int]:
-        """DeepSpeed would build every layer of the whole student on every rank, weights and all, to count its parameters."""
+        """Overridden because DeepSpeed would build every layer of the student on every rank to count its parameters."""
         return [self._count(index) for index in range(len(self._layer_specs))]
 
 
 class _Spec(LayerSpec):
-    """A layer that a stage builds only when it is the stage's own."""
+    """A layer that only its own stage builds."""
 
     def __init__(self, kind: type[nn.Module], build: Callable[[], nn.Module]) -> None:
         super().__init__(kind)
@@ -68,7 +68,7 @@ class _Spec(LayerSpec):
 
 
 class _TiedSpec(TiedLayerSpec):
-    """The embedding, once on the first stage and, as the head, once on the last; DeepSpeed keeps the two the same."""
+    """The embedding on the first stage, and the same weight as the head on the last stage. DeepSpeed keeps both equal."""
 
     def __init__(self, build: Callable[[], nn.Module], forward_fn: Callable[..., object] | None = None) -> None:
         super().__init__("embedding", model.Embedding, forward_fn=forward_fn, tied_weight_attr="weight")
@@ -79,7 +79,7 @@ class _TiedSpec(TiedLayerSpec):
 
 
 def pipeline_layers(config: PretrainedConfig, seed: int, weights: PretrainedWeights | None, recompute: bool) -> list[LayerSpec]:
-    """What to build for each layer: from the weights of its names, or from a seed of its own."""
+    """A spec per layer, which builds it from pretrained weights or else from a seed that depends on the layer."""
 
     def build(index: int) -> nn.Module:
         layer = model.build_layer(config, index, seed, recompute)

@@ -1,4 +1,4 @@
-"""The teacher of a run: opened as its `placement` says, and put where it scores."""
+"""Load the teacher of a run, replicated or sharded as `teacher.placement` requires, and make the scorer that uses it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import deepspeed
 import torch
 from transformers.integrations import HfDeepSpeedConfig
 
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Teacher as TeacherConfig
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.engine.cached import CachedScorer, is_cached
+from megatron_vocagno.engine.cached import CachedScorer
 from megatron_vocagno.engine.collectives import run_on_all_ranks
-from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
@@ -22,90 +21,98 @@ from megatron_vocagno.model.teacher import Teacher, TeacherFolder, find_teacher,
 PRECISIONS = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}, torch.float32: {}}
 
 
-def check_teacher(run: Run, data: AlignedDataset) -> None:
-    """What can be refused before a teacher is read. Raises RunError, ModelError, DatasetError."""
-    check_vocabularies(run, data)
-    if run.guidance.needs_teacher and not is_cached(run):
-        path = run.teacher[0].path
-        assert path is not None
-        data.require_tokenizer("teacher", teacher_folder(path))
+def check_teacher(config: TeacherConfig | None, data: AlignedDataset) -> None:
+    """Compare the teacher's tokenizer with the dataset, before any weights are read. config: the teacher to load, if any.
 
-
-def load_teacher(run: Run, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
-    """The teacher of a run, in memory; None where it is cached, and where the objective needs none.
-
-    Call it before the student's engine is built. Raises RunError, ModelError, DatasetError.
+    Raises ModelError, DatasetError.
     """
-    if not run.guidance.needs_teacher or is_cached(run):
+    if config is not None:
+        assert config.path is not None
+        data.require_tokenizer("teacher", teacher_folder(config.path))
+
+
+def load_teacher(config: TeacherConfig | None, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:
+    """The teacher, in memory. None if `config` is None. Collective over the world.
+
+    Call it before the student's engine is built, see open_sharded.
+
+    Raises SharedError if the teacher cannot be loaded, and RunError if it has fewer tokens than the dataset's teacher tokenizer.
+    """
+    if config is None:
         return None
-    asked = run.teacher[0]
-    path = asked.path
+    path = config.path
     assert path is not None
-    found = (path, getattr(torch, asked.dtype), processes.device, asked.attention)
+    arguments = (path, getattr(torch, config.dtype), processes.device, config.attention)
     teacher: Teacher | ShardedTeacher
-    if asked.placement == "zero3":
-        # collective over all ranks
-        teacher = open_sharded(run_on_all_ranks(lambda: find_teacher(*found), ModelError), asked.quantization)
+    if config.placement == "zero3":
+        teacher = open_sharded(run_on_all_ranks(lambda: find_teacher(*arguments), ModelError), config.quantization)
     else:
-        teacher = run_on_all_ranks(lambda: open_teacher(*found, quantization=asked.quantization), ModelError)
+        teacher = run_on_all_ranks(lambda: open_teacher(*arguments, quantization=config.quantization), ModelError)
     if teacher.vocab_size < data.teacher_tokenizer.rows:
         raise RunError(
             f"{data.path}: its teacher tokenizer has {data.teacher_tokenizer.rows:,} tokens, "
-            f"the teacher {path} has {teacher.vocab_size:,}: the dataset was aligned for another teacher"
+            f"but the teacher {path} has {teacher.vocab_size:,}. Was the dataset aligned for another teacher?"
         )
     return teacher
 
 
-def make_scorer(teacher: Teacher | ShardedTeacher | None, run: Run, engine: TrainEngine, processes: Processes) -> Scorer | None:
-    """What scores the steps of a run that selects; None where nothing is selected."""
-    if not run.guidance.selects:
+def make_scorer(
+    teacher: Teacher | ShardedTeacher | None, config: TeacherConfig | None, engine: TrainEngine, device: torch.device
+) -> Scorer | None:
+    """The scorer for every step. None if the objective trains on every token.
+
+    teacher, config: the loaded teacher and its section of the run. None if no teacher is loaded.
+    """
+    if not engine.objective.guidance.selects:
         return None
-    return CachedScorer(processes.device) if teacher is None else _scorer(teacher, run, engine, processes)
+    return CachedScorer(device) if teacher is None or config is None else _scorer(teacher, config, engine, device)
 
 
 def make_first_scorer(
-    teacher: Teacher | ShardedTeacher | None, run: Run, engine: TrainEngine, processes: Processes
+    teacher: Teacher | ShardedTeacher | None, config: TeacherConfig | None, engine: TrainEngine, device: torch.device
 ) -> Scorer | None:
-    """What scores the first step alone, of a teacher that is asked for distributions."""
-    return None if teacher is None or run.guidance.selects else _scorer(teacher, run, engine, processes)
+    """The scorer for the first step, for objectives that read the teacher's distributions instead of its losses. Else None."""
+    if teacher is None or config is None or engine.objective.guidance.selects:
+        return None
+    return _scorer(teacher, config, engine, device)
 
 
-def _scorer(teacher: Teacher | ShardedTeacher, run: Run, engine: TrainEngine, processes: Processes) -> Scorer:
+def _scorer(teacher: Teacher | ShardedTeacher, config: TeacherConfig, engine: TrainEngine, device: torch.device) -> Scorer:
     scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
-    return scorer(teacher, engine.pipe_group, run.teacher[0].tokens_per_batch, processes.device, run.data.by_document)
+    return scorer(teacher, engine.pipe_group, config.tokens_per_batch, device, engine.by_document)
 
 
 class ShardedTeacher:
     """A `Teacher` for scoring whose weights are sharded over all ranks (ZeRO-3, no optimizer).
 
-    A forward gathers them layer by layer, so all ranks must call it equally often.
+    A forward gathers the weights layer by layer, so all ranks must run the same number of forwards.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine) -> None:
         teacher: Teacher = engine.module
-        # an engine that nobody holds takes its hooks with it, and with them the gathering
+        # the engine owns the hooks that gather the weights: without a reference to it, they would be removed
         self.engine = engine
         self.loss, self.vocab_size, self.max_positions = teacher.loss, teacher.vocab_size, teacher.max_positions
         self.parameters_count = teacher.parameters_count
 
 
-def open_sharded(found: TeacherFolder, quantization: Quantization) -> ShardedTeacher:
-    """A teacher, sharded over the world with ZeRO-3 while it loads: the first rank reads, each rank keeps its part.
+def open_sharded(folder: TeacherFolder, quantization: Quantization) -> ShardedTeacher:
+    """Load a teacher with ZeRO-3: the first rank reads the weights, and each rank stores its share. Collective over the world.
 
-    Collective over the world. Build it before the student's engine: DeepSpeed keeps one process-wide record of the ranks that
-    form a model, and after a pipeline it would shard over the data-parallel ranks only, or fail (0.19.8).
+    Build it before the student's engine. DeepSpeed 0.19.8 has one process-wide record of the ranks that form a model. After a
+    pipeline is built, it would shard over the data-parallel ranks only, or fail.
 
-    Raises SharedError: as open_teacher raises ModelError.
+    Raises SharedError for the reasons for which open_teacher raises ModelError.
     """
-    # nothing is kept for a second use: the proof goes through the decoder twice, and its weights would stay whole
+    # no reuse of gathered weights: the probe runs the decoder twice, and its weights would stay gathered
     zero = {"stage": 3, "stage3_max_reuse_distance": 0}
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, "steps_per_print": 2**31}
-    config |= PRECISIONS[found.dtype]
-    # transformers shards the models that it makes while this object lives: not the student, therefore
+    config |= PRECISIONS[folder.dtype]
+    # transformers shards every model that it builds while this object exists, so it must not exist when the student is built
     sharding = HfDeepSpeedConfig(config)
-    teacher = model.load_teacher(found, quantization)
+    teacher = model.load_teacher(folder, quantization)
     del sharding
     engine, *_ = deepspeed.initialize(model=teacher, config=config, dist_init_required=False)
-    evidence = teacher.probe()
-    run_on_all_ranks(lambda: evidence.check(teacher.config.model_type), ModelError)
+    probed = teacher.probe()
+    run_on_all_ranks(lambda: probed.check(teacher.config.model_type), ModelError)
     return ShardedTeacher(engine)

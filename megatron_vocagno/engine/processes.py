@@ -22,25 +22,25 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """The rank that speaks and writes for all."""
+        """Whether this is the rank that prints and writes for all."""
         return self.rank == 0
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next tells the truth. Nothing to do on a CPU."""
+        """Wait for the device, so that a following time measurement is correct. Does nothing on a CPU."""
         if self.device.type != "cpu":
             get_accelerator().synchronize()
 
 
 def start() -> Processes:
-    """Join the other ranks that a launcher (`deepspeed`, `torchrun`) started; alone, be a world of one."""
+    """Join the other ranks that a launcher (`deepspeed`, `torchrun`) started. Without a launcher, start a world of one rank."""
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
-    for name, alone in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, alone)
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, default)
     os.environ.setdefault("MASTER_PORT", "29500")
     if on_cpu:
-        # DeepSpeed would compile a shared-memory all-reduce on first use: it needs a compiler, and every process leaves
-        # 66 MB in /dev/shm even after a clean exit (DeepSpeed 0.19.8). gloo alone gives the same sums.
+        # DeepSpeed would compile a shared-memory all-reduce on first use. That needs a compiler, and every process leaves
+        # 66 MB in /dev/shm even after a clean exit (DeepSpeed 0.19.8). gloo gives the same sums without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
@@ -52,7 +52,7 @@ def start() -> Processes:
 
 
 def show_deepspeed_log() -> None:
-    """DeepSpeed says warnings alone, unless it is asked for more."""
+    """Print DeepSpeed's log from level INFO. By default only warnings are printed."""
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.INFO)
     for handler in log.handlers:
@@ -60,6 +60,6 @@ def show_deepspeed_log() -> None:
 
 
 def stop() -> None:
-    """Leave together: a rank that exits first would break the others' last collective."""
+    """Wait for all ranks, then leave the process group: a rank that exits early would break the last collective of the others."""
     dist.barrier()
     dist.destroy_process_group()

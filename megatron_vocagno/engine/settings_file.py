@@ -1,7 +1,7 @@
-"""The DeepSpeed configuration as a file: JSON without what DeepSpeed would misread, fill in or pass over.
+"""Read the file of the DeepSpeed configuration, and reject values that DeepSpeed would misread or ignore.
 
-DeepSpeed takes "auto" for its own default (float32, for `bf16.enabled`), passes over names that it does not know, and says what
-is wrong with a value in the words of its libraries. Here each is one sentence: the field, its value, what to write.
+DeepSpeed replaces "auto" by its own default (float32, for `bf16.enabled`), ignores names that it does not know, and reports wrong
+values in the terms of its libraries. The errors of this module name the field, its value and a correct value in one sentence.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ NAMES = (
     *("data_efficiency", "datastates_ckpt", "expert_parallel", "hybrid_engine", "use_data_before_expert_parallelism"),
     *("vocabulary_size", "weight_quantization"),
 )
-"""All that DeepSpeed reads at the top of the file, without what is refused by name."""
-GONE = (
+"""The names that DeepSpeed reads at the top level, without those that settings.py rejects by name."""
+REMOVED = (
     *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"),
     *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
 )
-"""What DeepSpeed once had, and refuses with a traceback."""
+"""Names that earlier releases of DeepSpeed had. DeepSpeed rejects them with a traceback."""
 FIELDS = {
     "zero_optimization": (
         *("stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce"),
@@ -72,33 +72,36 @@ FIELDS = {
         *("min_coeff", "freeze_step", "cuda_aware", "comm_backend_name", "max_grad_norm", "ns_method", "adam_lr", "muon_lr"),
     ),
 }
-"""What stands in a section."""
+"""The names of each section."""
 OPEN = ("optimizer.params",)
-"""Sections that may hold more: each optimizer has its own, and refuses what it does not know."""
+"""Sections that may contain other names: each optimizer has its own parameters, and rejects unknown ones."""
 ADVICE = {
     "train_batch_size": "the rows of a step over all GPUs",
     "train_micro_batch_size_per_gpu": "the rows of a micro-batch on one GPU",
     "gradient_accumulation_steps": "leave it out: it follows from the other two",
-    "gradient_clipping": "the largest gradient norm, as 1.0, or 0 for no limit",
-    "optimizer.type": "the optimizer, as AdamW",
-    "optimizer.params.lr": "the highest learning rate, as 3e-4",
-    "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
-    "optimizer.params.eps": "a number, as 1e-8",
-    "optimizer.params.weight_decay": "a number, as 0.1",
+    "gradient_clipping": "the largest gradient norm, for example 1.0, or 0 for no limit",
+    "optimizer.type": "the optimizer, for example AdamW",
+    "optimizer.params.lr": "the highest learning rate, for example 3e-4",
+    "optimizer.params.betas": "two numbers, for example [0.9, 0.95]",
+    "optimizer.params.eps": "a number, for example 1e-8",
+    "optimizer.params.weight_decay": "a number, for example 0.1",
     "bf16": '{"enabled": true}, or leave it out for float32',
     "fp16": '{"enabled": true}, or leave it out for float32',
     "zero_optimization.stage": "1, 2 or 3",
 }
-"""What to write in the place of "auto"."""
+"""Values to use instead of "auto"."""
 SWITCHES = ("bf16.enabled", "bfloat16.enabled", "fp16.enabled")
 OFF = "_off"
-"""Of those, the ones that were "auto": DeepSpeed reads that as false, and so does a run, which says so."""
-OWN = {"keep_in_fp32_modules", "stages"}
-"""Where "auto" is a value of DeepSpeed's own."""
+"""A key for the names of SWITCHES that were "auto". DeepSpeed reads them as false. A run does so too, and prints a note."""
+AUTO_ALLOWED = {"keep_in_fp32_modules", "stages"}
+"""Names for which DeepSpeed itself defines the value "auto"."""
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Raises RunError: no such file, no JSON, a value that nobody fills in, a name that DeepSpeed would pass over."""
+    """The configuration.
+
+    Raises RunError if the file is missing, is not JSON, or contains an "auto" value or a name that DeepSpeed would ignore.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -106,23 +109,23 @@ def read_file(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     try:
-        settings = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        settings = json.loads(text, object_pairs_hook=_unique_names, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is not JSON: {error}{_habit(text)}") from None
+        raise RunError(f"{path} is not JSON: {error}{_syntax_hint(text)}") from None
     if not isinstance(settings, dict):
-        raise RunError(f"{path}: a JSON object expected")
+        raise RunError(f"{path}: expected a JSON object")
     _check_values(path, settings)
     _check_names(path, settings)
     return settings
 
 
 def notes(settings: Mapping[str, Any]) -> Iterator[str]:
-    """What a user may not have meant."""
+    """Notes about values that the user may not have intended."""
     for place in settings.get(OFF, ()):
         yield f"note: {place} of the DeepSpeed file is 'auto', which DeepSpeed reads as false. Write true or false."
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
         if name in fields:
@@ -132,17 +135,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number in JSON")
+    raise ValueError(f"{name} is not a number in JSON")
 
 
-def _habit(text: str) -> str:
-    """What people write that JSON has not, where it is seen."""
+def _syntax_hint(text: str) -> str:
+    """A hint about a common syntax error, or nothing: comments, a trailing comma, YAML, single quotes."""
     if re.search(r"^\s*(#|//|/\*)|,\s*(#|//|/\*)", text, re.MULTILINE):
         return ".\n  JSON has no comments."
     if re.search(r",\s*[}\]]", text):
         return ".\n  JSON has no comma before a closing bracket."
     if re.search(r"^\w+:(\s|$)", text, re.MULTILINE):
-        return ".\n  It looks like YAML, as accelerate's own: what is wanted is the JSON that its 'deepspeed_config_file' names."
+        return ".\n  It looks like YAML. If it is a file of accelerate, use the JSON file that its 'deepspeed_config_file' names."
     if "'" in text and '"' not in text:
         return ".\n  JSON has double quotes."
     return ""
@@ -152,15 +155,15 @@ def _habit(text: str) -> str:
 
 
 def _check_values(path: Path, settings: dict[str, Any]) -> None:
-    """What nobody fills in, and what stands in quotes that should not."""
+    """Raises RunError for "auto" values, numbers or booleans in quotes, and numbers that are not finite."""
     autos = []
     for place, value in list(_leaves(settings)):
         if isinstance(value, float) and not math.isfinite(value):
-            raise RunError(f"{path}: {place} is beyond what a float holds; a smaller number expected")
+            raise RunError(f"{path}: {place} is too large for a float: use a smaller number")
         name = place.rpartition(".")[2]
         if name == "enabled" and value not in ("auto", True, False):
-            raise RunError(f"{path}: {place} is {value!r}; true or false expected")
-        if not isinstance(value, str) or name in OWN:
+            raise RunError(f"{path}: {place} is {value!r}: expected true or false")
+        if not isinstance(value, str) or name in AUTO_ALLOWED:
             continue
         if place in SWITCHES and value == "auto":
             section = settings[place.partition(".")[0]]
@@ -168,13 +171,13 @@ def _check_values(path: Path, settings: dict[str, Any]) -> None:
             settings.setdefault(OFF, []).append(place)
         elif value.strip().lower() == "auto":
             autos.append(place)
-        elif (meant := _meant(value)) is not None:
-            raise RunError(f"{path}: {place} is {value!r}, a text; write {meant} without quotes")
+        elif (unquoted := _unquoted(value)) is not None:
+            raise RunError(f"{path}: {place} is {value!r}, a string: write {unquoted} without quotes")
     if autos:
         lines = [f"\n  {place}: {ADVICE.get(place, 'leave it out for the default of DeepSpeed')}" for place in autos]
         raise RunError(
-            f"{path}: {', '.join(autos)} {'is' if len(autos) == 1 else 'are'} 'auto', which Hugging Face's Trainer fills in and "
-            f"nobody here. Write{''.join(lines)}"
+            f"{path}: {', '.join(autos)} {'is' if len(autos) == 1 else 'are'} 'auto', which only Hugging Face's Trainer replaces "
+            f"by a value. Write{''.join(lines)}"
         )
 
 
@@ -189,8 +192,8 @@ def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         yield place, value
 
 
-def _meant(text: str) -> str | None:
-    """A number or a truth value that was written as a text."""
+def _unquoted(text: str) -> str | None:
+    """The number or boolean in a string. None if it contains something else."""
     word = text.strip()
     if word.lower() in ("true", "false"):
         return word.lower()
@@ -205,16 +208,16 @@ def _meant(text: str) -> str | None:
 
 
 def _check_names(path: Path, settings: dict[str, Any]) -> None:
-    """DeepSpeed passes over a name that it does not know, and over one that is almost right."""
+    """Raises RunError for unknown names, which DeepSpeed ignores silently, and for sections that are not objects."""
     for name in settings:
-        if name in GONE:
-            raise RunError(f"{path}: this DeepSpeed has no '{name}' any more: leave it out")
+        if name in REMOVED:
+            raise RunError(f"{path}: this release of DeepSpeed no longer has '{name}': remove it")
         if name in ("scheduler", "tensor_parallel") or name in NAMES or name.startswith("_"):
             continue
-        raise RunError(f"{path}: DeepSpeed knows no '{name}', and would say nothing{_nearest(name)}")
+        raise RunError(f"{path}: DeepSpeed does not know '{name}', and would ignore it{_nearest(name)}")
     for name in SECTIONS:
         if not isinstance(settings.get(name) or {}, dict):
-            raise RunError(f'{path}: {name} is {settings[name]!r}; a section {{"...": ...}} expected, as in ds_configs/')
+            raise RunError(f'{path}: {name} is {settings[name]!r}: expected a section {{"...": ...}}, as in ds_configs/')
     for section, names in FIELDS.items():
         given: Any = settings
         for part in section.split("."):
@@ -222,24 +225,24 @@ def _check_names(path: Path, settings: dict[str, Any]) -> None:
         for name in given if isinstance(given, dict) else ():
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             if name not in names and (near or section not in OPEN):
-                hint = f"; did you mean '{section}.{near[0]}'?" if near else ": leave it out"
-                raise RunError(f"{path}: DeepSpeed knows no '{section}.{name}'{hint}")
+                hint = f". Did you mean '{section}.{near[0]}'?" if near else ": remove it"
+                raise RunError(f"{path}: DeepSpeed does not know '{section}.{name}'{hint}")
 
 
 def _nearest(name: str) -> str:
     for section, names in FIELDS.items():
         if name in names:
-            return f": it belongs into '{section}'"
+            return f": it belongs in '{section}'"
     near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6)
-    return f"; did you mean '{near[0]}'?" if near else ": leave it out"
+    return f". Did you mean '{near[0]}'?" if near else ": remove it"
 
 
-# ---- DeepSpeed's own word
+# ---- DeepSpeed's own checks
 
 
 def check_sections(path: Path, settings: dict[str, Any]) -> None:
-    """DeepSpeed's own models of its sections, which know every name and type. Raises RunError."""
-    # here: DeepSpeed takes seconds to import, and a plan needs none
+    """Check sections with DeepSpeed's own models, which know every name and type. Raises RunError."""
+    # imported here because importing DeepSpeed takes seconds, and a plan does not need it
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -253,6 +256,6 @@ def check_sections(path: Path, settings: dict[str, Any]) -> None:
             first = error.errors()[0]
             place = ".".join((section, *map(str, first["loc"])))
             if first["type"] == "extra_forbidden":
-                raise RunError(f"{path}: DeepSpeed knows no '{place}': leave it out") from None
+                raise RunError(f"{path}: DeepSpeed does not know '{place}': remove it") from None
             reason = str(first["msg"]).removeprefix("Value error, ")
             raise RunError(f"{path}: {place} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from None

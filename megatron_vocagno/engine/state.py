@@ -1,12 +1,12 @@
-"""What an engine has learned and counted, in a form that knows no layout: written and read a layer at a time.
+"""Weights, optimizer states and counters of an engine, in files that do not depend on the layout. One layer is handled at a time.
 
     student/layer_0003.safetensors     the weights under Hugging Face names, in the precision that the student computes in
-    optimizer/layer_0003.safetensors   float32: NAME.exp_avg, NAME.exp_avg_sq, …; NAME.master where the student computes in
+    optimizer/layer_0003.safetensors   float32: NAME.exp_avg, NAME.exp_avg_sq, …; also NAME.master if the student computes in
                                        16 bits, and the weights are rounded from it
     engine.json                        steps, learning-rate schedule, loss scale
 
-Which layers a rank holds, and which part of each parameter its optimizer steps, is asked of DeepSpeed when a layer is
-written and again when it is read: so any number of ranks, stages and any ZeRO stage can read what any other has written.
+DeepSpeed determines the layers of a rank and the part of each parameter that its optimizer updates, once when a layer is written
+and again when it is read. Therefore a checkpoint can be read with any number of ranks and stages, and with any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ from megatron_vocagno.model.student import hf_name
 
 MASTER = "master"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's loss scaler remembers; without fp16 it never moves."""
+"""The fields of DeepSpeed's loss scaler. They change only with fp16."""
 
 
 class Scalar(BaseModel):
-    """A number that an optimizer keeps for all parameters alike."""
+    """A state of the optimizer that is one number per parameter and the same for all parameters, for example its step count."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     value: float
     dtype: str | None
-    """Of the tensor that holds it; None for a plain whole number."""
+    """dtype of the tensor that stores the number. None for a Python integer."""
 
 
 class Counters(BaseModel):
-    """Everything that is no tensor of a parameter."""
+    """The part of the state that does not consist of tensors in the shape of a parameter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     optimizer_states: tuple[str, ...]
     optimizer_scalars: dict[str, Scalar]
     schedule_step: int
-    """Steps of the learning-rate schedule: those that were not skipped."""
+    """Steps of the learning-rate schedule. Skipped steps do not count."""
     global_steps: int
     global_samples: int
     skipped_steps: int
@@ -73,35 +73,36 @@ class Counters(BaseModel):
 
 
 class EngineState:
-    """The state of one engine, as files of one folder and back."""
+    """Writes and reads the state of an engine."""
 
     def __init__(self, engine: TrainEngine, config: PretrainedConfig) -> None:
-        self.trainer, self.engine, self.config = engine, engine.engine, config
+        """config: of the student."""
+        self.train_engine, self.engine, self.config = engine, engine.engine, config
         self.optimizer = engine.engine.optimizer
 
     def write(self, folder: Path, disk: ErrorCollector) -> list[str]:
-        """The names of the layers' files that this rank wrote.
+        """Write the state. Returns the names of the layers' files that this rank wrote. Collective over the world.
 
-        Collective over the world: all ranks gather each layer, and take turns at keeping it; they write side by side.
+        All ranks gather each layer, and one of them keeps and writes it. The ranks take turns, so that they write in parallel. A
+        rank has one layer in memory at a time.
 
-        A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot write goes on gathering, as the
-        others wait for it.
+        `disk` collects I/O errors. A rank that cannot write still takes part in the gathers, because the others wait for it.
         """
         counters = self._counters()
         self._link_states()
         if dist.get_rank() == 0:
             with disk.on(folder / COUNTERS):
                 (folder / COUNTERS).write_bytes(orjson.dumps(counters.model_dump(), option=orjson.OPT_INDENT_2))
-        # another thread, so that the next layer's collectives do not wait for this one's disk
+        # in another thread, so that the collectives of the next layer do not wait for the disk
         with ThreadPoolExecutor(max_workers=1) as writer:
             names: list[str] = []
             written: Future[None] | None = None
             for index, named in self._layers():
-                turn = self._turn(index) == self.trainer.data_rank
-                if turn and written is not None:
+                writes = self._writer(index) == self.train_engine.data_rank
+                if writes and written is not None:
                     written.result()
-                weights, states = self._collect(named, counters.optimizer_states, keep=turn)
-                if turn:
+                weights, states = self._collect(named, counters.optimizer_states, keep=writes)
+                if writes:
                     written = writer.submit(_write_layer, folder, index, weights, states, disk)
                     names += [f"{part}/{_file(index)}" for part in (STUDENT, OPTIMIZER)]
                 del weights, states
@@ -112,10 +113,7 @@ class EngineState:
     def _collect(
         self, named: dict[str, nn.Parameter], optimizer_states: tuple[str, ...], keep: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimizer states of one layer, in host memory; none where not `keep`.
-
-        Collective over the data-parallel ranks.
-        """
+        """Weights and optimizer states of a layer, on the host. Empty unless `keep`. Collective over the data-parallel ranks."""
         weights: dict[str, Tensor] = {}
         states: dict[str, Tensor] = {}
         with deepspeed.zero.GatheredParameters(_sharded(named)):
@@ -129,19 +127,22 @@ class EngineState:
         return weights, states
 
     def read(self, folder: Path, disk: ErrorCollector) -> None:
-        """Collective over the world: the ranks that hold a layer take turns at reading, and send the others each tensor.
+        """Read the state into the engine. Collective over the world.
 
-        A rank holds one layer at a time. `disk` takes what the disk refuses: a rank that cannot read sends what has no meaning,
-        as the others wait for it, and the engine is of no use then.
+        The data-parallel ranks take turns: each layer is read by one of them, which broadcasts its tensors. A rank has one layer
+        in memory at a time.
 
-        Raises SharedError: the states are those of another implementation of the optimizer.
+        `disk` collects I/O errors. A rank that cannot read still broadcasts, because the others wait for it. Its values are then
+        arbitrary, so the engine must not be used.
+
+        Raises SharedError if the states belong to another implementation of the optimizer.
         """
         counters = run_on_rank0(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
         check_implementation(folder, self.optimizer.optimizer, counters)
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
             tensors: dict[str, Tensor] = {}
-            if self._turn(index) == self.trainer.data_rank:
+            if self._writer(index) == self.train_engine.data_rank:
                 with disk.on(_file(index)):
                     tensors = load_file(folder / STUDENT / _file(index)) | load_file(folder / OPTIMIZER / _file(index))
             with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
@@ -155,41 +156,38 @@ class EngineState:
                         _scatter(parameter, key, state)
         self._count_from(counters)
 
-    def _turn(self, index: int) -> int:
-        """The data-parallel rank that writes and reads a layer."""
-        return index % self.trainer.layout.data_parallel
+    def _writer(self, index: int) -> int:
+        """The data-parallel rank that writes and reads layer `index`."""
+        return index % self.train_engine.layout.data_parallel
 
     def _broadcast(self, tensors: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, index: int) -> Tensor:
-        """A tensor of layer `index`, from the rank whose turn it is, on the device of each.
-
-        Collective over the data-parallel ranks.
-        """
+        """A tensor of layer `index` on the device, from the rank that read it. Collective over the data-parallel ranks."""
         value = torch.empty(shape, dtype=dtype, device=self.engine.device)
-        # nothing was read on the others, nor where the disk refused
+        # empty on the other ranks, and after a read error
         if tensors:
             value.copy_(tensors[name])
-        group = self.trainer.data_group
-        dist.broadcast(value, src=dist.get_global_rank(group, self._turn(index)), group=group)
+        group = self.train_engine.data_group
+        dist.broadcast(value, src=dist.get_global_rank(group, self._writer(index)), group=group)
         return value
 
     def _layers(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
-        """This rank's layers that have weights, by their place in the whole student, with Hugging Face names."""
-        for index, layer in self.trainer.layers():
+        """This rank's layers with weights: index in the complete student, and parameters by their Hugging Face names."""
+        for index, layer in self.train_engine.layers():
             if named := {hf_name(self.config, index, name): parameter for name, parameter in layer.named_parameters()}:
                 yield index, named
 
     def _copies(self) -> Iterator[tuple[int, dict[str, nn.Parameter]]]:
-        """A pipeline's last stage holds the embedding once more, as the tied head, with optimizer states of its own."""
+        """The tied head on the last stage of a pipeline: a copy of the embedding with separate optimizer states."""
         for module in getattr(self.engine.module, "tied_modules", {}).values():
             yield 0, {hf_name(self.config, 0, name): parameter for name, parameter in module.named_parameters()}
 
     @staticmethod
     def _masters(parameter: nn.Parameter) -> tuple[str, ...]:
-        """float32 weights are their own masters: the same bytes are not written twice."""
+        """The key of the float32 master weight. Empty for float32 parameters, which have none."""
         return () if parameter.dtype == torch.float32 else (MASTER,)
 
     def _partitions(self) -> list[Tensor]:
-        """The flat float32 tensors that this rank's optimizer steps."""
+        """The flat float32 tensors that this rank's optimizer updates."""
         if isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
             return list(self.optimizer.fp32_partitioned_groups_flat)
         return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
@@ -210,9 +208,9 @@ class EngineState:
         )
 
     def _make_states(self, counters: Counters) -> None:
-        """An optimizer makes its states in its first step; a resumed one needs room for them before."""
+        """Allocate the optimizer's states. It would do so in its first step, but a resumed run needs them before."""
         optimizer = self.optimizer.optimizer
-        # torch's fused optimizers want even their number of steps on the device
+        # torch's fused optimizers require their step count on the device too
         fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
         for flat in self._partitions():
             device = flat.device if fused else torch.device("cpu")
@@ -221,9 +219,9 @@ class EngineState:
         self._link_states()
 
     def _link_states(self) -> None:
-        """Let each parameter know where its part of the optimizer's states lies.
+        """Link each parameter to its part of the optimizer's states.
 
-        DeepSpeed does so within its first step, when of several parameter groups only the first has states (0.19.8).
+        DeepSpeed 0.19.8 does this during its first step, when only the first of several parameter groups has states.
         """
         if not isinstance(self.optimizer, DeepSpeedZeroOptimizer_Stage3):
             self.optimizer._hp_optimizer_states_linked = False
@@ -246,7 +244,10 @@ class EngineState:
 
 
 def check_implementation(folder: Path, optimizer: object, counters: Counters) -> None:
-    """torch counts an optimizer's steps in tensors, DeepSpeed in whole numbers, and neither takes the other's: SharedError."""
+    """Raises SharedError if torch's optimizer would get states of DeepSpeed's optimizer, or the reverse.
+
+    torch stores the step count as a tensor and DeepSpeed as an integer, and neither can read the other.
+    """
     if not counters.optimizer_scalars:
         return
     of_torch = any(scalar.dtype is not None for scalar in counters.optimizer_scalars.values())
@@ -255,7 +256,7 @@ def check_implementation(folder: Path, optimizer: object, counters: Counters) ->
         then, now = ("torch", "DeepSpeed") if of_torch else ("DeepSpeed", "torch")
         raise SharedError(
             f"{folder} was written with an optimizer of {then}, this run has {now}'s {type(optimizer).__name__}: "
-            "its optimizer states are of no use here.\n"
+            "the optimizer states cannot be used.\n"
             f"  Resume with optimizer.params.torch_adam = {str(of_torch).lower()} in the DeepSpeed configuration."
         )
 
@@ -271,18 +272,18 @@ def _write_layer(folder: Path, index: int, weights: dict[str, Tensor], states: d
 
 
 def _sharded(named: dict[str, nn.Parameter]) -> list[nn.Parameter]:
-    """Those of which a rank holds only its ZeRO-3 share."""
+    """The parameters that are sharded by ZeRO-3."""
     return [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
 
 
 def _gather(parameter: nn.Parameter, key: str) -> Tensor:
-    """Collective over the data-parallel ranks."""
+    """The complete master weight or optimizer state. Collective over the data-parallel ranks."""
     tensor: Tensor = safe_get_full_fp32_param(parameter) if key == MASTER else safe_get_full_optimizer_state(parameter, key)
     return tensor
 
 
 def _scatter(parameter: nn.Parameter, key: str, value: Tensor) -> None:
-    """Each rank takes its own part of the whole."""
+    """Set this rank's part of a complete master weight or optimizer state."""
     if hasattr(parameter, "ds_id"):
         part = _share(parameter, value)
         if key == MASTER:
@@ -296,7 +297,10 @@ def _scatter(parameter: nn.Parameter, key: str, value: Tensor) -> None:
 
 
 def _share(parameter: Any, value: Tensor) -> Tensor:
-    """This rank's part of a ZeRO-3 parameter. DeepSpeed's setter for the whole fails where it does not divide (0.19.8)."""
+    """This rank's share of a ZeRO-3 parameter, padded to equal sizes.
+
+    DeepSpeed 0.19.8 has a setter for the complete parameter, which fails if its size is not divisible by the number of ranks.
+    """
     size, rank = parameter.ds_tensor.numel(), dist.get_rank(group=parameter.ds_process_group)
     part = value.flatten()[rank * size : (rank + 1) * size]
     return F.pad(part, (0, size - len(part)))

@@ -1,8 +1,8 @@
-"""What all ranks know of a step before it starts, from the spans alone.
+"""Counts of a step that all ranks know before its losses, because they follow from the spans.
 
-How many tokens are mapped decides how many are kept, and that is the divisor of the loss: the sum over *all* kept tokens of
-the step divided by their number, whatever the layout, never a mean of means. Rows are read by one pipeline each, so the
-counts are summed over the data-parallel ranks once a step.
+The number of mapped tokens determines how many tokens are kept, and that number is the divisor of the loss. In every layout, the
+loss is the sum over *all* kept tokens of the step divided by their number, never a mean of means. Each row is read by one
+pipeline, so the counts are summed over the data-parallel ranks, once per step.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from megatron_vocagno.objective.selection import planned_kept
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Over all ranks."""
+    """Counts over all ranks, except `capacities`."""
 
     kept: int
-    """Tokens that will carry weight 1: the divisor of the loss. At least 1."""
+    """Tokens that will have weight 1: the divisor of the loss. At least 1."""
     targets: int
     teacher_tokens: int
+    """Targets of the teacher."""
     mapping: tuple[int, ...]
-    """Targets by `MappingStatus`."""
+    """Number of targets per `MappingStatus`."""
     compared: int
-    """Targets whose distance from the teacher's distribution is taken."""
+    """Targets at which the teacher's distribution is compared (`uld`, `kld`). 0 for other objectives."""
     capacities: tuple[int, ...]
-    """The most tokens that can have weight in each micro-batch of this rank; under `sequence`, in any of its rows."""
+    """For each micro-batch of this rank, the largest number of tokens that can have weight; with scope `sequence`, per row."""
 
 
 def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.ProcessGroup, device: torch.device) -> StepCounts:
@@ -49,7 +50,7 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
         distances = sum(int(compared(batch.first_BS, batch.last_BS).sum()) for batch in batches)
     kept, teacher_tokens, distances, *mapping = sum_over_ranks([kept_here, teacher_tokens, distances, *mapping], group, device)
     if guidance.scope == "global":
-        # one selection goes over the whole step
+        # one selection covers the complete step
         mapped = mapping[MappingStatus.MAPPED]
         kept = planned_kept([mapped], [sum(mapping) - mapped], rule)
     if not guidance.selects:
@@ -59,7 +60,7 @@ def count_step(batches: Sequence[Batch], guidance: Guidance, group: dist.Process
 
 def _capacity(batch: Batch, guidance: Guidance) -> int:
     rows = list(zip(batch.row_mapped, batch.row_unmapped, strict=True))
-    # under `global` scope the best tokens of all ranks may all be this rank's
+    # with scope `global`, the best tokens of all ranks may all be on this rank
     if not guidance.selects or guidance.scope == "global":
         return sum(mapped + unmapped for mapped, unmapped in rows)
     rule = selection_rule(guidance)
@@ -69,7 +70,7 @@ def _capacity(batch: Batch, guidance: Guidance) -> int:
 
 
 def sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> list[int]:
-    """Each count, summed over the ranks of a group. Collective."""
+    """Each count, summed over the ranks of a group. Collective over the group."""
     sums = torch.tensor(counts, dtype=torch.int64, device=device)
     dist.all_reduce(sums, group=group)
     result: list[int] = sums.tolist()

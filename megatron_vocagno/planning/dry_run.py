@@ -75,8 +75,8 @@ def _check_models(request: PlanRequest) -> None:
                     f"{data.path}: the {side} tokenizer has {tokens:,} tokens, but the {side} has a vocab_size of {rows:,}. "
                     f"Was the dataset aligned for another {side}?"
                 )
-        check_vocabularies(run, data)
-    check_cached(run, request.datasets)
+        check_vocabularies(run.guidance, data)
+    check_cached(run.cached_teachers, request.datasets)
 
 
 def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:

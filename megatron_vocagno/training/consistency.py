@@ -1,10 +1,12 @@
-"""What decides a run must be one on all ranks: each reads its own files, and has its own installation.
+"""Check that all ranks have the same configuration, software, data and models. Each rank reads its own files.
 
-A fact is a name and a value in words: a field of the run file, of the DeepSpeed configuration, a version, a file of our own
-source; later datasets and models, by their content. All ranks compare one sha256 of their facts, and the facts where it differs.
+A fact is a name and a value as text: a field of the run file or of the DeepSpeed configuration, a version, the hash of a source
+file, or later the fingerprint of a dataset or model. The ranks compare one sha256 of all their facts. If it differs, they compare
+the facts.
 
-None may differ, paths too. What is not compared changes nothing that is learned, or its last bits alone: how much is told, where
-caches lie, numbers of threads. Of datasets and models the content is compared, so copies on each machine's own disk will do.
+No fact may differ, not even a path. Settings that have no effect on training, or only on the last bits, are not compared: how
+much is printed, the location of caches, the number of threads. Datasets and models are compared by content, so each machine may
+have its own copy.
 """
 
 from __future__ import annotations
@@ -22,10 +24,9 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from megatron_vocagno import __version__
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Run, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest, to_json
-from megatron_vocagno.engine.cached import is_cached
 from megatron_vocagno.engine.collectives import all_gather
 from megatron_vocagno.engine.settings import DeepSpeedConfig
 from megatron_vocagno.errors import SharedError
@@ -35,19 +36,19 @@ from megatron_vocagno.model.teacher import teacher_folder
 Facts = dict[str, str]
 PACKAGES = (
     *("torch", "transformers", "deepspeed", "tokenizers", "safetensors", "numpy"),
-    *("triton", "flash-attn", "torchao", "gguf"),  # where they are missing, others compute in their place
+    *("triton", "flash-attn", "torchao", "gguf"),  # if one is missing, another implementation is used
 )
 VARIABLES = (
     *("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
     *("TRITON_INTERPRET", "TRITON_F32_DEFAULT", "TRITON_DEFAULT_FP_FUSION"),
 )
-"""Of the environment: those that change what a product of matrices gives."""
+"""Environment variables that change the result of a matrix product."""
 SHOWN = 12
-"""So many differences are told, where there are more."""
+"""Maximum number of differences in the message."""
 
 
 def facts_of_command(run: Run, settings: DeepSpeedConfig, world: int) -> Facts:
-    """What is asked for, and what does it."""
+    """The facts that are known before any data or model is opened: configuration and software."""
     return {
         **dict(_leaves(run.model_dump(mode="json"))),
         **{f"--deepspeed_config, {name}": value for name, value in _leaves(settings)},
@@ -61,43 +62,46 @@ def facts_of_command(run: Run, settings: DeepSpeedConfig, world: int) -> Facts:
 
 
 def facts_of_files(
-    run: Run, datasets: Sequence[AlignedDataset], valid: AlignedDataset | None, student: PretrainedConfig
+    datasets: Sequence[AlignedDataset],
+    cached_teachers: Sequence[Teacher],
+    student: PretrainedConfig,
+    weights: Mapping[str, Path],
 ) -> Facts:
-    """What is learned from: datasets and models, by their content. Downloads what a cache lacks of a teacher.
+    """The facts of datasets and models, by content. Downloads files of a model that are missing in the cache.
 
-    Raises UserError, OSError: something cannot be read.
+    datasets         of training and evaluation
+    cached_teachers  see Run.cached_teachers
+    student          configuration of the student
+    weights          the models whose weights are read, see Run.weights
+
+    Raises UserError, OSError.
     """
-    cached = is_cached(run)
-    manifests = {str(data.path): data.manifest for data in (*datasets, *([valid] if valid is not None else []))}
-    for teacher in run.teacher if cached else ():
+    manifests = {str(data.path): data.manifest for data in datasets}
+    for teacher in cached_teachers:
         manifests |= {str(path): read_manifest(local_folder(path)) for path in teacher.data}
+    cached = bool(cached_teachers)
     facts = {f"{path}, {name}": value for path, one in manifests.items() for name, value in _of_dataset(one, cached)}
     config = student.to_dict() | {"attention": student._attn_implementation}
-    passing = ("transformers_version", "_name_or_path")  # the first is a version above, the second a place
-    facts |= {f"the student's {name}": value for name, value in _leaves(config) if name not in passing}
-    weights = {"student.pretrained": run.student.pretrained}
-    if run.guidance.needs_teacher and not cached:
-        weights["teacher.path"] = run.teacher[0].path
-    facts |= {f"weights of {field}": teacher_fingerprint(teacher_folder(path)) for field, path in weights.items() if path}
+    # the version is compared above, and the path may differ
+    ignored = ("transformers_version", "_name_or_path")
+    facts |= {f"the student's {name}": value for name, value in _leaves(config) if name not in ignored}
+    facts |= {f"weights of {field}": teacher_fingerprint(teacher_folder(path)) for field, path in weights.items()}
     return facts
 
 
 def require_same_on_all_ranks(facts: Facts) -> None:
-    """Collective over the world.
-
-    Raises SharedError, on all ranks the same: the facts of some differ; which, on which ranks, with all values.
-    """
+    """Raises SharedError on all ranks if a fact differs, with the ranks and all values. Collective over the world."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     if len(set(all_gather(digest))) == 1:
         return
-    told = all_gather((facts, socket.gethostname()))
-    hosts = [host for _, host in told]
-    differences = list(_differences([facts for facts, _ in told], hosts))
+    gathered = all_gather((facts, socket.gethostname()))
+    hosts = [host for _, host in gathered]
+    differences = list(_differences([facts for facts, _ in gathered], hosts))
     lines = differences[:SHOWN] + ([f"and {len(differences) - SHOWN} more"] if len(differences) > SHOWN else [])
     raise SharedError(
-        "the ranks of this run are not alike:\n"
+        "the ranks of this run differ:\n"
         + "".join(f"  {line}\n" for line in lines)
-        + "  Each rank reads its own run file, --set, DeepSpeed file, data, models and installation: give all of them the same."
+        + "  Each rank reads its own run file, --set, DeepSpeed file, data, models and installation: all must be the same."
     )
 
 
@@ -107,11 +111,11 @@ def _differences(ranks: Sequence[Facts], hosts: Sequence[str]) -> Iterator[str]:
         for rank, facts in enumerate(ranks):
             holders.setdefault(facts.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
-            yield f"{name}: " + ", ".join(f"{value} on {_who(those, hosts)}" for value, those in holders.items())
+            yield f"{name}: " + ", ".join(f"{value} on {_describe_ranks(own, hosts)}" for value, own in holders.items())
 
 
-def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    """`rank 0, 2-3`, with their machines where there are several: `rank 8-15 (node2)`."""
+def _describe_ranks(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    """Ranks as text, with the names of their machines if there are several: `rank 0, 2-3` or `rank 8-15 (node2)`."""
     spans: list[list[int]] = []
     for rank in ranks:
         if spans and rank == spans[-1][1] + 1:
@@ -119,12 +123,12 @@ def _who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
         else:
             spans.append([rank, rank])
     text = "rank " + ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in spans)
-    mine = list(dict.fromkeys(hosts[rank] for rank in ranks))
-    return text if len(set(hosts)) == 1 else f"{text} ({', '.join(mine[:4])}{', …' if len(mine) > 4 else ''})"
+    names = list(dict.fromkeys(hosts[rank] for rank in ranks))
+    return text if len(set(hosts)) == 1 else f"{text} ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
 
 
 def _leaves(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted names and values as JSON; the name of a table in a list has its number, where it is not the only one."""
+    """Dotted names, with values as JSON. Tables in a list of several are numbered, for example `teacher.1.path`."""
     if isinstance(value, Mapping) and (value or not place):
         for name, item in value.items():
             yield from _leaves(item, f"{place}.{name}" if place else str(name))
@@ -150,7 +154,7 @@ def _version(package: str) -> str:
 
 
 def _source() -> Facts:
-    """sha256 of each file of this package: a version does not tell one checkout from another."""
+    """sha256 of each file of this package, because two checkouts may have the same version."""
     root = Path(__file__).parent.parent
     return {
         f"{root.name}/{file.relative_to(root)}": hashlib.sha256(file.read_bytes()).hexdigest()[:16]

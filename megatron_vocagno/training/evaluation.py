@@ -1,12 +1,12 @@
-"""What a run says of held-out text: bits per byte, and the sample rows token by token."""
+"""Evaluation on held-out text: bits per byte, and the sample rows token by token."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import evaluation_batches
-from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.collectives import all_reduce_max
 from megatron_vocagno.engine.engines import TrainEngine
@@ -20,57 +20,68 @@ from megatron_vocagno.training.samples import Samples
 from megatron_vocagno.training.stop_signal import StopSignal
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out text of a run."""
+
+    data: AlignedDataset
+    """`data.valid`."""
+    row_length: int
+    rows: int | None
+    """Number of rows to evaluate, from the start of the dataset. None for all."""
+    front: Front
+    """Prefix of the student."""
+
+
 class Evaluator:
-    """`data.valid` of a run, and its first rows as samples."""
+    """Evaluates the student on held-out text."""
 
     def __init__(
         self,
         engine: TrainEngine,
-        run: Run,
-        valid: AlignedDataset | None,
+        held_out: HeldOut | None,
         samples: Samples | None,
         scorer: Scorer | None,
         processes: Processes,
         stop_signal: StopSignal,
-        front: Front,
     ) -> None:
-        """front: of the student."""
-        self.engine, self.run, self.valid, self.samples, self.scorer = engine, run, valid, samples, scorer
-        self.processes, self.stop_signal, self.front = processes, stop_signal, front
+        """held_out, samples: None if the run has none. scorer: scores the sample rows; None if no teacher is used."""
+        self.engine, self.held_out, self.samples, self.scorer = engine, held_out, samples, scorer
+        self.processes, self.stop_signal = processes, stop_signal
 
     def evaluate(self, step: int, monitor: Monitor) -> None:
-        """An evaluation after a step; nothing where there is no held-out text. Collective over the world."""
-        if self.valid is None:
+        """Evaluate after a step and report the metrics. Does nothing without held-out text. Collective over the world."""
+        if self.held_out is None:
             return
-        numbers = self._bits_per_byte(self.valid)
-        if self.samples is not None and numbers:
-            sample = self.samples.look(step, self.engine, self.scorer, self._asked)
+        metrics = self._bits_per_byte(self.held_out)
+        if self.samples is not None and metrics:
+            sample = self.samples.evaluate(step, self.engine, self.scorer, self._stop_requested)
             if sample is not None:
-                numbers |= summary(self.samples.rows, sample)
+                metrics |= summary(self.samples.rows, sample)
                 monitor.sample(self.samples.rows, sample)
-        monitor.evaluation(step, numbers)
+        monitor.evaluation(step, metrics)
 
-    def _asked(self) -> int:
-        """The signal that asked any rank to stop, or 0. Collective over the world."""
+    def _stop_requested(self) -> int:
+        """The largest StopSignal.requested of all ranks: 0 if the run continues. Collective over the world."""
         return all_reduce_max(self.stop_signal.requested, self.processes.device)
 
-    def _bits_per_byte(self, valid: AlignedDataset) -> dict[str, float]:
-        """Bits per byte, and the mean loss per token in nats; empty if a rank is asked to stop meanwhile.
+    def _bits_per_byte(self, held_out: HeldOut) -> dict[str, float]:
+        """Bits per byte, and the mean loss per token in nats. Empty if a stop is requested before the end.
 
-        Collective over the world.
+        Collective over the world. Raises SharedError if the rows contain no text.
         """
-        engine, run = self.engine, self.run
+        engine, data = self.engine, held_out.data
         nats, text_bytes, tokens = 0.0, 0, 0
-        rows = valid, valid.student_byte_lengths, run.data.row_length
-        steps = evaluation_batches(*rows, engine.layout, engine.data_rank, run.eval.rows, self.front)
+        rows = data, data.student_byte_lengths, held_out.row_length
+        steps = evaluation_batches(*rows, engine.layout, engine.data_rank, held_out.rows, held_out.front)
         for step in steps:
-            if self._asked():
+            if self._stop_requested():
                 return {}
             nats += engine.evaluate(step.batches)
             text_bytes += step.text_bytes
             tokens += step.tokens
-        # the losses are summed over all ranks already, the counts are of this rank's rows
+        # the losses are summed over all ranks already, but the counts only cover the rows of this rank
         text_bytes, tokens = sum_over_ranks([text_bytes, tokens], engine.data_group, self.processes.device)
         if not text_bytes:
-            raise SharedError(f"{run.data.valid}: the rows to evaluate hold no text (eval.rows = {run.eval.rows})")
+            raise SharedError(f"{data.path}: the rows to evaluate contain no text (eval.rows = {held_out.rows})")
         return {"eval/bits_per_byte": nats / math.log(2) / text_bytes, "eval/loss": nats / tokens}

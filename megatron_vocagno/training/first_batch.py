@@ -1,6 +1,6 @@
-"""What both models know of the first batch: a line for a person, and a warning where the teacher seems to read wrongly.
+"""The losses of both models on the first batch: a line, and a warning if a model seems to read wrongly.
 
-Only the first batch of a start is judged. Later a guided student may well know its text better than its teacher.
+Only the first batch after a start is checked. Later, a guided student may legitimately know its text better than its teacher.
 """
 
 from __future__ import annotations
@@ -10,105 +10,108 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_vocagno.batch.text_losses import BatchTextLosses, TextLoss, teacher_names
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.training.monitor import Monitor
 
 NEAR_CHANCE = 0.9
-"""Of ln(vocabulary): a mean loss above it is hardly better than chance."""
+"""A mean loss above this share of ln(vocabulary) is hardly better than chance."""
 NEAR_STUDENT = 0.99
-"""Of the student's bits per byte: a teacher above it is no better. Rounding alone makes less difference."""
+"""A teacher above this share of the student's bits per byte is not better. Rounding makes a smaller difference."""
 ADVICE = (
-    "  Likely causes: it does not read what it was trained to read before a text (BOS: teacher.bos) or between documents;\n"
-    "  its ids are of another tokenizer; its weights are damaged; it does not know this text. What to look at:\n"
+    "  Likely causes: a wrong prefix (teacher.bos) or wrong tokens between documents, ids of another tokenizer, damaged\n"
+    "  weights, or a text that the model does not know. How to find the cause:\n"
     "  docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
 )
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a run knows of a model besides its losses."""
+class ModelFacts:
+    """The properties of a model that are compared with its losses."""
 
     vocabulary: int
-    """Ids of its tokenizer."""
+    """Number of ids of its tokenizer."""
     parameters: int | None
-    """None of a teacher whose losses are cached."""
+    """Number of parameters. None for a teacher whose losses are cached."""
     trained: bool = True
-    """False of a student that starts from nothing."""
+    """False for a student that starts from scratch."""
 
 
-def teacher_facts(run: Run, data: AlignedDataset, parameters: int | None) -> list[Facts]:
-    """Of the teachers that a run asks, in their order. parameters: of the one that is loaded."""
-    if not run.guidance.needs_teacher:
-        return []
-    further = [read_manifest(asked.data[0]).teacher.vocab_size for asked in run.teacher[1:]]
-    return [Facts(vocabulary, parameters) for vocabulary in (data.teacher_tokenizer.vocab_size, *further)]
+def teacher_facts(data: AlignedDataset, further: Sequence[Teacher], parameters: int | None) -> list[ModelFacts]:
+    """The facts of all teachers, in the order of the run.
+
+    data        a training dataset, which was aligned for the first teacher
+    further     the teachers after the first one
+    parameters  of the loaded teacher, None if the losses are cached
+    """
+    others = [read_manifest(teacher.data[0]).teacher.vocab_size for teacher in further]
+    return [ModelFacts(vocabulary, parameters) for vocabulary in (data.teacher_tokenizer.vocab_size, *others)]
 
 
 class FirstBatch:
-    """Judges the first batch of a start."""
+    """Checks the first batch after a start."""
 
-    def __init__(self, student: Facts, teachers: Sequence[Facts]) -> None:
-        """teachers: none, or as many as will be heard."""
+    def __init__(self, student: ModelFacts, teachers: Sequence[ModelFacts]) -> None:
+        """teachers: empty, or one per teacher of the losses that report will get."""
         self.student, self.teachers = student, teachers
 
-    def report(self, step: int, heard: BatchTextLosses, monitor: Monitor) -> None:
-        """step: the one that read the batch."""
-        if line := described(heard):
-            monitor.first_batch(step, line, list(warnings(heard, self.student, self.teachers)))
+    def report(self, step: int, losses: BatchTextLosses, monitor: Monitor) -> None:
+        """Report the line and the warnings. step: the step that read the batch."""
+        if line := describe(losses):
+            monitor.first_batch(step, line, list(warnings(losses, self.student, self.teachers)))
 
 
-def described(heard: BatchTextLosses) -> str | None:
-    """One line; None where the batch has no text."""
-    models = [*zip(_names(heard), heard.teachers, strict=True), ("student", heard.student)]
-    spoken = [(name, said) for name, said in models if said.tokens and said.text_bytes]
-    if not spoken:
+def describe(losses: BatchTextLosses) -> str | None:
+    """One line with the losses of all models. None if the batch contains no text."""
+    models = [*zip(_names(losses), losses.teachers, strict=True), ("student", losses.student)]
+    with_text = [(name, loss) for name, loss in models if loss.tokens and loss.text_bytes]
+    if not with_text:
         return None
-    nats = ", ".join(f"{name} {said.per_token:.2f}" for name, said in spoken)
-    *bits, last = (f"{said.bits_per_byte:.2f}" for _, said in spoken)
-    return f"first batch: {nats} nats a token, {', '.join(bits)}{' and ' if bits else ''}{last} bits a byte"
+    nats = ", ".join(f"{name} {loss.per_token:.2f}" for name, loss in with_text)
+    *bits, last = (f"{loss.bits_per_byte:.2f}" for _, loss in with_text)
+    return f"first batch: {nats} nats per token, {', '.join(bits)}{' and ' if bits else ''}{last} bits per byte"
 
 
-def warnings(heard: BatchTextLosses, student: Facts, teachers: Sequence[Facts]) -> Iterator[str]:
-    """For each model that seems to read wrongly, what shows it, and what to look at.
+def warnings(losses: BatchTextLosses, student: ModelFacts, teachers: Sequence[ModelFacts]) -> Iterator[str]:
+    """A warning for each model that seems to read wrongly, with the evidence and likely causes.
 
-    teachers  none, or as many as were heard
+    teachers  empty, or one per teacher of the losses
     """
-    models = [
-        (f"the {name}" if len(teachers) == 1 else name, said, list(_against_student(said, facts, heard.student, student)), facts)
-        for name, said, facts in zip(_names(heard), heard.teachers, teachers, strict=True)
-    ]
-    models.append(("the student", heard.student, [], student))
-    for name, said, besides, facts in models:
-        if findings := [f"warning: {name}{finding}" for finding in (*_alone(said, facts), *besides)]:
-            yield "\n".join([*findings, ADVICE])
+    for name, loss, facts in zip(_names(losses), losses.teachers, teachers, strict=True):
+        findings = [*_against_chance(loss, facts), *_against_student(loss, facts, losses.student, student)]
+        yield from _warning(f"the {name}" if len(teachers) == 1 else name, findings)
+    yield from _warning("the student", list(_against_chance(losses.student, student)))
 
 
-def _alone(said: TextLoss, facts: Facts) -> Iterator[str]:
+def _warning(model: str, findings: Sequence[str]) -> Iterator[str]:
+    if findings:
+        yield "\n".join([*(f"warning: {model}{finding}" for finding in findings), ADVICE])
+
+
+def _against_chance(loss: TextLoss, facts: ModelFacts) -> Iterator[str]:
     chance = math.log(facts.vocabulary)
-    if said.tokens and not math.isfinite(said.nats):
+    if loss.tokens and not math.isfinite(loss.nats):
         yield " has losses that are not finite on the first batch: does its dtype overflow?"
-    elif facts.trained and said.per_token > NEAR_CHANCE * chance:
+    elif facts.trained and loss.per_token > NEAR_CHANCE * chance:
         yield (
-            f" is hardly better than chance on the first batch: {said.per_token:.2f} nats a token, where a guess among its "
+            f" is hardly better than chance on the first batch: {loss.per_token:.2f} nats per token; a guess among its "
             f"{facts.vocabulary:,} tokens costs {chance:.2f}."
         )
 
 
-def _against_student(said: TextLoss, facts: Facts, student: TextLoss, student_facts: Facts) -> Iterator[str]:
-    """Nothing where a loss is NaN."""
-    if not math.isfinite(said.nats) or not said.bits_per_byte > NEAR_STUDENT * student.bits_per_byte:
+def _against_student(loss: TextLoss, facts: ModelFacts, student: TextLoss, student_facts: ModelFacts) -> Iterator[str]:
+    """Yields nothing if a loss is NaN, or if the teacher is smaller than the student."""
+    if not math.isfinite(loss.nats) or not loss.bits_per_byte > NEAR_STUDENT * student.bits_per_byte:
         return
-    both = (
-        f"is no better than its student on the first batch: {said.bits_per_byte:.2f} and {student.bits_per_byte:.2f} bits a byte"
-    )
+    bits = f"{loss.bits_per_byte:.2f} and {student.bits_per_byte:.2f} bits per byte"
+    both = f"is no better than its student on the first batch: {bits}"
     if facts.parameters is None:
-        yield f" {both}. Its losses are cached, so its size is not known here: a small teacher may be behind its student."
+        yield f" {both}. Its losses are cached, so its size is not known here: a small teacher may be worse than its student."
     elif facts.parameters >= (student_facts.parameters or 0):
         sizes = f" ({facts.parameters:,} parameters, its student {student_facts.parameters:,})"
-        yield f"{sizes} {both}. This can be right where the student was trained on such text."
+        yield f"{sizes} {both}. This can be correct if the student was trained on such text."
 
 
-def _names(heard: BatchTextLosses) -> list[str]:
-    return [name.replace("_", " ") for name in teacher_names(len(heard.teachers))]
+def _names(losses: BatchTextLosses) -> list[str]:
+    return [name.replace("_", " ") for name in teacher_names(len(losses.teachers))]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_vocagno.batch.loader import Batch
 from megatron_vocagno.batch.text_losses import BatchTextLosses
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Guidance, Run
 from megatron_vocagno.engine.checkpoint import CheckpointManager
 from megatron_vocagno.engine.collectives import ErrorCollector, all_reduce_max, run_on_all_ranks
 from megatron_vocagno.engine.engines import TrainEngine
@@ -33,39 +33,40 @@ from megatron_vocagno.training.stop_signal import StopSignal
 
 
 def start_training(run: Run, settings_path: Path, stop_signal: StopSignal, quiet: bool = False) -> None:
-    """Join the other processes, train, and leave run_on_all_ranks. quiet: see Monitor. Raises UserError."""
+    """Join the other processes, train, and leave them. quiet: see Monitor. Raises UserError."""
     processes = start()
-    # the first collective, here and in share_error
-    settings = run_on_all_ranks(lambda: _read_settings(settings_path, run, processes), RunError)
+    # the first collective, which share_error joins on other ranks
+    stages, device = run.parallel.pipeline_stages, processes.device
+    settings = run_on_all_ranks(lambda: _read_settings(settings_path, stages, device.type), RunError)
     require_same_on_all_ranks(facts_of_command(run, settings, processes.world))
     try:
         run = pin_models(run)
         train(run, settings, processes, stop_signal, quiet)
     except SharedError as error:
-        # only here: code that opens a model knows its path, and not the field that names it
+        # code that opens a model knows its path, but not the field of the run file that names it
         raise type(error)(with_fields(run, error), error.path) from error
     stop()
 
 
-def _read_settings(path: Path, run: Run, processes: Processes) -> DeepSpeedConfig:
-    settings = read_settings(path, run.parallel.pipeline_stages, processes.device.type)
+def _read_settings(path: Path, pipeline_stages: int, device: str) -> DeepSpeedConfig:
+    settings = read_settings(path, pipeline_stages, device)
     check_sections(path, settings)
     return settings
 
 
 def share_error(error: RunError) -> None:
-    """Join the other processes, so that an error of this one ends all of them."""
+    """Join the other processes, so that an error of this process ends all of them."""
     start()
-    watch = ErrorCollector(RunError)
-    watch.error = str(error)
-    watch.failure()
+    errors = ErrorCollector(RunError)
+    errors.error = str(error)
+    errors.failure()
 
 
 def with_fields(run: Run, error: UserError) -> str:
     """The error's message, after the fields of the run file that name the model or dataset that is missing."""
     if error.path is None:
         return str(error)
-    # of several teachers, all cached, none is read
+    # several teachers are all cached, and none of them is read
     named = {"student.pretrained": run.student.pretrained, "teacher.path": run.teacher[0].path if run.teacher else None}
     fields = [field for field, path in named.items() if path and str(path.expanduser()) == error.path]
     datasets = [("data.train", source.path) for source in run.data.train] + [("data.valid", run.data.valid)]
@@ -91,7 +92,7 @@ def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal
             state.evaluator.evaluate(0, monitor)
         while not (requested := all_reduce_max(stop_signal.requested, processes.device)) and position.step < steps:
             before, position = position, position.after(state.layout.rows)
-            numbers, text_losses = take_step(state, run, before.rows, first=before == state.position)
+            numbers, text_losses = take_step(state, run.guidance, before.rows, first=before == state.position)
             monitor.step(position.step, numbers | state.epochs(position.rows))
             if before == state.position:
                 state.first_batch.report(position.step, text_losses, monitor)
@@ -102,7 +103,7 @@ def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal
             if _due(position.step, run.eval.every, steps):
                 state.evaluator.evaluate(position.step, monitor)
             due = due or _due(position.step, run.checkpoint.every, steps)
-            # a checkpoint waits for a healthy step: those of a run that diverges would push out the good ones
+            # a checkpoint is postponed to the next healthy step: those of a diverging run would replace the good ones
             if due and broken is None:
                 monitor.print(f"checkpoint: {checkpoints.save(position)}")
                 saved, due = position.step, False
@@ -111,13 +112,13 @@ def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal
         monitor.log_exit(position.step, requested if position.step < steps else 0)
 
 
-def take_step(state: RunState, run: Run, first_row: int, first: bool) -> tuple[dict[str, float], BatchTextLosses]:
+def take_step(state: RunState, guidance: Guidance, first_row: int, first: bool) -> tuple[dict[str, float], BatchTextLosses]:
     """One optimizer step on the rows from `first_row` on. Collective over the world.
 
     first    whether it is the first step of this process
-    returns  its numbers, by the names of docs/monitoring.md; the losses of both models on the text of the step
+    returns  its metrics, named as in docs/monitoring.md; the losses of both models over the text of the step
     """
-    engine, guidance, processes = state.engine, run.guidance, state.processes
+    engine, processes = state.engine, state.processes
     clock = Clock(processes)
     # read
     micro_batches = state.batches.step(first_row)
@@ -125,20 +126,20 @@ def take_step(state: RunState, run: Run, first_row: int, first: bool) -> tuple[d
     # score
     clock.start_teacher()
     teacher_losses = _score(state.scorer, micro_batches, processes)
-    heard_losses = teacher_losses if state.scorer is not None and guidance.needs_teacher else None
+    measured_losses = teacher_losses if state.scorer is not None and guidance.needs_teacher else None
     if first and state.first_scorer is not None:
-        heard_losses = state.first_scorer.score(micro_batches)
-    sums_N = state.text_loss_meter.sums(micro_batches, heard_losses)
+        measured_losses = state.first_scorer.score(micro_batches)
+    sums_N = state.text_loss_meter.sums(micro_batches, measured_losses)
     # select, learn
     clock.start_student()
-    learning_rate = engine.learning_rate  # of this step: training moves it on
+    learning_rate = engine.learning_rate  # read before the step, which advances the schedule
     loss = engine.train(micro_batches, teacher_losses, counts)
     seconds = clock.stop()
-    stats, student_nats, sums_N = engine.objective.take_stats(sums_N)
+    stats, student_nats, sums_N = engine.objective.reduce_stats(sums_N)
     text_losses = named_text_losses(student_nats, sums_N)
     optimizer = Optimizer(learning_rate, engine.skipped_steps, engine.grad_norm)
     numbers = step_numbers(loss, stats, text_losses, counts, seconds, optimizer, guidance, state.scorer)
-    return numbers | engine.take_numbers(counts), text_losses
+    return numbers | engine.reduce_metrics(counts), text_losses
 
 
 def _score(scorer: Scorer | None, batches: Sequence[Batch], processes: Processes) -> list[Tensor]:
@@ -149,14 +150,14 @@ def _score(scorer: Scorer | None, batches: Sequence[Batch], processes: Processes
 
 
 def save_last(engine: TrainEngine, checkpoints: CheckpointManager, position: Position, saved: int, monitor: Monitor) -> None:
-    """Write a checkpoint where the run ends, even if its last step was not finite. Collective over the world.
+    """Write a checkpoint at the end of the run, even if its last step was not finite. Collective over the world.
 
-    Raises SharedError: the weights are not finite.
+    saved: the step of the newest checkpoint. Raises SharedError if the weights are not finite.
     """
     if not engine.has_finite_weights():
         raise SharedError(
-            f"after step {position.step} the student's weights are not finite, and no checkpoint was written of them; "
-            f"the newest is of step {saved}. Likely causes: a learning rate too high, or broken weights at the start."
+            f"after step {position.step} the student's weights are not finite, so no checkpoint was written. "
+            f"The newest one is from step {saved}. Likely causes: too high a learning rate, or broken initial weights."
         )
     monitor.print(f"checkpoint: {checkpoints.save(position)}")
 

@@ -1,11 +1,11 @@
-"""The models of a run, pinned: a Hub id with the commit that it meant when the run first started.
+"""Pin the models of a run: add to each Hub id the commit that it had when the run first started.
 
-OUTPUT/pins.json holds them, so a resumed run reads the same weights, though a branch may have moved since.
+OUTPUT/pins.json stores the commits, so that a resumed run reads the same weights even if a branch on the Hub has moved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_vocagno import hub
@@ -18,35 +18,28 @@ PINS = "pins.json"
 
 
 def pin_models(run: Run) -> Run:
-    """The same run with a commit in each Hub id that it will read: all ranks read those weights, whatever the Hub does meanwhile.
+    """The run with a commit in each Hub id whose weights it reads, so that all ranks read the same weights.
 
-    The first rank asks; no weights are read. A cached teacher is not read at all. Collective over the world; raises SharedError.
+    The first rank resolves the ids, and reads no weights. The path of a cached teacher is not pinned, because its weights are not
+    read. Collective over the world. Raises SharedError.
     """
-    pins = run_on_rank0(lambda: _pins(run), ModelError, OSError)
+    pins = run_on_rank0(lambda: _pins(list(run.weights.values()), run.output / PINS), ModelError, OSError)
 
     def commit(path: Path | None) -> Path | None:
         return path if path is None else pins.get(path, path)
 
-    # each rank's own run otherwise: what one of them cannot read is told later
+    # every other field stays the one of this rank: later checks report what differs between ranks
     student = run.student.model_copy(update={"pretrained": commit(run.student.pretrained)})
     teachers = tuple(teacher.model_copy(update={"path": commit(teacher.path)}) for teacher in run.teacher)
     return run.model_copy(update={"student": student, "teacher": teachers})
 
 
-def from_the_hub(run: Run) -> Iterator[str]:
-    """A line for each model of a pinned run that came from the Hub: its commit, and where it lies."""
-    for name in _read(run):
+def hub_notes(paths: Iterable[Path]) -> Iterator[str]:
+    """A line for each pinned model from the Hub: its commit, and its folder in the cache."""
+    for name in paths:
         if hub.is_id(name):
             yield f"from the Hub: {name}, in {cached_snapshot(name)}"
 
 
-def _pins(run: Run) -> dict[Path, Path]:
-    names = _read(run)
-    return dict(zip(names, pinned(names, run.output / PINS), strict=True))
-
-
-def _read(run: Run) -> list[Path]:
-    """What a run reads weights from."""
-    asked = run.teacher if run.guidance.needs_teacher else ()
-    paths = [run.student.pretrained, *(teacher.path for teacher in asked if teacher.placement != "cached")]
-    return [path for path in paths if path is not None]
+def _pins(names: list[Path], file: Path) -> dict[Path, Path]:
+    return dict(zip(names, pinned(names, file), strict=True))

@@ -1,10 +1,10 @@
-"""What a run wrote of its sample rows: token by token, at every evaluation, both losses and what would be kept.
+"""The files of the sample rows: for each token, at every evaluation, both losses and whether the token would be kept.
 
-    OUTPUT/samples/rows.safetensors            written once: which tokens they are
-    OUTPUT/samples/step-00000060.safetensors   one an evaluation, that before the first step included
+    OUTPUT/samples/rows.safetensors            the tokens; written once
+    OUTPUT/samples/step-00000060.safetensors   their losses; one file per evaluation, also for the one before the first step
 
-Both are safetensors files; each tensor, and what stands in their metadata, is a field of `SampleRows` and `SampleStep` by the
-same name. R rows of S student positions, and of U positions of the teacher at most.
+The tensors and the metadata of both files are the fields of `SampleRows` and `SampleStep`. There are R rows with S student
+positions and at most U teacher positions.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
 VERSION = "1"
-"""Of both files, in their metadata."""
+"""Version of both file formats, in their metadata."""
 WIDEST = 4
-"""Spans of so many teacher tokens and more are told together."""
+"""Spans of this many or more teacher tokens are one group in the summary."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +38,55 @@ class SampleRows:
     """The first rows of `data.valid`, in file order."""
 
     target_RS: Int32
-    """Student ids; -100 where there is no token."""
+    """Student ids of the targets; -100 at positions without a token."""
     document_RS: Int32
     token_RS: Int32
-    """Where a target stands: the number of its document, and its place there; -1 where there is no token."""
+    """Number of the target's document, and index of the token in it; -1 at positions without a token."""
     first_RS: Int32
     last_RS: Int32
-    """Which positions of `teacher_RU` cover it, half-open."""
+    """Range of `teacher_RU` that covers the target, half-open."""
     mapping_RS: UInt8
-    """A `batch.pack.Mapping`."""
+    """A `batch.pack.MappingStatus`."""
     teacher_RU: Int32
-    """The teacher's ids of the row's text; -1 where there is no token."""
+    """Teacher ids of the row's text; -1 at positions without a token."""
     dataset: str
     """The path of `data.valid`."""
     fingerprint: str
-    """Of that dataset."""
+    """Fingerprint of `data.valid`."""
 
     def __len__(self) -> int:
         return len(self.target_RS)
 
     @property
     def valid_RS(self) -> NDArray[np.bool_]:
-        """Where there is a token."""
+        """Whether a position has a token."""
         valid: NDArray[np.bool_] = self.document_RS >= 0
         return valid
 
     @property
     def mapped_RS(self) -> NDArray[np.bool_]:
-        """Where the alignment gives a token something that covers it."""
+        """Whether a position has a token that teacher tokens cover."""
         mapped: NDArray[np.bool_] = self.valid_RS & (self.mapping_RS == MappingStatus.MAPPED)
         return mapped
 
 
 @dataclass(frozen=True)
 class SampleStep:
-    """What the student knew of the rows after a step, and what would have been kept of them."""
+    """The student's losses on the sample rows after a step, and the tokens that the run's rule would keep."""
 
     step: int
     student_loss_RS: Float32
-    """Nats; NaN where there is no token."""
+    """Nats; NaN at positions without a token."""
     guide_RS: Float32
-    """Nats; NaN where a token is unmapped, everywhere where no teacher guides."""
+    """Nats; NaN at unmapped tokens, and everywhere if the objective has no guide."""
     weight_RS: Float32
-    """What the run's rule would keep if the rows were one micro-batch (`sequence`: each row); 0 where there is no token."""
+    """1 for tokens that would be kept if the rows were one micro-batch (scope `sequence`: per row), else 0."""
     guidance: Guidance
-    """The rule."""
+    """The rule of the run."""
 
     @property
     def excess_RS(self) -> Float32:
-        """Nats; NaN where there is no guide."""
+        """Nats; NaN at tokens without a guide."""
         excess: Float32 = self.student_loss_RS - self.guide_RS
         return excess
 
@@ -112,7 +112,7 @@ def write_step(output: Path, step: SampleStep) -> None:
 
 
 def read_rows(output: Path) -> SampleRows:
-    """Raises RunError: the run wrote none, or a file that is broken or of another release."""
+    """Raises RunError if the file is missing or damaged, or if another release wrote it."""
     named = ("target", "document", "token", "first", "last", "mapping", "teacher")
     tensors, metadata = _read(output / FOLDER / ROWS_FILE, named, ("dataset", "fingerprint"))
     return SampleRows(
@@ -129,30 +129,30 @@ def read_rows(output: Path) -> SampleRows:
 
 
 def read_steps(output: Path) -> list[SampleStep]:
-    """All evaluations, in their order. Raises RunError for a file that is broken or of another release."""
+    """All evaluations, by step. Raises RunError if a file is damaged, or if another release wrote it."""
     steps = []
     for step, path in step_files(output):
         tensors, metadata = _read(path, ("student_loss", "guide", "weight"), ("guidance",))
         try:
-            # a rule may have had a field that is gone; what the others mean is the same
+            # an older rule may have a field that was removed since; the other fields still have the same meaning
             rule = Guidance.model_validate_json(metadata["guidance"], extra="ignore")
         except ValidationError as error:
             first = error.errors()[0]
-            what = f"guidance.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise RunError(f"{path} holds a rule that this release does not know: {what}") from None
+            field = f"guidance.{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise RunError(f"{path} contains a rule that this release does not know: {field}") from None
         steps.append(SampleStep(step, tensors["student_loss"], tensors["guide"], tensors["weight"], rule))
     return steps
 
 
 def step_files(output: Path) -> Iterator[tuple[int, Path]]:
-    """Steps with their files, in order."""
+    """The steps with a file, and the files, by step."""
     names = {path: re.fullmatch(r"step-([0-9]+)", path.stem) for path in (output / FOLDER).glob("step-*.safetensors")}
     steps = {int(found[1]): path for path, found in names.items() if found and path.name == _name(int(found[1]))}
     yield from sorted(steps.items())
 
 
 def difference(one: SampleRows, other: SampleRows) -> str | None:
-    """What keeps the steps of two runs from being compared, in words; None where the rows are the same."""
+    """The first difference between the rows of two runs, as text. None if there is none, and their steps can be compared."""
     if one.fingerprint != other.fingerprint:
         return "the dataset (data.valid)"
     if len(one) != len(other):
@@ -171,11 +171,11 @@ def difference(one: SampleRows, other: SampleRows) -> str | None:
 
 
 def _cover(rows: SampleRows) -> Int32:
-    """[3, R, S] how many teacher tokens cover a mapped one, and the first and the last of them.
+    """[3, R, S] the number of teacher tokens that cover a token, and the ids of the first and the last of them.
 
-    Not where they stand in the row: where losses are cached, its teacher tokens may begin one earlier.
+    Ids are compared instead of positions, because with cached losses the teacher tokens of a row may begin one position earlier.
     """
-    # a row may have no teacher token
+    # for rows without a teacher token
     padded_RU = np.pad(rows.teacher_RU, ((0, 0), (0, 1)), constant_values=-1)
     places = (np.where(rows.mapped_RS, place_RS, -1) for place_RS in (rows.first_RS, rows.last_RS - 1))
     ends = [np.take_along_axis(padded_RU, place_RS, axis=1) for place_RS in places]
@@ -183,9 +183,10 @@ def _cover(rows: SampleRows) -> Int32:
 
 
 def summary(rows: SampleRows, step: SampleStep) -> dict[str, float]:
-    """Shares kept of the mapped tokens, of all and by how many teacher tokens cover one, and mean student losses in nats.
+    """Metrics of an evaluation: the kept share of the mapped tokens, also by the number of covering teacher tokens, and mean
+    student losses in nats.
 
-    What is of no token is absent.
+    A metric over no tokens is left out.
     """
     mapped_RS, kept_RS = rows.mapped_RS, step.weight_RS > 0
     width_RS = np.minimum(rows.last_RS - rows.first_RS, WIDEST)
@@ -200,9 +201,9 @@ def summary(rows: SampleRows, step: SampleStep) -> dict[str, float]:
 
 
 def distributions(rows: SampleRows, step: SampleStep) -> dict[str, Float32]:
-    """Of the mapped tokens: the student's losses, and where a teacher guides, guides and excesses. Finite nats alone."""
-    of = {"student_loss": step.student_loss_RS, "guide": step.guide_RS, "excess": step.excess_RS}
-    values = {f"samples/{name}": values_RS[rows.mapped_RS & np.isfinite(values_RS)] for name, values_RS in of.items()}
+    """The finite values at mapped tokens, in nats: the student's losses, and with a guide also guides and excesses."""
+    all_values = {"student_loss": step.student_loss_RS, "guide": step.guide_RS, "excess": step.excess_RS}
+    values = {f"samples/{name}": values_RS[rows.mapped_RS & np.isfinite(values_RS)] for name, values_RS in all_values.items()}
     return {name: finite for name, finite in values.items() if len(finite)}
 
 
@@ -211,7 +212,7 @@ def _name(step: int) -> str:
 
 
 def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str]) -> None:
-    """Whole or not at all."""
+    """Write a file atomically. Raises OSError."""
     make_folder(path.parent)
     contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     remove_leftovers(path)
@@ -219,17 +220,17 @@ def _write(path: Path, tensors: dict[str, NDArray[Any]], metadata: dict[str, str
 
 
 def _read(path: Path, names: Collection[str], keys: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """Tensors of these names, and metadata of these keys."""
+    """All tensors and metadata of a file. Raises RunError if one of `names` or `keys` is missing."""
     if not path.is_file():
-        raise RunError(f"{path} is missing: a run writes it with logging.samples = R, for so many rows")
+        raise RunError(f"{path} is missing: a run writes it if logging.samples is set")
     try:
         with safe_open(path, framework="numpy") as file:
             tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
-        raise RunError(f"{path} is no file that a run wrote: {error}") from None
+        raise RunError(f"{path} is not a sample file of a run: {error}") from None
     if (version := metadata.get("version")) != VERSION:
         has = f"version {version}" if version else "no version"
-        raise RunError(f"{path} has {has}, this release reads {VERSION}: read it with the release that wrote it")
+        raise RunError(f"{path} has {has}, this release reads version {VERSION}: read it with the release that wrote it")
     if missing := [*(set(names) - set(tensors)), *(set(keys) - set(metadata))]:
-        raise RunError(f"{path} is no file that a run wrote: it has no {', '.join(sorted(missing))}")
+        raise RunError(f"{path} is not a sample file of a run: missing {', '.join(sorted(missing))}")
     return tensors, metadata

@@ -1,9 +1,9 @@
-"""What a run opens before its first step: data, models, engine, and where it goes on."""
+"""Set up a run before its first step: data, models, engine, and the position from which it continues."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,16 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.blend import BlendedRows, Mixture
+from megatron_vocagno.batch.front import Front
 from megatron_vocagno.batch.loader import Batches, Layout
-from megatron_vocagno.config import Run, Source
+from megatron_vocagno.config import Parallel, Run, Source, Student
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.identity import not_compared
 from megatron_vocagno.engine.build import build_engine, check_precision
-from megatron_vocagno.engine.cached import is_cached, training_rows
-from megatron_vocagno.engine.checkpoint import CheckpointManager
+from megatron_vocagno.engine.cached import TeacherSources
+from megatron_vocagno.engine.checkpoint import CheckpointManager, StoredFiles, engine_layout
 from megatron_vocagno.engine.collectives import run_on_all_ranks
-from megatron_vocagno.engine.distilling import open_distiller
+from megatron_vocagno.engine.distilling import check_vocabularies, make_distiller
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import Position
 from megatron_vocagno.engine.pipeline import check_stages
@@ -35,13 +36,13 @@ from megatron_vocagno.model.configuration import check_row_length, student_confi
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.training.consistency import facts_of_files, require_same_on_all_ranks
-from megatron_vocagno.training.evaluation import Evaluator
-from megatron_vocagno.training.first_batch import Facts, FirstBatch, teacher_facts
-from megatron_vocagno.training.fronts import open_fronts, reading
+from megatron_vocagno.training.evaluation import Evaluator, HeldOut
+from megatron_vocagno.training.first_batch import FirstBatch, ModelFacts, teacher_facts
+from megatron_vocagno.training.fronts import describe_fronts, student_front, teacher_front
 from megatron_vocagno.training.monitor import Monitor
-from megatron_vocagno.training.pins import from_the_hub
+from megatron_vocagno.training.pins import hub_notes
 from megatron_vocagno.training.run_lock import RunLock, check_output
-from megatron_vocagno.training.samples import open_samples
+from megatron_vocagno.training.samples import Samples
 from megatron_vocagno.training.stop_signal import StopSignal, reason
 
 
@@ -50,20 +51,20 @@ class RunState:
     """A run that is ready for its next step. It holds the lock of its output folder."""
 
     paths: Sequence[Path]
-    """Of the training datasets, as the run file names them."""
+    """Paths of the training datasets, as in the run file."""
     rows: BlendedRows
     layout: Layout
     steps: int
-    """The last one."""
+    """Number of the last step."""
     position: Position
-    """After the newest whole checkpoint, or at the start."""
+    """Position of the newest complete checkpoint, or of a start."""
     engine: TrainEngine
     processes: Processes
     batches: Batches
     scorer: Scorer | None
-    """None if no teacher is read."""
+    """Scores every step. None if the objective trains on every token."""
     first_scorer: Scorer | None
-    """For the first step only, if the teacher gives distributions and no losses."""
+    """Scores the first step only, for objectives that read the teacher's distributions instead of its losses."""
     text_loss_meter: TextLossMeter
     first_batch: FirstBatch
     evaluator: Evaluator
@@ -72,53 +73,62 @@ class RunState:
     monitor: Monitor
 
     def epochs(self, rows_done: int) -> dict[str, float]:
-        """How often each dataset has been read, after so many rows of the blend."""
+        """Metrics: how often each dataset has been read after `rows_done` rows of the blend."""
         epochs = zip(self.paths, self.rows.epochs(rows_done), strict=True)
         return {f"data/epochs/{path}": n for path, n in epochs}
 
 
 def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal: StopSignal, quiet: bool) -> RunState | None:
-    """Open everything that a run needs, and print its first lines. Collective over the world. Raises UserError.
+    """Set up a run, and print its first lines. Collective over the world. Raises UserError.
 
-    None if the run was asked to stop while it waited for its output folder.
+    None if a stop was requested while the run waited for its output folder.
     """
     layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
-    datasets, valid, config, weights = run_on_all_ranks(lambda: _open(run, settings, processes), UserError)
-    require_same_on_all_ranks(run_on_all_ranks(lambda: facts_of_files(run, datasets, valid, config), UserError, OSError))
+    files = run_on_all_ranks(lambda: _open_files(run, settings, processes), UserError)
+    datasets, valid, config = files.datasets, files.valid, files.config
+    data = datasets[0]  # all datasets have the same tokenizers
+    opened = [*datasets, *([valid] if valid is not None else [])]
+    facts = run_on_all_ranks(lambda: facts_of_files(opened, run.cached_teachers, config, run.weights), UserError, OSError)
+    require_same_on_all_ranks(facts)
     lock = RunLock(run.output)
-    if not _take(lock, processes, stop_signal):
+    if not _acquire(lock, processes, stop_signal):
         return None
-    data = datasets[0]  # for what they have in common
-    teacher = load_teacher(run, data, processes)
-    longest = teacher.max_positions if teacher else None
-    fronts = run_on_all_ranks(lambda: open_fronts(run, data, config, teacher.vocab_size if teacher else None), UserError)
-    read = list(reading(run, data, fronts))
-    require_same_on_all_ranks({"tokenizers": "; ".join(read)})
+    teacher = load_teacher(run.loaded_teacher, data, processes)
+    by_document, vocab_size = run.data.by_document, teacher.vocab_size if teacher else 0
+    front = run_on_all_ranks(lambda: student_front(run.student, data, config.vocab_size, by_document), UserError)
+    front_of_teacher = run_on_all_ranks(lambda: teacher_front(run.loaded_teacher, data, vocab_size, by_document), UserError)
+    front_lines = list(describe_fronts(data, front, front_of_teacher if teacher else None, run.cached))
+    require_same_on_all_ranks({"tokenizers": "; ".join(front_lines)})
+    limit = teacher.max_positions if teacher else None
+    sources = TeacherSources(run.guidance, run.training.seed, run.cached_teachers, limit, front_of_teacher)
+    row_length, count = run.data.row_length, run.logging.samples
+    parts = run_on_all_ranks(lambda: sources.training_rows(datasets, row_length, front), UserError)
     mixture = Mixture([source.weight for source in run.data.train])
-    rows = BlendedRows(run_on_all_ranks(lambda: training_rows(run, datasets, longest, fronts), UserError), mixture)
-    samples = run_on_all_ranks(lambda: open_samples(run, datasets, valid, longest, fronts), UserError)
+    rows = BlendedRows(parts, mixture)
+    samples = None
+    if count is not None and valid is not None:
+        samples = run_on_all_ranks(lambda: Samples(count, row_length, datasets, valid, sources, front), UserError)
     steps = run.training.steps or math.ceil((run.training.tokens or 0) / (layout.rows * rows.tokens_per_row))
 
     monitor = Monitor(run.output if processes.is_first else None, run.logging.every, steps, quiet)
-    distiller = open_distiller(teacher, run, data, config.vocab_size, processes.device)
-    engine = build_engine(run, settings, config, weights, layout, steps, processes, distiller)
-    scorer = make_scorer(teacher, run, engine, processes)
-    text_loss_meter = TextLossMeter(data.student_byte_lengths, data.teacher_byte_lengths, engine.speaks, processes.device)
-    student = Facts(data.student_tokenizer.vocab_size, parameters(config), trained=weights is not None)
-    first_batch = FirstBatch(student, teacher_facts(run, data, teacher.parameters_count if teacher else None))
-    evaluator = Evaluator(engine, run, valid, samples, scorer, processes, stop_signal, fronts[0])
-    fingerprint = mixture.fingerprint([ds.fingerprint for ds in datasets])
-    checkpoints = CheckpointManager(engine, run, config, settings, fingerprint, data.student_tokenizer.path, fronts[0])
+    device = processes.device
+    distiller = make_distiller(teacher, run.loaded_teacher, run.guidance, data, config.vocab_size, by_document, device)
+    engine = build_engine(run, settings, config, files.weights, layout, steps, processes, distiller)
+    scorer = make_scorer(teacher, run.loaded_teacher, engine, device)
+    held_out = HeldOut(valid, row_length, run.eval.rows, front) if valid is not None else None
+    stored = StoredFiles(run.model_dump_json(indent=2), config, data.student_tokenizer.path, run.student.pretrained)
+    start = _start(mixture.fingerprint([ds.fingerprint for ds in datasets]), row_length, run.training.seed, front)
+    stages = run.parallel.pipeline_stages
+    checkpoints = CheckpointManager(engine, run.output, run.checkpoint, stored, start, engine_layout(settings, stages, config))
     position = checkpoints.resume(monitor.print)
     if samples is not None:
-        samples.begin(position.step, monitor.print)
-    lines = [_opening(run, layout, steps, position), *notes(settings), *run.notes(), *run.training.schedule.notes(steps)]
-    lines += _not_compared(run, data)
-    for line in (*lines, *read, *from_the_hub(run), *_sources(datasets, rows, layout)):
+        samples.prepare(run.output, position.step, monitor.print)
+    lines = [_first_line(run, layout, steps, position), *notes(settings), *run.notes(), *run.training.schedule.notes(steps)]
+    lines += _not_compared(run.weights, data)
+    for line in (*lines, *front_lines, *hub_notes(run.weights.values()), *_describe_sources(datasets, rows, layout)):
         monitor.print(line)
-    paths = [source.path for source in run.data.train]
     return RunState(
-        paths=paths,
+        paths=[source.path for source in run.data.train],
         rows=rows,
         layout=layout,
         steps=steps,
@@ -127,88 +137,113 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
         processes=processes,
         batches=Batches(rows, layout, engine.data_rank),
         scorer=scorer,
-        first_scorer=make_first_scorer(teacher, run, engine, processes),
-        text_loss_meter=text_loss_meter,
-        first_batch=first_batch,
-        evaluator=evaluator,
+        first_scorer=make_first_scorer(teacher, run.loaded_teacher, engine, device),
+        text_loss_meter=TextLossMeter(data.student_byte_lengths, data.teacher_byte_lengths, engine.counts_rows, device),
+        first_batch=_first_batch(run, data, config, teacher.parameters_count if teacher else None),
+        evaluator=Evaluator(engine, held_out, samples, scorer, processes, stop_signal),
         checkpoints=checkpoints,
         lock=lock,
         monitor=monitor,
     )
 
 
-def _take(lock: RunLock, processes: Processes, stop_signal: StopSignal) -> bool:
-    """Whether the output folder is this run's now: before the minutes in which a teacher is read."""
+def _acquire(lock: RunLock, processes: Processes, stop_signal: StopSignal) -> bool:
+    """Acquire the lock of the output folder, before a teacher is read. False if a stop was requested meanwhile."""
 
-    def say(text: str) -> None:
+    def report(text: str) -> None:
         if processes.is_first:
             print(text, flush=True)
 
-    if requested := lock.acquire(say, lambda: stop_signal.requested):
-        say(f"stopped while it waited for {lock.output}: {reason(requested)}; nothing was begun")
+    if requested := lock.acquire(report, lambda: stop_signal.requested):
+        report(f"stopped while it waited for {lock.output}: {reason(requested)}; nothing was written")
     return not requested
 
 
-def _open(
-    run: Run, settings: DeepSpeedConfig, processes: Processes
-) -> tuple[list[AlignedDataset], AlignedDataset | None, PretrainedConfig, PretrainedWeights | None]:
-    """Training data, validation data and the student's files; nothing here waits for another rank.
+@dataclass(frozen=True)
+class _Files:
+    datasets: list[AlignedDataset]
+    """Datasets of `data.train`."""
+    valid: AlignedDataset | None
+    config: PretrainedConfig
+    """Configuration of the student."""
+    weights: PretrainedWeights | None
+    """Weights of a pretrained student."""
 
-    What can be refused is refused here, before the minutes in which a teacher is read.
+
+def _open_files(run: Run, settings: DeepSpeedConfig, processes: Processes) -> _Files:
+    """Open the datasets and the student's files, and check them. Not collective.
+
+    All checks that need no teacher's weights are here, because reading a teacher takes minutes. Raises UserError.
     """
     check_precision(settings, processes.device)
     datasets = open_data(run.data.train)
-    check_teacher(run, datasets[0])
-    valid = _open_valid(run, datasets[0])
-    config, weights = _open_student(run, datasets[0], settings, processes)
+    check_vocabularies(run.guidance, datasets[0])
+    check_teacher(run.loaded_teacher, datasets[0])
+    valid = _open_valid(run.data.valid, datasets[0])
+    config, weights = _open_student(run.student, run.parallel, run.data.row_length, datasets[0])
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
+    config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
     check_output(run.output)
-    return datasets, valid, config, weights
+    return _Files(datasets, valid, config, weights)
 
 
 def open_data(sources: Sequence[Source]) -> list[AlignedDataset]:
-    """The datasets of a blend. Raises DatasetError, or RunError for one that is named twice."""
+    """The datasets of a blend. Raises DatasetError, or RunError if a dataset is named twice."""
     datasets = [AlignedDataset.open(source.path) for source in sources]
     for i, data in enumerate(datasets):
         data.require_tokenizers_of(datasets[0])
         for other in datasets[:i]:
             if data.fingerprint == other.fingerprint:
-                raise RunError(f"{data.path} and {other.path} in data.train are one dataset: name it once, with both weights")
+                raise RunError(
+                    f"{data.path} and {other.path} in data.train are the same dataset: use one, with the sum of weights"
+                )
     return datasets
 
 
-def _open_valid(run: Run, data: AlignedDataset) -> AlignedDataset | None:
-    if run.data.valid is None:
+def _open_valid(path: Path | None, data: AlignedDataset) -> AlignedDataset | None:
+    if path is None:
         return None
-    valid = AlignedDataset.open(run.data.valid)
+    valid = AlignedDataset.open(path)
     valid.require_tokenizers_of(data)
     return valid
 
 
 def _open_student(
-    run: Run, data: AlignedDataset, settings: DeepSpeedConfig, processes: Processes
+    student: Student, parallel: Parallel, row_length: int, data: AlignedDataset
 ) -> tuple[PretrainedConfig, PretrainedWeights | None]:
-    weights = PretrainedWeights(run.student.pretrained) if run.student.pretrained is not None else None
-    source = weights.folder if weights is not None else run.student.config
+    weights = PretrainedWeights(student.pretrained) if student.pretrained is not None else None
+    source = weights.folder if weights is not None else student.config
     assert source is not None
     config = student_config(source, data.student_tokenizer.vocab_size, data.student_tokenizer.rows)
     if weights is not None:
         data.require_tokenizer("student", weights.folder)
-    check_row_length(config, run.data.row_length)
-    check_stages(run.parallel, config.num_hidden_layers)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
-    config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
+    check_row_length(config, row_length)
+    check_stages(parallel, config.num_hidden_layers)
     return config, weights
 
 
-def _not_compared(run: Run, data: AlignedDataset) -> Iterator[str]:
-    """A line for each model that has no tokenizer of its own: whether the data suit it was not checked."""
-    in_memory = run.guidance.needs_teacher and not is_cached(run)
-    for side, path in (("student", run.student.pretrained), ("teacher", run.teacher[0].path if in_memory else None)):
-        if path is not None and (note := not_compared(data.path, side, teacher_folder(path))) is not None:
+def _start(dataset: str, row_length: int, seed: int, front: Front) -> Position:
+    """The position of a run before its first step. dataset: fingerprint of the training data. front: prefix of the student."""
+    bos = " ".join(map(str, front.ids)) or "none"
+    return Position(step=0, rows=0, dataset=dataset, row_length=row_length, seed=seed, bos=bos)
+
+
+def _first_batch(run: Run, data: AlignedDataset, config: PretrainedConfig, teacher_parameters: int | None) -> FirstBatch:
+    vocab_size, trained = data.student_tokenizer.vocab_size, run.student.pretrained is not None
+    student = ModelFacts(vocab_size, parameters(config), trained)
+    teachers = teacher_facts(data, run.cached_teachers[1:], teacher_parameters) if run.guidance.needs_teacher else []
+    return FirstBatch(student, teachers)
+
+
+def _not_compared(weights: Mapping[str, Path], data: AlignedDataset) -> Iterator[str]:
+    """A note for each model without a tokenizer, because it cannot be compared with the dataset. weights: see Run.weights."""
+    for field, path in weights.items():
+        model, _, _ = field.partition(".")
+        if (note := not_compared(data.path, model, teacher_folder(path))) is not None:
             yield f"note: {note}"
 
 
-def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:
+def _first_line(run: Run, layout: Layout, steps: int, position: Position) -> str:
     start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
     return (
         f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
@@ -217,10 +252,10 @@ def _opening(run: Run, layout: Layout, steps: int, position: Position) -> str:
     )
 
 
-def _sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
-    """A line for each dataset: its share of the rows."""
+def _describe_sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
+    """A line per dataset: its share of the rows and the size of its epoch."""
     for data, part, share in zip(datasets, rows.parts, rows.mixture.shares, strict=True):
-        epoch = f"{len(data)} documents make {part.rows_in_epoch} rows an epoch"
+        epoch = f"{len(data)} documents make {part.rows_in_epoch} rows per epoch"
         yield f"{float(100 * share):.3g} % of the rows from {data.path}: {epoch}"
         if part.rows_in_epoch < layout.rows * share:
-            yield f"note: a step reads {float(layout.rows * share):.0f} of its rows: every step repeats its text"
+            yield f"note: a step reads {float(layout.rows * share):.0f} of its rows, so every step repeats its text"

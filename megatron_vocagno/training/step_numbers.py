@@ -1,4 +1,4 @@
-"""The numbers that a run records for a step. docs/monitoring.md explains each."""
+"""The metrics that a run records for a step. docs/monitoring.md explains each."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def step_numbers(
     guidance: Guidance,
     scorer: Scorer | None,
 ) -> dict[str, float]:
-    """The numbers of a step by their names.
+    """The metrics of a step, by name.
 
     loss    mean loss of the selected tokens, nats
     stats   sums over all ranks, in the order of objective.statistics.STATS
-    scorer  None if no teacher is read
+    scorer  None if no teacher scores the steps
     """
     means = summarize(stats)
     numbers = {
@@ -73,8 +73,8 @@ def step_numbers(
         for reason in pack.MappingStatus:
             if reason != pack.MappingStatus.MAPPED:
                 numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
-        lost = counts.mapping[pack.MappingStatus.MAPPED] - stats[STATS.index("mapped")].item()
-        numbers["guidance/unmapped_nan"] = lost / counts.targets
+        without_guide = counts.mapping[pack.MappingStatus.MAPPED] - stats[STATS.index("mapped")].item()
+        numbers["guidance/unmapped_nan"] = without_guide / counts.targets
     if scorer is not None and guidance.needs_teacher:
         numbers |= {
             "teacher/seconds": seconds.teacher,
@@ -87,10 +87,10 @@ def step_numbers(
 
 
 def _text_numbers(text_losses: BatchTextLosses, scorer: Scorer | None) -> dict[str, float]:
-    """The losses of both models on text."""
+    """The losses of both models over text."""
     student, teachers = text_losses
     numbers = {"loss/bits_per_byte": student.bits_per_byte} if student.text_bytes else {}
-    # without a scorer a teacher is scored in the first step only, which makes no curve
+    # without a scorer for every step, the teacher's losses are only known for the first step
     for name, teacher in zip(teacher_names(len(teachers)), teachers, strict=True) if scorer is not None else ():
         if teacher.text_bytes:
             numbers |= {f"loss/{name}_all_tokens": teacher.per_token, f"loss/{name}_bits_per_byte": teacher.bits_per_byte}
@@ -98,7 +98,7 @@ def _text_numbers(text_losses: BatchTextLosses, scorer: Scorer | None) -> dict[s
 
 
 class Clock:
-    """Wall time of a step: reading, the teacher, the student."""
+    """Measures the wall time of a step: in total, in the teacher and in the student."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes

@@ -1,7 +1,7 @@
-"""A run's TensorBoard: its curves, a first page that tells the story, and what the run was asked to do.
+"""The TensorBoard files of a run: its curves, a page that groups the important ones, and its configuration.
 
-The page is the tab "Custom Scalars": charts in the order of the questions that a person has. docs/monitoring.md explains the
-curves.
+The page is the tab "Custom Scalars". Its charts answer questions about the run, in the order in which a user has them.
+docs/monitoring.md explains the curves.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_vocagno.batch.pack import MappingStatus as Reason
 from megatron_vocagno.batch.text_losses import teacher_names
-from megatron_vocagno.config import Run
+from megatron_vocagno.config import Guidance, Run
 
 Charts = dict[str, list[str]]
-"""Titles, with units, and the names of the curves that share a chart."""
+"""The names of the curves of each chart, by its title (with units)."""
 
 
 class TensorBoardWriter:
     """The event files of a run, open for writing."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """first_step: steps already done; TensorBoard forgets what earlier files have of later ones."""
+        """first_step: steps already done. TensorBoard hides the values that earlier files contain for later steps."""
         self._first_step = first_step
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
     def log_config(self, run: Run, settings: Mapping[str, Any]) -> None:
-        """The first page, and as text the run and the DeepSpeed configuration, both as resolved."""
-        named = {
-            question: {title: ["Multiline", names] for title, names in charts.items()} for question, charts in layout(run).items()
+        """Write the page, and as text the resolved run and DeepSpeed configuration."""
+        page = layout(run.guidance, len(run.teacher), run.data.valid is not None)
+        multiline = {
+            question: {title: ["Multiline", names] for title, names in charts.items()} for question, charts in page.items()
         }
-        self._writer.add_custom_scalars(named)
+        self._writer.add_custom_scalars(multiline)
         for title, content in (("run", run.model_dump(mode="json")), ("deepspeed_config", settings)):
             text = orjson.dumps(content, option=orjson.OPT_INDENT_2).decode()
             self._writer.add_text(f"configuration/{title}", f"```json\n{text}\n```", self._first_step)
@@ -55,12 +56,15 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def layout(run: Run) -> dict[str, Charts]:
-    """The first page: questions, and the charts that answer them. It names what a run of this kind has, and no more."""
-    page: dict[str, Charts] = {"1. Is it learning?": _learning(run)}
-    if run.guidance.selects:
-        page["2. Does guidance do what it should?"] = _guidance(run)
-    page["3. What does it cost?"] = _cost(run)
+def layout(guidance: Guidance, teachers: int, held_out: bool) -> dict[str, Charts]:
+    """The page: questions, and the charts that answer them. Contains only curves that a run of this kind writes.
+
+    teachers: number of teachers in the run file. held_out: whether the run has held-out text.
+    """
+    page: dict[str, Charts] = {"1. Is it learning?": _learning(guidance, teachers, held_out)}
+    if guidance.selects:
+        page["2. Does guidance do what it should?"] = _guidance(guidance)
+    page["3. What does it cost?"] = _cost(guidance)
     page["4. Is it healthy?"] = {
         "gradient norm, before clipping": ["optimizer/grad_norm"],
         "learning rate": ["optimizer/learning_rate"],
@@ -69,32 +73,32 @@ def layout(run: Run) -> dict[str, Charts]:
     return page
 
 
-def _learning(run: Run) -> Charts:
-    names = teacher_names(len(run.teacher)) if run.guidance.objective == "guided" else []
-    teachers, beside = [f"loss/{name}_all_tokens" for name in names], ", teacher" if names else ""
+def _learning(guidance: Guidance, teachers: int, held_out: bool) -> Charts:
+    names = teacher_names(teachers) if guidance.objective == "guided" else []
+    teacher_curves, suffix = [f"loss/{name}_all_tokens" for name in names], ", teacher" if names else ""
     charts = {
-        f"training loss (nats): learned, all tokens{beside}": ["loss/train", "loss/all_tokens", *teachers],
-        f"training text (bits per byte): student{beside}": [
+        f"training loss (nats): learned, all tokens{suffix}": ["loss/train", "loss/all_tokens", *teacher_curves],
+        f"training text (bits per byte): student{suffix}": [
             "loss/bits_per_byte",
             *(f"loss/{name}_bits_per_byte" for name in names),
         ],
     }
-    if run.data.valid is not None:
+    if held_out:
         charts["held-out text (bits per byte)"] = ["eval/bits_per_byte"]
-    if run.guidance.distance:
+    if guidance.distance:
         charts["distance from the teacher"] = ["distance/mean"]
         charts["targets whose distance is taken (share)"] = ["distance/share_compared"]
     return charts
 
 
-def _guidance(run: Run) -> Charts:
+def _guidance(guidance: Guidance) -> Charts:
     student = [f"guidance/student_loss_{group}" for group in ("kept", "dropped")]
     reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in Reason if reason != Reason.MAPPED]
     charts = {
         "share of mapped tokens kept": ["guidance/share_kept"],
         "share of tokens unmapped, by reason": ["guidance/share_unmapped", *reasons, "guidance/unmapped_nan"],
     }
-    if not run.guidance.needs_teacher:
+    if not guidance.needs_teacher:
         return {"student's loss (nats): kept, dropped": student, **charts}
     return {
         "loss (nats): student and guide, kept and dropped": [*student, "guidance/guide_kept", "guidance/guide_dropped"],
@@ -103,12 +107,12 @@ def _guidance(run: Run) -> Charts:
     }
 
 
-def _cost(run: Run) -> Charts:
+def _cost(guidance: Guidance) -> Charts:
     seconds, rates = ["throughput/step_seconds", "throughput/student_seconds"], ["throughput/student_tokens_per_second"]
-    if not (run.guidance.selects and run.guidance.needs_teacher):
-        return {"seconds of a step: whole, student": seconds, "student tokens a second": rates}
+    if not (guidance.selects and guidance.needs_teacher):
+        return {"seconds per step: total, student": seconds, "student tokens per second": rates}
     return {
-        "seconds of a step: whole, student, teacher": [*seconds, "teacher/seconds"],
-        "tokens a second: student, teacher": [*rates, "teacher/tokens_per_second"],
+        "seconds per step: total, student, teacher": [*seconds, "teacher/seconds"],
+        "tokens per second: student, teacher": [*rates, "teacher/tokens_per_second"],
         "teacher's share of the time": ["teacher/share_of_time"],
     }
