@@ -6,7 +6,7 @@ Beside its other files, a run leaves in its output folder what a test of layouts
 read them.
 
     chosen-DATA_RANK.npy     [rows, S], the weights that its selections gave
-    looked-DATA_RANK.npy     [rows, S], the student's losses by the forwards that only look
+    recorded-DATA_RANK.npy   [rows, S], the student's losses by forwards that only record losses
     learned-DATA_RANK.npy    [rows, S], those that were learned
     teacher-RANK.json        of a sharded teacher: how many parameters it has, and how many this rank holds between two forwards
 """
@@ -31,7 +31,7 @@ from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import loop
 
-select_tokens, call, open_sharded = loss.select_tokens, loss.Objective.__call__, placement.open_sharded
+select_tokens, call, open_sharded = loss.select_tokens, loss.GuidedObjective.__call__, placement.open_sharded
 seen: dict[str, list[np.ndarray]] = defaultdict(list)
 """Of the present run, by the name of the file that it will be."""
 teachers: list[ShardedTeacher] = []
@@ -45,8 +45,8 @@ def select_and_note(*inputs: Tensor | Rule, capacity: int | None) -> Selection:
     return selection
 
 
-def call_and_note(objective: loss.Objective, loss_BS: Tensor, *others: object) -> Tensor:
-    kind = "learned" if loss_BS.requires_grad else "looked" if objective._looked is not None else "evaluated"
+def call_and_note(objective: loss.GuidedObjective, loss_BS: Tensor, *others: object) -> Tensor:
+    kind = "learned" if loss_BS.requires_grad else "recorded" if objective._recorded is not None else "evaluated"
     seen[f"{kind}-{dist.get_rank(objective.rule.group)}"].append(loss_BS.detach().float().numpy().copy())
     return call(objective, loss_BS, *others)  # type: ignore[arg-type]
 
@@ -68,7 +68,7 @@ def leave(output: Path) -> None:
 
 def main(runs: list[list[str]]) -> None:
     loss.select_tokens = select_and_note  # type: ignore[assignment]
-    loss.Objective.__call__ = call_and_note  # type: ignore[method-assign]
+    loss.GuidedObjective.__call__ = call_and_note  # type: ignore[method-assign]
     placement.open_sharded = open_and_note
     processes = start()
     loop.start, loop.stop = lambda: processes, dist.barrier

@@ -139,7 +139,7 @@ def test_a_run_reports_its_shares_and_does_not_resume_on_another_blend(case: Cas
     first = AlignedDataset.open(case.train)
     for ds, share in ((first, 0.75), (second, 0.25)):
         n = TrainRows(ds, S, seed=0, front=Front((real.MISTRAL_BOS,))).rows_in_epoch
-        assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} rows an epoch" in finished.stdout
+        assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} rows per epoch" in finished.stdout
         steps = [line for line in metrics(case.out("blend")) if "loss/train" in line]
         assert [line[f"data/epochs/{ds.path}"] for line in steps] == [step * 8 * share / n for step in (1, 2)]
 
@@ -162,6 +162,6 @@ def test_datasets_that_do_not_belong_together_are_refused(
     made = f"{other.path}: its student ids were made with another tokenizer than those of {dataset.path}. They differ in: "
     assert made in str(error.value) and "number of tokens (49,152 and 32,000)" in str(error.value)
     moved = Path(shutil.copytree(dataset.path, tmp_path / "moved"))
-    with pytest.raises(RunError, match="are one dataset: name it once") as twice:
+    with pytest.raises(RunError, match="are the same dataset: use one") as twice:
         open_data([Source(path=dataset.path), Source(path=moved)])
     assert str(dataset.path) in str(twice.value) and str(moved) in str(twice.value)

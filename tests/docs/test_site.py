@@ -61,7 +61,7 @@ PLACES = {
         "DataParallelEngine",
         "PipelineEngine",
         "_training_loss",
-        "take_numbers",
+        "reduce_metrics",
     ],
     "megatron_vocagno/engine/build.py": ["build_engine"],
     "megatron_vocagno/engine/distilling.py": ["DistillingEngine"],

@@ -1,4 +1,4 @@
-"""Random and student-only selection: as many tokens as a guided run keeps of the same rows, by a rule without a teacher."""
+"""Random and student-only selection keep the same number of tokens of the same rows as a guided run, without a teacher."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from safetensors.torch import load_file
 
 from megatron_vocagno.batch.cached import CachedLosses
 from megatron_vocagno.batch.chunked import Chunked
-from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import MappingStatus, Rows
 from megatron_vocagno.batch.unguided import RandomRows, ZeroGuide
 from megatron_vocagno.config import Guidance, Run, Scope, Unmapped
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import step_counts
-from megatron_vocagno.engine.cached import CachedScorer, held_out_source, training_rows
-from megatron_vocagno.engine.loss import Labels, Objective
+from megatron_vocagno.engine.cached import CachedScorer
+from megatron_vocagno.engine.loss import GuidedObjective, LossInputs
 from megatron_vocagno.engine.step_counts import count_step
 from megatron_vocagno.objective.statistics import STATS
 from megatron_vocagno.run_file import load_run
 from tests.batch.test_chunked import WithLosses
 from tests.runs import Case, metrics, spawn
+from tests.sources import sources_of, training_rows
 
 CPU = torch.device("cpu")
 ROW = 64
@@ -39,12 +39,12 @@ def rows_of(dataset: AlignedDataset, objective: str) -> TrainRows:
     return TrainRows(dataset, ROW, 5, ZeroGuide(dataset) if objective == "student" else CachedLosses(WithLosses(dataset)))
 
 
-def labels_of(batches: list[Batch], guidance: Guidance) -> list[Labels]:
+def labels_of(batches: list[Batch], guidance: Guidance) -> list[LossInputs]:
     """With the divisor and the capacities that a run would have."""
     planned = count_step(batches, guidance, None, CPU)  # type: ignore[arg-type]
-    losses = CachedScorer(CPU).score(batches)
+    losses, divisor_1 = CachedScorer(CPU).score(batches), torch.tensor([float(planned.kept)])
     return [
-        Labels(b.target_BS, loss_BU, b.first_BS, b.last_BS, torch.tensor([float(planned.kept)]), torch.empty(room, 0), b.text_BS)
+        LossInputs(b.target_BS, loss_BU, b.first_BS, b.last_BS, divisor_1, torch.empty(room, 0), b.text_BS)
         for b, loss_BU, room in zip(batches, losses, planned.capacities, strict=True)
     ]
 
@@ -54,8 +54,8 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_counts, "sum_over_ranks", lambda numbers, *_: list(numbers))
 
 
-def seen(objective: Objective) -> dict[str, float]:
-    return dict(zip(STATS, objective._seen.tolist(), strict=True))
+def seen(objective: GuidedObjective) -> dict[str, float]:
+    return dict(zip(STATS, objective._stats.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("unmapped", ["include", "exclude"])
@@ -70,9 +70,9 @@ def test_as_many_tokens_of_each_selection_are_kept_as_under_guidance(
         guidance = Guidance(objective=name, scope=scope, unmapped=unmapped)  # type: ignore[arg-type]
         batches = Batches(rows_of(dataset, name), Layout(4, 3, 1), 0).step(24)
         labels = labels_of(batches, guidance)
-        objective = Objective(guidance, CPU)
+        objective = GuidedObjective(guidance, CPU)
         if scope == "global":
-            weights = [of_batch.weight_BS for of_batch in objective.choose(losses, labels)]
+            weights = [of_batch.weight_BS for of_batch in objective.preselect(losses, labels)]
         else:
             pairs = zip(losses, labels, strict=True)
             weights = [objective._select(loss_BS, each, len(each.capacity_C0)).weight_BS for loss_BS, each in pairs]
@@ -95,7 +95,7 @@ def test_the_students_highest_losses_are_kept(dataset: AlignedDataset) -> None:
     for batch, labels in with_labels(dataset, guidance):
         # coarse, so that there are ties
         loss = generator.gamma(1, 3, batch.target_BS.shape).round(1).astype(np.float32)
-        weight_BS = Objective(guidance, CPU)._select(torch.from_numpy(loss), labels, len(labels.capacity_C0)).weight_BS
+        weight_BS = GuidedObjective(guidance, CPU)._select(torch.from_numpy(loss), labels, len(labels.capacity_C0)).weight_BS
         mapped = np.flatnonzero((batch.first_BS < batch.last_BS).numpy())
         ranked = sorted(mapped.tolist(), key=lambda i: (-loss.flat[i], i))  # type: ignore[index]
         kept = sorted(ranked[: -(-2 * len(mapped) // 5)])
@@ -104,7 +104,7 @@ def test_the_students_highest_losses_are_kept(dataset: AlignedDataset) -> None:
     assert met > 400
 
 
-def with_labels(dataset: AlignedDataset, guidance: Guidance) -> list[tuple[Batch, Labels]]:
+def with_labels(dataset: AlignedDataset, guidance: Guidance) -> list[tuple[Batch, LossInputs]]:
     batches = Batches(rows_of(dataset, guidance.objective), Layout(4, 6, 1), 0).step(0)
     return list(zip(batches, labels_of(batches, guidance), strict=True))
 
@@ -119,7 +119,7 @@ def test_a_row_with_one_guide_is_ranked_by_the_students_loss(dataset: AlignedDat
         guidance = Guidance(objective=name, scope="sequence", unmapped="exclude")  # type: ignore[arg-type]
         batches = Batches(TrainRows(dataset, ROW, 5, source), Layout(4, 6, 1), 0).step(0)
         each = labels_of(batches, guidance)
-        chosen[name] = [Objective(guidance, CPU)._select(loss_BS, labels, ROW).weight_BS for labels in each]
+        chosen[name] = [GuidedObjective(guidance, CPU)._select(loss_BS, labels, ROW).weight_BS for labels in each]
     for a, b in zip(*chosen.values(), strict=True):
         assert torch.equal(a, b)
         met += int(a.sum())
@@ -132,11 +132,11 @@ def test_chance_asks_no_loss_but_keeps_none_that_is_no_number(dataset: AlignedDa
     for _, labels in with_labels(dataset, guidance):
         choices, room = [], len(labels.capacity_C0)
         for loss_BS in (torch.rand(4, ROW) * 9, torch.full((4, ROW), torch.inf), torch.zeros(4, ROW)):
-            choices.append(Objective(guidance, CPU)._select(loss_BS, labels, room).weight_BS)
+            choices.append(GuidedObjective(guidance, CPU)._select(loss_BS, labels, room).weight_BS)
         assert torch.equal(choices[0], choices[1]) and torch.equal(choices[0], choices[2]) and choices[0].sum() == room
         broken_BS = torch.rand(4, ROW)
         broken_BS[choices[0].bool() & (torch.rand(4, ROW) < 0.3)] = torch.nan
-        objective = Objective(guidance, CPU)
+        objective = GuidedObjective(guidance, CPU)
         weight_BS = objective._select(broken_BS, labels, room).weight_BS
         assert not (weight_BS.bool() & broken_BS.isnan()).any() and 0 < weight_BS.sum() < room
         stats = seen(objective)
@@ -154,7 +154,7 @@ def test_chance_keeps_every_kind_of_token_equally_often(dataset: AlignedDataset)
     for step in range(0, rows.rows_in_epoch - 32, 32):
         batches = Batches(rows, Layout(32, 1, 1), 0).step(step)
         for batch, labels in zip(batches, labels_of(batches, guidance), strict=True):
-            weight_BS = Objective(guidance, CPU)._select(torch.rand(32, ROW), labels, len(labels.capacity_C0)).weight_BS
+            weight_BS = GuidedObjective(guidance, CPU)._select(torch.rand(32, ROW), labels, len(labels.capacity_C0)).weight_BS
             mapped = (batch.first_BS < batch.last_BS).numpy()
             kind = dataset.student_byte_lengths[batch.target_BS.numpy()[mapped]].clip(1, 6) - 1
             kept += np.bincount(kind, weight_BS.numpy()[mapped], minlength=6)
@@ -174,8 +174,8 @@ def run_of(case: Case, name: str, *overrides: str) -> Run:
 def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
     data = AlignedDataset.open(case.train)
     plain, chunked = (run_of(case, "chunks", *more) for more in ([], ["guidance.chunks=4"]))
-    [a], [b] = (training_rows(run, [data], None, NO_FRONTS) for run in (plain, chunked))
-    held_out = Rows(data, np.arange(len(data)), ROW, held_out_source(chunked, [data], data, None, NO_FRONT))
+    [a], [b] = (training_rows(run, [data]) for run in (plain, chunked))
+    held_out = Rows(data, np.arange(len(data)), ROW, sources_of(chunked).held_out([data], data))
     met = 0
     for k in range(20):
         assert np.array_equal(a[k].mapping, b[k].mapping) and not np.array_equal(a[k].first, b[k].first)
@@ -188,7 +188,7 @@ def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
 def test_sample_rows_are_judged_by_the_same_rule(case: Case, objective: str) -> None:
     data = AlignedDataset.open(case.train)
     run = run_of(case, "held-out", f'guidance.objective="{objective}"')
-    row = Rows(data, np.arange(len(data)), ROW, held_out_source(run, [data], data, None, NO_FRONT))[0]
+    row = Rows(data, np.arange(len(data)), ROW, sources_of(run).held_out([data], data))[0]
     assert row.teacher_losses is not None
     assert (len(np.unique(row.teacher_losses)) > 40) == (objective == "random")
 

@@ -1,4 +1,4 @@
-"""Cached losses teach what the teacher would, and a run takes none that are not its teacher's."""
+"""Training with cached losses equals training with the teacher, and losses of another teacher are refused."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vocagno.batch.cached import CachedLosses, guides
-from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.batch.loader import Batches, Layout
 from megatron_vocagno.batch.pack import SLACK
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.tokens import open_tokenizer
-from megatron_vocagno.engine.cached import CachedScorer, training_rows
+from megatron_vocagno.engine.cached import CachedScorer
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, score
@@ -26,6 +25,7 @@ from megatron_vocagno.run_file import load_run
 from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
 from tests.runs import Case, metrics, spawn, write_teacher
+from tests.sources import training_rows
 
 ROW = 64
 
@@ -88,7 +88,7 @@ def test_cached_losses_make_the_weights_that_the_teacher_makes(case: Case, score
 def test_a_row_gives_the_scorer_what_was_scored(case: Case, scored: Path) -> None:
     run = run_of(case, "rows", scored, 'teacher.placement="cached"')
     data = AlignedDataset.open(scored)
-    [rows] = training_rows(run, [data], None, NO_FRONTS)
+    [rows] = training_rows(run, [data])
     batches = Batches(rows, Layout(3, 2, 1), 0).step(0)
     losses = CachedScorer(torch.device("cpu")).score(batches)
     met = 0
@@ -102,7 +102,7 @@ def test_a_row_gives_the_scorer_what_was_scored(case: Case, scored: Path) -> Non
 
 def test_plain_language_modeling_asks_for_no_losses(case: Case, whole_rows: AlignedDataset) -> None:
     run = run_of(case, "clm", whole_rows.path, 'teacher.placement="cached"', 'guidance.objective="clm"')
-    [rows] = training_rows(run, [whole_rows], None, NO_FRONTS)
+    [rows] = training_rows(run, [whole_rows])
     assert rows[0].teacher_losses is None
 
 
@@ -111,29 +111,29 @@ def test_losses_that_are_missing_or_another_teachers_are_refused(
 ) -> None:
     cached = 'teacher.placement="cached"'
     with pytest.raises(RunError, match=r"0 of 2 shards") as error:
-        training_rows(run_of(case, "none", whole_rows.path, cached), [whole_rows], None, NO_FRONTS)
+        training_rows(run_of(case, "none", whole_rows.path, cached), [whole_rows])
     assert f"score_teacher {whole_rows.path} --teacher {case.teacher}" in str(error.value)
 
     half = shutil.copytree(whole_rows.path, tmp_path / "half")
     score(half, asked, part=Slice(1, 2))
     with pytest.raises(RunError, match="1 of 2 shards are scored"):
-        training_rows(run_of(case, "half", half, cached), [AlignedDataset.open(half)], None, NO_FRONTS)
+        training_rows(run_of(case, "half", half, cached), [AlignedDataset.open(half)])
 
     other = write_teacher(tmp_path / "other", teacher_tokenizer, scale=0.5)
     data = AlignedDataset.open(scored)
     with pytest.raises(RunError, match=r"holds the losses of teacher \([0-9a-f]{64}\), teacher.path is .*other \([0-9a-f]{64}\)"):
-        training_rows(run_of(case, "other", scored, cached, f"teacher.path={other}"), [data], None, NO_FRONTS)
+        training_rows(run_of(case, "other", scored, cached, f"teacher.path={other}"), [data])
     # the weights may be gone: then their name speaks for them
     gone = run_of(case, "gone", scored, cached, "teacher.path=/nowhere/teacher")
-    assert len(training_rows(gone, [data], None, NO_FRONTS)) == 1
+    assert len(training_rows(gone, [data])) == 1
     with pytest.raises(RunError, match=r"teacher.path is /nowhere/other \(whose weights are not on this machine\)"):
-        training_rows(run_of(case, "elsewhere", scored, cached, "teacher.path=/nowhere/other"), [data], None, NO_FRONTS)
+        training_rows(run_of(case, "elsewhere", scored, cached, "teacher.path=/nowhere/other"), [data])
 
     twice = shutil.copytree(scored, tmp_path / "twice")
     score(twice, replace(asked, context=40), replace=True)
     blend = [data, AlignedDataset.open(twice)]
-    with pytest.raises(RunError, match="were not scored in one way"):
-        training_rows(gone, blend, None, NO_FRONTS)
+    with pytest.raises(RunError, match="were not scored in the same way"):
+        training_rows(gone, blend)
 
 
 def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and_by_its_name_else(
@@ -146,9 +146,9 @@ def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and
     def accepts(name: str) -> bool:
         run = run_of(case, "by-id", scored, 'teacher.placement="cached"', f"teacher.path={name}")
         try:
-            return len(training_rows(run, [data], None, NO_FRONTS)) == 1
+            return len(training_rows(run, [data])) == 1
         except RunError as error:
-            assert "One dataset holds one teacher's losses" in str(error)
+            assert "A dataset stores the losses of one teacher" in str(error)
             return False
 
     commit = "0" * 40
@@ -185,7 +185,7 @@ def test_two_teachers_guide_as_each_of_them_says(case: Case, scored: Path, secon
     each = [CachedLosses(AlignedDataset.open(path)) for path in (scored, second)]
     met = 0
     for combine, least in (("min", np.fmin), ("mean", lambda a, b: ((a.astype(np.float64) + b) / 2).astype(np.float32))):
-        [rows] = training_rows(two_teachers(one, second, combine), [data], None, NO_FRONTS)
+        [rows] = training_rows(two_teachers(one, second, combine), [data])
         for k in range(6):
             row = rows[k]
             a, b = (guides(source.read(rows.pieces(k)), "max") for source in each)
@@ -205,6 +205,6 @@ def test_datasets_of_other_documents_are_refused(
     lengths = [ROW - SLACK - 1] * 24
     for name, shards in (("order", [lengths[9:], lengths[:9]]), ("fewer", [lengths[:9]]), ("other", [lengths[:9], lengths[9:]])):
         wrong = invent_dataset(tmp_path / name, student, teacher, shards, seed=0 if name == "fewer" else 5)
-        with pytest.raises(RunError, match="are not of the same documents") as error:
-            training_rows(two_teachers(one, wrong.path, "min"), [data], None, NO_FRONTS)
-        assert f"shard {int(name == 'fewer')} is the first that differs" in str(error.value)
+        with pytest.raises(RunError, match="do not contain the same documents") as error:
+            training_rows(two_teachers(one, wrong.path, "min"), [data])
+        assert f"the first different shard is {int(name == 'fewer')}." in str(error.value)

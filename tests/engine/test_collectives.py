@@ -1,4 +1,4 @@
-"""An error on one rank ends all of them. Ranks are threads here: what they agree on is no matter of the network."""
+"""An error on one rank ends all of them. The ranks are threads here, because the network does not matter."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_it_has_it_on_whichever_rank_it_was_met(on_all_ranks: Any) -> None:
     found = on_all_ranks(lambda rank: collectives.run_on_all_ranks(lambda: fail_with(defect) if rank == 1 else rank, RunError))
     assert found[1] is defect and frames(defect)[-1] == "fail_with"
     for error in (found[0], found[2]):
-        assert type(error) is SharedError and str(error).startswith("ValueError: not a number\n  Met by rank 1 alone")
+        assert type(error) is SharedError and str(error).startswith("ValueError: not a number\n  This happened only on rank 1")
 
 
 def test_work_goes_on_after_an_error_until_all_can_be_told(on_all_ranks: Any) -> None:

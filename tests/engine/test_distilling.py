@@ -1,4 +1,4 @@
-"""A teacher beside the student: its distributions, the loss that they make, in every layout the same. Real processes."""
+"""The baselines that compare distributions: the distances and the loss are the same in every layout. Uses real processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Document attention through the engines: in every layout what transformers says of each document alone. Real processes."""
+"""Document attention in the engines equals transformers on each document, in every layout. Uses real processes."""
 
 from __future__ import annotations
 

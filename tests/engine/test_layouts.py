@@ -1,4 +1,4 @@
-"""Every layout learns the same: one process, data parallel, pipeline and both. Real processes."""
+"""Every layout trains the same: one process, data parallel, pipeline and both. Uses real processes."""
 
 from __future__ import annotations
 
@@ -156,11 +156,11 @@ def test_so_it_is_where_each_micro_batch_selects_alone(case: Case, layout: str) 
 def test_losses_are_learned_as_they_were_when_the_tokens_were_chosen(case: Case) -> None:
     met = 0
     for name in ("plain", "zero1-dp2-recompute", "zero3-dp2", "pp2", "pp2-recompute"):
-        learned, looked = noted(case, name, "learned"), noted(case, name, "looked")
-        assert np.array_equal(learned, looked)
+        learned, recorded = noted(case, name, "learned"), noted(case, name, "recorded")
+        assert np.array_equal(learned, recorded)
         met += np.count_nonzero(learned)
     assert met > 1000
-    assert not list(case.out("dp4").glob("looked-*")) and lines(case, "dp4"), "one micro-batch a step needs no look"
+    assert not list(case.out("dp4").glob("recorded-*")) and lines(case, "dp4"), "one micro-batch per step needs no second pass"
 
 
 @pytest.mark.parametrize("layout", [name for name in OVER_THE_STEP if "zero3-teacher" in name])

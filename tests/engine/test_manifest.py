@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, and which may go."""
+"""Which checkpoints are complete, and which are removed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path:
     assert newest_checkpoint(tmp_path, said.append) == whole
     assert [line.split(":")[0] for line in said] == [f"passing over {f}" for f in (unfinished, missing, short, changed)]
     for line, reason in zip(
-        said, ("was never finished", "weights is missing", "holds 1 bytes, 6 were written", "its sha256 differs"), strict=True
+        said,
+        ("the checkpoint is unfinished", "weights is missing", "has 1 bytes, 6 were written", "its sha256 differs"),
+        strict=True,
     ):
         assert reason in line
     assert newest_checkpoint(tmp_path / "elsewhere", said.append) is None
@@ -107,9 +109,9 @@ def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
         ("position", {"dataset": "e"}, "was written with data.train = d, this run has e: "),
         ("position", {"row_length": 48}, "was written with data.row_length = 64, this run has 48: "),
         ("position", {"seed": 1}, "was written with training.seed = 0, this run has 1: "),
-        ("layout", {"precision": "bf16"}, "was written with precision = fp32, the DeepSpeed configuration now says bf16: "),
-        ("layout", {"optimizer": "Lion"}, "was written with optimizer.type = AdamW, the DeepSpeed configuration now says Lion: "),
-        ("layout", {"student": "y"}, "holds another student than this run's: hidden_size = 8 (was 4)."),
+        ("layout", {"precision": "bf16"}, "was written with precision = fp32, the DeepSpeed configuration has bf16: "),
+        ("layout", {"optimizer": "Lion"}, "was written with optimizer.type = AdamW, the DeepSpeed configuration has Lion: "),
+        ("layout", {"student": "y"}, "contains another student than this run: hidden_size = 8 (was 4)."),
     ],
 )
 def test_what_resuming_would_falsify_is_refused_with_both_values(

@@ -1,4 +1,4 @@
-"""How layers are dealt to stages, and what becomes of a run's `parallel` on the way to them."""
+"""How layers are assigned to pipeline stages, and how the fields of `parallel` reach the stages."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_each_stage_has_the_decoder_layers_that_it_was_dealt(dealt: tuple[int, .
 @pytest.mark.parametrize(
     ("parallel", "message"),
     [
-        ({"pipeline_stages": 2, "partition": [1, 1, 2]}, r"\[1, 1, 2\] deals layers to 3 stages, parallel.pipeline_stages is 2"),
-        ({"pipeline_stages": 0, "partition": [4]}, r"\[4\] deals layers to 1 stages, parallel.pipeline_stages is 0"),
-        ({"pipeline_stages": 2, "partition": [1, 2]}, r"\[1, 2\] deals 3 decoder layers, the student has 4"),
-        ({"pipeline_stages": 5}, r"pipeline_stages is 5, the student has 4 decoder layers"),
+        ({"pipeline_stages": 2, "partition": [1, 1, 2]}, r"\[1, 1, 2\] is for 3 stages, parallel.pipeline_stages is 2"),
+        ({"pipeline_stages": 0, "partition": [4]}, r"\[4\] is for 1 stages, parallel.pipeline_stages is 0"),
+        ({"pipeline_stages": 2, "partition": [1, 2]}, r"\[1, 2\] assigns 3 decoder layers, the student has 4"),
+        ({"pipeline_stages": 5}, r"pipeline_stages is 5, but the student has only 4 decoder layers"),
     ],
 )
 def test_stages_that_the_student_cannot_be_cut_into_are_refused(parallel: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint knows no layout: a run goes on in any other as if it had never moved."""
+"""A checkpoint does not depend on the layout: a run resumes in any other layout with the same losses."""
 
 from __future__ import annotations
 

@@ -18,5 +18,5 @@ def test_fp16_is_refused_where_the_device_has_none(monkeypatch: pytest.MonkeyPat
     if supported:
         build.check_precision(half, cpu)
     else:
-        with pytest.raises(RunError, match="this cpu has no products in fp16"):
+        with pytest.raises(RunError, match="this cpu cannot multiply matrices in fp16"):
             build.check_precision(half, cpu)

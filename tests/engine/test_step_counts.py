@@ -1,4 +1,4 @@
-"""What is known of a step before it starts holds when its losses are known."""
+"""The counts of a step, which are known before its losses, agree with the selection."""
 
 from __future__ import annotations
 

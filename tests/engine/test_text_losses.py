@@ -1,5 +1,6 @@
-"""What a run says of both models' losses is what transformers says of the same rows, in every layout; and a teacher that reads
-wrongly is named at the first batch.
+"""The losses over text of both models equal those of transformers on the same rows, in every layout.
+
+A teacher that reads wrongly is reported at the first batch.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def line_of(student: Means, *teachers: Means) -> str:
     names = ["teacher"] if len(teachers) == 1 else [f"teacher {k + 1}" for k in range(len(teachers))]
     nats = ", ".join(f"{name} {means.nats:.2f}" for name, means in zip((*names, "student"), (*teachers, student), strict=True))
     *bits, last = (f"{means.bits:.2f}" for means in (*teachers, student))
-    return f"first batch: {nats} nats a token, {', '.join(bits)}{' and ' if bits else ''}{last} bits a byte\n"
+    return f"first batch: {nats} nats per token, {', '.join(bits)}{' and ' if bits else ''}{last} bits per byte\n"
 
 
 # ---- by the run
@@ -168,7 +169,7 @@ def test_a_run_that_goes_on_says_it_again_of_the_batch_that_it_goes_on_with(case
     shutil.rmtree(case.out(name) / "checkpoints" / "step-00000002")
     said = started(case, student, name, 1, ["checkpoint.every=1"], {})
     assert "resuming after step 1" in said
-    found = re.findall(r"first batch: teacher (\S+), student \S+ nats a token, (\S+) and (\S+) bits a byte", said)
+    found = re.findall(r"first batch: teacher (\S+), student \S+ nats per token, (\S+) and (\S+) bits per byte", said)
     bits = [before[f"loss/{whose}bits_per_byte"] for whose in ("teacher_", "")]
     assert found == [tuple(f"{number:.2f}" for number in (before["loss/teacher_all_tokens"], *bits))]
     assert steps(case, name)[1]["loss/teacher_all_tokens"] == before["loss/teacher_all_tokens"]

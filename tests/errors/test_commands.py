@@ -15,16 +15,15 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from inline_snapshot import snapshot
 
 from megatron_vocagno import command, plan, pretrain
-from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
 from megatron_vocagno.files import sha256
 from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.sample_files import SampleStep, write_rows, write_step
-from megatron_vocagno.training.samples import Samples
 from tests.errors.telling import refused, told
 from tests.runs import REPOSITORY, Case
+from tests.sources import samples_of
 from tools.preprocess import build_dataset, console, report, score_teacher, show_document
 
 SETTINGS = REPOSITORY / "ds_configs" / "gpu_zero1_bf16.json"
@@ -152,7 +151,7 @@ def test_documents_that_are_not_there(case: Case) -> None:
 def test_pages_that_cannot_be_made(case: Case, tmp_path: Path) -> None:
     run = load_run(Path(run_file(case)[0]), ["logging.samples=1"])
     data = AlignedDataset.open(case.valid)
-    rows = Samples(run, [data], data, None, NO_FRONTS).rows
+    rows = samples_of(run, [data], data).rows
     page = tmp_path / "page.html"
     write_rows(tmp_path, replace(rows, dataset="/nowhere", fingerprint="OTHER"))
     with told(

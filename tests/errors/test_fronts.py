@@ -8,16 +8,14 @@ from pathlib import Path
 
 from inline_snapshot import snapshot
 
-from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_of
-from megatron_vocagno.engine.cached import training_rows
-from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.run_file import load_run
-from megatron_vocagno.training.fronts import open_fronts
+from megatron_vocagno.training.fronts import student_front
 from tests.errors.telling import told
-from tests.runs import STUDENT, Case
+from tests.runs import Case
+from tests.sources import training_rows
 from tests.tokenizers_with_bos import with_front
 
 
@@ -40,11 +38,10 @@ def test_two_ids_before_each_document(case: Case, teacher_tokenizer: Path, tmp_p
     run = load_run(Path(case.command("by-document")[0]), ["data.attention=document"])
     with told(
         snapshot(
-            "data.attention = 'document' puts one id before each document, and the student's tokenizer puts 2 in front of a text: "
-            "[1, 2]. Use data.attention = 'row', or name one id: student.bos = 2"
+            "data.attention = 'document' puts one id before each document, but the student's tokenizer puts 2 in front of a text: [1, 2]. Use data.attention = 'row', or choose one id: student.bos = 2"
         )
     ):
-        open_fronts(run, data, student_config(STUDENT, 49_152), None)
+        student_front(run.student, data, 49_152, run.data.by_document)
 
 
 def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_path: Path) -> None:
@@ -53,11 +50,13 @@ def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_pa
     run = load_run(Path(case.command("scored-with-5")[0]), ["teacher.placement=cached"])
     with told(
         snapshot(
-            "DATA was scored with <file_sep> (5) in front of each window, teacher.bos = 'auto' asks for nothing.\n"
-            "  The losses of a teacher that was trained with a BOS are far too high without it. Score the dataset anew:\n"
-            "  python -m tools.preprocess.score_teacher DATA --teacher MODEL --replace"
+            """\
+DATA was scored with <file_sep> (5) in front of each window, but teacher.bos = 'auto' means nothing.
+  Without its BOS, a teacher that was trained with one has far too high losses. Score the dataset again:
+  python -m tools.preprocess.score_teacher DATA --teacher MODEL --replace\
+"""
         ),
         DATA=data.path,
         MODEL=case.teacher,
     ):
-        training_rows(run, [AlignedDataset.open(data.path)], None, NO_FRONTS)
+        training_rows(run, [AlignedDataset.open(data.path)])

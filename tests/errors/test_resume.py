@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -10,9 +11,8 @@ import pytest
 import torch
 from inline_snapshot import snapshot
 
-from megatron_vocagno.config import Run
 from megatron_vocagno.engine import checkpoint
-from megatron_vocagno.engine.checkpoint import CheckpointManager
+from megatron_vocagno.engine.checkpoint import CheckpointManager, StoredFiles
 from megatron_vocagno.engine.collectives import Failure
 from megatron_vocagno.engine.manifest import (
     CheckpointManifest,
@@ -50,54 +50,60 @@ def folder(tmp_path: Path) -> Path:
             {"dataset": "1 of 9e01"},
             {},
             snapshot(
-                "DIR/checkpoints/step-00000004 was written with data.train = 1 of 5c7a, this run has 1 of 9e01: its "
-                "rows would not follow on.\n"
-                "  Give the run another 'output', or the old value back."
+                """\
+DIR/checkpoints/step-00000004 was written with data.train = 1 of 5c7a, this run has 1 of 9e01: it would read other rows.
+  Use another 'output', or restore the old value.\
+"""
             ),
         ),
         (
             {"row_length": 48},
             {},
             snapshot(
-                "DIR/checkpoints/step-00000004 was written with data.row_length = 64, this run has 48: its rows "
-                "would not follow on.\n"
-                "  Give the run another 'output', or the old value back."
+                """\
+DIR/checkpoints/step-00000004 was written with data.row_length = 64, this run has 48: it would read other rows.
+  Use another 'output', or restore the old value.\
+"""
             ),
         ),
         (
             {"seed": 1},
             {},
             snapshot(
-                "DIR/checkpoints/step-00000004 was written with training.seed = 0, this run has 1: its rows would "
-                "not follow on.\n"
-                "  Give the run another 'output', or the old value back."
+                """\
+DIR/checkpoints/step-00000004 was written with training.seed = 0, this run has 1: it would read other rows.
+  Use another 'output', or restore the old value.\
+"""
             ),
         ),
         (
             {},
             {"precision": "bf16"},
             snapshot(
-                "DIR/checkpoints/step-00000004 was written with precision = fp32, the DeepSpeed configuration now "
-                "says bf16: its optimizer states are of no use here.\n"
-                "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
+                """\
+DIR/checkpoints/step-00000004 was written with precision = fp32, the DeepSpeed configuration has bf16: the optimizer states cannot be used.
+  Resume with the old value, or start another run from the exported weights (student.pretrained).\
+"""
             ),
         ),
         (
             {},
             {"optimizer": "Lion"},
             snapshot(
-                "DIR/checkpoints/step-00000004 was written with optimizer.type = AdamW, the DeepSpeed configuration "
-                "now says Lion: its optimizer states are of no use here.\n"
-                "  Resume with the old value, or start another run from the exported weights (student.pretrained)."
+                """\
+DIR/checkpoints/step-00000004 was written with optimizer.type = AdamW, the DeepSpeed configuration has Lion: the optimizer states cannot be used.
+  Resume with the old value, or start another run from the exported weights (student.pretrained).\
+"""
             ),
         ),
         (
             {},
             {"student": "580d"},
             snapshot(
-                "DIR/checkpoints/step-00000004 holds another student than this run's: hidden_size = 64 (was 32); "
-                "num_hidden_layers = 2 (was None).\n"
-                "  Give the run another 'output', or the student its old configuration back."
+                """\
+DIR/checkpoints/step-00000004 contains another student than this run: hidden_size = 64 (was 32); num_hidden_layers = 2 (was None).
+  Use another 'output', or restore the student's old configuration.\
+"""
             ),
         ),
     ],
@@ -115,9 +121,10 @@ def test_a_checkpoint_of_another_dataset_names_both(folder: Path, tmp_path: Path
     fresh = POSITION.model_copy(update={"dataset": "1 of 9e01"})
     with told(
         snapshot(
-            "DIR/checkpoints/step-00000004 was written with data.train = data/old, /more (1 of 5c7a), this run has data/new "
-            "(1 of 9e01): its rows would not follow on.\n"
-            "  Give the run another 'output', or the old value back."
+            """\
+DIR/checkpoints/step-00000004 was written with data.train = data/old, /more (1 of 5c7a), this run has data/new (1 of 9e01): it would read other rows.
+  Use another 'output', or restore the old value.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -144,18 +151,20 @@ def test_the_states_of_another_optimizer(tmp_path: Path) -> None:
     check_implementation(tmp_path, FusedAdam(), counters(None))
     with told(
         snapshot(
-            "DIR was written with an optimizer of torch, this run has DeepSpeed's FusedAdam: its optimizer "
-            "states are of no use here.\n"
-            "  Resume with optimizer.params.torch_adam = true in the DeepSpeed configuration."
+            """\
+DIR was written with an optimizer of torch, this run has DeepSpeed's FusedAdam: the optimizer states cannot be used.
+  Resume with optimizer.params.torch_adam = true in the DeepSpeed configuration.\
+"""
         ),
         DIR=tmp_path,
     ):
         check_implementation(tmp_path, FusedAdam(), counters("float32"))
     with told(
         snapshot(
-            "DIR was written with an optimizer of DeepSpeed, this run has torch's AdamW: its optimizer states "
-            "are of no use here.\n"
-            "  Resume with optimizer.params.torch_adam = false in the DeepSpeed configuration."
+            """\
+DIR was written with an optimizer of DeepSpeed, this run has torch's AdamW: the optimizer states cannot be used.
+  Resume with optimizer.params.torch_adam = false in the DeepSpeed configuration.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -171,9 +180,9 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
         return lines[0].replace(str(folder), "STEP")
 
     (folder / "config.json").write_text('{"hidden_size": 33}')
-    assert passed_over() == snapshot("passing over STEP: config.json is not what was written: its sha256 differs")
+    assert passed_over() == snapshot("passing over STEP: config.json has changed since it was written: its sha256 differs")
     (folder / "config.json").write_text("{}")
-    assert passed_over() == snapshot("passing over STEP: config.json holds 2 bytes, 19 were written")
+    assert passed_over() == snapshot("passing over STEP: config.json has 2 bytes, 19 were written")
     (folder / "config.json").unlink()
     assert passed_over() == snapshot("passing over STEP: config.json is missing")
     file = folder / "manifest.json"
@@ -186,8 +195,7 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
     file.write_bytes(orjson.dumps(fields | {"version": 1}))
     with told(
         snapshot(
-            "DIR/checkpoints/step-00000004/manifest.json has version 1, this release reads version 2: go on with "
-            "the release that wrote it, or from its exported weights"
+            "DIR/checkpoints/step-00000004/manifest.json has version 1, this release reads version 2. Continue with the release that wrote it, or start from its exported weights"
         ),
         DIR=tmp_path,
     ):
@@ -199,17 +207,15 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
     ):
         read_manifest(folder)
     file.unlink()
-    with told(
-        snapshot("DIR/checkpoints/step-00000004/manifest.json is missing: the checkpoint was never finished"), DIR=tmp_path
-    ):
+    with told(snapshot("DIR/checkpoints/step-00000004/manifest.json is missing: the checkpoint is unfinished"), DIR=tmp_path):
         read_manifest(folder)
 
 
 def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keeper = CheckpointManager.__new__(CheckpointManager)
-    keeper.root, keeper.fresh, keeper.layout = tmp_path / "checkpoints", POSITION, LAYOUT
-    plain = {"student": {"config": {}}, "guidance": {"objective": "clm"}, "training": {"steps": 1}}
-    keeper.run = Run.model_validate({"output": "out", "data": {"train": "data"}} | plain)
+    keeper.root, keeper.start, keeper.layout = tmp_path / "checkpoints", POSITION, LAYOUT
+    config: Any = SimpleNamespace(to_json_string=lambda: "{}")
+    keeper.stored = StoredFiles('{"data": {"train": [{"path": "data"}]}}', config, tmp_path, None)
     monkeypatch.setattr(checkpoint.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(checkpoint, "run_on_rank0", lambda action, *_: action())
 
@@ -225,17 +231,20 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
     new = tmp_path / "checkpoints" / "step-00000008"
     with told(
         snapshot(
-            "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
-            "space left on device\n"
-            "  DIR/checkpoints/step-00000004 is untouched: make room there, and the same command goes on from it."
+            """\
+no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No space left on device
+  DIR/checkpoints/step-00000004 is unchanged. Make room, and run the same command again: it resumes from there.\
+"""
         ),
         DIR=tmp_path,
     ):
-        keeper._check(Disk(), new)  # type: ignore[arg-type]
+        keeper._raise_failure(Disk(), new)  # type: ignore[arg-type]
     with told(
         snapshot(
-            "none of the 1 checkpoints in DIR/checkpoints is whole (see above); starting over would remove them.\n"
-            "  Put a whole one back, or move them away to start from the beginning."
+            """\
+none of the 1 checkpoints in DIR/checkpoints is complete (see above); a new start would remove them.
+  Restore a complete one, or move them away to start from the beginning.\
+"""
         ),
         DIR=tmp_path,
     ):
@@ -243,23 +252,25 @@ def test_checkpoints_that_cannot_be_written_read_or_found(folder: Path, tmp_path
     (folder / "manifest.json").rename(tmp_path / "aside")
     with told(
         snapshot(
-            "no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No "
-            "space left on device\n"
-            "  There is no older one: make room there, and the same command goes on from the start."
+            """\
+no checkpoint could be written to DIR/checkpoints/step-00000008 (rank 3): student: [Errno 28] No space left on device
+  There is no older checkpoint. Make room, and run the same command again: it starts from the beginning.\
+"""
         ),
         DIR=tmp_path,
     ):
-        keeper._check(Disk(), new)  # type: ignore[arg-type]
+        keeper._raise_failure(Disk(), new)  # type: ignore[arg-type]
     (tmp_path / "aside").rename(folder / "manifest.json")
     monkeypatch.setattr(checkpoint, "ErrorCollector", Disk)
-    monkeypatch.setattr(checkpoint, "_complaint", lambda _: None)
+    monkeypatch.setattr(checkpoint, "_find_problem", lambda _: None)
     monkeypatch.setattr(checkpoint, "check_resumable", lambda *_: None)
-    keeper.state, keeper.config = (type("Fake", (), {"read": lambda *_: None, "to_json_string": lambda _: "{}"})(),) * 2
+    keeper.state = SimpleNamespace(read=lambda *_: None)  # type: ignore[assignment]
     with told(
         snapshot(
-            "DIR/checkpoints/step-00000004 could not be loaded (rank 3): student: [Errno 28] No space left on "
-            "device\n"
-            "  Its files were whole a moment ago: do all machines see the same files?"
+            """\
+DIR/checkpoints/step-00000004 could not be loaded (rank 3): student: [Errno 28] No space left on device
+  Its files were complete when they were checked: do all machines see the same files?\
+"""
         ),
         DIR=tmp_path,
     ):

@@ -14,11 +14,11 @@ import pytest
 import torch
 from inline_snapshot import snapshot
 
-from megatron_vocagno.batch.front import NO_FRONT, NO_FRONTS
+from megatron_vocagno.batch.front import NO_FRONT
 from megatron_vocagno.config import Run
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine import collectives, placement
-from megatron_vocagno.engine.cached import held_out_source, open_scored, training_rows
+from megatron_vocagno.engine.cached import open_scored
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.preprocess import score as scoring
@@ -30,15 +30,15 @@ from megatron_vocagno.preprocess.shards import BuildConfig
 from megatron_vocagno.preprocess.workers import Failure
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import run_lock, sample_files
-from megatron_vocagno.training.evaluation import Evaluator
+from megatron_vocagno.training.evaluation import Evaluator, HeldOut
 from megatron_vocagno.training.loop import save_last, with_fields
 from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
 from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard
 from megatron_vocagno.training.run_lock import RunLock, make_output
-from megatron_vocagno.training.samples import Samples
 from megatron_vocagno.training.setup import open_data
 from tests.errors.telling import told
 from tests.runs import Case
+from tests.sources import samples_of, sources_of, training_rows
 
 
 def run_of(case: Case, *overrides: str) -> Run:
@@ -84,17 +84,17 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
         data.require_tokenizer("student", case.teacher)
     with told(
         snapshot(
-            "guidance.objective = 'kld' compares two distributions over one vocabulary, and DATA was aligned for "
-            "two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).\n"
-            "  Take a teacher of the student's own family and build the dataset with its tokenizer on both "
-            "sides, or compare by guidance.objective = 'uld', which needs no common vocabulary."
+            """\
+guidance.objective = 'kld' compares distributions over one vocabulary, but DATA was aligned for two: the student's tokenizer is STUDENT (32,000 ids), the teacher's TEACHER (49,152 ids).
+  Use a teacher of the student's family and build the dataset with its tokenizer on both sides, or use guidance.objective = 'uld', which needs no common vocabulary.\
+"""
         ),
         **names,
     ):
-        check_vocabularies(run_of(case, "guidance.objective=kld"), data)
+        check_vocabularies(run_of(case, "guidance.objective=kld").guidance, data)
     copy = shutil.copytree(case.valid, tmp_path / "copy")
     with told(
-        snapshot("DIR/copy and DATA in data.train are one dataset: name it once, with both weights"), DIR=tmp_path, **names
+        snapshot("DIR/copy and DATA in data.train are the same dataset: use one, with the sum of weights"), DIR=tmp_path, **names
     ):
         open_data(run_of(case, f'data.train=[{{path="{case.valid}"}}, {{path="{copy}"}}]').data.train)
     assert with_fields(run_of(case, "data.train=/nowhere"), UserError("/nowhere is not a dataset: why", "/nowhere")) == (
@@ -109,12 +109,12 @@ def test_a_teacher_with_too_few_tokens(case: Case, monkeypatch: pytest.MonkeyPat
     processes: Any = SimpleNamespace(device=torch.device("cpu"))
     with told(
         snapshot(
-            "DATA: its teacher tokenizer has 49,152 tokens, the teacher MODEL has 5: the dataset was aligned for another teacher"
+            "DATA: its teacher tokenizer has 49,152 tokens, but the teacher MODEL has 5. Was the dataset aligned for another teacher?"
         ),
         DATA=data.path,
         MODEL=case.teacher,
     ):
-        placement.load_teacher(run_of(case), data, processes)
+        placement.load_teacher(run_of(case).loaded_teacher, data, processes)
 
 
 def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> None:
@@ -128,55 +128,58 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         ),
         **names,
     ):
-        training_rows(run_of(case, "teacher.placement=cached"), [plain], None, NO_FRONTS)
+        training_rows(run_of(case, "teacher.placement=cached"), [plain])
     with told(
         snapshot(
-            "SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this "
-            "machine).\n"
-            "  One dataset holds one teacher's losses: name the teacher that has scored it, score a copy of the "
-            "dataset, or\n"
-            "  score it anew (python -m tools.preprocess.score_teacher … --replace)."
+            """\
+SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weights are not on this machine).
+  A dataset stores the losses of one teacher: name the teacher that scored it, score a copy of the dataset, or
+  score it again (python -m tools.preprocess.score_teacher … --replace).\
+"""
         ),
         **names,
     ):
-        training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data], None, NO_FRONTS)
+        training_rows(run_of(case, "teacher.placement=cached", "teacher.path=org/other"), [data])
     other = AlignedDataset.open(scored)
     assert other.manifest.teacher_losses is not None
     losses = other.manifest.teacher_losses.model_copy(update={"scoring": data.scoring.model_copy(update={"dtype": "float16"})})
     other.manifest = other.manifest.model_copy(update={"teacher_losses": losses})
     with told(
         snapshot(
-            "SCORED and SCORED were not scored in one way:\n"
-            "  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()\n"
-            "  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()\n"
-            "  One teacher's losses guide a run. Score one of them anew (python -m tools.preprocess.score_teacher … "
-            "--replace)."
+            """\
+SCORED and SCORED were not scored in the same way:
+  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()
+  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()
+  A run needs losses from one teacher with the same settings. Score one of the datasets again (python -m tools.preprocess.score_teacher … --replace).\
+"""
         ),
         **names,
     ):
-        open_scored(run_of(case, "teacher.placement=cached"), 0, [data, other])
+        open_scored(run_of(case, "teacher.placement=cached").teacher[0], [data, other])
     two = f'teacher=[{{placement="cached"}}, {{placement="cached", data=["{scored}"]}}]'
     with told(
         snapshot(
-            "logging.samples = 2 with 2 teachers: [[teacher]] 2 names no losses of data.valid (VALID).\n"
-            "  Leave logging.samples out, or name one teacher."
+            """\
+logging.samples needs one teacher, this run has 2: [[teacher]] 2 has no losses for data.valid (SCORED).
+  Remove logging.samples, or use one teacher.\
+"""
         ),
         **names,
         VALID=case.valid,
     ):
-        held_out_source(run_of(case, two, "logging.samples=2"), [data], data, None, NO_FRONT)
+        sources_of(run_of(case, two, "logging.samples=2")).held_out([data], data)
     train = AlignedDataset.open(case.train)
     with told(
         snapshot(
-            "SCORED and TRAIN are not of the same documents: 4 documents in 4 shards, 80 in 3; shard 0 is the "
-            "first that differs.\n"
-            "  Build both from the same input with the same --shard-mb, and look for documents that one build "
-            "has quarantined."
+            """\
+SCORED and TRAIN do not contain the same documents: 4 documents in 4 shards, and 80 in 3; the first different shard is 0.
+  Build both from the same input with the same --shard-mb, and look for documents that one build has quarantined.\
+"""
         ),
         **names,
         TRAIN=case.train,
     ):
-        open_scored(run_of(case, two), 1, [train])
+        open_scored(run_of(case, two).teacher[1], [train])
     train.manifest = train.manifest.model_copy(update={"student": train.manifest.teacher})
     tokenizers = {"STUDENT": data.student_tokenizer.fingerprint, "TEACHER": data.teacher_tokenizer.fingerprint}
     with told(
@@ -185,7 +188,7 @@ def test_losses_that_are_not_the_run_s(case: Case, tiny: Path, scored: Path) -> 
         **tokenizers,
         TRAIN=case.train,
     ):
-        open_scored(run_of(case, two), 1, [train])
+        open_scored(run_of(case, two).teacher[1], [train])
 
 
 def test_a_dataset_that_cannot_be_scored(case: Case, tiny: Path, scored: Path, asked: ScoringOptions, tmp_path: Path) -> None:
@@ -258,23 +261,24 @@ def write_teacher_of(folder: Path, teacher: Path) -> Path:
 def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of(case, "logging.samples=2", f"output={tmp_path}")
     data = AlignedDataset.open(case.valid)
-    mine = Samples(run, [data], data, None, NO_FRONTS)
+    mine = samples_of(run, [data], data)
     sample_files.write_rows(tmp_path, replace(mine.rows, fingerprint="OTHER"))
     (tmp_path / "samples" / "step-00000001.safetensors").touch()
     with told(
         snapshot(
-            "DIR/samples holds 2 rows of VALID (OTHER), this run asks for 2 of VALID (HASH).\n"
-            "  They differ in the dataset (data.valid), and files of both cannot be compared: move the folder "
-            "away, or set that back."
+            """\
+DIR/samples contains 2 rows of VALID (OTHER), this run has 2 of VALID (HASH).
+  They differ in the dataset (data.valid), so they cannot be compared. Move the folder away, or restore that setting.\
+"""
         ),
         DIR=tmp_path,
         VALID=case.valid,
         HASH=data.fingerprint,
     ):
-        mine._begin(5, print)
+        mine._prepare(tmp_path, 5, print)
     with told(
         snapshot(
-            "DIR/samples/step-00000001.safetensors is no file that a run wrote: Error while deserializing header: header too small"
+            "DIR/samples/step-00000001.safetensors is not a sample file of a run: Error while deserializing header: header too small"
         ),
         DIR=tmp_path,
     ):
@@ -283,32 +287,32 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
     sample_files._write(tmp_path / "samples" / "step-00000001.safetensors", nothing, {"guidance": '{"keep": 7}'})
     with told(
         snapshot(
-            "DIR/samples/step-00000001.safetensors holds a rule that this release does not know: guidance.keep: "
-            "Input should be less than or equal to 1"
+            "DIR/samples/step-00000001.safetensors contains a rule that this release does not know: guidance.keep: Input should be less than or equal to 1"
         ),
         DIR=tmp_path,
     ):
         sample_files.read_steps(tmp_path)
     monkeypatch.setattr("megatron_vocagno.training.samples.Rows", lambda *_: [])
-    with told(snapshot("VALID holds fewer than two tokens: there is no row for logging.samples"), VALID=case.valid):
-        Samples(run, [data], data, None, NO_FRONTS)
+    with told(snapshot("VALID contains fewer than two tokens: there is no row for logging.samples"), VALID=case.valid):
+        samples_of(run, [data], data)
     sample_files._write(tmp_path / "samples" / "rows.safetensors", {}, {})
     with told(
         snapshot(
-            "DIR/samples/rows.safetensors is no file that a run wrote: it has no dataset, document, fingerprint, "
-            "first, last, mapping, target, teacher, token"
+            "DIR/samples/rows.safetensors is not a sample file of a run: missing dataset, document, fingerprint, first, last, mapping, target, teacher, token"
         ),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path)
     monkeypatch.setattr(sample_files, "VERSION", "2")
     with told(
-        snapshot("DIR/samples/rows.safetensors has version 1, this release reads 2: read it with the release that wrote it"),
+        snapshot(
+            "DIR/samples/rows.safetensors has version 1, this release reads version 2: read it with the release that wrote it"
+        ),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path)
     with told(
-        snapshot("DIR/none/samples/rows.safetensors is missing: a run writes it with logging.samples = R, for so many rows"),
+        snapshot("DIR/none/samples/rows.safetensors is missing: a run writes it if logging.samples is set"),
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path / "none")
@@ -316,9 +320,9 @@ def test_sample_rows_that_are_not_the_run_s(case: Case, tmp_path: Path, monkeypa
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    with told(snapshot("'output', DIR/file, is a file; a run writes into a folder: name another one"), DIR=tmp_path):
+    with told(snapshot("'output', DIR/file, is a file, but a run needs a folder: use another path"), DIR=tmp_path):
         make_output(tmp_path / "file")
-    with told(snapshot("cannot make the folder of 'output', DIR/file/within: DIR/file is a file"), DIR=tmp_path):
+    with told(snapshot("cannot create the folder of 'output', DIR/file/within: DIR/file is a file"), DIR=tmp_path):
         make_output(tmp_path / "file" / "within")
     (tmp_path / ".lock").mkdir()
     monkeypatch.setattr(run_lock, "run_on_rank0", lambda action, *_: action())
@@ -329,10 +333,11 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(run_lock, "my_rank", lambda: 0)
     with told(
         snapshot(
-            "not all ranks see the folder of 'output' that the first one has taken (DIR on HOST):\n"
-            "  rank 1 on node2: /disk/out\n"
-            "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
-            "All ranks write checkpoints: name an 'output' on a file system that all machines share, by its whole path."
+            """\
+not all ranks see the 'output' folder of rank 0 (DIR on HOST):
+  rank 1 on node2: /disk/out
+  A file that rank 0 wrote there was not visible to 1 of 2 ranks within 10 s. All ranks write checkpoints: use an absolute path on a shared file system.\
+"""
         ),
         DIR=tmp_path,
         HOST=socket.gethostname(),
@@ -341,15 +346,17 @@ def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(RunLock, "_try", lambda _: "held")
     with told(
         snapshot(
-            "another run is at work in DIR, and has not left within 0 s (.lock is locked).\n"
-            "  Wait for it, end what an earlier start has left behind, or give this run another 'output'."
+            """\
+another run is at work in DIR, and has not ended within 0 s (.lock is locked).
+  Wait for it, stop processes that an earlier start has left behind, or use another 'output'.\
+"""
         ),
         DIR=tmp_path,
     ):
-        RunLock(tmp_path, patience=0).acquire(print, lambda: 0)
+        RunLock(tmp_path, timeout=0).acquire(print, lambda: 0)
     monkeypatch.setattr("os.access", lambda *_: False)
     with told(
-        snapshot("cannot write to 'output', DIR: this user may not. Name another folder, or change its permissions"), DIR=tmp_path
+        snapshot("cannot write to 'output', DIR: permission denied. Use another folder, or change its permissions"), DIR=tmp_path
     ):
         make_output(tmp_path)
     (tmp_path / BROKEN_STEPS_FILE).mkdir()
@@ -363,14 +370,13 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
     last = BrokenStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
     with told(
         snapshot(
-            "2 steps in a row were not finite (training.max_nonfinite_steps), last step 7 (loss nan, gradient "
-            "norm inf, 3 tokens without a finite loss).\n"
-            "  The last checkpoint is from before them. Look at:\n"
-            "  - the steps before, in metrics.jsonl: a gradient norm that grew says that the learning rate is "
-            "too high;\n"
-            "  - their documents, in OUT/broken_steps.jsonl: the same ones again say that the text is broken "
-            "(python -m tools.preprocess.show_document DATASET N shows one);\n"
-            "  - the weights, where the first step was broken already; and with fp16 its first loss scale."
+            """\
+2 steps in a row were not finite (training.max_nonfinite_steps), last step 7 (loss nan, gradient norm inf, 3 tokens without a finite loss).
+  The last checkpoint was written before them. Check:
+  - the steps before them, in metrics.jsonl. If the gradient norm grew, the learning rate is too high.
+  - their documents, in OUT/broken_steps.jsonl. If the same ones occur again, the text is broken (python -m tools.preprocess.show_document DATASET N shows one).
+  - the weights, if the first step was broken already, and with fp16 the initial loss scale.\
+"""
         )
     ):
         guard.stop_at_limit(last, Path("OUT/broken_steps.jsonl"))
@@ -378,8 +384,7 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
     position: Any = SimpleNamespace(step=7)
     with told(
         snapshot(
-            "after step 7 the student's weights are not finite, and no checkpoint was written of them; the "
-            "newest is of step 4. Likely causes: a learning rate too high, or broken weights at the start."
+            "after step 7 the student's weights are not finite, so no checkpoint was written. The newest one is from step 4. Likely causes: too high a learning rate, or broken initial weights."
         )
     ):
         save_last(engine, None, position, 4, None)  # type: ignore[arg-type]
@@ -390,9 +395,10 @@ def test_held_out_rows_without_text(case: Case, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("megatron_vocagno.training.evaluation.sum_over_ranks", lambda *_: (0, 0))
     anything: Any = SimpleNamespace(layout=None, data_rank=0, data_group=None, device=None)
     data = AlignedDataset.open(case.valid)
-    evaluator = Evaluator(anything, run_of(case, "eval.rows=1"), data, None, None, anything, anything, NO_FRONT)
-    with told(snapshot("VALID: the rows to evaluate hold no text (eval.rows = 1)"), VALID=case.valid):
-        evaluator._bits_per_byte(data)
+    held_out = HeldOut(data, row_length=64, rows=1, front=NO_FRONT)
+    evaluator = Evaluator(anything, held_out, None, None, anything, anything)
+    with told(snapshot("VALID: the rows to evaluate contain no text (eval.rows = 1)"), VALID=case.valid):
+        evaluator._bits_per_byte(held_out)
 
 
 def test_what_one_machine_alone_meets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +406,9 @@ def test_what_one_machine_alone_meets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collectives.ErrorCollector, "failure", lambda _: failure)
     monkeypatch.setattr(collectives.dist, "get_world_size", lambda: 4)
     with told(
-        snapshot("no model at models/x: the path does not exist.\n  Met by rank 1, 3 alone: do all machines see the same files?")
+        snapshot("""\
+no model at models/x: the path does not exist.
+  This happened only on rank 1, 3: do all machines see the same files?\
+""")
     ):
         collectives.run_on_all_ranks(lambda: None)

@@ -24,80 +24,90 @@ CHANGES: list[tuple[dict[str, Any], int, str]] = [
     (
         {"optimizer": {}},
         0,
-        snapshot("DIR/ds.json: no 'optimizer' with a 'type'; the DeepSpeed configuration owns it, with its learning rate"),
+        snapshot(
+            "DIR/ds.json: 'optimizer' with a 'type' is missing: the DeepSpeed configuration sets it, with its learning rate"
+        ),
     ),
     (
         {"optimizer": {"type": "AdamW"}},
         0,
         snapshot(
-            "DIR/ds.json: optimizer.params.lr is missing; the highest learning rate expected, a number above 0.\n"
-            "  [training.schedule] of the run file says how it rises and falls."
+            """\
+DIR/ds.json: optimizer.params.lr is missing: expected the highest learning rate, a number above 0.
+  [training.schedule] in the run file sets its warm-up and decay.\
+"""
         ),
     ),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": -1.0}}},
         0,
         snapshot(
-            "DIR/ds.json: optimizer.params.lr is -1.0; the highest learning rate expected, a number above 0.\n"
-            "  [training.schedule] of the run file says how it rises and falls."
+            """\
+DIR/ds.json: optimizer.params.lr is -1.0: expected the highest learning rate, a number above 0.
+  [training.schedule] in the run file sets its warm-up and decay.\
+"""
         ),
     ),
     (
         {"train_batchsize": 8},
         0,
-        snapshot("DIR/ds.json: DeepSpeed knows no 'train_batchsize', and would say nothing; did you mean 'train_batch_size'?"),
+        snapshot("DIR/ds.json: DeepSpeed does not know 'train_batchsize', and would ignore it. Did you mean 'train_batch_size'?"),
     ),
     (
         {"zero_optimization": 1},
         0,
-        snapshot('DIR/ds.json: zero_optimization is 1; a section {"...": ...} expected, as in ds_configs/'),
+        snapshot('DIR/ds.json: zero_optimization is 1: expected a section {"...": ...}, as in ds_configs/'),
     ),
-    ({"bf16": True}, 0, snapshot('DIR/ds.json: bf16 is True; a section {"...": ...} expected, as in ds_configs/')),
+    ({"bf16": True}, 0, snapshot('DIR/ds.json: bf16 is True: expected a section {"...": ...}, as in ds_configs/')),
     (
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         0,
-        snapshot("DIR/ds.json: bf16 and fp16 are both enabled: switch one of them off"),
+        snapshot("DIR/ds.json: bf16 and fp16 are both enabled: disable one of them"),
     ),
     (
         {"gradient_clipping": -1},
         0,
-        snapshot("DIR/ds.json: gradient_clipping is -1; the largest gradient norm expected, or 0 for no limit"),
+        snapshot("DIR/ds.json: gradient_clipping is -1: expected the largest gradient norm, or 0 for no limit"),
     ),
-    ({"scheduler": {}}, 0, snapshot("DIR/ds.json: 'scheduler' belongs into the run file, as [training.schedule]")),
+    ({"scheduler": {}}, 0, snapshot("DIR/ds.json: 'scheduler' is not read here: set [training.schedule] in the run file")),
     (
         {"tensor_parallel": {"autotp_size": 2}},
         0,
         snapshot(
-            "DIR/ds.json: 'tensor_parallel' is not supported: ranks that share a matrix would read different "
-            "rows here.\n"
-            "  Use pipeline stages, or ZeRO-2/3."
+            """\
+DIR/ds.json: 'tensor_parallel' is not supported: the ranks that share a matrix would read different rows.
+  Use pipeline stages, or ZeRO-2/3.\
+"""
         ),
     ),
     (
         {"zero_optimization": {"stage": 0}},
         0,
         snapshot(
-            "DIR/ds.json: zero_optimization.stage is 0; use 1, 2 or 3.\n"
-            "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
-            "stage's norm alone."
+            """\
+DIR/ds.json: zero_optimization.stage is 0; use 1, 2 or 3.
+  Stage 0 makes steps with gradients that are not finite. In a pipeline, it only clips by the first stage's norm.\
+"""
         ),
     ),
     (
         {"zero_optimization": {"stage": "two"}},
         0,
         snapshot(
-            "DIR/ds.json: zero_optimization.stage is 'two'; use 1, 2 or 3.\n"
-            "  Stage 0 takes steps with gradients that are not finite; in a pipeline it clips by the first "
-            "stage's norm alone."
+            """\
+DIR/ds.json: zero_optimization.stage is 'two'; use 1, 2 or 3.
+  Stage 0 makes steps with gradients that are not finite. In a pipeline, it only clips by the first stage's norm.\
+"""
         ),
     ),
     (
         {"zero_optimization": {"stage": 2}},
         2,
         snapshot(
-            "DIR/ds.json: zero_optimization.stage is 2, parallel.pipeline_stages is 2: ZeRO-2 cannot run in a "
-            "pipeline.\n"
-            "  Use stage 1, or pipeline_stages = 0, the engine without a pipeline."
+            """\
+DIR/ds.json: zero_optimization.stage is 2, parallel.pipeline_stages is 2: ZeRO-2 cannot run in a pipeline.
+  Use stage 1, or pipeline_stages = 0, which is the engine without a pipeline.\
+"""
         ),
     ),
     (
@@ -108,7 +118,7 @@ CHANGES: list[tuple[dict[str, Any], int, str]] = [
     (
         {"train_batch_size": True},
         0,
-        snapshot("the DeepSpeed configuration has train_batch_size = True; a whole number above 0 expected"),
+        snapshot("the DeepSpeed configuration has train_batch_size = True: expected a whole number above 0"),
     ),
 ]
 
@@ -125,7 +135,7 @@ def test_a_file_that_is_no_configuration(tmp_path: Path) -> None:
         read_settings(tmp_path / "ds.json", 0, "cpu")
     for text, message in (
         ("{", snapshot("DIR/ds.json is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)")),
-        ("[]", snapshot("DIR/ds.json: a JSON object expected")),
+        ("[]", snapshot("DIR/ds.json: expected a JSON object")),
     ):
         (tmp_path / "ds.json").write_text(text)
         with told(message, DIR=tmp_path):
@@ -146,16 +156,17 @@ BATCHES: list[tuple[dict[str, Any], int, int, str]] = [
         {"train_micro_batch_size_per_gpu": "auto"},
         1,
         0,
-        snapshot("the DeepSpeed configuration has train_micro_batch_size_per_gpu = 'auto'; a whole number above 0 expected"),
+        snapshot("the DeepSpeed configuration has train_micro_batch_size_per_gpu = 'auto': expected a whole number above 0"),
     ),
     (
         {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 7},
         1,
         0,
         snapshot(
-            "train_batch_size is 7, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
-            "(gradient_accumulation_steps, not given) * 1 data-parallel rank (1 process / 1 stage) is 6.\n"
-            "  It must be a multiple of 2, train_micro_batch_size_per_gpu."
+            """\
+train_batch_size is 7, but 2 rows per micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches (gradient_accumulation_steps, not given) * 1 data-parallel rank (1 process / 1 stage) is 6.
+  It must be a multiple of 2, train_micro_batch_size_per_gpu.\
+"""
         ),
     ),
     (
@@ -163,9 +174,10 @@ BATCHES: list[tuple[dict[str, Any], int, int, str]] = [
         3,
         0,
         snapshot(
-            "train_batch_size is 8, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 1 micro-batch "
-            "(gradient_accumulation_steps, not given) * 3 data-parallel ranks (3 processes / 1 stage) is 6.\n"
-            "  It can be dealt to 2 or 4 processes."
+            """\
+train_batch_size is 8, but 2 rows per micro-batch (train_micro_batch_size_per_gpu) * 1 micro-batch (gradient_accumulation_steps, not given) * 3 data-parallel ranks (3 processes / 1 stage) is 6.
+  It can be divided among 2 or 4 processes.\
+"""
         ),
     ),
     (
@@ -173,9 +185,10 @@ BATCHES: list[tuple[dict[str, Any], int, int, str]] = [
         2,
         0,
         snapshot(
-            "train_batch_size is 4, but 2 rows a micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches "
-            "(gradient_accumulation_steps) * 2 data-parallel ranks (2 processes / 1 stage) is 12.\n"
-            "  It must be a multiple of 6, train_micro_batch_size_per_gpu * gradient_accumulation_steps."
+            """\
+train_batch_size is 4, but 2 rows per micro-batch (train_micro_batch_size_per_gpu) * 3 micro-batches (gradient_accumulation_steps) * 2 data-parallel ranks (2 processes / 1 stage) is 12.
+  It must be a multiple of 6, train_micro_batch_size_per_gpu * gradient_accumulation_steps.\
+"""
         ),
     ),
     (
@@ -183,8 +196,7 @@ BATCHES: list[tuple[dict[str, Any], int, int, str]] = [
         3,
         2,
         snapshot(
-            "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): start a multiple of it, "
-            "as with deepspeed --num_gpus"
+            "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): start a multiple of that number, for example with deepspeed --num_gpus"
         ),
     ),
 ]
@@ -200,8 +212,7 @@ def test_a_batch_that_cannot_be_dealt(settings: dict[str, Any], world: int, stag
 def test_gradients_that_would_be_summed_in_bf16(name: str, stages: int, micro_batches: int) -> None:
     with told(
         snapshot(
-            "bf16 with MICRO_BATCHES a step needs data_types.grad_accum_dtype = 'fp32' in the DeepSpeed configuration, not None: "
-            "summed in bf16, the gradients of many micro-batches lose their small parts"
+            "bf16 with MICRO_BATCHES per step needs data_types.grad_accum_dtype = 'fp32' in the DeepSpeed configuration, not None: a sum of many gradients in bf16 loses the small ones"
         ),
         MICRO_BATCHES=f"{micro_batches} micro-batches",
     ):
@@ -209,14 +220,16 @@ def test_gradients_that_would_be_summed_in_bf16(name: str, stages: int, micro_ba
 
 
 def test_stages_that_do_not_fit() -> None:
-    with told(snapshot("parallel.pipeline_stages is 5, the student has 4 decoder layers to deal to them")):
+    with told(snapshot("parallel.pipeline_stages is 5, but the student has only 4 decoder layers")):
         check_stages(Parallel(pipeline_stages=5), 4)
-    with told(snapshot("parallel.partition = [1, 1, 2] deals layers to 3 stages, parallel.pipeline_stages is 2")):
+    with told(snapshot("parallel.partition = [1, 1, 2] is for 3 stages, parallel.pipeline_stages is 2")):
         check_stages(Parallel(pipeline_stages=2, partition=(1, 1, 2)), 4)
     with told(
         snapshot(
-            "parallel.partition = [1, 2] deals 3 decoder layers, the student has 4.\n"
-            "  Embedding and head are not counted: they go to the first and the last stage."
+            """\
+parallel.partition = [1, 2] assigns 3 decoder layers, the student has 4.
+  Do not count embedding and head: they belong to the first and the last stage.\
+"""
         )
     ):
         check_stages(Parallel(pipeline_stages=2, partition=(1, 2)), 4)
@@ -224,7 +237,9 @@ def test_stages_that_do_not_fit() -> None:
 
 def test_a_precision_that_the_device_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(build.get_accelerator()), "is_fp16_supported", lambda _: False)
-    with told(snapshot("fp16 is enabled in the DeepSpeed configuration, and this cpu has no products in fp16: use bf16")):
+    with told(
+        snapshot("fp16 is enabled in the DeepSpeed configuration, but this cpu cannot multiply matrices in fp16. Use bf16")
+    ):
         build.check_precision({"fp16": {"enabled": True}}, torch.device("cpu"))
 
 
@@ -238,7 +253,5 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
     run = load_run(Path(arguments[0]))
     here: Any = SimpleNamespace(device=torch.device("cpu"))
     config = student_config(case.student, vocab_size=50)
-    with told(
-        snapshot("DeepSpeed does not take this configuration: AssertionError: Adem is not a supported DeepSpeed Optimizer")
-    ):
+    with told(snapshot("DeepSpeed rejects this configuration: AssertionError: Adem is not a supported DeepSpeed Optimizer")):
         build.build_engine(run, {"optimizer": {"type": "Adem"}}, config, None, Layout(1, 1, 1), 1, here)

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from inline_snapshot import snapshot
 
 from megatron_vocagno.engine.settings import precision, read_settings
-from megatron_vocagno.engine.settings_file import FIELDS, GONE, NAMES, check_sections, notes
+from megatron_vocagno.engine.settings_file import FIELDS, NAMES, REMOVED, check_sections, notes
 from megatron_vocagno.errors import RunError
 from tests.errors.telling import told
 from tests.runs import write_settings
@@ -29,14 +29,14 @@ AUTO: list[tuple[dict[str, Any], dict[str, str]]] = [
             "gradient_accumulation_steps": "leave it out: it follows from the other two",
         },
     ),
-    ({"gradient_clipping": "auto"}, {"gradient_clipping": "the largest gradient norm, as 1.0, or 0 for no limit"}),
+    ({"gradient_clipping": "auto"}, {"gradient_clipping": "the largest gradient norm, for example 1.0, or 0 for no limit"}),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}},
         {
-            "optimizer.params.lr": "the highest learning rate, as 3e-4",
-            "optimizer.params.betas": "two numbers, as [0.9, 0.95]",
-            "optimizer.params.eps": "a number, as 1e-8",
-            "optimizer.params.weight_decay": "a number, as 0.1",
+            "optimizer.params.lr": "the highest learning rate, for example 3e-4",
+            "optimizer.params.betas": "two numbers, for example [0.9, 0.95]",
+            "optimizer.params.eps": "a number, for example 1e-8",
+            "optimizer.params.weight_decay": "a number, for example 0.1",
         },
     ),
     (
@@ -54,7 +54,10 @@ def test_what_hugging_face_would_fill_in_is_named_with_what_to_write(
     lines = "\n  ".join(f"{field}: {advice}" for field, advice in fields.items())
     are = f"{', '.join(fields)} {'is' if len(fields) == 1 else 'are'}"
     with told(
-        snapshot("DIR/ds.json: FIELDS 'auto', which Hugging Face's Trainer fills in and nobody here. Write\n  LINES"),
+        snapshot("""\
+DIR/ds.json: FIELDS 'auto', which only Hugging Face's Trainer replaces by a value. Write
+  LINES\
+"""),
         DIR=tmp_path,
         FIELDS=are,
         LINES=lines,
@@ -77,22 +80,22 @@ def test_a_precision_that_is_auto_is_off_as_deepspeed_has_it_and_that_is_said(tm
 
 
 VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"zero_optimization": {"stage": "2"}}, snapshot("zero_optimization.stage is '2', a text; write 2 without quotes")),
-    ({"train_batch_size": " 8"}, snapshot("train_batch_size is ' 8', a text; write 8 without quotes")),
+    ({"zero_optimization": {"stage": "2"}}, snapshot("zero_optimization.stage is '2', a string: write 2 without quotes")),
+    ({"train_batch_size": " 8"}, snapshot("train_batch_size is ' 8', a string: write 8 without quotes")),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": "3e-4"}}},
-        snapshot("optimizer.params.lr is '3e-4', a text; write 3e-4 without quotes"),
+        snapshot("optimizer.params.lr is '3e-4', a string: write 3e-4 without quotes"),
     ),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, "0.95"]}}},
-        snapshot("optimizer.params.betas is '0.95', a text; write 0.95 without quotes"),
+        snapshot("optimizer.params.betas is '0.95', a string: write 0.95 without quotes"),
     ),
     (
         {"zero_optimization": {"stage": 1, "overlap_comm": "False"}},
-        snapshot("zero_optimization.overlap_comm is 'False', a text; write false without quotes"),
+        snapshot("zero_optimization.overlap_comm is 'False', a string: write false without quotes"),
     ),
-    ({"bf16": {"enabled": "off"}}, snapshot("bf16.enabled is 'off'; true or false expected")),
-    ({"fp16": {"enabled": None}}, snapshot("fp16.enabled is None; true or false expected")),
+    ({"bf16": {"enabled": "off"}}, snapshot("bf16.enabled is 'off': expected true or false")),
+    ({"fp16": {"enabled": None}}, snapshot("fp16.enabled is None: expected true or false")),
     (
         {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
         snapshot(
@@ -105,35 +108,37 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"zero_optimization": {"stage": 2, "ofload_optimizer": {"device": "cpu"}}},
-        snapshot("DeepSpeed knows no 'zero_optimization.ofload_optimizer'; did you mean 'zero_optimization.offload_optimizer'?"),
+        snapshot(
+            "DeepSpeed does not know 'zero_optimization.ofload_optimizer'. Did you mean 'zero_optimization.offload_optimizer'?"
+        ),
     ),
     (
         {"zero_optimization": {"stage": 2, "offload_optimizer": {"devise": "cpu"}}},
-        snapshot("DeepSpeed knows no 'zero_optimization.offload_optimizer.devise': leave it out"),
+        snapshot("DeepSpeed does not know 'zero_optimization.offload_optimizer.devise': remove it"),
     ),
-    ({"bf16": {"enabled": True, "fast": True}}, snapshot("DeepSpeed knows no 'bf16.fast': leave it out")),
+    ({"bf16": {"enabled": True, "fast": True}}, snapshot("DeepSpeed does not know 'bf16.fast': remove it")),
     (
         {"offload_optimizer": {"device": "cpu"}},
-        snapshot("DeepSpeed knows no 'offload_optimizer', and would say nothing: it belongs into 'zero_optimization'"),
+        snapshot("DeepSpeed does not know 'offload_optimizer', and would ignore it: it belongs in 'zero_optimization'"),
     ),
     (
         {"weight_decay": 0.1},
-        snapshot("DeepSpeed knows no 'weight_decay', and would say nothing: it belongs into 'optimizer.params'"),
+        snapshot("DeepSpeed does not know 'weight_decay', and would ignore it: it belongs in 'optimizer.params'"),
     ),
     (
         {"gradient_cliping": 1.0},
-        snapshot("DeepSpeed knows no 'gradient_cliping', and would say nothing; did you mean 'gradient_clipping'?"),
+        snapshot("DeepSpeed does not know 'gradient_cliping', and would ignore it. Did you mean 'gradient_clipping'?"),
     ),
-    ({"zero3_init_flag": False}, snapshot("DeepSpeed knows no 'zero3_init_flag', and would say nothing: leave it out")),
+    ({"zero3_init_flag": False}, snapshot("DeepSpeed does not know 'zero3_init_flag', and would ignore it: remove it")),
     (
         {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "weight_decy": 0.1}}},
-        snapshot("DeepSpeed knows no 'optimizer.params.weight_decy'; did you mean 'optimizer.params.weight_decay'?"),
+        snapshot("DeepSpeed does not know 'optimizer.params.weight_decy'. Did you mean 'optimizer.params.weight_decay'?"),
     ),
     (
         {"data_types": {"grad_acum_dtype": "fp32"}},
-        snapshot("DeepSpeed knows no 'data_types.grad_acum_dtype'; did you mean 'data_types.grad_accum_dtype'?"),
+        snapshot("DeepSpeed does not know 'data_types.grad_acum_dtype'. Did you mean 'data_types.grad_accum_dtype'?"),
     ),
-    ({"amp": {"enabled": True}}, snapshot("this DeepSpeed has no 'amp' any more: leave it out")),
+    ({"amp": {"enabled": True}}, snapshot("this release of DeepSpeed no longer has 'amp': remove it")),
 ]
 
 
@@ -154,10 +159,10 @@ TEXTS = [
     ("{'train_batch_size': 4}", "double quotes: line 1 column 2 (char 1).\n  JSON has double quotes."),
     (
         "compute_environment: LOCAL_MACHINE\ndeepspeed_config:\n  zero_stage: 2\n",
-        "Expecting value: line 1 column 1 (char 0).\n  It looks like YAML, as accelerate's own: what is wanted is the JSON that "
-        "its 'deepspeed_config_file' names.",
+        "Expecting value: line 1 column 1 (char 0).\n  It looks like YAML. If it is a file of accelerate, use the JSON file "
+        "that its 'deepspeed_config_file' names.",
     ),
-    ('{"gradient_clipping": NaN, ' + OPTIMIZER + "}", "NaN is no number in JSON"),
+    ('{"gradient_clipping": NaN, ' + OPTIMIZER + "}", "NaN is not a number in JSON"),
     ('{"gradient_clipping": 1.0, "gradient_clipping": 2.0}', "it has two values for 'gradient_clipping', 1.0 and 2.0"),
     ('{"zero_optimization": {"stage": 1, "stage": 2}}', "it has two values for 'stage', 1 and 2"),
 ]
@@ -173,7 +178,7 @@ def test_a_habit_that_is_no_json_is_named(tmp_path: Path, text: str, reason: str
 
 def test_a_number_beyond_floats_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"gradient_clipping": 1e999}')
-    with told(snapshot("DIR/ds.json: gradient_clipping is beyond what a float holds; a smaller number expected"), DIR=tmp_path):
+    with told(snapshot("DIR/ds.json: gradient_clipping is too large for a float: use a smaller number"), DIR=tmp_path):
         read_settings(tmp_path / "ds.json", 0, "cpu")
     (tmp_path / "ds.json").write_bytes(b"\xff\xfe{\x00")
     with pytest.raises(RunError, match=r"ds\.json is not JSON: .* codec can.t decode"):
@@ -227,9 +232,9 @@ def test_all_names_that_deepspeed_reads_are_known_and_no_others(tmp_path: Path) 
     names: set[str] = set()
     DeepSpeedConfig(Asked(fields, names))
     assert len(names) > 50
-    refused_by_name = {"scheduler", "tensor_parallel", *GONE}
+    refused_by_name = {"scheduler", "tensor_parallel", *REMOVED}
     assert names - refused_by_name - {"sequence_parallel_size"} == set(NAMES)
-    assert set(GONE) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
+    assert set(REMOVED) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, model in models.items():
         assert set(FIELDS[section]) == {info.alias or name for name, info in model.model_fields.items()}, section

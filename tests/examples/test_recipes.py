@@ -91,8 +91,8 @@ def test_files_that_the_page_names_are_there() -> None:
     ("change", "message"),
     [
         (["--set", "data.row_length=4096"], "rows have 4,096 tokens (data.row_length), but the student reads at most 2,048"),
-        (["--gpus", "24"], "train_batch_size is 512, but 4 rows a micro-batch"),
-        (["--gpus", "3"], "is 504.\n  It can be dealt to 2 or 4 processes.\n"),
+        (["--gpus", "24"], "train_batch_size is 512, but 4 rows per micro-batch"),
+        (["--gpus", "3"], "is 504.\n  It can be divided among 2 or 4 processes.\n"),
         (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': Input should be less than"),
         (["--gpus", "9", "--set", "parallel.pipeline_stages=2"], "9 processes cannot form pipelines of 2 stages"),
         (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages and 22 layers"),
@@ -162,7 +162,7 @@ def test_data_that_is_there_is_checked_against_the_models(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["guidance.objective=kld"], "compares two distributions over one vocabulary"),
+        (["guidance.objective=kld"], "compares distributions over one vocabulary"),
         (["teacher.placement=cached"], "has no losses of its teacher, and teacher.placement is 'cached'"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_run_that_does_not_fit_is_told_which_part_and_what_to_change() -> None
 def test_a_batch_that_cannot_be_dealt_is_told() -> None:
     text = printed("--gpus", "256")
     assert "warning: the run cannot start with its current files: train_batch_size is 512" in text
-    assert "It can be dealt to 128 processes." in text
+    assert "It can be divided among 128 processes." in text
     assert "Another micro-batch size selects other tokens" in text
     assert "ZeRO-1" not in printed("--gpus", "1024")
     assert "bubble" in printed("--gpus", "256", "--set", "parallel.pipeline_stages=2")

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_vocagno.batch.front import NO_FRONTS
 from megatron_vocagno.config import Guidance, Run
 from megatron_vocagno.training.sample_files import SampleRows, SampleStep, summary, write_rows, write_step
-from megatron_vocagno.training.samples import Samples
+from tests.sources import samples_of
 from tools.preprocess import heat
 from tools.preprocess.report import main, parse
 
@@ -78,7 +77,7 @@ def rows_of(dataset, length: int, count: int) -> SampleRows:
             "logging": {"samples": count},
         }
     )
-    return Samples(run, [dataset], dataset, None, NO_FRONTS).rows
+    return samples_of(run, [dataset], dataset).rows
 
 
 def step_of(rows: SampleRows, step: int, guidance: Guidance) -> SampleStep:
@@ -259,7 +258,7 @@ def test_the_command_writes_the_page_and_explains_what_it_lacks(run, rows, sourc
     assert out.read_text(encoding="utf-8") == source
     assert f"{out.stat().st_size:,} bytes" in capsys.readouterr().out
     assert main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
-    assert "logging.samples = R" in capsys.readouterr().err
+    assert "if logging.samples is set" in capsys.readouterr().err
     write_rows(tmp_path / "early", rows)
     assert main(["--run", str(tmp_path / "early"), "--out", str(out)]) == 2
     assert "no evaluation of its sample rows yet" in capsys.readouterr().err
@@ -269,7 +268,7 @@ def test_the_command_writes_the_page_and_explains_what_it_lacks(run, rows, sourc
     broken.mkdir(parents=True)
     (broken / "rows.safetensors").write_bytes(b"\x00" * 30)
     assert main(["--run", str(broken.parent), "--out", str(out)]) == 2
-    assert "is no file that a run wrote" in capsys.readouterr().err
+    assert "is not a sample file of a run" in capsys.readouterr().err
 
 
 def test_a_dataset_that_has_moved_is_named(run, rows, source, small, tmp_path, capsys):

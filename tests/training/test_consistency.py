@@ -1,4 +1,4 @@
-"""Ranks that were given different things are refused by name, on all ranks, before anything is learned; none waits for ever."""
+"""Ranks with different configuration, software, data or models are refused on all ranks before the first step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_vocagno.training import consistency
 from tests.errors.telling import told
 from tests.runs import Case, metrics, spawn_each, write_settings
 
-LAST = "  Each rank reads its own run file, --set, DeepSpeed file, data, models and installation: give all of them the same."
+LAST = "  Each rank reads its own run file, --set, DeepSpeed file, data, models and installation: all must be the same."
 RUN = ["training.steps=5", "eval.rows=4"]
 FIELDS: list[list[tuple[str, str, str]]] = [
     # what rank 1 has, and both values: one field a run where it would hang or where ranks would learn from other rows
@@ -55,7 +55,7 @@ def refused(codes: list[int], said: str) -> str:
         said
     )
     message = said[said.index("error: ") + len("error: ") :].rstrip()
-    assert message.startswith("the ranks of this run are not alike:\n") and message.endswith(LAST)
+    assert message.startswith("the ranks of this run differ:\n") and message.endswith(LAST)
     return message
 
 
@@ -130,23 +130,22 @@ def _another(teacher: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_one_rank_alone_refuses_ends_the_others(case: Case, tmp_path: Path) -> None:
+def test_an_error_on_one_rank_ends_the_others(case: Case, tmp_path: Path) -> None:
     arguments = case.command("alike", RUN)
     other = [*arguments[:2], str(tmp_path / "none.json"), *arguments[3:]]
     for ranks in ([arguments, other], [arguments, [*arguments, "--set", "guidance.keep=2"]]):
         codes, said = spawn_each(ranks)
-        assert codes == [2, 2] and "Met by rank 1 alone" in said and said.count("error: ") == 1, (codes, said)
+        assert codes == [2, 2] and "This happened only on rank 1" in said and said.count("error: ") == 1, (codes, said)
 
 
-def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_and_machines_in_the_message(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = [{"a": "1", "b": "x"}] * 5 + [{"a": "1", "b": "y"}] * 2 + [{"a": "1"}] + [{"a": "1", "b": "x"}]
     hosts = ["n1"] * 4 + ["n2"] * 5
     answers = iter([list("ddddddeed"), [(one, host) for one, host in zip(facts, hosts, strict=True)]])
     monkeypatch.setattr(consistency, "all_gather", lambda _: next(answers))
     with told(
         snapshot(
-            "the ranks of this run are not alike:\n"
-            "  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\nLAST"
+            "the ranks of this run differ:\n  b: x on rank 0-4, 8 (n1, n2), y on rank 5-6 (n2), nothing on rank 7 (n2)\nLAST"
         ),
         LAST=LAST,
     ):
@@ -157,14 +156,14 @@ def test_ranks_and_machines_are_told_in_few_words(monkeypatch: pytest.MonkeyPatc
         consistency.require_same_on_all_ranks(many[0])
 
 
-def test_what_is_alike_takes_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_facts_need_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(consistency, "all_gather", lambda item: asked.append(item) or [item, item])
     consistency.require_same_on_all_ranks({"a": "1"})
     assert len(asked) == 1 and isinstance(asked[0], str)
 
 
-def test_the_source_is_told_file_by_file() -> None:
+def test_the_source_has_a_fact_per_file() -> None:
     facts = consistency._source()
     assert (
         len(facts) > 80

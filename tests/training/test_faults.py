@@ -1,4 +1,4 @@
-"""What machines do to a run: it dies, it is asked to leave, its disk fills up, its numbers break. Real processes throughout."""
+"""Faults during a run: killed processes, requested stops, full disks, losses that are not finite. Uses real processes."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_full_disk_ends_all_ranks_with_one_message_and_leaves_the_older_checkp
     assert code == 2 and "Traceback" not in said, said
     root = case.out("full") / "checkpoints"
     assert said.count(f"error: no checkpoint could be written to {root}/step-00000002 (rank ") == 1, said[-3000:]
-    assert "o space left on device" in said and f"{root}/step-00000001 is untouched" in said
+    assert "o space left on device" in said and f"{root}/step-00000001 is unchanged" in said
     assert folders == ["step-00000001"], "the broken one is removed, the older one is not"
     assert code_after == 0 and "resuming after step 1" in said_after, said_after[-3000:]
     assert held == ["step-00000001", "step-00000002"]
@@ -223,4 +223,4 @@ def test_what_one_rank_alone_cannot_read_ends_all_of_them(case: Case, tmp_path: 
     (folders[0] / "data").symlink_to(case.train)
     codes, said = spawn_each([case.command("one-sided", [PP2, "data.train=data"])] * 2, folders)
     assert codes == [2, 2] and said.count("error: ") == 1, (codes, said)
-    assert "error: data.train: data is not a dataset" in said and "Met by rank 1 alone" in said
+    assert "error: data.train: data is not a dataset" in said and "This happened only on rank 1" in said

@@ -1,4 +1,4 @@
-"""What tokenizers put in front of a text, through whole runs: it is read, said, refused where it does not fit, and kept."""
+"""Prefixes of tokenizers in complete runs: models read them, runs report them, and wrong ones are refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_checkpoint_without_a_front_is_not_resumed_with_one(fronted: Case) -> 
     assert spawn(1, plain).returncode == 0
     refused = spawn(1, fronted.command("resumed", ["training.steps=4"]))
     assert refused.returncode == 2
-    assert "was written with student.bos = none, this run has 1: its rows would not follow on" in refused.stdout
+    assert "was written with student.bos = none, this run has 1: it would read other rows" in refused.stdout
     assert spawn(1, fronted.command("resumed", ["student.bos=none", "training.steps=3"])).returncode == 0
 
 
@@ -89,7 +89,7 @@ def test_cached_losses_with_another_front_than_the_run_asks_for_are_refused(fron
     asked = [f"data.train={data}", "teacher.placement=cached", "training.steps=1", "training.schedule.warmup_steps=0"]
     refused = spawn(1, fronted.command("cached", asked))
     assert refused.returncode == 2
-    assert "was scored with nothing in front of each window, teacher.bos = 'auto' asks for <|im_start|> (1)" in refused.stdout
+    assert "was scored with nothing in front of each window, but teacher.bos = 'auto' means <|im_start|> (1)" in refused.stdout
     taken = spawn(1, fronted.command("cached", [*asked, "teacher.bos=none"]))
     assert taken.returncode == 0, taken.stdout[-3000:]
     assert "the teacher reads nothing in front of each window" in taken.stdout

@@ -1,4 +1,4 @@
-"""What a user can get wrong is refused before anything is written: what, where, both values, likely cause, exit code 2."""
+"""User errors are refused before anything is written, with both values, a likely cause and exit code 2."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ BAD = {
         {"zero_optimization": {"stage": 2}},
         "ZeRO-2 cannot run in a pipeline",
     ),
-    "a batch that does not divide": ([], {"train_batch_size": 7}, "train_batch_size is 7, but 2 rows a micro-batch"),
+    "a batch that does not divide": ([], {"train_batch_size": 7}, "train_batch_size is 7, but 2 rows per micro-batch"),
     "too few processes": (["parallel.pipeline_stages=2"], {}, "1 processes cannot form pipelines of 2 stages"),
-    "no optimizer": ([], {"optimizer": None}, "no 'optimizer'"),
+    "no optimizer": ([], {"optimizer": None}, "'optimizer' with a 'type' is missing"),
 }
 
 
@@ -151,15 +151,19 @@ def test_one_error_message_for_all_ranks(case: Case) -> None:
 def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no DeepSpeed configuration at"):
         read_settings(tmp_path / "absent.json", 0, "cpu")
-    for text, complaint in (("{", "is not JSON"), ("null", "a JSON object expected"), ("{}", "no 'optimizer' with a 'type'")):
+    for text, complaint in (
+        ("{", "is not JSON"),
+        ("null", "expected a JSON object"),
+        ("{}", "'optimizer' with a 'type' is missing"),
+    ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(RunError, match=complaint):
             read_settings(tmp_path / "bad.json", 0, "cpu")
     for changes, stages, complaint in (
-        ({"optimizer": {}}, 0, "no 'optimizer' with a 'type'"),
-        ({"scheduler": {}}, 0, r"belongs into the run file"),
+        ({"optimizer": {}}, 0, "'optimizer' with a 'type' is missing"),
+        ({"scheduler": {}}, 0, r"in the run file"),
         ({"tensor_parallel": {"autotp_size": 2}}, 0, r"'tensor_parallel' is not supported"),
-        ({"zero_optimization": {"stage": 0}}, 0, "Stage 0 takes steps with gradients that are not finite"),
+        ({"zero_optimization": {"stage": 0}}, 0, "Stage 0 makes steps with gradients that are not finite"),
         ({"zero_optimization": None}, 2, r"zero_optimization\.stage is 0"),
     ):
         with pytest.raises(RunError, match=complaint):
@@ -182,9 +186,9 @@ def test_the_global_batch_is_dealt_as_the_settings_say() -> None:
     for settings, complaint in (
         ({rows: 2}, "must give train_micro_batch_size_per_gpu, and train_batch_size or gradient_accumulation_steps"),
         ({total: 8}, "must give"),
-        ({rows: 0, total: 8}, "train_micro_batch_size_per_gpu = 0; a whole number above 0 expected"),
-        ({rows: "auto", total: 8}, "train_micro_batch_size_per_gpu = 'auto'; a whole number"),
-        ({rows: 2, total: 9}, r"train_batch_size is 9, but 2 rows a micro-batch .* is 8.\n  It must be a multiple of 2, "),
+        ({rows: 0, total: 8}, "train_micro_batch_size_per_gpu = 0: expected a whole number above 0"),
+        ({rows: "auto", total: 8}, "train_micro_batch_size_per_gpu = 'auto': expected a whole number"),
+        ({rows: 2, total: 9}, r"train_batch_size is 9, but 2 rows per micro-batch .* is 8.\n  It must be a multiple of 2, "),
     ):
         with pytest.raises(RunError, match=complaint):
             batch_layout(settings, 1, 0)
@@ -202,7 +206,7 @@ def test_a_batch_that_does_not_divide_is_told_with_the_nearest_numbers_that_divi
     ):
         with pytest.raises(RunError) as refusal:
             batch_layout(settings, world, stages)
-        assert str(refusal.value).endswith(f".\n  It can be dealt to {near}")
+        assert str(refusal.value).endswith(f".\n  It can be divided among {near}")
         # and to these it is dealt
         numbers = [int(word) for word in near.split() if word.isdigit()]
         assert [batch_layout(settings, number, stages).rows for number in numbers] == [settings[total]] * len(numbers)

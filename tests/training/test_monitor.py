@@ -1,4 +1,4 @@
-"""What a run tells is written once a step, whole, and by one process."""
+"""Metrics are written once per step, complete, and by one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that are not finite: noticed, named, and not for ever."""
+"""Steps that are not finite are detected, named and limited."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import TrainRows
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.errors import RunError
-from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard, described, documents_of
+from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard, describe, documents_of
 
 GOOD = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 7.0, "loss/nonfinite_tokens": 0.0}
 BROKEN = [
@@ -39,7 +39,7 @@ def test_the_guard_stops_after_steps_in_a_row_and_forgives_single_ones() -> None
         assert (found is None) == (numbers is GOOD)
     third = guard.check(9, BROKEN[3])
     assert third is not None
-    complaint = r"3 steps in a row were not finite .* last step 9 (.|\n)*learning rate is too high;(.|\n)*run/not_finite\.jsonl"
+    complaint = r"3 steps in a row were not finite .* last step 9 (.|\n)*learning rate is too high\.(.|\n)*run/not_finite\.jsonl"
     with pytest.raises(RunError, match=complaint):
         guard.stop_at_limit(third, LOG)
 
@@ -66,7 +66,7 @@ def test_the_named_documents_are_those_whose_tokens_a_row_holds(dataset: Aligned
 
 def test_a_line_for_a_person_names_a_few_documents_and_counts_the_rest() -> None:
     broken = BrokenStep(step=4, loss=float("nan"), grad_norm=1.5, nonfinite_tokens=2, skipped=True)
-    line = described(broken, {"data/a": list(range(10, 30)), "data/b": [], "data/c": [5]}, shown=3)
+    line = describe(broken, {"data/a": list(range(10, 30)), "data/b": [], "data/c": [5]}, shown=3)
     assert line == (
         "step 4 was not finite and was skipped: loss nan, gradient norm 1.5, 2 tokens without a finite loss. "
         "It read documents 10, 11, 12 and 17 more of data/a; 5 of data/c"

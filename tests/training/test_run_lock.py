@@ -1,4 +1,4 @@
-"""One run at a time in an output folder, which all ranks see: the second waits for the first, and does not wait for ever."""
+"""One run at a time in an output folder that all ranks see. A second run waits for the first, for a limited time."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def nobody() -> int:
     return 0
 
 
-def test_the_second_waits_says_so_and_gives_up_until_the_first_has_left(tmp_path: Path, alone: None) -> None:
+def test_the_second_run_waits_reports_and_fails_until_the_first_has_ended(tmp_path: Path, alone: None) -> None:
     said: list[str] = []
-    first, second = RunLock(tmp_path / "out", patience=0), RunLock(tmp_path / "out", patience=1)
+    first, second = RunLock(tmp_path / "out", timeout=0), RunLock(tmp_path / "out", timeout=1)
     assert first.acquire(said.append, nobody) == 0 and not said
     with pytest.raises(RunLockedError):
         second.acquire(said.append, nobody)
@@ -49,7 +49,7 @@ def test_the_second_waits_says_so_and_gives_up_until_the_first_has_left(tmp_path
     assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK]
 
 
-def test_one_that_is_asked_to_leave_while_it_waits_leaves_at_once_and_holds_nothing(tmp_path: Path, alone: None) -> None:
+def test_a_requested_stop_ends_the_wait_at_once_without_a_lock(tmp_path: Path, alone: None) -> None:
     first, second = RunLock(tmp_path), RunLock(tmp_path)
     first.acquire(pytest.fail, nobody)
     start = time.monotonic()
@@ -61,7 +61,7 @@ def test_one_that_is_asked_to_leave_while_it_waits_leaves_at_once_and_holds_noth
     second.close()
 
 
-def test_a_file_system_without_locks_keeps_no_run_from_starting_and_is_told(
+def test_a_run_starts_on_a_file_system_without_locks_and_reports_it(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_locks(*_: object) -> None:
@@ -70,19 +70,17 @@ def test_a_file_system_without_locks_keeps_no_run_from_starting_and_is_told(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     said: list[str] = []
     assert RunLock(tmp_path).acquire(said.append, nobody) == 0
-    assert said == [
-        f"note: the file system of {tmp_path} has no locks: two runs at once in this folder would not notice each other"
-    ]
+    assert said == [f"note: the file system of {tmp_path} has no locks: two runs in this folder would not notice each other"]
 
 
-def test_the_proof_is_removed_also_when_it_fails_and_that_of_a_killed_run_too(
+def test_probe_files_are_removed_after_a_failure_and_after_a_killed_run(
     tmp_path: Path, alone: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left, own = tmp_path / f".seen-by-all-{'0a' * 16}", tmp_path / ".seen-by-all-of-us"
     left.touch()
     own.touch()
-    monkeypatch.setattr(run_lock, "_appears", lambda file, content: not file.exists())
-    with pytest.raises(SharedError, match="not all ranks see the folder"):
+    monkeypatch.setattr(run_lock, "_becomes_visible", lambda file, content: not file.exists())
+    with pytest.raises(SharedError, match="not all ranks see the"):
         RunLock(tmp_path).acquire(pytest.fail, nobody)
     assert {path.name for path in tmp_path.iterdir()} == {LOCK, own.name}
 
@@ -117,9 +115,9 @@ def test_ranks_that_see_different_folders_are_refused_before_the_first_step(case
     assert codes == [2, 2] and "Traceback" not in said and "step 1" not in said, (codes, said)
     host = os.uname().nodename
     assert (
-        f"error: not all ranks see the folder of 'output' that the first one has taken ({tmp_path}/one/out on {host}):\n"
+        f"error: not all ranks see the 'output' folder of rank 0 ({tmp_path}/one/out on {host}):\n"
         f"  rank 1 on {host}: {tmp_path}/two/out\n"
-        "  What rank 0 writes there did not appear to 1 of 2 ranks within 10 s. "
+        "  A file that rank 0 wrote there was not visible to 1 of 2 ranks within 10 s. "
     ) in said
     assert said.count("error: ") == 1
     assert [path.name for path in (tmp_path / "one" / "out").iterdir()] == [LOCK] and not (tmp_path / "two" / "out").exists()
@@ -146,7 +144,7 @@ exec "$@"
 
 @pytest.mark.slow
 @pytest.mark.parametrize("local", [True, False])
-def test_locks_that_another_machine_does_not_see_are_told(tmp_path: Path, local: bool) -> None:
+def test_locks_that_another_machine_does_not_see_are_reported(tmp_path: Path, local: bool) -> None:
     """The second rank has another host's name; and, where locks are local, a lock file that is not the first one's."""
     if subprocess.run(["unshare", "-rmu", "true"], check=False).returncode:
         pytest.skip("no mount and no name of its own: unshare -rmu is not allowed here")
@@ -160,8 +158,8 @@ def test_locks_that_another_machine_does_not_see_are_told(tmp_path: Path, local:
     assert code == [0, 0], said
     host = os.uname().nodename
     note = (
-        f"note: rank 1 on another-host was given the lock that rank 0 on {host} holds: "
-        "two runs at once in this folder would not notice each other"
+        f"note: rank 1 on another-host could acquire the lock that rank 0 on {host} holds: "
+        "two runs in this folder would not notice each other"
     )
     assert (f"0: {note}\n" in said) == local, said
 
@@ -202,11 +200,11 @@ def test_a_signal_while_it_waits_for_the_folder_ends_all_ranks_at_once(
         for rank in to:
             ranks[rank].send_signal(number)
         thread.join()
-        assert time.monotonic() - start < 20, "and not after the five minutes of its patience"
+        assert time.monotonic() - start < 20, "and not after the five minutes of its timeout"
     codes, said = answer[0]
     assert codes == [code, code] and "Traceback" not in said, (codes, said)
     if code == 0:
-        assert f"stopped while it waited for {output}: {number.name}; nothing was begun" in said
+        assert f"stopped while it waited for {output}: {number.name}; nothing was written" in said
     assert [path.name for path in output.iterdir()] == [LOCK]
 
 

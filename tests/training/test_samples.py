@@ -1,4 +1,4 @@
-"""What a run writes of its sample rows: the very losses, guides and choices, in any layout, each evaluation once."""
+"""The sample files of a run: correct losses, guides and selections in every layout, each evaluation once."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_a_resumed_run_writes_each_evaluation_once(case: Case, plain: Path) -> N
         assert contents(files / name) == contents(plain / FOLDER / name)
 
     refused = spawn(1, case.command("samples-resumed", [*SHORT, "training.steps=3", "logging.samples=4"]))
-    assert refused.returncode == 2 and "holds 11 rows of " in refused.stdout and "asks for 4 of " in refused.stdout
+    assert refused.returncode == 2 and "contains 11 rows of " in refused.stdout and "has 4 of " in refused.stdout
     assert {path.name: path.stat().st_mtime_ns for path in files.glob("step-*")} == after
 
 

@@ -1,4 +1,4 @@
-"""A process notes what it is asked, and leaves in its own time."""
+"""A process records a requested stop, and exits after its step."""
 
 from __future__ import annotations
 
