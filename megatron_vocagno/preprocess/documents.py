@@ -35,7 +35,7 @@ _CAUSES = tuple(
     for pattern, cause in (
         (rb"\0+\Z", "nothing but zero bytes: space that was set aside and never written?"),
         (rb"\xff\xfe|\xfe\xff", "UTF-16 text begins here: iconv -f UTF-16 -t UTF-8 FILE, before it is put behind others"),
-        (rb".*\}[ \t]*\r\s*\{", "the lines of this file end in CR only: tr '\\r' '\\n' < FILE > FILE.jsonl"),
+        (rb".*\}[ \t]*\r\s*\{", "the lines of this file end in CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl"),
         (
             rb"(?=.*\}\s*\Z)\{.*\}[ \t]*(\xef\xbb\xbf)*\x1e?\{",
             "several objects on one line? jq -c . FILE > FILE.jsonl parts them",

@@ -93,7 +93,7 @@ def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys:
                 number += 1
             if number != after[i + 1]:
                 raise BrokenInput(
-                    f"damaged parquet data (row group {i} ends at row {number:,}, expected {after[i + 1]:,} by the footer)"
+                    f"damaged parquet data (row group {i} ends at row {number:,}, the footer says {after[i + 1]:,})"
                 )
 
 
@@ -124,9 +124,7 @@ def _opened(where: Place, **options: Any) -> Iterator[Any]:
         if "decrypt" in message.lower():
             raise BrokenInput(f"encrypted parquet data ({message}): write it without encryption") from None
         if isinstance(error, NotImplementedError) or "not supported" in message:
-            raise BrokenInput(
-                f"parquet data that pyarrow {pa.__version__} cannot read ({message}): write it in another way"
-            ) from None
+            raise BrokenInput(f"parquet data that pyarrow {pa.__version__} cannot read ({message}): write it anew") from None
         raise BrokenInput(f"damaged parquet data ({message})") from None
 
 

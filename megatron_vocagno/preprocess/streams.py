@@ -170,8 +170,7 @@ class _Decompressed(io.RawIOBase):
                 ) from None
             if re.search("upport|too much memory|limit exceeded", str(error)):
                 raise BrokenInput(
-                    f"{self.name} data that cannot be read here ({error}): if they are complete, unpack them with what packed "
-                    "them"
+                    f"{self.name} data that cannot be read here ({error}): if they are whole, unpack them with what packed them"
                 ) from None
             raise BrokenInput(f"damaged {self.name} data ({error})") from None
 

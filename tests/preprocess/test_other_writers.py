@@ -89,7 +89,7 @@ REFUSED = {
     b'{"text": "a"}{"text": "b"}': "several objects on one line? jq -c . FILE > FILE.jsonl parts them",
     b'{"text": "a"}\xef\xbb\xbf{"text": "b"}': "several objects on one line",
     b'{"text": "a"} {"text": "b"} {"text": "c"}': "several objects on one line",
-    b'{"text": "a"}\r{"text": "b"}\r': "end in CR only: tr '\\r' '\\n' < FILE > FILE.jsonl",
+    b'{"text": "a"}\r{"text": "b"}\r': "end in CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl",
     b'{"text": "a"},': "a comma behind the object",
     b'{"text": "a"': "cut off, or one object over several lines? Then jq -c . FILE",
     b'{"text": "a",': "cut off, or one object over several lines",

@@ -139,7 +139,7 @@ def test_what_a_library_does_not_support_is_not_called_damaged(tmp_path):
         xz_with_dictionary(b"text", (4 << 30) - 1),
     ):
         with pytest.raises(
-            BrokenInput, match=r"data that cannot be read here .*: if they are complete, unpack them with what packed them"
+            BrokenInput, match=r"data that cannot be read here .*: if they are whole, unpack them with what packed them"
         ):
             unpacked(tmp_path / "a", data)
 
