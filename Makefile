@@ -1,6 +1,6 @@
 # make demo   the whole way on this machine, in minutes
 # make test   the test suite; make test-long: the long ones that it leaves out
-# make lint   ruff and mypy
+# make lint   ruff, mypy and make prose
 # make prose  the English of docs, docstrings, comments and messages against the patterns of .ci/prose.toml
 # make evidence  does the guidance work: three small experiments, into docs/evidence.md
 # make docs   the documentation as a site, into site/
@@ -28,7 +28,7 @@ test: install
 test-long: install $(VENV)/gemma/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_MANY) -m long
 
-lint: install
+lint: install prose
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -1,7 +1,7 @@
-"""What setup.py asks for, read without running it.
+"""The requirements of setup.py, read without running it.
 
-python .ci/dependencies.py lowest torch==2.13.0      each dependency at the lower end of its range, but torch
-python .ci/dependencies.py highest torch==2.13.0     the ranges as they stand, but torch
+python .ci/dependencies.py lowest torch==2.13.0      each dependency except torch at the lower end of its range
+python .ci/dependencies.py highest torch==2.13.0     the ranges of all dependencies except torch
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TRIED = ("", "fast", "gguf", "ray", "s3", "demo", "evidence", "test")
 
 
 def requirements() -> dict[str, list[Requirement]]:
-    """By extra; what every installation needs has the extra ""."""
+    """The requirements by extra. The extra "" contains those of every installation."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"]
     words = {word.arg: word.value for word in calls[0].keywords}
@@ -28,7 +28,7 @@ def requirements() -> dict[str, list[Requirement]]:
 
 
 def lowest(requirement: Requirement) -> Requirement:
-    """The same, at the lower end of its range."""
+    """The requirement with its lowest accepted version."""
     ends = [each.version for each in requirement.specifier if each.operator == ">="]
     pinned = Requirement(str(requirement))
     pinned.specifier = SpecifierSet(f"=={ends[0]}")

@@ -1,6 +1,6 @@
-"""The table of docs/licences.md: what setup.py asks for, and the licence that each package's own metadata names.
+"""Write the table of docs/licences.md: the requirements of setup.py, and the licence in the metadata of each package.
 
-.venv/bin/python .ci/licences.py        writes it; in the environment of `make install`
+.venv/bin/python .ci/licences.py        run it in the environment of `make install`
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dependencies import ROOT, requirements
 PAGE = ROOT / "docs" / "licences.md"
 TABLE = re.compile(r"^\| package \| for \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
 APART = [str(Path(sys.prefix) / folder) for folder in ("quantised", "evaluation")]
-"""Where `make install` puts what is not to be imported by accident."""
+"""Folders in which `make install` puts packages that must not be imported by accident."""
 NO_WORDS = {
     "flash-attn": "BSD-3-Clause (in its repository; a build needs a GPU's compiler)",
     "torchao": "BSD-3-Clause (its LICENSE file; its metadata names none)",

@@ -1,6 +1,6 @@
 """Check the English of Markdown, docstrings, comments and messages against the patterns of prose.toml.
 
-.ci/prose.py [FILE ...]        without files: the Markdown and the code that git tracks. Exits with 1 if there are findings
+.ci/prose.py [FILE ...]        .md and .py files; default: those that git tracks. Exits with 1 if there are findings
 """
 
 from __future__ import annotations
@@ -78,6 +78,8 @@ def main(files: list[str]) -> int:
     if not files:
         listed = subprocess.run(["git", "ls-files", *TABLE["files"]], capture_output=True, text=True, check=True)
         files = [file for file in listed.stdout.splitlines() if Path(file).is_file() and file not in TABLE["skip"]]
+    if wrong := [file for file in files if not file.endswith((".md", ".py")) or not Path(file).is_file()]:
+        sys.exit(f"error: not a .md or .py file: {', '.join(wrong)}")
     count = 0
     for file in files:
         text, markdown = Path(file).read_text(encoding="utf-8"), file.endswith(".md")

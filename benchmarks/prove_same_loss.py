@@ -70,7 +70,7 @@ def parser() -> Parser:
         "REVISION",
         "Compare the quickstart's first steps at a revision with those of this working tree, number by number.",
         "python -m benchmarks.prove_same_loss HEAD~3 --steps 8",
-        "0 the same, or within --tolerance; 1 the loss differs; 2 an error that you can fix; 130 Ctrl-C",
+        "0 equal within --tolerance, 1 the loss differs, 2 an error that you can fix, 130 Ctrl-C",
     )
     parser.add_argument("revision", metavar="REVISION", help="commit, branch or tag to compare with")
     parser.add_argument("--steps", type=positive_int, default=8, metavar="N", help="optimizer steps (default: 8)")

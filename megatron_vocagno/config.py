@@ -85,7 +85,7 @@ class Student(Part):
     If `vocab_size` is missing, it is taken from the data.
     """
     bos: Bos = "auto"
-    """Ids that the student reads at the start of each row: docs/method.md#what-a-model-reads-in-front-of-text.
+    """Ids that the student reads at the start of each row: docs/method.md#the-prefix-that-a-model-reads.
 
     `auto`: the ids that its own tokenizer puts before a text.
     `none`: nothing.

@@ -26,13 +26,13 @@ from megatron_vocagno.files import beside
 DOCUMENTED = ("sympy", "networkx", "mpmath")
 """Packages with long docstrings about mathematics; all three under BSD licences."""
 SHORTEST = 200
-"""Characters; shorter docstrings say little but their function's name."""
+"""Characters; shorter docstrings often only repeat their function's name."""
 HELD_OUT = 20
-"""One source file in so many is held out."""
+"""One of this number of source files is held out."""
 
 
 class PackageMissing(UserError):
-    """What the corpus is made of is not there."""
+    """A package whose docstrings are the corpus is not installed."""
 
 
 class Text(NamedTuple):

@@ -1,9 +1,9 @@
-"""The whole way on one machine: text -> aligned dataset -> guided student on two stages -> Hugging Face checkpoint.
+"""End to end on one machine: text -> aligned dataset -> guided student on two stages -> Hugging Face checkpoint.
 
     make demo
 
-Each step prints the command that it runs, so that it can be run by hand, and is passed over when its result is there. The
-training is stopped once in the middle, as a node might die, and started again by the same command.
+Each step prints its command, so that you can run it by hand. A step is skipped if its result exists. The training is killed
+once in the middle, as if a node died, and started again with the same command.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ console = Console(highlight=False, soft_wrap=True)
 
 
 class StepFailed(UserError):
-    """A command has failed, and has said why."""
+    """A command failed. Its own message is above this error."""
 
 
 def main() -> int:
     """Returns the exit code, see megatron_vocagno.command."""
-    about = "The whole way on one machine, into .demo/: text, aligned dataset, guided student, Hugging Face folder. Minutes."
+    about = "End to end on one machine, into .demo/: text, aligned dataset, guided student, Hugging Face folder. Minutes."
     Parser("python examples/demo/story.py", "", about, "python examples/demo/story.py").parse_args()
-    return run_command(tell, "what is finished stays; `make demo` goes on from there")
+    return run_command(tell, "finished steps are kept; `make demo` resumes after them")
 
 
 def tell() -> None:
@@ -82,19 +82,19 @@ def tell() -> None:
 
 
 def step(title: str, result: Path, command: list[str]) -> None:
-    """Run a command, unless its result is there."""
+    """Run a command, unless its result exists."""
     console.rule(f"[bold]{title}", align="left")
     if result.exists():
         console.print(f"reusing {result}")
         return
     show(command)
     if code := subprocess.run(command, check=False).returncode:
-        raise StepFailed(f"it ended with exit code {code}; the next `make demo` goes on from here")
+        raise StepFailed(f"exit code {code}; the next `make demo` resumes here")
 
 
 def train() -> None:
-    """Train to the end; a fresh run is stopped once after its first checkpoint and started again."""
-    console.rule("[bold]the student, on two pipeline stages, its teacher beside it", align="left")
+    """Train to the end. A new run is killed once after its first checkpoint, and started again."""
+    console.rule("[bold]the student on two pipeline stages, with its teacher in the same processes", align="left")
     if (DEMO / "run" / "finished").exists():
         console.print(f"reusing {RUN}")
         return
@@ -102,14 +102,14 @@ def train() -> None:
     if not checkpoint_folders(RUN / "checkpoints"):
         show(command)
         if launch(command, stop_when=lambda: (RUN / "checkpoints" / "latest").exists()):
-            console.print("\n[bold]stopped in the middle; the same command goes on from the checkpoint[/]")
+            console.print("\n[bold]killed in the middle; the same command resumes from the checkpoint[/]")
     show(command)
     launch(command)
     (DEMO / "run" / "finished").touch()
 
 
 def training_command() -> list[str]:
-    """Two processes on two stages; a machine with a single GPU runs one."""
+    """Two processes on two stages, or one process if the machine has a single GPU."""
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = ["--num_gpus", "2", "examples/pretrain_vocagno.py", "examples/quickstart.toml"]
     command += ["--deepspeed_config", "ds_configs/cpu_pp2.json"]
@@ -120,20 +120,20 @@ def training_command() -> list[str]:
 
 
 def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> bool:
-    """Run the launcher with its ranks in a process group of their own; end it when the time has come. Whether it was ended."""
-    # the launcher starts its ranks with the `python` that it finds first
+    """Run the launcher and its ranks in a separate process group. Kill them if `stop_when` is true; returns whether it was."""
+    # the launcher starts its ranks with the first `python` in PATH
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not torch.cuda.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed finds that out alone, and warns each time
+        environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed detects this itself, but warns each time
     with subprocess.Popen(command, env=environment, start_new_session=True) as process:
         try:
             while process.poll() is None:
                 time.sleep(0.2)
                 if stop_when is not None and stop_when():
-                    time.sleep(2)  # a step or two that will be done again
+                    time.sleep(2)  # one or two steps that will be repeated
                     return process.poll() is None
             if process.returncode:
-                raise StepFailed(f"training ended with exit code {process.returncode}; the next `make demo` goes on from here")
+                raise StepFailed(f"training ended with exit code {process.returncode}; the next `make demo` resumes here")
             return False
         finally:
             if process.poll() is None:
@@ -141,7 +141,7 @@ def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> b
 
 
 def reload() -> None:
-    """Load the exported student as anyone would, and let it read a held-out text."""
+    """Load the exported student with transformers, and compute its loss on a held-out text."""
     console.rule("[bold]the student, reloaded with AutoModelForCausalLM", align="left")
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "student-hf")
     model = AutoModelForCausalLM.from_pretrained(DEMO / "student-hf")
@@ -150,17 +150,17 @@ def reload() -> None:
     tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
     with torch.no_grad():
         loss = model(**tokens, labels=tokens.input_ids).loss.item()
-    console.print(f"{model.num_parameters() / 1e6:.1f} M parameters; it reads {text[:60]!r}… at {loss:.2f} nats a token")
+    console.print(f"{model.num_parameters() / 1e6:.1f} M parameters; {loss:.2f} nats per token on {text[:60]!r}…")
 
 
 def close(seconds: float) -> None:
-    """One table of what came out."""
+    """Print a table of the results."""
     lines = read_metrics(RUN)
     steps = [line for line in lines if "loss/train" in line]
     evaluations = [line for line in lines if "eval/bits_per_byte" in line]
     totals = orjson.loads((DEMO / "data" / "train" / "dataset.json").read_bytes())["totals"]
-    table = Table(title="What came out", title_justify="left")
-    table.add_column("what")
+    table = Table(title="Results", title_justify="left")
+    table.add_column("result")
     table.add_column("value", justify="right")
 
     def mean(name: str, lines: list[dict[str, float]] = steps) -> float:
@@ -175,14 +175,14 @@ def close(seconds: float) -> None:
         f"{len(steps)}, {total(steps, 'throughput/student_tokens'):,}, {total(steps, 'teacher/tokens'):,}",
     )
     first, last = mean("loss/train", steps[:5]), mean("loss/train", steps[-5:])
-    row("loss that is learned, first and last five steps", f"{first:.3f} -> {last:.3f} nats")
+    row("training loss, first and last five steps", f"{first:.3f} -> {last:.3f} nats")
     row(
         "bits per byte of held-out text, before and after",
         " -> ".join(f"{e['eval/bits_per_byte']:.3f}" for e in (evaluations[0], evaluations[-1])),
     )
     row("share of mapped tokens kept", f"{mean('guidance/share_kept'):.1%}")
     row("share of tokens unmapped", f"{mean('guidance/share_unmapped'):.2%}")
-    row("student tokens a second", f"{mean('throughput/student_tokens_per_second'):.0f}")
+    row("student tokens per second", f"{mean('throughput/student_tokens_per_second'):.0f}")
     row("teacher's share of the time", f"{mean('teacher/share_of_time'):.0%}")
     row("Hugging Face checkpoint", f"{DEMO}/student-hf")
     row("checkpoints, metrics.jsonl, TensorBoard", f"{RUN}")
