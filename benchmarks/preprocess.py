@@ -52,7 +52,7 @@ from benchmarks.passes import (
 )
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.preprocess.build import build
-from megatron_vocagno.preprocess.shards import BuildConfig, Progress, ShardResult
+from megatron_vocagno.preprocess.shards import BuildConfig, ShardJobProgress, ShardResult
 from megatron_vocagno.preprocess.workers import run_local
 
 MB = 1_000_000
@@ -304,7 +304,7 @@ def timed_build(file: Path, settings: BuildConfig, workers: int, shard_bytes: in
     done: dict[int, int] = {}  # bytes of text by shard
     peaks = [0]
 
-    def within(progress: Progress) -> None:
+    def within(progress: ShardJobProgress) -> None:
         done[progress.index] = progress.text_bytes
         reports.append((time.monotonic() - begin, sum(done.values())))
 

@@ -26,13 +26,13 @@ Quantization = Literal["none", "int8", "fp8"]
 PositiveInt = Annotated[int, Field(gt=0)]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     """A section of the run file. It is frozen and rejects unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Source(Part):
+class Source(Section):
     """A dataset of a blend."""
 
     path: Path
@@ -41,7 +41,7 @@ class Source(Part):
     """The dataset's share of the rows is this weight divided by the sum of all weights."""
 
 
-class Data(Part):
+class Data(Section):
     """Aligned datasets, made by `tools.preprocess.build_dataset`."""
 
     train: Annotated[tuple[Source, ...], Field(min_length=1)]
@@ -71,7 +71,7 @@ class Data(Part):
         return [{"path": train}] if isinstance(train, str | Path) else train
 
 
-class Student(Part):
+class Student(Section):
     """The model to train. Give either pretrained weights or a configuration."""
 
     pretrained: Path | None = None
@@ -104,7 +104,7 @@ class Student(Part):
         return self
 
 
-class Teacher(Part):
+class Teacher(Section):
     """The frozen model that guides the student."""
 
     path: Path | None = None
@@ -136,7 +136,7 @@ class Teacher(Part):
     """Attention implementation, as in `student.attention`."""
 
 
-class Guidance(Part):
+class Guidance(Section):
     """The method: which of the student's losses count. See docs/method.md."""
 
     objective: Objective = "guided"
@@ -221,7 +221,7 @@ _OF_GUIDES = ("aggregate", "require_positive", "combine")
 _OF_SELECTION = ("keep", "scope", "unmapped")
 
 
-class Parallel(Part):
+class Parallel(Section):
     """How the student is distributed over the ranks. See docs/training.md#layouts."""
 
     pipeline_stages: Annotated[int, Field(ge=0)] = 0
@@ -237,7 +237,7 @@ class Parallel(Part):
     """Store only the input of each decoder layer, and recompute its activations in the backward pass."""
 
 
-class Schedule(Part):
+class Schedule(Section):
     """The learning rate over the run, relative to the peak in the DeepSpeed configuration."""
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
@@ -256,7 +256,7 @@ class Schedule(Part):
             )
 
 
-class Training(Part):
+class Training(Section):
     """Length of the run, seed, and reasons to stop early."""
 
     steps: PositiveInt | None = None
@@ -278,7 +278,7 @@ class Training(Part):
         return self
 
 
-class Eval(Part):
+class Eval(Section):
     """Evaluation: bits per byte on `data.valid`, before the first step and after the last."""
 
     every: PositiveInt | None = None
@@ -287,7 +287,7 @@ class Eval(Part):
     """Number of rows to evaluate, from the start of `data.valid`. If it is missing, all rows are evaluated."""
 
 
-class Checkpoint(Part):
+class Checkpoint(Section):
     """When checkpoints are written and removed."""
 
     every: PositiveInt | None = None
@@ -298,7 +298,7 @@ class Checkpoint(Part):
     """Checkpoints whose step is a multiple of this number are never removed."""
 
 
-class Logging(Part):
+class Logging(Section):
     """Output of the run. See docs/monitoring.md."""
 
     every: PositiveInt = 1
@@ -307,7 +307,7 @@ class Logging(Part):
     """Number of rows of `data.valid` that every evaluation writes token by token: docs/monitoring.md#seeing-what-is-learned."""
 
 
-class Run(Part):
+class Run(Section):
     """The complete configuration of a run."""
 
     output: Path

@@ -37,7 +37,7 @@ from megatron_vocagno.preprocess.documents import read
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult, finished, make_shard
-from megatron_vocagno.preprocess.workers import Failure, in_this_process
+from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
 
 # documents whose tokens are compared with those of the tokenizers' own libraries, and characters of each
 FIRST_DOCUMENTS, FIRST_CHARACTERS = 16, 4096
@@ -56,7 +56,7 @@ def build(
     force: bool = False,
     part: Slice | None = None,
     on_plan: Callable[[Plan, Sequence[ShardJob]], object] = lambda plan, jobs: None,
-    on_shard: Callable[[ShardResult | Failure[ShardJob]], object] = lambda result: None,
+    on_shard: Callable[[ShardResult | JobFailure[ShardJob]], object] = lambda result: None,
     on_note: Callable[[str], object] = lambda note: None,
 ) -> Place:
     """Build the dataset of all documents in `inputs`, in their order. Returns `out`.

@@ -16,7 +16,7 @@ import orjson
 
 from megatron_vocagno.corpus.places import place
 from megatron_vocagno.errors import BrokenInput
-from megatron_vocagno.preprocess.inputs import LONGEST_RECORD, PART, InputSplit, Keys, Line, names
+from megatron_vocagno.preprocess.inputs import LONGEST_RECORD, READ_BYTES, InputSplit, Keys, Line, names
 
 BROKEN = "broken input: "  # the beginning of the reason if the rest of a file cannot be read
 OnBytes: TypeAlias = Callable[[bytes], object]
@@ -48,7 +48,7 @@ _CAUSES = tuple(
 )
 
 
-class Document(NamedTuple):
+class InputRecord(NamedTuple):
     """One record of the input.
 
     number  line or row within the split, from 0
@@ -79,7 +79,7 @@ class _NoText(Exception):
     """The reason why a record has no text. quarantine.jsonl contains it, so that its wording decides the dataset's hash."""
 
 
-def read(split: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> Iterator[Document]:
+def read(split: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> Iterator[InputRecord]:
     """The records of a split in order. Blank lines are not records. Memory is a few times the longest record.
 
     text_key, id_key  keys of a line's object, or columns of parquet. If nothing is called `a.b`, it means the key b of the object
@@ -96,9 +96,9 @@ def read(split: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> 
     return islice(readers[split.kind](split, names(text_key), names(id_key), on_bytes), split.limit)
 
 
-def _broken(split: InputSplit, number: int, offset: int, error: BrokenInput, on_bytes: OnBytes) -> Document:
+def _broken(split: InputSplit, number: int, offset: int, error: BrokenInput, on_bytes: OnBytes) -> InputRecord:
     on_bytes(b"\0broken\n")
-    return Document(split, number, offset, b"", None, f"{BROKEN}{error}")
+    return InputRecord(split, number, offset, b"", None, f"{BROKEN}{error}")
 
 
 def _too_long(size: int) -> str:
@@ -108,7 +108,7 @@ def _too_long(size: int) -> str:
 # ---- lines
 
 
-def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[InputRecord]:
     number, offset = 0, split.start
     try:
         for line in split.lines(on_bytes):
@@ -116,9 +116,9 @@ def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_byte
             try:
                 text, id_ = _parse(line, text_keys, id_keys)
             except _NoText as bad:
-                yield Document(split, line.number, line.offset, line.raw, None, str(bad))
+                yield InputRecord(split, line.number, line.offset, line.raw, None, str(bad))
             else:
-                yield Document(split, line.number, line.offset, line.raw, text, "", id_)
+                yield InputRecord(split, line.number, line.offset, line.raw, text, "", id_)
     except BrokenInput as error:
         yield _broken(split, number, offset, error, on_bytes)
 
@@ -219,12 +219,12 @@ def _kind(value: object) -> str:
 # ---- text files
 
 
-def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[InputRecord]:
     parts: list[bytes] = []
     size = 0
     try:
         with split.open() as file:
-            while part := file.read(PART):
+            while part := file.read(READ_BYTES):
                 on_bytes(part)
                 size += len(part)
                 parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
@@ -238,15 +238,15 @@ def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes
     del parts
     try:
         # files that cat has concatenated have a byte order mark at the beginning of each
-        yield Document(split, 0, 0, raw, _MARKS.sub("", _decode(raw, size)), "", id_)
+        yield InputRecord(split, 0, 0, raw, _MARKS.sub("", _decode(raw, size)), "", id_)
     except _NoText as bad:
-        yield Document(split, 0, 0, raw, None, str(bad))
+        yield InputRecord(split, 0, 0, raw, None, str(bad))
 
 
 # ---- parquet
 
 
-def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[Document]:
+def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes: OnBytes) -> Iterator[InputRecord]:
     # imported here: pyarrow costs each worker 0.2 s and 50 MB
     from megatron_vocagno.preprocess import parquet
 
@@ -259,9 +259,9 @@ def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_by
             try:
                 decoded = _column(text, text_keys), _column(id_, id_keys) if id_keys else ""
             except _NoText as bad:
-                yield Document(split, number, row, raw, None, str(bad))
+                yield InputRecord(split, number, row, raw, None, str(bad))
             else:
-                yield Document(split, number, row, raw, decoded[0], "", decoded[1])
+                yield InputRecord(split, number, row, raw, decoded[0], "", decoded[1])
             number, offset = number + 1, row + 1
     except BrokenInput as error:
         yield _broken(split, number, offset, error, on_bytes)

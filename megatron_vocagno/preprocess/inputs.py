@@ -33,7 +33,7 @@ Kind: TypeAlias = Literal["lines", "parquet", "text"]
 Keys: TypeAlias = str | Sequence[str] | None  # one key, or several: a record's first existing key is used
 
 LONGEST_RECORD = 128 << 20  # bytes; a longer record is refused and not kept in memory
-PART = 1 << 20  # bytes of a long line that are read at once
+READ_BYTES = 1 << 20  # bytes of a long line that are read at once
 CUT_BYTES = 64 << 10  # bytes that are read at once to find a line end
 # Compressed text is assumed to expand four times. JSON lines of web text and of manuals expand 2.7 to 5 times. The true size is
 # known only after reading, and this estimate only affects how evenly the work is distributed.
@@ -82,7 +82,7 @@ class InputSplit:
         """
         number, offset = 0, self.start
         with self.open() as file:
-            while raw := file.readline(PART):
+            while raw := file.readline(READ_BYTES):
                 on_bytes(raw)
                 size = len(raw)
                 if not raw.endswith(b"\n"):
@@ -101,7 +101,7 @@ class InputSplit:
         if self.compression or not self.start:
             return 1
         with open_bytes(place(self.url), "", 0, self.start) as file:
-            return 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(PART), b""))
+            return 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(READ_BYTES), b""))
 
 
 def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], object]) -> tuple[bytes, int]:
@@ -110,7 +110,7 @@ def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], obje
     Returns the line and its length. The line is cut if it is longer than LONGEST_RECORD.
     """
     parts, size, part = [first], len(first), first
-    while not part.endswith(b"\n") and (part := file.readline(PART)):
+    while not part.endswith(b"\n") and (part := file.readline(READ_BYTES)):
         on_bytes(part)
         size += len(part)
         parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
@@ -249,7 +249,7 @@ def _compression(file: Place, head: bytes, size: int) -> Compression:
         raise CorpusError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {advice}")
     if compression:
         # `documents.read` reports damaged data
-        with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, PART)) as stream:
+        with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, READ_BYTES)) as stream:
             head = stream.read(HEAD)
             if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
                 raise CorpusError(f"{file} is {inner} inside {compression}: unpack it")

@@ -7,7 +7,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.errors import CorpusError
-from megatron_vocagno.preprocess.workers import Failure, Stop
+from megatron_vocagno.preprocess.workers import JobFailure, Stop
 
 
 class _ShardJob(Protocol):
@@ -17,7 +17,7 @@ class _ShardJob(Protocol):
 
 J = TypeVar("J", bound=_ShardJob)
 R = TypeVar("R")
-JobRunner: TypeAlias = Callable[..., Iterator[R | Failure[J]]]
+JobRunner: TypeAlias = Callable[..., Iterator[R | JobFailure[J]]]
 """`run_local` or `run_ray` with all arguments bound except the task, the jobs and `stop`."""
 
 SHOWN = 10  # shards that a message names at most
@@ -28,7 +28,7 @@ def run_jobs(
     task: Callable[[J], R],
     jobs: Sequence[J],
     stop: Stop,
-    on_result: Callable[[R | Failure[J]], object],
+    on_result: Callable[[R | JobFailure[J]], object],
     participle: str,
 ) -> None:
     """Run all jobs and call `on_result` with each result or failure as it arrives.
@@ -40,7 +40,7 @@ def run_jobs(
     failures = []
     for result in engine(task, jobs, stop=stop):
         on_result(result)
-        if isinstance(result, Failure):
+        if isinstance(result, JobFailure):
             failures.append(result)
     if failures:
         shown = "".join(f"\nshard {failure.job.name}: {failure.reason}" for failure in failures[:SHOWN])

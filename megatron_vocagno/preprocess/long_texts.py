@@ -20,7 +20,7 @@ from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.tokens import SENTINEL, Tokenizer
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Part, Side, align_texts
 
-PART = 1 << 20  # characters
+PART_CHARACTERS = 1 << 20  # characters
 REACH = 1 << 16  # characters before the end of a part that are searched for a cut
 AROUND = 128  # minimum number of characters on each side that are tokenized to test a cut
 TRIES = 64  # cuts that are tested per kind
@@ -42,10 +42,10 @@ class AlignedPart:
 
 
 def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
-    """Cut a text into parts of `PART` characters or slightly less."""
+    """Cut a text into parts of `PART_CHARACTERS` characters or slightly less."""
     start = 0
-    while len(text) - start > PART:
-        stop = _last_cut(text, start + PART, tokenizers)
+    while len(text) - start > PART_CHARACTERS:
+        stop = _last_cut(text, start + PART_CHARACTERS, tokenizers)
         yield text[start:stop]
         start = stop
     yield text[start:]

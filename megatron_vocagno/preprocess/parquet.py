@@ -33,7 +33,7 @@ class RowGroup(NamedTuple):
     weight: int  # bytes uncompressed, all columns
 
 
-class Row(NamedTuple):
+class ParquetRow(NamedTuple):
     """A record.
 
     number  row in the file, from 0
@@ -73,7 +73,7 @@ def _row_groups(file: Any) -> list[RowGroup]:
     return groups
 
 
-def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys: Sequence[str]) -> Iterator[Row]:
+def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys: Sequence[str]) -> Iterator[ParquetRow]:
     """The records of the row groups [start, stop).
 
     Raises BrokenInput at a damaged page, CorpusError if the columns do not contain texts or ids.
@@ -89,7 +89,7 @@ def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys:
         number = after[start]
         for i in range(start, stop):
             for text, id_ in _row_group(file, i, groups[i], columns):
-                yield Row(number, text, id_)
+                yield ParquetRow(number, text, id_)
                 number += 1
             if number != after[i + 1]:
                 raise BrokenInput(

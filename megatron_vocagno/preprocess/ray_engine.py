@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from megatron_vocagno.errors import CorpusError
-from megatron_vocagno.preprocess.workers import ONE_THREAD, Answer, Entry, Failure, Queue, Stop, run_job, serialize, unwrap
+from megatron_vocagno.preprocess.workers import ONE_THREAD, Answer, Entry, JobFailure, Queue, Stop, run_job, serialize, unwrap
 
 TASKS_PER_SLOT = 2  # one runs, one waits
 CONNECT_SECONDS = 10
@@ -27,13 +27,13 @@ R = TypeVar("R")
 
 def run_ray(
     task: Callable[[J], R], jobs: Sequence[J], address: str, stop: Stop = (), on_gpus: bool = False
-) -> Iterator[R | Failure[J]]:
+) -> Iterator[R | JobFailure[J]]:
     """Yield results as they arrive. Jobs start in their order.
 
     address  HOST:PORT of the cluster, or `auto` for the one of RAY_ADDRESS or of this machine
     on_gpus  give each task a separate GPU if the cluster has GPUs
 
-    After the third death of a worker a job is a Failure. When the iterator is closed or dropped, its tasks are killed and the
+    After the third death of a worker a job is a JobFailure. When the iterator is closed or dropped, its tasks are killed and the
     cluster stays up. The nodes need this package and the same paths to input and output. Reports of tasks are dropped.
 
     Raises CorpusError if the cluster cannot be used.

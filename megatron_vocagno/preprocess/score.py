@@ -30,7 +30,7 @@ from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
-from megatron_vocagno.preprocess.workers import Failure, in_this_process
+from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
 
 log = logging.getLogger(__name__)
 CONTEXT = 4096
@@ -99,7 +99,7 @@ def score(
     part: Slice | None = None,
     replace: bool = False,
     on_plan: Callable[[Sequence[ScoreJob]], object] = lambda jobs: None,
-    on_shard: Callable[[ScoreResult | Failure[ScoreJob]], object] = lambda result: None,
+    on_shard: Callable[[ScoreResult | JobFailure[ScoreJob]], object] = lambda result: None,
 ) -> Manifest:
     """Score a dataset. Returns its manifest, which contains the losses if all shards are scored.
 

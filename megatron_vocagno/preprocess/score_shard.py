@@ -56,7 +56,7 @@ class ScoreResult:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ScoreJobProgress:
     """The progress of one shard: tokens that are scored."""
 
     index: int
@@ -116,7 +116,7 @@ def score_documents(
         loss_BU = teacher.loss(torch.from_numpy(inputs).to(device), torch.from_numpy(targets).to(device))
         computed.append(loss_BU)  # stays on the device: a copy would wait for it
         done += int(batch.scored.sum())
-        report(Progress(job.index, done))
+        report(ScoreJobProgress(job.index, done))
     losses = np.full(len(ids), np.nan, np.float32)
     positions = 0
     for rows, loss_BU in zip(forwards, computed, strict=True):

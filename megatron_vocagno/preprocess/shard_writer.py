@@ -29,9 +29,9 @@ from megatron_vocagno.corpus.tokens import Tokenizer
 from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.files import sync
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Side, align_texts, append_to_each
-from megatron_vocagno.preprocess.documents import Document
+from megatron_vocagno.preprocess.documents import InputRecord
 from megatron_vocagno.preprocess.inputs import InputSplit
-from megatron_vocagno.preprocess.long_texts import PART, aligned_parts
+from megatron_vocagno.preprocess.long_texts import PART_CHARACTERS, aligned_parts
 
 BATCH_BYTES = 2 << 20  # text that is tokenized and aligned at once: each call of gigatoken has an overhead of some 3 ms
 QUARANTINE = "quarantine.jsonl"
@@ -43,12 +43,12 @@ CHECK_EVERY = 1000  # one document per this number is compared with Hugging Face
 class Text:
     """A document to tokenize.
 
-    text     NFC-normalised, unless it is longer than `PART` characters
+    text     NFC-normalised, unless it is longer than `PART_CHARACTERS` characters
     number   of the document in the shard
-    n_bytes  UTF-8 bytes, or characters if it is longer than `PART` characters
+    n_bytes  UTF-8 bytes, or characters if it is longer than `PART_CHARACTERS` characters
     """
 
-    document: Document
+    document: InputRecord
     text: str
     number: int
     n_bytes: int
@@ -87,7 +87,7 @@ class ShardWriter:
         self.quarantined: BinaryIO | None = None
         self.stack = ExitStack()
 
-    def write(self, records: Iterable[Document], on_batch: Callable[[Counter[str]], object]) -> Totals:
+    def write(self, records: Iterable[InputRecord], on_batch: Callable[[Counter[str]], object]) -> Totals:
         """Write all files of the shard and return its totals.
 
         on_batch: called with the counts after each batch
@@ -97,7 +97,7 @@ class ShardWriter:
         with self.stack as stack:
             self.pairs = {name: stack.enter_context(PairWriter(self.folder / name, d)) for name, d in self.dtypes.items()}
             for batch in batches(self._texts(records)):
-                if len(batch) == 1 and len(batch[0].text) > PART:
+                if len(batch) == 1 and len(batch[0].text) > PART_CHARACTERS:
                     self._add_long(batch[0])
                 else:
                     self._add(batch)
@@ -111,7 +111,7 @@ class ShardWriter:
             sync(self.folder / QUARANTINE)
         return Totals(**self.counts, span_widths=tuple(self.widths.tolist()))
 
-    def quarantine(self, document: Document, reason: str) -> None:
+    def quarantine(self, document: InputRecord, reason: str) -> None:
         """Append a document to quarantine.jsonl, with its bytes as in the input."""
         split = document.split
         row: dict[str, Any] = {"file": self.name_of(split)}
@@ -125,7 +125,7 @@ class ShardWriter:
             self.quarantined = self.stack.enter_context((self.folder / QUARANTINE).open("wb"))
         self.quarantined.write(orjson.dumps(row) + b"\n")
 
-    def _texts(self, records: Iterable[Document]) -> Iterator[Text]:
+    def _texts(self, records: Iterable[InputRecord]) -> Iterator[Text]:
         """The records with a text, numbered. Other records are counted, and then refused, skipped or quarantined."""
         number = 0
         for document in records:
@@ -133,14 +133,14 @@ class ShardWriter:
             if not text:
                 self._handle_without_text(document)
                 continue
-            if text.isascii() or len(text) > PART:
+            if text.isascii() or len(text) > PART_CHARACTERS:
                 yield Text(document, text, number, len(text))
             else:
                 text = unicodedata.normalize("NFC", text) if self.nfc else text
                 yield Text(document, text, number, len(text.encode()))
             number += 1
 
-    def _handle_without_text(self, document: Document) -> None:
+    def _handle_without_text(self, document: InputRecord) -> None:
         if document.text is not None:
             self.counts["empty_documents"] += 1
             return

@@ -40,7 +40,7 @@ from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
 from megatron_vocagno.errors import ChangedError, DatasetError
 from megatron_vocagno.files import beside, sync
-from megatron_vocagno.preprocess.documents import Document, read
+from megatron_vocagno.preprocess.documents import InputRecord, read
 from megatron_vocagno.preprocess.inputs import InputSplit, names
 from megatron_vocagno.preprocess.shard_writer import OnBadLine, ShardWriter
 from megatron_vocagno.preprocess.workers import report
@@ -153,7 +153,7 @@ class ShardResult:
 
 
 @dataclass(frozen=True)
-class Progress:
+class ShardJobProgress:
     """The progress of one shard. bad: records that were refused."""
 
     index: int
@@ -215,7 +215,7 @@ def _write(job: ShardJob, folder: Path) -> ShardFile:
     writer = ShardWriter(folder, student, teacher, settings.nfc, bool(names(settings.id_key)), job.file, settings.on_bad_line)
 
     def report_counts(counts: Counter[str]) -> None:
-        report(Progress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))
+        report(ShardJobProgress(job.index, counts["documents"], counts["text_bytes"], counts["bad_lines"]))
 
     totals = writer.write(_read(job, digest), report_counts)
     files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
@@ -230,7 +230,7 @@ def _write(job: ShardJob, folder: Path) -> ShardFile:
     return shard
 
 
-def _read(job: ShardJob, digest: hashlib._Hash) -> Iterator[Document]:
+def _read(job: ShardJob, digest: hashlib._Hash) -> Iterator[InputRecord]:
     for split in job.splits:
         digest.update(b"\0piece\0")  # part of the format: the hashes of existing shards contain it
         yield from read(split, job.settings.text_key, job.settings.id_key, digest.update)

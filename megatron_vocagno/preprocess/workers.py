@@ -1,12 +1,12 @@
 """Run jobs in processes of this machine, and replace processes that die.
 
-    run_local         jobs -> their results as they arrive, a Failure for a job that could not be done
+    run_local         jobs -> their results as they arrive, a JobFailure for a job that could not be done
     in_this_process   the same without processes
     report            called by a task to report its progress
 
 A task is a function that can be imported by its name. It may be killed at any moment and run again. An exception in a task
-becomes the Failure of its job, and the other jobs continue. An exception that the caller names in `stop` is raised and ends all
-jobs.
+becomes the JobFailure of its job, and the other jobs continue. An exception that the caller names in `stop` is raised and ends
+all jobs.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Stop: TypeAlias = tuple[type[Exception], ...]
 
 
 @dataclass(frozen=True)
-class Failure(Generic[J]):
+class JobFailure(Generic[J]):
     """A job that could not be done.
 
     reason  the message of a CorpusError, the traceback of another exception, or how the workers died
@@ -55,7 +55,7 @@ class Failure(Generic[J]):
     reason: str
 
 
-def in_this_process(task: Callable[[J], R], jobs: Sequence[J], stop: Stop = ()) -> Iterator[R | Failure[J]]:
+def in_this_process(task: Callable[[J], R], jobs: Sequence[J], stop: Stop = ()) -> Iterator[R | JobFailure[J]]:
     """The engine that runs jobs in the calling process."""
     return run_local(task, jobs, workers=1, stop=stop)
 
@@ -66,12 +66,12 @@ def run_local(
     workers: int,
     stop: Stop = (),
     on_progress: Callable[[Any], object] | None = None,
-) -> Iterator[R | Failure[J]]:
+) -> Iterator[R | JobFailure[J]]:
     """Yield results as they arrive. Jobs start in their order. A single worker runs in the calling process.
 
     on_progress  called with the reports of tasks
 
-    A worker that dies is replaced and its job is run again; after the third death the job is a Failure. Workers end when the
+    A worker that dies is replaced and its job is run again; after the third death the job is a JobFailure. Workers end when the
     iterator is closed or dropped, and shortly after this process ends for any reason. Raises CorpusError if no worker can start.
 
     Each worker has a separate pipe and shares no lock or queue with others. A death therefore affects one job, and is detected
@@ -157,11 +157,11 @@ def serialize(answer: Answer) -> bytes:
 
 
 def unwrap(job: J, answer: Answer) -> Any:
-    """The result, or a Failure. Raises the exception of an answer that ends all jobs."""
+    """The result, or a JobFailure. Raises the exception of an answer that ends all jobs."""
     outcome, value = answer
     if outcome == "stopped":
         raise value
-    return value if outcome == "done" else Failure(job, value)
+    return value if outcome == "done" else JobFailure(job, value)
 
 
 @dataclass(eq=False)
@@ -178,14 +178,14 @@ class Queue(deque[Entry[J]]):
     def __init__(self, jobs: Sequence[J]) -> None:
         super().__init__(Entry(job) for job in jobs)
 
-    def retry(self, entry: Entry[J], death: str) -> Iterator[Failure[J]]:
-        """Put the job of a dead worker back, or yield a Failure after `STRIKES` deaths."""
+    def retry(self, entry: Entry[J], death: str) -> Iterator[JobFailure[J]]:
+        """Put the job of a dead worker back, or yield a JobFailure after `STRIKES` deaths."""
         entry.deaths += 1
         if entry.deaths < STRIKES:
             self.appendleft(entry)
             return
         hint = "Out of memory? Try fewer --workers"
-        yield Failure(entry.job, f"{STRIKES} workers died while they ran it, the last one {death}. {hint}")
+        yield JobFailure(entry.job, f"{STRIKES} workers died while they ran it, the last one {death}. {hint}")
 
 
 # ---- the workers of this machine
@@ -218,7 +218,7 @@ class _WorkerPool(Generic[J, R]):
         self.workers: dict[Any, _Worker[J]] = {}
         self.false_starts = 0
 
-    def results(self) -> Iterator[R | Failure[J]]:
+    def results(self) -> Iterator[R | JobFailure[J]]:
         while self.queue or self._running:
             while len(self.workers) < min(self.size, len(self.queue) + self._running):
                 self._start_worker()
@@ -248,7 +248,7 @@ class _WorkerPool(Generic[J, R]):
                 with suppress(OSError):  # the worker is dead: `_receive` notices it next
                     worker.pipe.send(worker.entry.job)
 
-    def _receive(self, worker: _Worker[J]) -> Iterator[R | Failure[J]]:
+    def _receive(self, worker: _Worker[J]) -> Iterator[R | JobFailure[J]]:
         try:
             message = worker.pipe.recv_bytes()
         except (EOFError, OSError):
@@ -265,7 +265,7 @@ class _WorkerPool(Generic[J, R]):
             self._send_jobs()  # the worker need not wait until the caller has used this result
             yield unwrap(entry.job, (outcome, value))
 
-    def _remove_dead(self, worker: _Worker[J]) -> Iterator[Failure[J]]:
+    def _remove_dead(self, worker: _Worker[J]) -> Iterator[JobFailure[J]]:
         del self.workers[worker.pipe]
         worker.pipe.close()
         worker.process.join(timeout=5)  # it may still be exiting; its own exit status is more useful than that of a kill

@@ -29,7 +29,7 @@ from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
 VERSION = "1"
 """Version of both file formats, in their metadata."""
-WIDEST = 4
+WIDEST_SHOWN = 4
 """Spans of this many or more teacher tokens are one group in the summary."""
 
 
@@ -189,10 +189,10 @@ def summary(rows: SampleRows, step: SampleStep) -> dict[str, float]:
     A metric over no tokens is left out.
     """
     mapped_RS, kept_RS = rows.mapped_RS, step.weight_RS > 0
-    width_RS = np.minimum(rows.last_RS - rows.first_RS, WIDEST)
+    width_RS = np.minimum(rows.last_RS - rows.first_RS, WIDEST_SHOWN)
     groups = {"share_kept": mapped_RS}
-    for width in range(1, WIDEST + 1):
-        groups[f"share_kept_width_{width}{'_or_more' if width == WIDEST else ''}"] = mapped_RS & (width_RS == width)
+    for width in range(1, WIDEST_SHOWN + 1):
+        groups[f"share_kept_width_{width}{'_or_more' if width == WIDEST_SHOWN else ''}"] = mapped_RS & (width_RS == width)
     numbers = {f"samples/{name}": float(kept_RS[group].mean()) for name, group in groups.items() if group.any()}
     for name, group in (("kept", mapped_RS & kept_RS), ("dropped", mapped_RS & ~kept_RS)):
         if group.any():

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from backports import zstd
 
-from megatron_vocagno.preprocess.documents import Document, read
+from megatron_vocagno.preprocess.documents import InputRecord, read
 from megatron_vocagno.preprocess.inputs import InputSplit, cut
 
 
@@ -136,14 +136,14 @@ def parquet(columns: dict[str, Any], **options: Any) -> bytes:
     return file.getvalue()
 
 
-def read_all(pieces: Iterable[InputSplit], text_key: str = "text", id_key: str | None = None) -> tuple[list[Document], str]:
+def read_all(pieces: Iterable[InputSplit], text_key: str = "text", id_key: str | None = None) -> tuple[list[InputRecord], str]:
     """All documents, and the sha256 of what decides them."""
     digest = hashlib.sha256()
     documents = [document for piece in pieces for document in read(piece, text_key, id_key, digest.update)]
     return documents, digest.hexdigest()
 
 
-def of(file: Path, data: bytes, id_key: str | None = None) -> list[Document]:
+def of(file: Path, data: bytes, id_key: str | None = None) -> list[InputRecord]:
     """The documents of a file with this content."""
     return read_all(cut(write(file, data), 10**9), id_key=id_key)[0]
 

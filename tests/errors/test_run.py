@@ -27,7 +27,7 @@ from megatron_vocagno.preprocess.jobs import run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, finish, score
 from megatron_vocagno.preprocess.shards import BuildConfig
-from megatron_vocagno.preprocess.workers import Failure
+from megatron_vocagno.preprocess.workers import JobFailure
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import run_lock, sample_files
 from megatron_vocagno.training.evaluation import Evaluator, HeldOut
@@ -240,7 +240,7 @@ DIR/data/shards/0000 was scored with other settings:
 
 
 def test_scoring_that_does_not_end(case: Case, asked: ScoringOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    failure: Any = Failure(SimpleNamespace(name="0000"), "the worker died of signal 9")  # type: ignore[arg-type]
+    failure: Any = JobFailure(SimpleNamespace(name="0000"), "the worker died of signal 9")  # type: ignore[arg-type]
     with told(
         snapshot("1 of 1 shards could not be scored; the finished shards are kept\nshard 0000: the worker died of signal 9")
     ):

@@ -99,7 +99,7 @@ def test_a_footer_that_lies_about_its_rows_is_damage(tmp_path):
         with pytest.raises(CorpusError, match="the footer's counts contradict each other"):
             cut(write(tmp_path / "a.parquet", data), 10**9)
     *found, last = of(tmp_path / "a.parquet", claims(places))
-    assert len(found) == 20 and "row group 0 ends at row 20, expected 21" in last.reason
+    assert len(found) == 20 and "row group 0 ends at row 20, the footer says 21" in last.reason
 
 
 def test_a_column_whose_name_is_no_text_is_damage(tmp_path):
@@ -137,7 +137,7 @@ def test_a_file_that_cannot_be_read_is_no_damage(tmp_path):
 def test_a_record_that_is_too_long_is_one_bad_record(tmp_path, monkeypatch):
     for module in (inputs, documents_module):
         monkeypatch.setattr(module, "LONGEST_RECORD", 3000)
-        monkeypatch.setattr(module, "PART", 100)
+        monkeypatch.setattr(module, "READ_BYTES", 100)
     texts = ["short", "x" * 2980, "y" * 5000, "", " " * 4000, "z" * 99, "last"]
     data = b"\n".join(json.dumps({"text": text}).encode() if text else b" " * 4000 for text in texts)
     for packed in (data, CONTAINERS["zstd", ".zst"](data), data + b"\n"):

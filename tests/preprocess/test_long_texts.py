@@ -22,7 +22,7 @@ from megatron_vocagno.corpus.manifest import PAIRS, Totals
 from megatron_vocagno.corpus.spans import align, encode, intersection_over_student
 from megatron_vocagno.corpus.tokens import Tokenizer, Tokens, open_tokenizer
 from megatron_vocagno.preprocess import long_texts, shard_writer
-from megatron_vocagno.preprocess.documents import Document
+from megatron_vocagno.preprocess.documents import InputRecord
 from megatron_vocagno.preprocess.inputs import InputSplit
 from megatron_vocagno.preprocess.long_texts import AROUND, parts
 from megatron_vocagno.preprocess.shard_writer import ShardWriter
@@ -72,7 +72,7 @@ def short_parts(monkeypatch):
     """Parts of 1,500 characters, so that there are many."""
     assert AROUND < 700
     for module in (long_texts, shard_writer):
-        monkeypatch.setattr(module, "PART", 1500)
+        monkeypatch.setattr(module, "PART_CHARACTERS", 1500)
     monkeypatch.setattr(long_texts, "REACH", 700)
     monkeypatch.setattr(long_texts, "TRIES", 16)
     monkeypatch.setattr(shard_writer, "BATCH_BYTES", 1500)
@@ -81,7 +81,8 @@ def short_parts(monkeypatch):
 def written(folder: Path, texts: Sequence[str], pair: Pair, nfc: bool = True) -> Totals:
     folder.mkdir()
     writer = ShardWriter(folder, *pair, nfc, with_ids=True, name_of=lambda piece: Path(piece.url).name)
-    return writer.write((Document(PIECE, i, 0, b"", text, "", f"id {text[:9]}") for i, text in enumerate(texts)), lambda _: None)
+    records = (InputRecord(PIECE, i, 0, b"", text, "", f"id {text[:9]}") for i, text in enumerate(texts))
+    return writer.write(records, lambda _: None)
 
 
 def pairs_of(folder: Path) -> dict[str, bytes]:

@@ -14,7 +14,7 @@ import pyarrow.parquet.encryption as pe
 import pytest
 
 from megatron_vocagno.errors import CorpusError
-from megatron_vocagno.preprocess.documents import Document
+from megatron_vocagno.preprocess.documents import InputRecord
 from megatron_vocagno.preprocess.inputs import cut
 from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
 
@@ -181,7 +181,7 @@ IDS = [str(i) for i in range(len(TEXTS))]
 ENCODINGS = ["PLAIN", "DELTA_LENGTH_BYTE_ARRAY", "DELTA_BYTE_ARRAY"]
 
 
-def check(found: list[Document], kept: range = range(len(TEXTS))) -> None:
+def check(found: list[InputRecord], kept: range = range(len(TEXTS))) -> None:
     assert [(d.text, d.id if d.text is not None else d.reason) for d in found] == [
         (TEXTS[i], "'text' is null" if TEXTS[i] is None else IDS[i]) for i in kept
     ]

@@ -29,7 +29,7 @@ from megatron_vocagno.preprocess.build import build
 from megatron_vocagno.preprocess.ray_engine import TASKS_PER_SLOT, run_ray
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult, make_shard
-from megatron_vocagno.preprocess.workers import ONE_THREAD, Failure, Queue
+from megatron_vocagno.preprocess.workers import ONE_THREAD, JobFailure, Queue
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.preprocess.test_workers import ERRORS, die, environment, fail, result_with_lock, runs, square, wait_until
@@ -138,8 +138,8 @@ def test_every_job_has_its_result(drive):
 
 def test_what_a_task_raises_is_the_failure_of_its_job_alone(drive):
     results = drive(fail, range(8))
-    failures = {r.job: r.reason for r in results if isinstance(r, Failure)}
-    assert sorted(r for r in results if not isinstance(r, Failure)) == [0, 6, 7]
+    failures = {r.job: r.reason for r in results if isinstance(r, JobFailure)}
+    assert sorted(r for r in results if not isinstance(r, JobFailure)) == [0, 6, 7]
     assert failures.keys() == ERRORS.keys()
     assert failures[1] == "line 7 is bad"
     assert all("in fail" in failures[job] and str(ERRORS[job]) in failures[job] for job in (2, 3, 4, 5))
@@ -185,8 +185,8 @@ def sleep(folder: Path) -> None:
 
 def test_the_third_death_at_one_job_is_its_failure(drive, tmp_path):
     results = drive(partial(die, times=10, how=-9), [(tmp_path, i) for i in range(5)])
-    assert sorted(r for r in results if not isinstance(r, Failure)) == [0, 1, 9, 16]
-    (failure,) = [r for r in results if isinstance(r, Failure)]
+    assert sorted(r for r in results if not isinstance(r, JobFailure)) == [0, 1, 9, 16]
+    (failure,) = [r for r in results if isinstance(r, JobFailure)]
     assert failure.job == (tmp_path, 2) and "3 workers died" in failure.reason and "unexpectedly" in failure.reason
     assert len(list(tmp_path.iterdir())) == 3 and "\n" not in failure.reason
 
@@ -258,7 +258,7 @@ def test_a_dataset_has_the_same_bytes_as_from_one_process(call, cluster, built, 
 
 
 def build_on_ray(address: str, corpus: Path, out: Path, settings: BuildConfig) -> int:
-    def engine(task: Callable[[ShardJob], ShardResult], jobs: Any, **rest: Any) -> Iterator[ShardResult | Failure[ShardJob]]:
+    def engine(task: Callable[[ShardJob], ShardResult], jobs: Any, **rest: Any) -> Iterator[ShardResult | JobFailure[ShardJob]]:
         return run_ray(partial(die_and_make_shard, out.with_name("died")), jobs, address, **rest)
 
     shards: list[Any] = []

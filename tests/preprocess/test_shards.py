@@ -93,8 +93,8 @@ def test_files_of_one_name_are_told_apart(settings, tmp_path):
 
 def test_a_long_document_with_an_underscore_of_sentencepiece_is_placed_by_offsets(settings, texts, tmp_path, monkeypatch):
     """U+2581 is a space to the student's tokenizer, and three bytes in the text."""
-    monkeypatch.setattr(long_texts, "PART", 4000)
-    monkeypatch.setattr(shard_writer, "PART", 4000)
+    monkeypatch.setattr(long_texts, "PART_CHARACTERS", 4000)
+    monkeypatch.setattr(shard_writer, "PART_CHARACTERS", 4000)
     monkeypatch.setattr(shard_writer, "BATCH_BYTES", 4000)
     prose = "\n".join(texts[:4])[:20_000]
     document = prose[:9000] + " ▁x▁ " + prose[9000:]

@@ -20,7 +20,7 @@ import pytest
 
 from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.preprocess import workers
-from megatron_vocagno.preprocess.workers import ONE_THREAD, REPORT_SECONDS, Failure, report, run_local
+from megatron_vocagno.preprocess.workers import ONE_THREAD, REPORT_SECONDS, JobFailure, report, run_local
 
 both = pytest.mark.parametrize("n_workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 
@@ -124,8 +124,8 @@ def test_jobs_are_begun_in_their_order(tmp_path):
 @both
 def test_what_a_task_raises_is_the_failure_of_its_job_alone(n_workers):
     results = list(run_local(fail, range(8), n_workers))
-    failures = {r.job: r.reason for r in results if isinstance(r, Failure)}
-    assert sorted(r for r in results if not isinstance(r, Failure)) == [0, 6, 7]
+    failures = {r.job: r.reason for r in results if isinstance(r, JobFailure)}
+    assert sorted(r for r in results if not isinstance(r, JobFailure)) == [0, 6, 7]
     assert failures.keys() == ERRORS.keys()
     assert failures[1] == "line 7 is bad"
     for job in (2, 3, 4, 5):
@@ -153,8 +153,8 @@ def test_of_an_error_that_cannot_be_sent_the_text_arrives(job):
 @pytest.mark.slow
 def test_a_result_that_cannot_be_sent_is_a_failure():
     results = list(run_local(result_with_lock, [0, 1, 2], 2))
-    assert {r for r in results if not isinstance(r, Failure)} == {0, 2}
-    (failure,) = [r for r in results if isinstance(r, Failure)]
+    assert {r for r in results if not isinstance(r, JobFailure)} == {0, 2}
+    (failure,) = [r for r in results if isinstance(r, JobFailure)]
     assert failure.job == 1 and "cannot be sent" in failure.reason and "lock" in failure.reason
 
 
@@ -174,8 +174,8 @@ def test_a_killed_worker_is_replaced(times, tmp_path):
 def test_the_third_death_at_one_job_is_its_failure(how, words, tmp_path):
     task = partial(die, times=10, how=how)
     results = list(run_local(task, [(tmp_path, i) for i in range(5)], 2))
-    assert sorted(r for r in results if not isinstance(r, Failure)) == [0, 1, 9, 16]
-    (failure,) = [r for r in results if isinstance(r, Failure)]
+    assert sorted(r for r in results if not isinstance(r, JobFailure)) == [0, 1, 9, 16]
+    (failure,) = [r for r in results if isinstance(r, JobFailure)]
     assert failure.job == (tmp_path, 2) and words in failure.reason and "3 workers died" in failure.reason
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -21,7 +21,7 @@ from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.engine.manifest import checkpoint_folders
 from megatron_vocagno.export import export
-from megatron_vocagno.training.sample_files import FOLDER, WIDEST, SampleRows, SampleStep, read_rows, read_steps, summary
+from megatron_vocagno.training.sample_files import FOLDER, WIDEST_SHOWN, SampleRows, SampleStep, read_rows, read_steps, summary
 from tests import tokenizers_for_tests as real
 from tests.runs import REPOSITORY, Case, metrics, spawn
 
@@ -282,7 +282,7 @@ def test_every_number_is_explained_and_exists(case: Case, plain: Path) -> None:
     page = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `([a-z]+/\w+(?:/PATH)?)`", page, flags=re.MULTILINE))
     # of runs that were asked to leave (test_faults.py), and of text where so many teacher tokens cover one
-    written = {"run/stopped_by", f"samples/share_kept_width_{WIDEST}_or_more"}
+    written = {"run/stopped_by", f"samples/share_kept_width_{WIDEST_SHOWN}_or_more"}
     for objective in OBJECTIVES:
         names, board = told(case, plain, objective)
         written |= names | set(board.Tags()["histograms"])

@@ -37,7 +37,7 @@ from megatron_vocagno.preprocess.jobs import JobRunner
 from megatron_vocagno.preprocess.plan import SHARD_BYTES, plan
 from megatron_vocagno.preprocess.shard_writer import OnBadLine
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult
-from megatron_vocagno.preprocess.workers import Failure, run_local
+from megatron_vocagno.preprocess.workers import JobFailure, run_local
 
 from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
@@ -127,7 +127,7 @@ def verify_dataset(dataset: Place, workers: int, quiet: bool = False) -> Manifes
     complaints = verify_frame(root, manifest)
     with VerifyProgress(Terminal(quiet=quiet), manifest) as progress:
         for found in run_local(verify_shard, shard_checks(root, manifest), workers):
-            complaints += [found.reason] if isinstance(found, Failure) else found
+            complaints += [found.reason] if isinstance(found, JobFailure) else found
             progress.shard()
     if complaints:
         advice = "Delete the folder of each damaged shard and run the build again: it makes the missing shards."

@@ -37,7 +37,7 @@ SIGNS = frozenset(OPEN + CLOSE + OPEN_UNMAPPED + CLOSE_UNMAPPED + CARRIER + "⟨
 WINDOW = 4096  # student tokens read at a time; the distance between common boundaries is at most a few tens of tokens
 
 
-class Part(NamedTuple):
+class CellPart(NamedTuple):
     """A token's part of a cell. text: as it is shown; "" if the cell holds no first byte of a character."""
 
     token: int  # position in the document
@@ -51,8 +51,8 @@ class Part(NamedTuple):
 class Cell(NamedTuple):
     """Text that neither side cuts. A side is None if it has no token here."""
 
-    student: Part | None
-    teacher: Part | None
+    student: CellPart | None
+    teacher: CellPart | None
 
 
 class Interlinear:
@@ -167,9 +167,9 @@ def _text(tokens: Sequence[_Token]) -> bytes:
     return b"".join(token.data for token in tokens)
 
 
-def _whole(token: _Token) -> Part:
+def _whole(token: _Token) -> CellPart:
     text = visible(token.data.decode(errors="surrogateescape")) or token.name
-    return Part(token.position, token.id, text, True, True, bool(token.data))
+    return CellPart(token.position, token.id, text, True, True, bool(token.data))
 
 
 def _without_text(above: Sequence[_Token], beneath: Sequence[_Token]) -> Iterator[Cell]:
@@ -188,7 +188,7 @@ def _cells(above: Sequence[_Token], beneath: Sequence[_Token]) -> Iterator[Cell]
             k = next(k for k, end in enumerate(side_ends) if end > start)
             origin = side_ends[k] - len(side[k].data)
             shown = _characters(side[k].data, start - origin, stop - origin)
-            parts.append(Part(side[k].position, side[k].id, shown, start == origin, stop == side_ends[k], True))
+            parts.append(CellPart(side[k].position, side[k].id, shown, start == origin, stop == side_ends[k], True))
         yield Cell(*parts)
         start = stop
 

@@ -13,9 +13,8 @@ from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.manifest import Manifest
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.preprocess.plan import Plan
-from megatron_vocagno.preprocess.shards import Progress as ShardProgress
-from megatron_vocagno.preprocess.shards import ShardJob, ShardResult
-from megatron_vocagno.preprocess.workers import Failure
+from megatron_vocagno.preprocess.shards import ShardJob, ShardJobProgress, ShardResult
+from megatron_vocagno.preprocess.workers import JobFailure
 
 from .console import WorkProgress
 
@@ -29,7 +28,7 @@ class BuildProgress(WorkProgress):
         self.weight: dict[int, int] = {}  # estimated bytes of text in each shard of this run
         self.left_out = 0  # the part of these bytes in shards of earlier runs
         self.ended = 0  # the part in finished shards, of this run and of earlier ones
-        self.at_work: dict[int, ShardProgress] = {}
+        self.at_work: dict[int, ShardJobProgress] = {}
         self.began: dict[int, float] = {}
         self.documents = self.text = self.bad = 0  # in the shards that this run has finished
 
@@ -44,17 +43,17 @@ class BuildProgress(WorkProgress):
     def note(self, note: str) -> None:
         self.console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
-    def shard(self, result: ShardResult | Failure[ShardJob]) -> None:
+    def shard(self, result: ShardResult | JobFailure[ShardJob]) -> None:
         self.done += 1
         job = result.job
         self.at_work.pop(job.index, None)
         self.ended += self.weight.get(job.index, 0)
-        if isinstance(result, Failure):
+        if isinstance(result, JobFailure):
             self.failed += 1
             how = f"FAILED: {result.reason}"
         else:
             how = self._finished(result)
-        if not self.shown or self.verbose or isinstance(result, Failure):
+        if not self.shown or self.verbose or isinstance(result, JobFailure):
             self.line(f"shard {self.done}/{self.shards}: {job.name} {how}{self.left(*self._spent())}")
         self._show()
 
@@ -74,7 +73,7 @@ class BuildProgress(WorkProgress):
         took = f" in {duration(time.monotonic() - began)}" if began is not None and self.verbose else ""
         return f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB{took}"
 
-    def within(self, progress: ShardProgress) -> None:
+    def within(self, progress: ShardJobProgress) -> None:
         """Receive the progress within a shard."""
         self.began.setdefault(progress.index, time.monotonic())
         self.at_work[progress.index] = progress

@@ -11,9 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_vocagno.corpus.manifest import TeacherLosses
-from megatron_vocagno.preprocess.score_shard import Progress as ShardProgress
-from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
-from megatron_vocagno.preprocess.workers import Failure
+from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreJobProgress, ScoreResult
+from megatron_vocagno.preprocess.workers import JobFailure
 from megatron_vocagno.training.first_batch import NEAR_CHANCE
 
 from .console import WorkProgress
@@ -39,10 +38,10 @@ class ScoreProgress(WorkProgress):
         if not self.shown:
             self.line(f"{self.shards} shards with {self.tokens:,} teacher tokens; finished shards are kept if you interrupt")
 
-    def shard(self, result: ScoreResult | Failure[ScoreJob]) -> None:
+    def shard(self, result: ScoreResult | JobFailure[ScoreJob]) -> None:
         self.done += 1
         self.at_work.pop(result.job.index, None)
-        if isinstance(result, Failure):
+        if isinstance(result, JobFailure):
             how = f"FAILED: {result.reason}"
         elif result.seconds:
             totals = result.losses.totals
@@ -55,11 +54,11 @@ class ScoreProgress(WorkProgress):
             self.tokens -= result.losses.totals.tokens
             self.reused += 1
             how = "scored before"
-        if not self.shown or self.verbose or isinstance(result, Failure):
+        if not self.shown or self.verbose or isinstance(result, JobFailure):
             self.line(f"shard {result.job.folder.name}, {self.done} of {self.shards}: {how}")
         self._show()
 
-    def within(self, progress: ShardProgress) -> None:
+    def within(self, progress: ScoreJobProgress) -> None:
         """Receive the progress within a shard."""
         self.at_work[progress.index] = progress.tokens
         self._show()

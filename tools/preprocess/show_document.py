@@ -23,7 +23,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.errors import DatasetError
 
 from .console import Terminal
-from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, Interlinear, Part, visible
+from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, CellPart, Interlinear, visible
 
 COLOURS = ["cyan", "magenta", "green"]  # colours of a terminal's theme, which are legible
 UNMAPPED_COLOUR = "red"
@@ -144,7 +144,7 @@ def pieces(cell: Cell, room: int) -> list[Cell]:
     return cut
 
 
-def row(cells: list[Cell], parts: list[Part | None], name: str, digits: int) -> Text:
+def row(cells: list[Cell], parts: list[CellPart | None], name: str, digits: int) -> Text:
     """One side of a line: its name, the position of its first token, and the cells."""
     first = next((f"{part.token:,}" for part in parts if part), "")
     line = Text.assemble((f"{name} {first:>{digits}} ", "dim"))
@@ -153,7 +153,7 @@ def row(cells: list[Cell], parts: list[Part | None], name: str, digits: int) -> 
     return line
 
 
-def drawn(part: Part | None, width: int, style: str) -> Text:
+def drawn(part: CellPart | None, width: int, style: str) -> Text:
     if part is None:
         return Text(" " * width)
     opening, closing = (OPEN, CLOSE) if part.mapped else (OPEN_UNMAPPED, CLOSE_UNMAPPED)
@@ -162,7 +162,7 @@ def drawn(part: Part | None, width: int, style: str) -> Text:
     return Text(f"{opening}{part.text}{gap}{closing}", style)
 
 
-def style(cell: Cell, part: Part | None) -> str:
+def style(cell: Cell, part: CellPart | None) -> str:
     """The colour of the student token, underlined for a part of a teacher token that several student tokens share."""
     if part is None or not part.mapped:
         return UNMAPPED_COLOUR
