@@ -239,7 +239,7 @@ def run_as_version_1(address: str) -> None:
 
 def test_what_keeps_a_driver_out_is_told(monkeypatch):
     for address, words in (
-        ("nonsense", "neither 'auto' nor HOST:PORT"),
+        ("nonsense", "expected 'auto' or HOST:PORT"),
         ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1: .*refused"),
         ("127.0.0.1:99999", "no Ray cluster answers"),
     ):
