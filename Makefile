@@ -1,4 +1,4 @@
-# make demo   the whole way on this machine, in minutes
+# make demo   every step from text to a Hugging Face checkpoint, on this machine, in minutes
 # make test   the test suite; make test-long: the long ones that it leaves out
 # make lint   ruff, mypy and make prose
 # make prose  the English of docs, docstrings, comments and messages against the patterns of .ci/prose.toml
