@@ -20,12 +20,6 @@ from tests.runs import SMALL_TEACHER_ROWS, Case, metrics, spawn, write_teacher
 
 pytestmark = pytest.mark.slow
 
-
-@pytest.fixture(scope="module")
-def case(small_case: Case) -> Case:
-    return small_case
-
-
 STEPS, ROWS = 4, 8
 PIPELINE, RECOMPUTE = "parallel.pipeline_stages=2", "parallel.activation_checkpointing=true"
 SHARDED, GLOBAL = "teacher.placement=zero3", "guidance.scope=global"
