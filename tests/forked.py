@@ -7,6 +7,7 @@ Nothing has been started in this process that a fork could not take along: no pr
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib
 import json
@@ -17,12 +18,14 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import deepspeed
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 import megatron_vocagno.training.loop  # noqa: F401
+from megatron_vocagno import command
 from megatron_vocagno.pretrain import main
 
 SCRIPT = "examples/pretrain_vocagno.py"
@@ -89,6 +92,16 @@ def run_program(program: Sequence[str], arguments: list[str]) -> int:
     return 0
 
 
+def enter_own_namespaces() -> None:
+    """In a rank, before its threads: mounts and a host name of its own, as `unshare -rmu` would. Leaves with 77: not allowed."""
+    new_user, new_mounts, new_hostname = 0x10000000, 0x00020000, 0x04000000
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(new_user | new_mounts | new_hostname):
+        sys.exit(77)
+    for file, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+        Path("/proc/self", file).write_text(text)
+
+
 def run(processes: int, program: list[str], arguments: list[str], variables: dict[str, str], output: str, folder: str) -> int:
     """The exit code of the first rank that failed, negative for a signal; 0 where all ended well."""
     ranks = set()
@@ -118,6 +131,8 @@ def run_each(ranks: list[dict[str, Any]], output: str, patience: float) -> list[
     children: list[int] = []
     for number, rank in enumerate(ranks):
         if not (child := os.fork()):
+            # nobody ends this rank before the first one has told the error
+            command.RANK0_SECONDS = 0
             own = {"RANK": str(number), "LOCAL_RANK": str(number)}
             become_rank([SCRIPT], rank["arguments"], rank["variables"] | own, output, rank["folder"])
         children.append(child)

@@ -66,6 +66,11 @@ def write_teacher(folder: Path, tokenizer: Path, scale: float = 1.0, vocab_size:
     return folder
 
 
+def write_small_teacher(case: Case, folder: Path, scale: float) -> Path:
+    """Another teacher of a small case."""
+    return write_teacher(folder, case.tokenizer("teacher"), scale, SMALL_TEACHER_ROWS)
+
+
 def write_settings(path: Path, **changes: Any) -> Path:
     settings = {
         "train_batch_size": 8,
@@ -103,6 +108,10 @@ class Case:
         arguments = [str(path), "--deepspeed_config", str(write_settings(folder / "ds.json", **(settings or {})))]
         return arguments + [part for override in overrides for part in ("--set", override)]
 
+    def tokenizer(self, side: str) -> Path:
+        """The folder of a small case's tokenizer. side: student or teacher."""
+        return self.folder / f"{side}_tokenizer"
+
     def out(self, name: str) -> Path:
         return self.folder / name / "out"
 
@@ -127,10 +136,12 @@ def build_small_case(folder: Path) -> Case:
     The teacher's embedding is larger than its vocabulary. ZeRO-3 shards no tensor of less than 100,000 numbers.
     """
     texts = real.texts()
-    student = real.trained_tokenizer_folder(folder / "student_tokenizer", SMALL_VOCABULARY)
-    teacher = real.trained_tokenizer_folder(folder / "teacher_tokenizer", SMALL_TEACHER_VOCABULARY, prefix=False)
-    train = build_dataset(folder / "train", texts[:30] + real.multilingual_texts(), student, teacher)
-    valid = build_dataset(folder / "valid", texts[60:64], student, teacher)
+    student = real.trained_tokenizer_folder(folder / "student_tokenizer", SMALL_VOCABULARY, space=True)
+    teacher = real.trained_tokenizer_folder(folder / "teacher_tokenizer", SMALL_TEACHER_VOCABULARY, bos=False)
+    # paragraphs: rows of several documents
+    paragraphs, held_out = ("\n\n".join(part).split("\n\n") for part in (texts[:24], texts[60:64]))
+    train = build_dataset(folder / "train", paragraphs + real.multilingual_texts(), student, teacher)
+    valid = build_dataset(folder / "valid", held_out + real.multilingual_texts()[8:], student, teacher)
     model = write_teacher(folder / "teacher", teacher, vocab_size=SMALL_TEACHER_ROWS)
     return Case(folder, train.path, valid.path, model)
 

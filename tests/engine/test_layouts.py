@@ -16,7 +16,7 @@ import pytest
 from megatron_vocagno.batch import loader
 from tests.datasets import build_dataset
 from tests.plain_training import train_plainly
-from tests.runs import SMALL_TEACHER_ROWS, Case, metrics, spawn, write_teacher
+from tests.runs import Case, metrics, spawn, write_small_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -187,8 +187,7 @@ def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: 
 def test_micro_batches_of_very_different_sizes_learn_as_one_big_batch(case: Case) -> None:
     """Rows of 56 targets, and one of a few: a mean of the micro-batches' means would be another loss with another gradient."""
     words = " ".join(f"number {n} of the words" for n in range(56))
-    tokenizers = [case.folder / f"{side}_tokenizer" for side in ("student", "teacher")]
-    data = build_dataset(case.folder / "uneven", [words], *tokenizers)
+    data = build_dataset(case.folder / "uneven", [words], case.tokenizer("student"), case.tokenizer("teacher"))
     targets = int(data.student_lengths.sum()) - 1
     overrides = [f"data.train={data.path}", "guidance.keep=1.0", "training.steps=1", "eval.rows=1"]
     rows = -(-targets // 56)
@@ -226,8 +225,7 @@ def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case)
         "guidance.aggregate=max",
         "parallel.pipeline_stages=2",
     ]
-    tokenizer = case.folder / "teacher_tokenizer"
-    hopeless = write_teacher(case.folder / "hopeless", tokenizer, scale=1000.0, vocab_size=SMALL_TEACHER_ROWS)
+    hopeless = write_small_teacher(case, case.folder / "hopeless", scale=1000.0)
     case.run("hopeless-run", 2, [*overrides, f"teacher.path={hopeless}", "training.steps=3"])
     lines = steps_of(case, "hopeless-run")
     weights = [line["guidance/share_kept"] for line in lines]
