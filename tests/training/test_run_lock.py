@@ -192,10 +192,10 @@ def waiting_ranks(output: Path, number: int) -> list[psutil.Process]:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         ranks = sorted(server.children(), key=lambda process: process.pid)
+        said = Path(f"/proc/{ranks[0].pid}/fd/1") if len(ranks) == number else None
         # a new rank still has the standard output of its server, which is a pipe
-        if len(ranks) == number and (said := Path(f"/proc/{ranks[0].pid}/fd/1")).resolve().is_file():
-            if f"another run is at work in {output}" in said.read_text():
-                return ranks
+        if said is not None and said.resolve().is_file() and f"another run is at work in {output}" in said.read_text():
+            return ranks
         time.sleep(0.05)
     raise AssertionError("it never came to wait")
 
