@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.datasets import dataset, teacher_tokenizer
-from tests.runs import Case, build_case
+from tests.runs import Case, build_case, build_small_case
 
 __all__ = ["dataset", "teacher_tokenizer"]
 
@@ -34,3 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def case(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> Case:
     """A tiny student and a tiny teacher with real vocabularies, on real text; runs with a name are made once."""
     return build_case(tmp_path_factory.mktemp("runs"), teacher_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """The same with small vocabularies, for tests that compare runs: a run takes a fraction of the time."""
+    return build_small_case(tmp_path_factory.mktemp("small_runs"))

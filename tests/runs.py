@@ -36,12 +36,18 @@ STUDENT = {
     "tie_word_embeddings": True,
 }
 
+SMALL_VOCABULARY, SMALL_TEACHER_VOCABULARY, SMALL_TEACHER_ROWS = 1_000, 500, 3_200
+"""Tokens of both tokenizers of a small case, and rows of its teacher's embedding."""
 
-def write_teacher(folder: Path, tokenizer: Path, scale: float = 1.0) -> Path:
-    """A random Qwen2 with SmolLM2's vocabulary, and that tokenizer beside it. scale: of its head; large is sure and wrong."""
+
+def write_teacher(folder: Path, tokenizer: Path, scale: float = 1.0, vocab_size: int = 49_152) -> Path:
+    """A random Qwen2, and a tokenizer beside it. scale: of its head; large is sure and wrong.
+
+    vocab_size: rows of its embedding and of its head, SmolLM2's if not given
+    """
     config = AutoConfig.for_model(
         "qwen2",
-        vocab_size=49_152,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -58,6 +64,11 @@ def write_teacher(folder: Path, tokenizer: Path, scale: float = 1.0) -> Path:
     for file in tokenizer.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     return folder
+
+
+def write_small_teacher(case: Case, folder: Path, scale: float) -> Path:
+    """Another teacher of a small case."""
+    return write_teacher(folder, case.tokenizer("teacher"), scale, SMALL_TEACHER_ROWS)
 
 
 def write_settings(path: Path, **changes: Any) -> Path:
@@ -97,6 +108,10 @@ class Case:
         arguments = [str(path), "--deepspeed_config", str(write_settings(folder / "ds.json", **(settings or {})))]
         return arguments + [part for override in overrides for part in ("--set", override)]
 
+    def tokenizer(self, side: str) -> Path:
+        """The folder of a small case's tokenizer. side: student or teacher."""
+        return self.folder / f"{side}_tokenizer"
+
     def out(self, name: str) -> Path:
         return self.folder / name / "out"
 
@@ -113,6 +128,22 @@ def build_case(folder: Path, teacher_tokenizer: Path) -> Case:
     train = build_dataset(folder / "train", texts[:60] + real.multilingual_texts(), mistral, teacher_tokenizer)
     valid = build_dataset(folder / "valid", texts[60:70], mistral, teacher_tokenizer)
     return Case(folder, train.path, valid.path, write_teacher(folder / "teacher", teacher_tokenizer))
+
+
+def build_small_case(folder: Path) -> Case:
+    """The same with small vocabularies: a run takes a fraction of the time.
+
+    The teacher's embedding is larger than its vocabulary. ZeRO-3 shards no tensor of less than 100,000 numbers.
+    """
+    texts = real.texts()
+    student = real.trained_tokenizer_folder(folder / "student_tokenizer", SMALL_VOCABULARY, space=True)
+    teacher = real.trained_tokenizer_folder(folder / "teacher_tokenizer", SMALL_TEACHER_VOCABULARY, bos=False)
+    # paragraphs: rows of several documents
+    paragraphs, held_out = ("\n\n".join(part).split("\n\n") for part in (texts[:24], texts[60:64]))
+    train = build_dataset(folder / "train", paragraphs + real.multilingual_texts(), student, teacher)
+    valid = build_dataset(folder / "valid", held_out + real.multilingual_texts()[8:], student, teacher)
+    model = write_teacher(folder / "teacher", teacher, vocab_size=SMALL_TEACHER_ROWS)
+    return Case(folder, train.path, valid.path, model)
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -163,19 +194,26 @@ def launch(
 
 
 def spawn(
-    processes: int, arguments: Sequence[str], program: Sequence[str] = (SCRIPT,), folder: Path = REPOSITORY
+    processes: int,
+    arguments: Sequence[str],
+    program: Sequence[str] = (SCRIPT,),
+    folder: Path = REPOSITORY,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """The same without the launcher, as torchrun would set it up; the script's ranks are forks of one process (forked.py).
+    """The same without the launcher, as torchrun would set it up; the ranks are forks of one process (forked.py).
 
-    folder: where the script's ranks run.
+    program: instead of the script, a file, ("-m", MODULE) or ("-c", TEXT), as Python takes them
+    folder: where the ranks run
+    fresh: in processes of their own, which import everything after they have their variables
     """
     shared = environment(WORLD_SIZE=str(processes), LOCAL_SIZE=str(processes), MASTER_ADDR="127.0.0.1")
     with tempfile.NamedTemporaryFile("w+") as output:
-        if tuple(program) == (SCRIPT,):
-            request = {"processes": processes, "arguments": list(arguments), "variables": shared, "output": output.name}
-            code = _ask_forks(json.dumps(request | {"folder": str(folder)}))
-        else:
-            code = _run_ranks(processes, [sys.executable, *program, *arguments], shared, output)
+        if fresh:
+            code = _run_ranks(processes, [sys.executable, *program, *arguments], shared, output, folder)
+            output.seek(0)
+            return subprocess.CompletedProcess([*program, *arguments], code, output.read())
+        request = {"processes": processes, "program": list(program), "arguments": list(arguments), "variables": shared}
+        code = _ask_forks(json.dumps(request | {"output": output.name, "folder": str(folder)}))
         output.seek(0)
         return subprocess.CompletedProcess([*program, *arguments], code, output.read())
 
@@ -225,12 +263,12 @@ def _ask_forks(request: str) -> Any:
     return json.loads(server.stdout.readline())
 
 
-def _run_ranks(processes: int, command: Sequence[str], variables: dict[str, str], output: IO[str]) -> int:
+def _run_ranks(processes: int, command: Sequence[str], variables: dict[str, str], output: IO[str], folder: Path) -> int:
     """The exit code of the first rank that failed; the others are ended then."""
     ranks = [
         subprocess.Popen(
             command,
-            cwd=REPOSITORY,
+            cwd=folder,
             env=variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -358,7 +358,7 @@ def _with(variables: dict[str, str], command: list[str]) -> subprocess.Completed
     kept = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
-        return spawn(1, command, ("-m", "megatron_vocagno.pretrain"))
+        return spawn(1, command, ("-m", "megatron_vocagno.pretrain"), fresh=True)
     finally:
         for name, value in kept.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})

@@ -131,7 +131,9 @@ def test_a_blend_makes_the_same_micro_batches_on_any_number_of_ranks(dataset: Al
 
 
 @pytest.mark.slow
-def test_a_run_reports_its_shares_and_does_not_resume_on_another_blend(case: Case, second: AlignedDataset) -> None:
+def test_a_run_reports_its_shares_and_does_not_resume_on_another_blend(small_case: Case, tmp_path: Path) -> None:
+    case, tokenizers = small_case, [small_case.tokenizer(side) for side in ("student", "teacher")]
+    second = build_dataset(tmp_path / "second", real.multilingual_texts(), *tokenizers)
     blended = f'data.train=[{{path="{case.train}", weight=3}}, {{path="{second.path}"}}]'
     arguments = case.command("blend", [blended, "training.steps=2"])
     finished = spawn(1, arguments)

@@ -22,18 +22,17 @@ from megatron_vocagno.errors import RunError
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.run_file import load_run
-from tests import tokenizers_for_tests as real
 from tests.datasets import invent_dataset
-from tests.runs import Case, metrics, spawn, write_teacher
+from tests.runs import Case, metrics, spawn, write_small_teacher
 from tests.sources import training_rows
 
 ROW = 64
 
 
 @pytest.fixture(scope="module")
-def whole_rows(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> AlignedDataset:
+def whole_rows(tmp_path_factory: pytest.TempPathFactory, case: Case) -> AlignedDataset:
     """Documents of exactly as many tokens as a row advances: every row holds one, whole."""
-    student, teacher = (open_tokenizer(path) for path in (real.mistral_tokenizer_path(), teacher_tokenizer))
+    student, teacher = (open_tokenizer(case.tokenizer(side)) for side in ("student", "teacher"))
     lengths = [ROW - SLACK - 1] * 24
     return invent_dataset(tmp_path_factory.mktemp("whole") / "dataset", student, teacher, [lengths[:9], lengths[9:]])
 
@@ -107,7 +106,7 @@ def test_plain_language_modeling_asks_for_no_losses(case: Case, whole_rows: Alig
 
 
 def test_losses_that_are_missing_or_another_teachers_are_refused(
-    case: Case, scored: Path, whole_rows: AlignedDataset, asked: ScoringOptions, teacher_tokenizer: Path, tmp_path: Path
+    case: Case, scored: Path, whole_rows: AlignedDataset, asked: ScoringOptions, tmp_path: Path
 ) -> None:
     cached = 'teacher.placement="cached"'
     with pytest.raises(RunError, match=r"0 of 2 shards") as error:
@@ -119,7 +118,7 @@ def test_losses_that_are_missing_or_another_teachers_are_refused(
     with pytest.raises(RunError, match="1 of 2 shards are scored"):
         training_rows(run_of(case, "half", half, cached), [AlignedDataset.open(half)])
 
-    other = write_teacher(tmp_path / "other", teacher_tokenizer, scale=0.5)
+    other = write_small_teacher(case, tmp_path / "other", scale=0.5)
     data = AlignedDataset.open(scored)
     with pytest.raises(RunError, match=r"holds the losses of teacher \([0-9a-f]{64}\), teacher.path is .*other \([0-9a-f]{64}\)"):
         training_rows(run_of(case, "other", scored, cached, f"teacher.path={other}"), [data])
@@ -137,9 +136,9 @@ def test_losses_that_are_missing_or_another_teachers_are_refused(
 
 
 def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and_by_its_name_else(
-    case: Case, scored: Path, teacher_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: Case, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, other = AlignedDataset.open(scored), write_teacher(tmp_path / "other", teacher_tokenizer, scale=0.5)
+    data, other = AlignedDataset.open(scored), write_small_teacher(case, tmp_path / "other", scale=0.5)
     cached: dict[str, Path] = {}
     monkeypatch.setattr("megatron_vocagno.engine.cached.cached_snapshot", lambda name: cached.get(str(name)))
 
@@ -161,12 +160,10 @@ def test_a_teacher_by_id_is_known_by_its_weights_where_they_are_in_the_cache_and
 
 
 @pytest.fixture(scope="module")
-def second(
-    whole_rows: AlignedDataset, asked: ScoringOptions, teacher_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def second(case: Case, whole_rows: AlignedDataset, asked: ScoringOptions, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same documents and student ids, scored by another teacher; here its tokens are the first one's."""
     folder: Path = shutil.copytree(whole_rows.path, tmp_path_factory.mktemp("second") / "dataset")
-    teacher = write_teacher(folder.parent / "teacher", teacher_tokenizer, scale=0.3)
+    teacher = write_small_teacher(case, folder.parent / "teacher", scale=0.3)
     score(folder, replace(asked, teacher=teacher))
     return folder
 
@@ -196,12 +193,10 @@ def test_two_teachers_guide_as_each_of_them_says(case: Case, scored: Path, secon
     assert met > 300
 
 
-def test_datasets_of_other_documents_are_refused(
-    case: Case, scored: Path, second: Path, teacher_tokenizer: Path, tmp_path: Path
-) -> None:
+def test_datasets_of_other_documents_are_refused(case: Case, scored: Path, second: Path, tmp_path: Path) -> None:
     data = AlignedDataset.open(scored)
     one = run_of(case, "refused", scored)
-    student, teacher = (open_tokenizer(path) for path in (real.mistral_tokenizer_path(), teacher_tokenizer))
+    student, teacher = (open_tokenizer(case.tokenizer(side)) for side in ("student", "teacher"))
     lengths = [ROW - SLACK - 1] * 24
     for name, shards in (("order", [lengths[9:], lengths[:9]]), ("fewer", [lengths[:9]]), ("other", [lengths[:9], lengths[9:]])):
         wrong = invent_dataset(tmp_path / name, student, teacher, shards, seed=0 if name == "fewer" else 5)

@@ -96,8 +96,8 @@ class Listening:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_teacher_is_told_the_documents_of_each_row(dataset: AlignedDataset, documents: bool) -> None:
-    batches = Batches(TrainRows(dataset, 512, seed=2), Layout(3, 20, 1), 0).step(0)
+def test_the_teacher_is_told_the_documents_of_each_row(case: Case, documents: bool) -> None:
+    batches = Batches(TrainRows(AlignedDataset.open(case.train), 512, seed=2), Layout(3, 20, 1), 0).step(0)
     losses = ReplicatedScorer(Listening(), None, 2000, torch.device("cpu"), documents).score(batches)
     met = 0
     for batch, loss_BU in zip(batches, losses, strict=True):

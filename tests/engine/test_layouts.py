@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.batch import loader
-from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.plain_training import train_plainly
-from tests.runs import Case, launch, metrics, spawn, write_teacher
+from tests.runs import Case, metrics, spawn, write_small_teacher
 
 pytestmark = pytest.mark.slow
 
-STEPS, ROWS = 6, 8
+STEPS, ROWS = 4, 8
 PIPELINE, RECOMPUTE = "parallel.pipeline_stages=2", "parallel.activation_checkpointing=true"
 SHARDED, GLOBAL = "teacher.placement=zero3", "guidance.scope=global"
 HALF = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -47,13 +46,11 @@ OVER_THE_STEP = {
     "one-micro-batch": Layout(1, [], {"train_micro_batch_size_per_gpu": 8}),
     "pp1": Layout(1, ["parallel.pipeline_stages=1"]),
     "zero1-dp2": Layout(2, []),
-    "zero1-dp2-recompute": Layout(2, [RECOMPUTE]),
-    "zero2-dp2": Layout(2, [], stage(2)),
-    "zero3-dp2": Layout(2, [], stage(3)),
+    "zero2-dp2-recompute": Layout(2, [RECOMPUTE], stage(2)),
+    "zero3-dp2-recompute": Layout(2, [RECOMPUTE], stage(3)),
     "zero3-dp2-zero3-teacher": Layout(2, [SHARDED], stage(3)),
     "pp2": Layout(2, [PIPELINE]),
     "pp2-recompute": Layout(2, [PIPELINE, RECOMPUTE]),
-    "pp2-zero3-teacher": Layout(2, [PIPELINE, SHARDED]),
     "dp4": Layout(4, []),
     "pp2-dp2": Layout(4, [PIPELINE]),
     "pp2-dp2-zero3-teacher": Layout(4, [PIPELINE, SHARDED]),
@@ -63,7 +60,6 @@ WITHIN_A_MICRO_BATCH = {
     "alone": Layout(1, []),
     "alone-zero2-dp2": Layout(2, [], stage(2)),
     "alone-pp2": Layout(2, [PIPELINE]),
-    "alone-pp2-dp2": Layout(4, [PIPELINE]),
 }
 IN_BF16 = {
     "bf16": Layout(1, [], HALF),
@@ -88,6 +84,10 @@ def lines(case: Case, name: str) -> list[dict[str, float]]:
         path.write_text(json.dumps(runs))
         finished = spawn(processes, [str(path)], ["tests/several_runs.py"])
         assert finished.returncode == 0, finished.stdout[-6000:]
+    return steps_of(case, name)
+
+
+def steps_of(case: Case, name: str) -> list[dict[str, float]]:
     return [line for line in metrics(case.out(name)) if "loss/train" in line]
 
 
@@ -155,7 +155,7 @@ def test_so_it_is_where_each_micro_batch_selects_alone(case: Case, layout: str) 
 
 def test_losses_are_learned_as_they_were_when_the_tokens_were_chosen(case: Case) -> None:
     met = 0
-    for name in ("plain", "zero1-dp2-recompute", "zero3-dp2", "pp2", "pp2-recompute"):
+    for name in ("plain", "zero2-dp2-recompute", "zero3-dp2-recompute", "pp2", "pp2-recompute"):
         learned, recorded = noted(case, name, "learned"), noted(case, name, "recorded")
         assert np.array_equal(learned, recorded)
         met += np.count_nonzero(learned)
@@ -171,7 +171,7 @@ def test_a_sharded_teacher_is_held_once_by_all_ranks_together(case: Case, layout
     assert len(ranks) == processes > 1
     for rank in ranks:
         # DeepSpeed keeps tensors of less than 100,000 numbers whole once they were gathered: not worth a message each
-        assert rank["whole"] > 3_000_000 and 0 <= rank["held"] - rank["whole"] / processes < 20_000
+        assert rank["whole"] > 200_000 and 0 <= rank["held"] - rank["whole"] / processes < 20_000
 
 
 def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: Case) -> None:
@@ -184,24 +184,17 @@ def test_the_loss_is_the_sum_over_all_kept_tokens_divided_by_their_number(case: 
             assert line["loss/train"] == pytest.approx(total / (kept + unmapped), rel=1e-6)
 
 
-def test_micro_batches_of_very_different_sizes_learn_as_one_big_batch(case: Case, teacher_tokenizer: Path) -> None:
-    """Rows of 56, 56, 56 and 12 targets: a mean of the micro-batches' means would be another loss with another gradient."""
-    words = " ".join(f"number {n} of the words" for n in range(60))
-    data = build_dataset(case.folder / "uneven", [words], real.mistral_tokenizer_path(), teacher_tokenizer)
+def test_micro_batches_of_very_different_sizes_learn_as_one_big_batch(case: Case) -> None:
+    """Rows of 56 targets, and one of a few: a mean of the micro-batches' means would be another loss with another gradient."""
+    words = " ".join(f"number {n} of the words" for n in range(56))
+    data = build_dataset(case.folder / "uneven", [words], case.tokenizer("student"), case.tokenizer("teacher"))
     targets = int(data.student_lengths.sum()) - 1
     overrides = [f"data.train={data.path}", "guidance.keep=1.0", "training.steps=1", "eval.rows=1"]
     rows = -(-targets // 56)
     assert 0 < targets % 56 < 28, "the last row is not short"
-    batches = {"one-batch": rows, "many-batches": 1}
-    runs = [
-        case.command(name, overrides, {"train_batch_size": rows, "train_micro_batch_size_per_gpu": micro})
-        for name, micro in batches.items()
-    ]
-    path = case.folder / "runs-uneven.json"
-    path.write_text(json.dumps(runs))
-    finished = spawn(1, [str(path)], ["tests/several_runs.py"])
-    assert finished.returncode == 0, finished.stdout[-6000:]
-    one, many = (next(line for line in metrics(case.out(name)) if "loss/train" in line) for name in batches)
+    for name, micro in (("one-batch", rows), ("many-batches", 1)):
+        case.run(name, 1, overrides, {"train_batch_size": rows, "train_micro_batch_size_per_gpu": micro})
+    (one,), (many,) = (steps_of(case, name) for name in ("one-batch", "many-batches"))
     assert one["throughput/student_tokens"] == many["throughput/student_tokens"] == targets
     assert many["loss/train"] == pytest.approx(one["loss/train"], rel=1e-6)
     assert many["optimizer/grad_norm"] == pytest.approx(one["optimizer/grad_norm"], rel=1e-5)
@@ -215,8 +208,8 @@ def test_a_run_learns_as_a_loop_without_an_engine(case: Case, loops: Loops, layo
     # in 16 bits a rounding that falls differently soon is another kept token: the first two steps say most
     # DeepSpeed's norm was off by up to 5e-4 where all losses, and so all updates, agreed to 1e-7
     rough = layout != "alone"
-    loss_within = [1e-6, 2e-5, 3e-4, 3e-4, 3e-4, 3e-4] if rough else [1e-6] * STEPS
-    norm_within = [2e-4, 2e-3, 1e-2, 1e-2, 1e-2, 1e-2] if rough else [1e-3] * STEPS
+    loss_within = [1e-6, 2e-5, 3e-4, 3e-4] if rough else [1e-6] * STEPS
+    norm_within = [2e-4, 2e-3, 1e-2, 1e-2] if rough else [1e-3] * STEPS
     for k, (line, (loss, grad_norm)) in enumerate(zip(found, expected, strict=True)):
         assert line["loss/train"] == pytest.approx(loss, rel=loss_within[k]), k
         assert line["optimizer/grad_norm"] == pytest.approx(grad_norm, rel=norm_within[k]), k
@@ -224,15 +217,7 @@ def test_a_run_learns_as_a_loop_without_an_engine(case: Case, loops: Loops, layo
         assert found[-1]["loss/train"] != pytest.approx(lines(case, "alone")[-1]["loss/train"], rel=1e-6), "not in bf16"
 
 
-def test_a_run_leaves_nothing_in_shared_memory(case: Case) -> None:
-    """DeepSpeed's shared-memory op would leave 66 MB a process, and would need a compiler."""
-    finished = launch(2, case.command("shm", ["training.steps=1", "parallel.pipeline_stages=2"]))
-    assert finished.returncode == 0
-    assert "deepspeed_shm_comm" not in finished.stdout
-    assert not list(Path("/dev/shm").glob("deepspeed*"))
-
-
-def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case, teacher_tokenizer: Path) -> None:
+def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case) -> None:
     """A teacher that is always worse, tokens that must be worse than it, and no unmapped ones: nothing is left to learn."""
     overrides = [
         "guidance.require_positive=true",
@@ -240,9 +225,9 @@ def test_a_step_without_any_weight_has_loss_zero_and_the_run_goes_on(case: Case,
         "guidance.aggregate=max",
         "parallel.pipeline_stages=2",
     ]
-    hopeless = write_teacher(case.folder / "hopeless", teacher_tokenizer, scale=1000.0)
-    output = case.run("hopeless-run", 2, [*overrides, f"teacher.path={hopeless}", "training.steps=3"])
-    lines = [line for line in metrics(output) if "loss/train" in line]
+    hopeless = write_small_teacher(case, case.folder / "hopeless", scale=1000.0)
+    case.run("hopeless-run", 2, [*overrides, f"teacher.path={hopeless}", "training.steps=3"])
+    lines = steps_of(case, "hopeless-run")
     weights = [line["guidance/share_kept"] for line in lines]
     assert len(lines) == 3 and weights[0] < 0.4
     assert any(line["loss/train"] == 0 for line in lines)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -102,8 +101,7 @@ def test_a_rank_with_less_to_score_goes_through_as_many_forwards(
 @pytest.mark.slow
 def test_at_most_five_percent_of_the_quickstarts_forwards_are_padding(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = import_file(REPOSITORY / "examples" / "demo" / "corpus.py")
-    corpus.write_corpus(tmp_path)
-    texts = [json.loads(line)["text"] for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    texts = [text.text for text in (*corpus.champ_problems(), *corpus.docstrings("mpmath"))]
     data = build_dataset(tmp_path / "data", texts, real.mistral_tokenizer_path(), teacher_tokenizer)
     run = load_run(REPOSITORY / "examples" / "quickstart.toml")
     rows = TrainRows(data, run.data.row_length, run.training.seed)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.engine.settings import batch_layout, precision, read_settings
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.pretrain import main
-from tests.runs import REPOSITORY, Case, environment, launch, metrics, spawn, write_settings
+from tests.runs import Case, metrics, spawn, spawn_each, write_settings
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +54,9 @@ BAD = {
         "its teacher ids were made with another tokenizer",
     ),
     "a vocabulary larger than the embedding": (
-        ["student.config.vocab_size=31000"],
+        ["student.config.vocab_size=999"],
         {},
-        "the tokenizer has 32,000 tokens, the student model has 31,000",
+        "the tokenizer has 1,000 tokens, the student model has 999",
     ),
     "rows longer than the student": (
         ["data.row_length=256"],
@@ -76,14 +74,7 @@ BAD = {
 }
 
 
-@pytest.fixture(scope="module")
-def answers(case: Case, cut_off: Path, other_tokenizer: Path) -> dict[str, tuple[int, str]]:
-    """Exit code and words for each mistake; all made in one process, for the time that its start takes."""
-    commands = {}
-    for mistake, (overrides, settings, _) in BAD.items():
-        overrides = [override.format(cut_off=cut_off, other_tokenizer=other_tokenizer) for override in overrides]
-        commands[mistake] = case.command(mistake.replace(" ", "-").replace("'", ""), overrides, settings)
-    script = """
+MISTAKES = """
 import contextlib, io, json, sys
 from megatron_vocagno.pretrain import main
 answers = {}
@@ -92,10 +83,17 @@ for mistake, command in json.loads(sys.argv[1]).items():
         answers[mistake] = (main(command), said.getvalue())
 print("ANSWERS " + json.dumps(answers))
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(commands)], env=environment(), cwd=REPOSITORY, capture_output=True, text=True
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def answers(case: Case, cut_off: Path, other_tokenizer: Path) -> dict[str, tuple[int, str]]:
+    """Exit code and words for each mistake; all made in one process, for the time that its start takes."""
+    commands = {}
+    for mistake, (overrides, settings, _) in BAD.items():
+        overrides = [override.format(cut_off=cut_off, other_tokenizer=other_tokenizer) for override in overrides]
+        commands[mistake] = case.command(mistake.replace(" ", "-").replace("'", ""), overrides, settings)
+    finished = spawn(1, [json.dumps(commands)], ("-c", MISTAKES))
+    assert finished.returncode == 0, finished.stdout[-3000:]
     answers: dict[str, tuple[int, str]] = json.loads(finished.stdout.split("ANSWERS ")[1])
     return answers
 
@@ -143,9 +141,9 @@ def test_keeping_all_tokens_is_plain_language_modeling(case: Case) -> None:
 
 @pytest.mark.slow
 def test_one_error_message_for_all_ranks(case: Case) -> None:
-    finished = launch(2, case.command("two-ranks", ["data.train=/nowhere"]))
-    assert finished.returncode != 0
-    assert finished.stdout.count("error: data.train: /nowhere is not a dataset: the path does not exist") == 1
+    codes, said = spawn_each([case.command("two-ranks", ["data.train=/nowhere"])] * 2)
+    assert codes == [2, 2]
+    assert said.count("error: ") == said.count("error: data.train: /nowhere is not a dataset: the path does not exist") == 1
 
 
 def test_settings_that_cannot_work_are_refused_with_the_reason(tmp_path: Path) -> None:

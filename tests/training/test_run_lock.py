@@ -5,11 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from megatron_vocagno.files import local_option
 from megatron_vocagno.training import run_lock
 from megatron_vocagno.training.run_lock import LOCK, RunLock
 from tests import runs
-from tests.runs import REPOSITORY, SCRIPT, Case, environment, spawn_each
+from tests.runs import Case, spawn, spawn_each
 
 
 @pytest.fixture
@@ -124,21 +121,21 @@ def test_ranks_that_see_different_folders_are_refused_before_the_first_step(case
 
 
 TAKE = """
-import os, sys
+import os, socket, subprocess, sys
 from pathlib import Path
 from megatron_vocagno.training.run_lock import RunLock
 from megatron_vocagno.engine.processes import start, stop
+from tests.forked import enter_own_namespaces
+folder, lock, other = sys.argv[1:]
+if os.environ["RANK"] == "1":
+    enter_own_namespaces()
+    socket.sethostname("another-host")
+    if other:
+        subprocess.run(["mount", "--bind", other, lock], check=True)
 processes = start()
-held = RunLock(Path(sys.argv[1]))
+held = RunLock(Path(folder))
 assert held.acquire(lambda text: print(f"{processes.rank}: {text}", flush=True), lambda: 0) == 0
 stop()
-"""
-ANOTHER_HOST = """
-set -e
-hostname another-host
-[ -z "$1" ] || mount --bind "$1" "$2"
-shift 2
-exec "$@"
 """
 
 
@@ -146,39 +143,20 @@ exec "$@"
 @pytest.mark.parametrize("local", [True, False])
 def test_locks_that_another_machine_does_not_see_are_reported(tmp_path: Path, local: bool) -> None:
     """The second rank has another host's name; and, where locks are local, a lock file that is not the first one's."""
-    if subprocess.run(["unshare", "-rmu", "true"], check=False).returncode:
-        pytest.skip("no mount and no name of its own: unshare -rmu is not allowed here")
     out, other = tmp_path / "out", tmp_path / "other-lock"
     out.mkdir()
     (out / LOCK).touch()
     other.touch()
-    command = [sys.executable, "-c", TAKE, str(out)]
-    elsewhere = ["unshare", "-rmu", "bash", "-c", ANOTHER_HOST, "host", str(other) if local else "", str(out / LOCK), *command]
-    code, said = together(command, elsewhere)
-    assert code == [0, 0], said
+    taken = spawn(2, [str(out), str(out / LOCK), str(other) if local else ""], ("-c", TAKE))
+    if taken.returncode == 77:
+        pytest.skip("no mount and no name of its own: unshare is not allowed here")
+    assert taken.returncode == 0, taken.stdout
     host = os.uname().nodename
     note = (
         f"note: rank 1 on another-host could acquire the lock that rank 0 on {host} holds: "
         "two runs in this folder would not notice each other"
     )
-    assert (f"0: {note}\n" in said) == local, said
-
-
-def together(*commands: Sequence[str]) -> tuple[list[int], str]:
-    """Exit codes of ranks, each started by its own command, and what they print."""
-    shared = environment(WORLD_SIZE=str(len(commands)), LOCAL_SIZE="2", MASTER_ADDR="127.0.0.1")
-    ranks = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, env=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, stdout=subprocess.PIPE, text=True
-        )
-        for i, command in enumerate(commands)
-    ]
-    try:
-        said = [rank.communicate(timeout=200)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [rank.returncode for rank in ranks], "".join(said)
+    assert (f"0: {note}\n" in taken.stdout) == local, taken.stdout
 
 
 @pytest.mark.slow
@@ -195,7 +173,7 @@ def test_a_signal_while_it_waits_for_the_folder_ends_all_ranks_at_once(
         fcntl.flock(other, fcntl.LOCK_EX)
         thread = threading.Thread(target=lambda: answer.append(spawn_each([arguments] * 2)))
         thread.start()
-        ranks = waiting_ranks(output)
+        ranks = waiting_ranks(output, 2)
         start = time.monotonic()
         for rank in to:
             ranks[rank].send_signal(number)
@@ -208,31 +186,32 @@ def test_a_signal_while_it_waits_for_the_folder_ends_all_ranks_at_once(
     assert [path.name for path in output.iterdir()] == [LOCK]
 
 
-def waiting_ranks(output: Path) -> list[psutil.Process]:
-    """Both ranks, once the first of them has the lock file open."""
+def waiting_ranks(output: Path, number: int) -> list[psutil.Process]:
+    """All ranks, once the first of them has told that it waits."""
     server = psutil.Process(runs._forks().pid)
     end = time.monotonic() + 120
     while time.monotonic() < end:
         ranks = sorted(server.children(), key=lambda process: process.pid)
-        if len(ranks) == 2 and any(file.path == str(output / LOCK) for file in ranks[0].open_files()):
-            time.sleep(1)
+        said = Path(f"/proc/{ranks[0].pid}/fd/1") if len(ranks) == number else None
+        # a new rank still has the standard output of its server, which is a pipe
+        if said is not None and said.resolve().is_file() and f"another run is at work in {output}" in said.read_text():
             return ranks
         time.sleep(0.05)
     raise AssertionError("it never came to wait")
 
 
-@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_starts_once_the_other_has_left_its_folder(case: Case) -> None:
     arguments, output = case.command("occupied", ["training.steps=1", "eval.rows=4"]), case.out("occupied")
     output.mkdir()
+    answer: list[Any] = []
     with (output / LOCK).open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        command = [sys.executable, SCRIPT, *arguments]
-        with subprocess.Popen(command, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, text=True) as second:
-            assert second.stdout is not None
-            said = next((line for line in second.stdout if "another run" in line), None)
-            assert said is not None and not (output / "checkpoints").exists()
-            fcntl.flock(other, fcntl.LOCK_UN)
-            assert "finished: step 1" in second.stdout.read()
-    assert second.returncode == 0
+        thread = threading.Thread(target=lambda: answer.append(spawn(1, arguments)))
+        thread.start()
+        waiting_ranks(output, 1)
+        assert not (output / "checkpoints").exists()
+        fcntl.flock(other, fcntl.LOCK_UN)
+        thread.join()
+    assert answer[0].returncode == 0, answer[0].stdout[-3000:]
+    assert "another run is at work in " in answer[0].stdout and "finished: step 1" in answer[0].stdout
