@@ -34,14 +34,18 @@ def install(folder: Path, *starts: list[str]) -> dict[str, str]:
     return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PLAY": json.dumps(starts), "OUTPUT": str(folder)}
 
 
+def recorded(folder: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+    """Module, arguments, and the variables that tell a rank its place, in the order of the starts."""
+    return [tuple(json.loads(line)) for line in (folder / "commands.jsonl").read_text().splitlines()]
+
+
 def run_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, in the order in which they were started, with the variables that tell a rank its place."""
-    for line in (folder / "commands.jsonl").read_text().splitlines():
-        module, arguments, place = json.loads(line)
+    """In this process."""
+    for module, arguments, place in recorded(folder):
         with monkeypatch.context() as patch:
             for name, value in place.items():
                 patch.setenv(name, value)
-            assert importlib.import_module(module).main(arguments) == 0, line
+            assert importlib.import_module(module).main(arguments) == 0, arguments
 
 
 def play(output: Path, words: str) -> None:

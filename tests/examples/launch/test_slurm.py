@@ -122,8 +122,10 @@ def test_an_array_scores_a_dataset(case: Case, small: Path, slurm: Path, submit:
     words = {"--array=1-16": "--array=1-2 --ntasks-per-node=2", "DATA": str(data), "TEACHER": f"{case.teacher} --dtype float32"}
     _, score, _ = documented("Slurm", words)
     assert ended(submit(score, **player.install(slurm)), slurm) == [[[0], [0]]], log(slurm)
+    ran = sorted(([arguments[-2:], place] for _, arguments, place in player.recorded(slurm)), key=str)
+    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    assert ran == [[["--shards", part], place] for part in ("1/2", "2/2") for place in places]
     player.run_recorded(slurm, monkeypatch)
-    assert len((slurm / "commands.jsonl").read_text().splitlines()) == 4
     losses = AlignedDataset.open(data).manifest.teacher_losses
     assert losses is not None and AlignedDataset.open(small).manifest.teacher_losses is None
 
