@@ -20,11 +20,11 @@ from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 
 
-def build_dataset(out: Path, texts: Sequence[str], student: Path, teacher: Path) -> AlignedDataset:
+def build_dataset(out: Path, texts: Sequence[str], student: Path, teacher: Path, shard_bytes: int = 100_000) -> AlignedDataset:
     out.mkdir(parents=True)
     corpus = out / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    build([corpus], out / "dataset", BuildConfig(student=str(student), teacher=str(teacher)), shard_bytes=100_000)
+    build([corpus], out / "dataset", BuildConfig(student=str(student), teacher=str(teacher)), shard_bytes=shard_bytes)
     return AlignedDataset.open(out / "dataset")
 
 

@@ -19,7 +19,7 @@ from megatron_vocagno import hub
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.errors import HubError, ModelError, RunError, UserError
-from megatron_vocagno.model.folder import model_folder, pinned
+from megatron_vocagno.model.folder import cached_snapshot, model_folder, pinned
 from megatron_vocagno.planning.model_config import read_config
 from megatron_vocagno.preprocess.score import ScoringOptions
 from megatron_vocagno.run_file import load_run
@@ -28,13 +28,21 @@ from tests.hub_server import COMMIT, GATED, serving
 from tests.runs import REPOSITORY, Case, environment, spawn
 from tools.preprocess import score_teacher
 
-FETCH = "import sys; from megatron_vocagno import hub; print(hub.snapshot(sys.argv[1]))"
+FETCH = """
+import sys
+from megatron_vocagno import hub
+for name in sys.argv[1:]:
+    try:
+        print(hub.snapshot(name))
+    except hub.HubError as error:
+        print("HubError:", *str(error).splitlines())
+"""
 
 
-def python(program: str, name: str, **variables: str) -> subprocess.Popen[str]:
-    """The Hub's library reads its settings when it is imported: each case is a process of its own."""
+def python(program: str, *names: str, **variables: str) -> subprocess.Popen[str]:
+    """The Hub's library reads its settings when it is imported: each group of settings is a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", program, name],
+        [sys.executable, "-c", program, *names],
         cwd=REPOSITORY,
         env=environment(**variables),
         stdout=subprocess.PIPE,
@@ -43,10 +51,10 @@ def python(program: str, name: str, **variables: str) -> subprocess.Popen[str]:
     )
 
 
-def outcome(process: subprocess.Popen[str]) -> tuple[str, str]:
-    """Its last line on standard output, and on standard error."""
+def lines_of(process: subprocess.Popen[str]) -> list[str]:
     out, err = process.communicate(timeout=120)
-    return out.strip().splitlines()[-1] if out.strip() else "", err.strip().splitlines()[-1] if err.strip() else ""
+    assert process.returncode == 0, err
+    return out.splitlines()
 
 
 @pytest.fixture
@@ -179,9 +187,9 @@ def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: P
     (repository / "refs" / "main").write_text(COMMIT)
     home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     names = ["someone/tiny", "someone/tiny@main", f"someone/tiny@{COMMIT}", "someone/tiny@v2", "someone/other"]
-    found = [outcome(process) for process in [python(FETCH, name, **home) for name in names]]
-    assert [out for out, _ in found] == [str(repository / "snapshots" / COMMIT)] * 3 + [""] * 2
-    for name, (_, error) in zip(names[3:], found[3:], strict=True):
+    found = lines_of(python(FETCH, *names, **home))
+    assert found[:3] == [str(repository / "snapshots" / COMMIT)] * 3
+    for name, error in zip(names[3:], found[3:], strict=True):
         assert f"HubError: {name} is missing or incomplete in the Hub's cache" in error
         assert "and the Hub is not contacted, because HF_HUB_OFFLINE" in error and "local_files_only" not in error
         assert "hf download someone/" in error and str(tmp_path / "home") in error
@@ -189,10 +197,8 @@ def test_a_cache_made_by_hand_is_read_without_a_network(tmp_path: Path, model: P
 
 def test_a_hub_that_does_not_answer_differs_from_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}  # no one listens there
-    only_cache = FETCH.replace("sys.argv[1]", "sys.argv[1], offline=True")
-    silent, unasked = [
-        outcome(process)[1] for process in [python(program, "someone/tiny", **nobody) for program in (FETCH, only_cache)]
-    ]
+    only_cache = FETCH.replace("(name)", "(name, offline=name.endswith('unasked'))")
+    silent, unasked = lines_of(python(only_cache, "someone/silent", "someone/unasked", **nobody))
     assert "and the Hub does not answer (ConnectError: " in silent and "not asked" not in silent
     assert "and the Hub was not contacted. Download it" in unasked and "answer" not in unasked
     assert "local_files_only" not in silent + unasked
@@ -210,7 +216,7 @@ def test_a_hub_that_does_not_answer_differs_from_offline_mode(tmp_path: Path, mo
             hub.require_unlisted("someone/tiny", ["config.json"])
 
 
-def test_an_incomplete_cache_is_reported_in_offline_mode(tmp_path: Path) -> None:
+def test_an_incomplete_cache_is_reported_in_offline_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = [tmp_path / f"home/hub/models--someone--{name}/snapshots/{COMMIT}" for name in ("shards", "config", "whole")]
     for folder in snapshots:
         folder.mkdir(parents=True)
@@ -218,39 +224,31 @@ def test_an_incomplete_cache_is_reported_in_offline_mode(tmp_path: Path) -> None
     for folder in (snapshots[0], snapshots[2]):
         (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-1.safetensors"}}')
     (snapshots[2] / "model-1.safetensors").write_text("")
-    program = (
-        "import sys\nfrom megatron_vocagno.model.folder import *\nfor name in ('shards', 'config', 'whole'):\n"
-        f"    name = sys.argv[1] + name + '@{COMMIT}'\n"
-        "    try: print(model_folder(name))\n    except ModelError as error: print(error)\n    print(cached_snapshot(name))"
-    )
-    process = python(program, "someone/", HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="1")
-    out, err = process.communicate(timeout=120)
-    lines = out.splitlines()
-    assert process.returncode == 0, err
-    for line, name in zip(lines[:4:2], ("shards", "config"), strict=True):
-        assert (
-            f"someone/{name}@{COMMIT} is missing or incomplete in the Hub's cache" in line
-            and f"hf download someone/{name}" in line
-        )
-    assert lines[1::2] == ["None", "None", str(snapshots[2])] and lines[4] == str(snapshots[2])
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home/hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("shards", "config"):
+        with pytest.raises(ModelError) as told:
+            model_folder(f"someone/{name}@{COMMIT}")
+        assert f"someone/{name}@{COMMIT} is missing or incomplete in the Hub's cache" in str(told.value)
+        assert f"hf download someone/{name}" in str(told.value) and cached_snapshot(f"someone/{name}@{COMMIT}") is None
+    assert model_folder(f"someone/whole@{COMMIT}") == cached_snapshot(f"someone/whole@{COMMIT}") == snapshots[2]
 
 
 def test_a_file_is_missing_on_the_hub_only_if_the_hub_does_not_list_it(tmp_path: Path, model: Path) -> None:
-    program = "import sys; from megatron_vocagno import hub; print(hub.require_unlisted('someone/tiny', sys.argv[1:]))"
+    program = FETCH.replace("hub.snapshot(name)", "hub.require_unlisted('someone/tiny', [name])")
     with serving({"someone/tiny": model}) as server:
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
-        absent, listed = python(program, "absent.json", **where), python(program, "model.safetensors", **where)
-        assert outcome(absent) == ("None", "")
-        told = outcome(listed)[1]
-        assert "someone/tiny is missing or incomplete in the Hub's cache" in told and "although it does now" in told
-        offline = python(program, "absent.json", HF_HUB_OFFLINE="1", **where)
-        assert "HubError: someone/tiny is missing or incomplete" in outcome(offline)[1]
+        absent, listed = lines_of(python(program, "absent.json", "model.safetensors", **where))
+        assert absent == "None" and "although it does now" in listed
+        assert "HubError: someone/tiny is missing or incomplete in the Hub's cache" in listed
+        [offline] = lines_of(python(program, "absent.json", HF_HUB_OFFLINE="1", **where))
+        assert "HubError: someone/tiny is missing or incomplete" in offline
 
 
 def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_run(tmp_path: Path, model: Path) -> None:
     with serving({"someone/tiny": model}) as server:
         where = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": server.url}
-        [folder] = {outcome(process)[0] for process in [python(FETCH, "someone/tiny", **where) for _ in range(3)]}
+        [[folder]] = {tuple(lines_of(process)) for process in [python(FETCH, "someone/tiny", **where) for _ in range(3)]}
     assert Path(folder).name == COMMIT
     wanted = {"config.json", "tokenizer.json", "model.safetensors", "chat_template.jinja"}
     assert {path.name for path in Path(folder).rglob("*")} == wanted
@@ -258,7 +256,7 @@ def test_of_many_processes_each_file_is_downloaded_once_and_nothing_that_could_r
     assert downloads == {f"GET someone/tiny resolve {COMMIT} {name}": 1 for name in wanted}
     # once it is there the Hub is not needed: this one has gone
     name = f"someone/tiny@{COMMIT}"
-    assert outcome(python(FETCH, name, **where))[0] == folder
+    assert lines_of(python(FETCH, name, **where)) == [folder]
 
 
 def test_a_refusal_of_the_hub_is_reported(tmp_path: Path, model: Path) -> None:
@@ -269,9 +267,8 @@ def test_a_refusal_of_the_hub_is_reported(tmp_path: Path, model: Path) -> None:
             GATED: "someone/gated is gated: accept its terms on the Hub, and set HF_TOKEN",
             "someone/tiny@v2": "someone/tiny has no revision 'v2' on the Hub",
         }
-        processes = [python(FETCH, name, **where) for name in messages]
-        for process, message in zip(processes, messages.values(), strict=True):
-            assert f"HubError: {message}" in outcome(process)[1]
+        for told, message in zip(lines_of(python(FETCH, *messages, **where)), messages.values(), strict=True):
+            assert f"HubError: {message}" in told
 
 
 def test_a_model_that_the_hub_does_not_give_is_an_error_with_both_readings_of_its_name(

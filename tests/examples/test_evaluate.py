@@ -20,6 +20,8 @@ from tests.examples.launch.test_shell import shellcheck
 from tests.runs import REPOSITORY, Case, environment
 
 SCRIPT = REPOSITORY / "examples" / "evaluate.sh"
+LIMIT = 4
+"""Problems that the student answers."""
 
 
 def evaluate(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -42,7 +44,8 @@ def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) 
 def test_results_of_a_run_are_those_of_plain_transformers_on_its_export(case: Case) -> None:
     run = case.run("evaluated", 1, ["training.steps=2", "student.config.max_position_embeddings=512", "eval.rows=2"])
     out = case.folder / "evaluated, out=1"
-    finished = evaluate(run, out, "--tasks", "word_problems_cot,word_problems_choice,word_problems_answer", "--device", "cpu")
+    tasks = "word_problems_cot,word_problems_choice,word_problems_answer"
+    finished = evaluate(run, out, "--tasks", tasks, "--device", "cpu", "--limit", str(LIMIT))
     assert finished.returncode == 0, finished.stderr[-6000:]
     written = Path(finished.stdout.splitlines()[-1])
     results = json.loads(written.read_text())["results"]
@@ -58,21 +61,21 @@ def test_results_of_a_run_are_those_of_plain_transformers_on_its_export(case: Ca
     )
     examples = "".join(f"Q: {shot['question']}\nA: The answer is {shot['answer']}\n\n" for shot in shots)
     right, nats, scores = 0, 0.0, []
-    for problem in problems:
+    assert len(problems) == 12 and len(shots) == 3
+    for problem in problems[:LIMIT]:
         context = f"{examples}Q: {problem['question']}\nA: The answer is"
         choices = {choice: log_likelihood(model, tokenizer, context, f" {choice}") for choice in problem["choices"]}
         right += max(choices, key=choices.__getitem__) == problem["answer"]
         nats -= choices[problem["answer"]]
         scores.append(list(choices.values()))
-    assert len(problems) == 12 and len(shots) == 3
     (samples,) = out.glob("samples_word_problems_choice_*.jsonl")
     told = [[float(answer[0][0]) for answer in json.loads(line)["resps"]] for line in samples.read_text().splitlines()]
     torch.testing.assert_close(torch.tensor(told), torch.tensor(scores), rtol=1e-4, atol=1e-4)
-    assert results["word_problems_choice"]["acc,none"] == pytest.approx(right / 12)
-    assert results["word_problems_answer"]["perplexity,none"] == pytest.approx(math.exp(nats / 12), rel=1e-3)
+    assert results["word_problems_choice"]["acc,none"] == pytest.approx(right / LIMIT)
+    assert results["word_problems_answer"]["perplexity,none"] == pytest.approx(math.exp(nats / LIMIT), rel=1e-3)
     (samples,) = out.glob("samples_word_problems_cot_*.jsonl")
     written_by_student = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
-    assert len(written_by_student) == 12 and all(written_by_student)
+    assert len(written_by_student) == LIMIT and all(written_by_student)
     assert 0 <= results["word_problems_cot"]["exact_match,answer"] < 1, "so young a student"
 
 
@@ -177,9 +180,6 @@ def test_a_task_that_does_not_exist_is_told_before_anything_is_exported(tmp_path
         f"--include_path '{REPOSITORY / 'examples' / 'evaluate'}'\n"
     )
     assert "Traceback" not in told.stderr and not (tmp_path / "evaluation").exists()
-    # of those that exist nothing is said, and the export is what fails
-    told = evaluate(tmp_path, "--tasks", "word_problems_cot,mmlu_stem_c*")
-    assert "Tasks not found" not in told.stderr and "checkpoint" in told.stderr
 
 
 def test_without_an_environment_the_script_says_which_to_activate(tmp_path: Path) -> None:

@@ -8,11 +8,15 @@ import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PretrainedConfig
 
 from megatron_vocagno import command
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.planning import dry_run
+from megatron_vocagno.planning.shapes import ForwardShapes, forward_shapes
 from megatron_vocagno.pretrain import main
 from megatron_vocagno.run_file import load_run
 from tests.runs import REPOSITORY
@@ -32,6 +36,20 @@ def shown(text: str) -> list[str]:
 FROM_HEADERS = [(path.name, line) for path in sorted(RECIPES.glob("*.toml")) for line in shown(path.read_text())]
 FROM_PAGE = [("README.md", line) for line in shown((RECIPES / "README.md").read_text())]
 DRY_RUNS = [(where, line) for where, line in FROM_HEADERS + FROM_PAGE if line.startswith(SCRIPT) and "--dry-run" in line]
+
+
+SHAPES: dict[tuple[object, ...], ForwardShapes] = {}
+
+
+@pytest.fixture(autouse=True)
+def one_forward_of_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forward pass on the meta device takes a second, and the recipes have few models."""
+
+    def remember(config: PretrainedConfig, *sizes: Any) -> ForwardShapes:
+        key = (config.to_json_string(), *sizes)
+        return SHAPES.get(key) or SHAPES.setdefault(key, forward_shapes(config, *sizes))
+
+    monkeypatch.setattr(dry_run, "forward_shapes", remember)
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,8 @@ def test_two_ranks_choose_as_one(backend: Backend, tmp_path: Path) -> None:
     if backend.device.type == "cuda":
         pytest.skip("two ranks on one GPU: gloo would transfer the counts over the host")
     count = 12 if INTERPRETED else 60
-    mp.spawn(rank_main, args=(tmp_path, backend, count), nprocs=RANKS)  # type: ignore[no-untyped-call]
+    set_forkserver_preload([__name__])  # one import for all ranks
+    mp.start_processes(rank_main, (tmp_path, backend, count), RANKS, start_method="forkserver")  # type: ignore[no-untyped-call]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
     met = dict.fromkeys(["ties across ranks", "uneven", "one rank has none", "nothing kept"], 0)
     for case, *parts in zip(make_cases(count), *ranks, strict=True):

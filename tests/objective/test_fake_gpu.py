@@ -1,10 +1,11 @@
 """Training on a GPU, without one: fake tensors go through the functions that training calls, and kernels through the compiler.
 
-Shapes, dtypes and launches are real. Values are not: tests/kernels checks them.
+Shapes, dtypes and launches are real. Values are not: tests/kernels checks them. test_compile.py has more cases and more GPUs.
 """
 
 from __future__ import annotations
 
+import ast
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +18,50 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.offline import Launch, compiled_for
+from benchmarks.offline import SHARED_LIMIT, TARGETS, Launch, compiled_for
 from megatron_vocagno.objective.linear_ce import SelectedTokens, _Options, _TokenLoss
 from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import select_tokens
 from megatron_vocagno.objective.statistics import STATS
 from tests.kernels import INTERPRETED
+from tests.runs import REPOSITORY
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")]
 GPU = torch.device("cuda")
+OF_LOSS = {"_update_online_softmax", "_dlogits_tile"}
+OF_SELECTION = {
+    "sequence": {"_select_row": 1},
+    "microbatch": {"_keys": 1, "_threshold": 1, "_weights": 1},
+    "global": {"_keys": 1, "_histogram": 3, "_count": 1, "_weights": 1},
+}
+"""Kernels and their launches."""
+
+
+def all_kernels() -> set[str]:
+    """Names of the functions that are called as kernel[grid](...)."""
+    modules = list((REPOSITORY / "megatron_vocagno" / "objective").glob("*_triton.py"))
+    nodes = (node for module in modules for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))))
+    calls = (node.func for node in nodes if isinstance(node, ast.Call))
+    kernels = {ast.unparse(call.value) for call in calls if isinstance(call, ast.Subscript)}
+    assert len(modules) >= 2 and len(kernels) >= 8, kernels
+    return kernels
+
+
+def fits(launch: Launch) -> bool:
+    """Nothing spills: a spilled register costs a memory access per thread. A block that does not fit is refused at its launch."""
+    return (
+        launch.spilled == 0
+        and launch.shared <= SHARED_LIMIT[launch.target]
+        and 0 < launch.registers <= 255
+        and launch.warps * TARGETS[launch.target].warp_size <= 1024
+        and all(0 < size < 2**16 for size in launch.grid[1:])
+        and 0 < launch.grid[0] < 2**31
+    )
+
+
+def test_every_kernel_that_is_launched_compiles() -> None:
+    """Those of the tests below, which compile them."""
+    assert all_kernels() == OF_LOSS.union(*OF_SELECTION.values())
 
 
 class _NoGuard(TorchFunctionMode):
@@ -89,12 +125,12 @@ def test_the_token_loss_runs_its_kernels_on_float32_tiles(dtype: torch.dtype) ->
         loss = _TokenLoss.forward(context, hidden, head, target, options)
         tiles = Counter(launch.kernel for launch in launches)
         assert loss.is_cuda and loss.dtype == torch.float32 and loss.shape == (tokens,)
-        assert set(tiles) == {"_update_online_softmax"} and tiles["_update_online_softmax"] > 1
+        assert set(tiles) == {"_update_online_softmax"} and tiles["_update_online_softmax"] > 1 and all(map(fits, launches))
         launches.clear()
         selected.set(torch.empty(learned, device=GPU, dtype=torch.int64))
         dhidden, dhead, *_ = _TokenLoss.backward(context, torch.empty_like(loss))
         assert {launch.kernel for launch in launches} == {"_dlogits_tile"}
-        assert all(launch.grid[0] == learned // 4 for launch in launches)
+        assert all(launch.grid[0] == learned // 4 and fits(launch) for launch in launches)
     assert (dhidden.shape, dhidden.dtype, dhead.shape, dhead.dtype) == (hidden.shape, dtype, head.shape, dtype)
 
 
@@ -115,17 +151,8 @@ def test_a_float32_product_of_16_bits_writes_into_its_tile() -> None:
     assert tile.shape == (8, 32) and tile.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("scope", "batch", "kernels"),
-    [
-        ("sequence", (8, 2048), {"_select_row": 1}),
-        ("microbatch", (8, 2048), {"_keys": 1, "_threshold": 1, "_weights": 1}),
-        ("global", (16, 4096), {"_keys": 1, "_histogram": 3, "_count": 1, "_weights": 1}),
-    ],
-)
-def test_a_selection_waits_for_nothing_and_launches_these_kernels(
-    scope: str, batch: tuple[int, int], kernels: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(("scope", "batch"), [("sequence", (8, 2048)), ("microbatch", (8, 2048)), ("global", (16, 4096))])
+def test_a_selection_waits_for_nothing_and_launches_these_kernels(scope: str, batch: tuple[int, int]) -> None:
     """Reading a value from the device (item, nonzero, a mask as index) is an error of fake tensors."""
     with on_a_gpu() as launches:
         float_BS, int_BS = torch.empty(*batch, device=GPU), torch.empty(*batch, device=GPU, dtype=torch.int32)
@@ -138,7 +165,7 @@ def test_a_selection_waits_for_nothing_and_launches_these_kernels(
             Rule(scope=scope),  # type: ignore[arg-type]
             capacity=1000,
         )
-    assert Counter(launch.kernel for launch in launches) == kernels
+    assert Counter(launch.kernel for launch in launches) == OF_SELECTION[scope] and all(map(fits, launches))
     assert selection.weight_BS.shape == batch and selection.weight_BS.is_cuda
     assert selection.tokens_C.shape == (1000 * (batch[0] if scope == "sequence" else 1),)
     assert selection.stats_PK.shape[1] == len(STATS)

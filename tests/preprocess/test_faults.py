@@ -26,7 +26,7 @@ from tests.preprocess.test_build_dataset import arguments, start
 from tests.preprocess.test_workers import children, runs, wait_until
 
 pytestmark = pytest.mark.slow
-KILLS = 20
+KILLS = 10
 SHARD_MB = 0.015
 
 
@@ -130,7 +130,7 @@ def ends_well(build, undisturbed, tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.long
-def test_twenty_killed_workers_cost_nothing(build, undisturbed, tmp_path):
+def test_ten_killed_workers_cost_nothing(build, undisturbed, tmp_path):
     """At work, while they open their tokenizers, or before they are ready; no shard is hit three times."""
     dice, killed, at_work = random.Random(1), [], 0
     at = build(tmp_path / "dataset")
@@ -151,7 +151,7 @@ def test_twenty_killed_workers_cost_nothing(build, undisturbed, tmp_path):
             os.kill(killed[-1], signal.SIGKILL)
     code, output = at.end()
     assert code == 0 and "FAILED" not in output and "Traceback" not in output, output
-    assert len(killed) == KILLS and at_work >= 5
+    assert len(killed) == KILLS and at_work >= 3
     assert contents(tmp_path / "dataset") == undisturbed
 
 

@@ -43,18 +43,17 @@ SBATCH: dict[str, str | None] = {
 SRUN: dict[str, str | None] = {"kill-on-bad-exit": "[01]", "wait": r"\d+", "cpus-per-task": NUMBER, "ntasks": NUMBER}
 
 
-def install(folder: Path) -> dict[str, str]:
-    """The commands in `folder`; the variables with which they are found."""
+def install(folder: Path) -> None:
+    """The commands in `folder`/bin."""
     (folder / "bin").mkdir(parents=True)
     for name in ("sbatch", "srun", "scontrol", "scancel"):
         command = folder / "bin" / name
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).resolve()}" {name} "$@"\n')
         command.chmod(0o755)
-    return {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "FAKE_SLURM": str(folder)}
 
 
 def job(folder: Path, number: int) -> dict[str, Any]:
-    """What became of a job: options, `exit_codes` of its starts (a list for each task of an array), `srun`: what it started."""
+    """What became of a job: `exit_codes` of its starts, a list for each task of an array."""
     record: dict[str, Any] = json.loads((folder / f"{number}.json").read_text())
     return record
 
@@ -116,12 +115,10 @@ def sbatch(arguments: Sequence[str]) -> None:
         if any(starts[-1] for starts in codes):
             refuse(f"{after}: that job failed, this one would wait for ever")
     number = free_number(folder)
-    record: dict[str, Any] = {"options": options, "exit_codes": [], "srun": []}
+    record: dict[str, Any] = {"exit_codes": []}
     save(folder, number, record)
     for variables in tasks_of_array(options.get("array")):
-        starts = list(run_job(folder, number, Path(rest[0]), rest[1:], options, variables))
-        record = job(folder, number)
-        record["exit_codes"].append(starts)
+        record["exit_codes"].append(list(run_job(folder, number, Path(rest[0]), rest[1:], options, variables)))
         save(folder, number, record)
     print(number if "parsable" in options else f"Submitted batch job {number}")
 
@@ -173,13 +170,9 @@ def run_job(
 
 
 def srun(arguments: Sequence[str]) -> int:
-    folder, number = Path(os.environ["FAKE_SLURM"]), int(os.environ["SLURM_JOB_ID"])
     options, command = parse(SRUN, arguments)
     n, a_node = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NTASKS_PER_NODE", 1))
-    record = job(folder, number)
-    record["srun"].append(command)
-    save(folder, number, record)
-    running = folder / "tasks"
+    running = Path(os.environ["FAKE_SLURM"]) / "tasks"
     running.mkdir(exist_ok=True)
     tasks = []
     for rank in range(n):

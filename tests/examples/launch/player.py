@@ -2,10 +2,13 @@
 
 PLAY in the environment: for each start of the job, for each rank, words joined by `+` that it does in turn: `save` writes a
 checkpoint, `finish` says that the last step was reached, `wait` waits for a signal, `die` is killed, a number is its exit code.
+
+A command of `tools` is only recorded, as a line of OUTPUT/commands.jsonl: `run_recorded` runs it later.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -13,7 +16,12 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    import pytest
+
+PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -24,6 +32,20 @@ def install(folder: Path, *starts: list[str]) -> dict[str, str]:
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "{Path(__file__).resolve()}" "$@"\n')
     python.chmod(0o755)
     return {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "PLAY": json.dumps(starts), "OUTPUT": str(folder)}
+
+
+def recorded(folder: Path) -> list[tuple[str, list[str], dict[str, str]]]:
+    """Module, arguments, and the variables that tell a rank its place, in the order of the starts."""
+    return [tuple(json.loads(line)) for line in (folder / "commands.jsonl").read_text().splitlines()]
+
+
+def run_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process."""
+    for module, arguments, place in recorded(folder):
+        with monkeypatch.context() as patch:
+            for name, value in place.items():
+                patch.setenv(name, value)
+            assert importlib.import_module(module).main(arguments) == 0, arguments
 
 
 def play(output: Path, words: str) -> None:
@@ -51,7 +73,11 @@ def play(output: Path, words: str) -> None:
 
 def main() -> None:
     output = Path(os.environ["OUTPUT"])
-    if sys.argv[1] == "-c":
+    if sys.argv[1] == "-m" and sys.argv[2].startswith("tools."):
+        place = {name: os.environ[name] for name in PLACE if name in os.environ}
+        with (output / "commands.jsonl").open("a") as file:
+            file.write(json.dumps([sys.argv[2], sys.argv[3:], place]) + "\n")
+    elif sys.argv[1] == "-c":
         print(output)  # what a script asks the printed configuration for
     elif "--print-config" in sys.argv:
         print(json.dumps({"output": str(output)}))

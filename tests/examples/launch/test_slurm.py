@@ -14,12 +14,15 @@ import pytest
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents
+from tests.datasets import build_dataset
 from tests.examples.launch import fake_slurm, player
 from tests.examples.launch.conftest import RUN, documented, group, has_done, losses, wait_for
 from tests.runs import REPOSITORY, Case, environment
 
 SCRIPTS = REPOSITORY / "examples" / "launch" / "slurm"
 TRAIN = str(SCRIPTS / "train.sbatch")
+SHARD = 1200
+"""Bytes of text in a shard."""
 TWO_NODES = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1"
 
 Submit = Callable[..., subprocess.Popen[str]]
@@ -81,31 +84,50 @@ def test_the_stub_refuses_what_slurm_would_not_understand(line: str, words: str,
         fake_slurm.script_options(script)
 
 
-@pytest.mark.slow
-def test_an_array_makes_the_dataset_of_one_process(case: Case, teacher_tokenizer: Path, slurm: Path, submit: Submit) -> None:
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> Path:
+    """A dataset of three shards."""
+    texts = [text[:300] for text in real.texts()[:12]]
+    folder = tmp_path_factory.mktemp("slurm") / "small"
+    return build_dataset(folder, texts, real.mistral_tokenizer_path(), teacher_tokenizer, shard_bytes=SHARD).path
+
+
+def test_an_array_makes_the_dataset_of_one_process(
+    small: Path,
+    teacher_tokenizer: Path,
+    slurm: Path,
+    submit: Submit,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     out = slurm / "dataset"
     words = {
-        "1-64": "1-2",
-        "CORPUS": f"{case.train.parent / 'corpus.jsonl'} --shard-mb {100_000 / 2**20}",
+        "1-64": "1-2 --cpus-per-task=1",
+        "CORPUS": f"{small.parent / 'corpus.jsonl'} --shard-mb {SHARD / 2**20}",
         "STUDENT": str(real.mistral_tokenizer_path()),
         "TEACHER": str(teacher_tokenizer),
         "DATA": str(out),
     }
     preprocess, _, _ = documented("Slurm", words)
-    assert ended(submit(preprocess), slurm) == [[[0], [0]], [[0]]], log(slurm)
-    assert "part 1 of 2 is done" in log(slurm) and "part 2 of 2 is done" in log(slurm)
+    assert ended(submit(preprocess, **player.install(slurm)), slurm) == [[[0], [0]], [[0]]], log(slurm)
+    player.run_recorded(slurm, monkeypatch)
+    told = capsys.readouterr().out
+    assert "part 1 of 2 is done" in told and "part 2 of 2 is done" in told
     assert len(list((out / "shards").iterdir())) > 2
-    assert contents(out) == contents(case.train)
+    assert contents(out) == contents(small)
 
 
-@pytest.mark.slow
-def test_an_array_scores_a_dataset(case: Case, slurm: Path, submit: Submit) -> None:
-    data = shutil.copytree(case.valid, slurm.parent / "dataset")
-    words = {"--array=1-16": "--array=1-2 --ntasks-per-node=1", "DATA": str(data), "TEACHER": f"{case.teacher} --dtype float32"}
+def test_an_array_scores_a_dataset(case: Case, small: Path, slurm: Path, submit: Submit, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = shutil.copytree(small, slurm.parent / "dataset")
+    words = {"--array=1-16": "--array=1-2 --ntasks-per-node=2", "DATA": str(data), "TEACHER": f"{case.teacher} --dtype float32"}
     _, score, _ = documented("Slurm", words)
-    assert ended(submit(score), slurm) == [[[0], [0]]], log(slurm)
+    assert ended(submit(score, **player.install(slurm)), slurm) == [[[0], [0]]], log(slurm)
+    ran = sorted(([arguments[-2:], place] for _, arguments, place in player.recorded(slurm)), key=str)
+    places = [{"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"} for rank in "01"]
+    assert ran == [[["--shards", part], place] for part in ("1/2", "2/2") for place in places]
+    player.run_recorded(slurm, monkeypatch)
     losses = AlignedDataset.open(data).manifest.teacher_losses
-    assert losses is not None and AlignedDataset.open(case.valid).manifest.teacher_losses is None
+    assert losses is not None and AlignedDataset.open(small).manifest.teacher_losses is None
 
 
 @pytest.mark.parametrize("script", ["preprocess", "score"])

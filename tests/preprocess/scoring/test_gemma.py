@@ -43,7 +43,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def aligned(tmp_path_factory: pytest.TempPathFactory, gemma: Path) -> AlignedDataset:
-    texts = [text for text in topics.values() if 1_000 < len(text) < 3_000][:8]
+    texts = [text for text in topics.values() if 1_000 < len(text) < 3_000][:3]
     return build_dataset(tmp_path_factory.mktemp("aligned") / "data", texts, real.mistral_tokenizer_path(), gemma)
 
 
@@ -71,7 +71,7 @@ def test_scoring_gives_what_transformers_gives_behind_bos_and_less_than_without(
         means[bos] = found.mean()
         if bos == "auto":
             assert data.scoring is not None and data.scoring.front == (2,)
-            assert found == pytest.approx(expected, rel=1e-3, abs=1e-3) and len(found) > 2_000
+            assert found == pytest.approx(expected, rel=1e-3, abs=1e-3) and len(found) > 700
     print(means)
     assert means["none"] - means["auto"] > 0.5
 
@@ -83,7 +83,7 @@ def test_online_rows_that_begin_inside_of_a_document_are_read_behind_bos(gemma: 
     for bos in ("auto", "none"):
         front = Front(front_of(bos, [gemma], "teacher.bos", teacher.vocab_size))
         rows = TrainRows(aligned, 128, 0, TeacherIds(aligned, front=front))
-        batches = Batches(rows, Layout(4, 4, 1), 0).step(0)
+        batches = Batches(rows, Layout(4, 2, 1), 0).step(0)
         # a row that begins with a document has <bos> in the place of the EOS before it
         assert any(lead for batch in batches for lead in batch.teacher_leads) == (bos == "auto")
         losses = ReplicatedScorer(teacher, None, 2_048, torch.device("cpu")).score(batches)
