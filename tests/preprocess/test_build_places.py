@@ -1,13 +1,11 @@
-"""Builds from and into other places than this machine's disk, and on other machines' workers: the same bytes."""
+"""Builds from and into other places than this machine's disk: the same bytes."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import write
 from tests.preprocess.test_build import SHARD, tokens
-from tests.preprocess.test_build_dataset import ROOT, arguments, finished, start
-from tests.preprocess.test_ray_engine import Cluster
+from tests.preprocess.test_build_dataset import arguments, finished, start
 
 bucket = test_places.bucket  # an S3 server of this module
 
@@ -124,22 +121,3 @@ def test_an_object_store_that_does_not_answer_is_told(settings, tmp_path, monkey
     with pytest.raises((CorpusError, OSError), match=r"127\.0\.0\.1:1"):
         build([file], "s3://nobody/out", settings)
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-# ---- workers elsewhere
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_a_ray_cluster_gives_the_same_bytes(built, corpus, settings, tmp_path):
-    """Its workers run in another folder: relative names mean the same to them."""
-    names = [os.path.relpath(path, ROOT) for path in (corpus, tmp_path / "out", settings.student, settings.teacher)]
-    near = replace(settings, student=names[2], teacher=names[3])
-    cluster = Cluster()
-    try:
-        words = arguments(near, names[0], out=names[1], engine="ray", ray_address=cluster.address, shard_mb=SHARD / 2**20)
-        code, out, err = finished(start(words, env=cluster.environment))
-    finally:
-        cluster.end()
-    assert (code, err) == (0, "") and "shard 5/5" in out, err
-    assert contents(tmp_path / "out") == contents(built.path)

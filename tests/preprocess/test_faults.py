@@ -22,8 +22,8 @@ import pytest
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardFile
 from tests.corpus.conftest import contents, write_jsonl
+from tests.preprocess.tasks import children, runs, wait_until
 from tests.preprocess.test_build_dataset import arguments, start
-from tests.preprocess.test_workers import children, runs, wait_until
 
 pytestmark = pytest.mark.slow
 KILLS = 20
