@@ -162,7 +162,7 @@ SAID = {
     "empty": SIZES,
     "in another order": "split differently: did their lines",
 }
-SAID |= {"tokenizer": f"--teacher {HASHES}", "end of text": r"--teacher-eos <\|endoftext\|> then, <\|im_end\|> now"}
+SAID |= {"tokenizer": f"--teacher {HASHES}", "end of text": r"--teacher-eos </s> then, <\|im_end\|> now"}
 SAID |= {"key": "--text-key text then, body now", "id": "--id-key none then, text now", "nfc": "--no-nfc absent then, given now"}
 SAID |= {
     "bad lines": "--on-bad-line error then, skip now",
@@ -318,7 +318,7 @@ def test_the_first_so_many_records_are_taken(kind, settings, tmp_path):
     assert k > n and (kind == "gz" or len(ds.manifest.shards) > 3)
 
 
-def test_ids_come_back_with_their_documents(settings, tmp_path, mistral):
+def test_ids_come_back_with_their_documents(settings, tmp_path, student):
     ids = ["a", 7, "ü/1 中", "", -3, 2**63, "x" * 5000]
     texts = ["one", "two", "", "three", "four", "five", "six"]
     rows = [{"text": text, "key": id_} for id_, text in zip(ids, texts, strict=True)]
@@ -329,7 +329,7 @@ def test_ids_come_back_with_their_documents(settings, tmp_path, mistral):
     for name, shard_bytes in (("a.jsonl", 10**9), ("a.jsonl", 60), ("a.parquet", 100)):
         ds = make([tmp_path / name], tmp_path / f"{name}-{shard_bytes}", keyed, shard_bytes=shard_bytes)
         assert [ds[i].id for i in range(len(ds))] == [str(id_) for id_, text in zip(ids, texts, strict=True) if text]
-        assert ds.student(2).tolist()[:-1] == mistral.encode_batch(["three"])[0].ids.tolist()
+        assert ds.student(2).tolist()[:-1] == student.encode_batch(["three"])[0].ids.tolist()
         ds.verify()
     plain = make([tmp_path / "a.jsonl"], tmp_path / "plain", settings)
     assert plain[0].id == "" and not list(plain.path.rglob("ids.*"))

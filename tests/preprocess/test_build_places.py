@@ -72,18 +72,17 @@ def test_every_place_gives_the_bytes_of_a_local_build(remote, built, corpus, set
 @pytest.mark.slow
 def test_workers_build_from_and_into_an_object_store(bucket, built, corpus, settings, tmp_path):
     place(f"{bucket}/cli/in/{corpus.name}").write_bytes(corpus.read_bytes())
-    call = partial(arguments, settings, f"{bucket}/cli/in/*.jsonl", out=f"{bucket}/cli/out", shard_mb=SHARD / 2**20, workers=2)
-    code, out, err = finished(start(call(shards="1/2")))
-    assert (code, err) == (0, ""), err
-    code, out, err = finished(start(call()))
+    build([place(f"{bucket}/cli/in/{corpus.name}")], f"{bucket}/cli/out", settings, shard_bytes=SHARD, part=Slice(1, 2))
+    words = arguments(settings, f"{bucket}/cli/in/*.jsonl", out=f"{bucket}/cli/out", shard_mb=SHARD / 2**20, workers=2)
+    code, out, err = finished(start(words))
     assert (code, err) == (0, "") and "(3 reused)" in out
     assert contents(download(f"{bucket}/cli/out", tmp_path / "a")) == contents(built.path)
 
 
 @pytest.mark.parametrize("remote", ["memory", "s3"], indirect=True)
 def test_an_upload_that_breaks_off_leaves_no_finished_shard(remote, settings, tmp_path, monkeypatch):
-    """Neither a new one nor an old one with some new files, though these are of the same size."""
-    old, new = ([write_jsonl(tmp_path / f"{word}.jsonl", [f"the {word} sat"] * 9)] for word in ("cat", "dog"))
+    """Neither a new one nor an old one with some new files, though these are of the same size: each text is a token."""
+    old, new = ([write_jsonl(tmp_path / f"{ord(word)}.jsonl", [word] * 9)] for word in ("`", "~"))
     out = f"{remote}/out"
     build(old, out, settings)
     jobs = [replace(plan(inputs, settings).jobs(out, settings)[0], trusted=True) for inputs in (old, new)]

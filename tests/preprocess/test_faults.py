@@ -17,7 +17,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import tokenizers
 
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardFile
@@ -32,7 +31,7 @@ SHARD_MB = 0.01
 
 
 def words(corpus: Path, settings: BuildConfig, out: Path, workers: int = 2) -> list[str]:
-    return arguments(settings, corpus, out=out, workers=workers, shard_mb=SHARD_MB, backend="huggingface")
+    return arguments(settings, corpus, out=out, workers=workers, shard_mb=SHARD_MB)
 
 
 class Build:
@@ -103,47 +102,27 @@ def large(tmp_path_factory, texts) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory, texts) -> BuildConfig:
-    """Tokenizers that a worker opens at once."""
-    folders = [byte_level_bpe(tmp_path_factory.mktemp("tokenizer"), texts[:30], size) for size in (500, 900)]
-    return BuildConfig(*map(str, folders), backend="huggingface")
-
-
-def byte_level_bpe(folder: Path, texts: list[str], size: int) -> Path:
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
-    return folder
+def build(large, settings) -> Callable[..., Build]:
+    return partial(Build, large, settings)
 
 
 @pytest.fixture(scope="module")
-def build(large, quick) -> Callable[..., Build]:
-    return partial(Build, large, quick)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, large, quick) -> dict[str, bytes]:
+def undisturbed(tmp_path_factory, large, settings) -> dict[str, bytes]:
     """By one process."""
     out = tmp_path_factory.mktemp("undisturbed") / "dataset"
-    assert main(words(large, quick, out, workers=1)) == 0
+    assert main(words(large, settings, out, workers=1)) == 0
     AlignedDataset.open(out).verify()
     return contents(out)
 
 
 @pytest.fixture
-def ends_well(large, quick, undisturbed, tmp_path, capsys) -> Iterator[Path]:
+def ends_well(large, settings, undisturbed, tmp_path, capsys) -> Iterator[Path]:
     """The folder of a build that a test disturbs; then the same command ends with the bytes of an undisturbed one."""
     out = tmp_path / "dataset"
     yield out
     before = {file: file.stat().st_mtime_ns for file in (out / "shards").glob("[0-9]*/shard.json")} if out.exists() else {}
     capsys.readouterr()
-    code = main(words(large, quick, out, workers=1))
+    code = main(words(large, settings, out, workers=1))
     assert code == 0 and f"({len(before)} reused)" in capsys.readouterr().out
     assert all(file.stat().st_mtime_ns == then for file, then in before.items())
     assert contents(out) == undisturbed
