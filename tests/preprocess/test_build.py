@@ -172,7 +172,7 @@ SAID |= {
 
 
 @pytest.mark.parametrize("what", [*CHANGES, *OTHER])
-def test_what_was_made_otherwise_is_refused_every_time(what, copy, settings):
+def test_what_was_made_otherwise_is_refused_every_time_until_it_is_forced(what, copy, settings, tmp_path):
     """A refused run must not vouch for the shards that lie there."""
     file, out = copy
     before, original = contents(out), file.read_bytes()
@@ -186,8 +186,14 @@ def test_what_was_made_otherwise_is_refused_every_time(what, copy, settings):
             build([file], out, **options)
         assert re.search(SAID[what], str(error.value))
     assert contents(out) == before
+    changed = file.read_bytes()
     file.write_bytes(original)
     assert all(reuse([file], out, settings, shard_bytes=SHARD)) and contents(out) == before
+    if what not in ("empty", "key"):  # these leave no document
+        file.write_bytes(changed)
+        for folder in (out, tmp_path / "fresh"):
+            build([file], folder, **options, force=True)
+        assert contents(out) == contents(tmp_path / "fresh") != before
 
 
 def test_shards_that_nobody_planned_are_refused(copy, settings):
