@@ -202,7 +202,8 @@ def test_a_killed_build_leaves_no_worker(moment, build, ends_well):
     os.kill(at.pid, signal.SIGKILL)
     at.process.wait()
     assert len(workers) == 2
-    wait_until(lambda: not any(map(runs, workers)), seconds=5)
+    # one that has just started looks for its parent when its imports are done
+    wait_until(lambda: not any(map(runs, workers)), seconds=30)
     assert at.end()[0] == -signal.SIGKILL
     assert n_whole(ends_well) >= (5 if moment is with_some_shards else 0) and not (ends_well / "dataset.json").exists()
 
