@@ -171,13 +171,13 @@ class TestRay:
         assert (tmp_path / "died").exists()
 
     @pytest.mark.long
-    def test_a_dataset_is_scored_as_by_one_process(self, call, cluster, settings, smollm2_folder, tmp_path):
+    def test_a_dataset_is_scored_as_by_one_process(self, call, cluster, real_settings, smollm2_folder, tmp_path):
         from megatron_vocagno.preprocess.score import ScoringOptions, score
         from tests.runs import write_teacher
 
         teacher = write_teacher(tmp_path / "teacher", smollm2_folder)
         texts = real.multilingual_texts()
-        make([write_jsonl(tmp_path / "corpus.jsonl", texts)], tmp_path / "ours", settings, shard_bytes=1500)
+        make([write_jsonl(tmp_path / "corpus.jsonl", texts)], tmp_path / "ours", real_settings, shard_bytes=1500)
         shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
         asked = ScoringOptions(teacher, "float32", context=40, tokens_per_batch=300)
         assert call(tasks.score_on_ray, cluster.address, tmp_path / "theirs", asked) > 2
