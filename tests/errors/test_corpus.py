@@ -21,6 +21,7 @@ from inline_snapshot import snapshot
 
 from megatron_vocagno.corpus.places import place, reaching
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.preprocess import documents, ray_engine, workers
 from megatron_vocagno.preprocess.build import build, finish, locked
 from megatron_vocagno.preprocess.inputs import cut, find
@@ -365,6 +366,8 @@ def test_a_ray_cluster_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> N
         snapshot("no Ray cluster answers at 127.0.0.1:1 ([Errno 111] Connection refused): is it running, and is the port open?")
     ):
         run("127.0.0.1:1")
+    with pytest.raises(CorpusError, match="no Ray cluster answers"):
+        run("127.0.0.1:99999")
     monkeypatch.setitem(sys.modules, "ray", None)
     with told(snapshot("Ray is not installed: pip install 'megatron-vocagno[ray]'")):
         run("auto")

@@ -44,8 +44,8 @@ def test_two_ids_before_each_document(case: Case, teacher_tokenizer: Path, tmp_p
         student_front(run.student, data, 49_152, run.data.by_document)
 
 
-def test_losses_that_were_scored_with_something_else_in_front(case: Case, tmp_path: Path) -> None:
-    data = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "data"))
+def test_losses_that_were_scored_with_something_else_in_front(case: Case, tiny: Path, tmp_path: Path) -> None:
+    data = AlignedDataset.open(shutil.copytree(tiny, tmp_path / "data"))
     score(data.path, replace(ScoringOptions(case.teacher, "float32", context=64, stride=32), bos=5))
     run = load_run(Path(case.command("scored-with-5")[0]), ["teacher.placement=cached"])
     with told(

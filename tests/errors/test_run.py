@@ -22,11 +22,9 @@ from megatron_vocagno.engine.cached import open_scored
 from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.preprocess import score as scoring
-from megatron_vocagno.preprocess.build import build
 from megatron_vocagno.preprocess.jobs import run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, finish, score
-from megatron_vocagno.preprocess.shards import BuildConfig
 from megatron_vocagno.preprocess.workers import JobFailure
 from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import run_lock, sample_files
@@ -49,16 +47,6 @@ def run_of(case: Case, *overrides: str) -> Run:
 @pytest.fixture(scope="module")
 def asked(case: Case) -> ScoringOptions:
     return ScoringOptions(case.teacher, "float32", context=64, stride=32)
-
-
-@pytest.fixture(scope="module")
-def tiny(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of four lines in four shards."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "corpus.jsonl").write_text("".join(f'{{"text": "a line of text, {i}"}}\n' for i in range(4)))
-    tokenizers = case.valid / "tokenizers"
-    settings = BuildConfig(student=str(tokenizers / "student"), teacher=str(tokenizers / "teacher"))
-    return Path(str(build([folder / "corpus.jsonl"], folder / "data", settings, shard_bytes=10)))
 
 
 @pytest.fixture(scope="module")

@@ -57,13 +57,13 @@ def same(a: AlignedTexts, b: AlignedTexts) -> None:
 
 def test_both_backends_give_the_same():
     good = bad = escapes = 0
-    for seed in range(150):
+    for seed in range(60):
         for part in (WHOLE, Part(5000, 77, ends=False), Part(4095, 3, ends=True), Part(4096, 0, ends=False)):
             sides = batch(seed)
             walked, counted = by_walk(*sides, part), by_bytes(*sides, part)
             same(walked, counted)
             good, bad, escapes = good + walked.good.sum(), bad + (~walked.good).sum(), escapes + len(walked.escapes)
-    assert good > 3000 and bad > 500 and escapes > 500
+    assert good > 1200 and bad > 200 and escapes > 200
 
 
 def test_a_text_whose_bytes_the_table_cannot_know_is_never_good():

@@ -1,4 +1,4 @@
-"""Thousands of damaged inputs: each is refused, or read as documents and bad records; never another error, a crash or a hang.
+"""Hundreds of damaged inputs: each is refused, or read as documents and bad records; never another error, a crash or a hang.
 
 What stands before the damage is delivered, and the same file gives the same twice. The cases are run in processes of
 their own, so that a crash is noticed and named; a watchdog ends a process that hangs.
@@ -29,7 +29,7 @@ from megatron_vocagno.preprocess.streams import COMPRESSED_CHUNK
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, DECODERS, decodable, lines, parquet, read_all
 
-CASES = {"lines": 500, "text": 100, "magic": 300, "parquet": 600, **dict.fromkeys(DECODERS, 200)}
+CASES = {"lines": 200, "text": 40, "magic": 120, "parquet": 240, **dict.fromkeys(DECODERS, 80)}
 LIMIT = 20  # seconds a case; they take some milliseconds
 MEMORY = 600 << 10  # KiB a process
 
@@ -250,7 +250,7 @@ def test_damaged_inputs_are_refused_or_read(tmp_path, capsys):
         for kind, met in outcomes.items():
             print(f"\n{kind:8} {dict(met)}, {delivered[kind]:,} records before or beside the damage", end="")
     total = sum(outcomes.values(), Counter())
-    assert total.total() == sum(CASES.values()) > 2000
-    assert total["refused"] > 100 and total["broken"] > 500 and total["bad records"] > 300 and total["documents"] > 100
-    assert all(met["broken"] > 100 for kind, met in outcomes.items() if kind in DECODERS or kind == "parquet")
-    assert all(delivered[kind] > 1000 for kind in ("lines", "parquet", *DECODERS))
+    assert total.total() == sum(CASES.values()) > 900
+    assert total["refused"] > 40 and total["broken"] > 250 and total["bad records"] > 120 and total["documents"] > 40
+    assert all(met["broken"] > 40 for kind, met in outcomes.items() if kind in DECODERS or kind == "parquet")
+    assert all(delivered[kind] > 400 for kind in ("lines", "parquet", *DECODERS))

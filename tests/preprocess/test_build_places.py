@@ -1,13 +1,11 @@
-"""Builds from and into other places than this machine's disk, and on other machines' workers: the same bytes."""
+"""Builds from and into other places than this machine's disk: the same bytes."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,7 @@ from tests.corpus import test_places
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.corpus.formats import write
 from tests.preprocess.test_build import SHARD, tokens
-from tests.preprocess.test_build_dataset import ROOT, arguments, finished, start
-from tests.preprocess.test_ray_engine import Cluster
+from tests.preprocess.test_build_dataset import arguments, finished, start
 
 bucket = test_places.bucket  # an S3 server of this module
 
@@ -75,18 +72,17 @@ def test_every_place_gives_the_bytes_of_a_local_build(remote, built, corpus, set
 @pytest.mark.slow
 def test_workers_build_from_and_into_an_object_store(bucket, built, corpus, settings, tmp_path):
     place(f"{bucket}/cli/in/{corpus.name}").write_bytes(corpus.read_bytes())
-    call = partial(arguments, settings, f"{bucket}/cli/in/*.jsonl", out=f"{bucket}/cli/out", shard_mb=SHARD / 2**20, workers=2)
-    code, out, err = finished(start(call(shards="1/2")))
-    assert (code, err) == (0, ""), err
-    code, out, err = finished(start(call()))
+    build([place(f"{bucket}/cli/in/{corpus.name}")], f"{bucket}/cli/out", settings, shard_bytes=SHARD, part=Slice(1, 2))
+    words = arguments(settings, f"{bucket}/cli/in/*.jsonl", out=f"{bucket}/cli/out", shard_mb=SHARD / 2**20, workers=2)
+    code, out, err = finished(start(words))
     assert (code, err) == (0, "") and "(3 reused)" in out
     assert contents(download(f"{bucket}/cli/out", tmp_path / "a")) == contents(built.path)
 
 
 @pytest.mark.parametrize("remote", ["memory", "s3"], indirect=True)
 def test_an_upload_that_breaks_off_leaves_no_finished_shard(remote, settings, tmp_path, monkeypatch):
-    """Neither a new one nor an old one with some new files, though these are of the same size."""
-    old, new = ([write_jsonl(tmp_path / f"{word}.jsonl", [f"the {word} sat"] * 9)] for word in ("cat", "dog"))
+    """Neither a new one nor an old one with some new files, though these are of the same size: each text is a token."""
+    old, new = ([write_jsonl(tmp_path / f"{ord(word)}.jsonl", [word] * 9)] for word in ("`", "~"))
     out = f"{remote}/out"
     build(old, out, settings)
     jobs = [replace(plan(inputs, settings).jobs(out, settings)[0], trusted=True) for inputs in (old, new)]
@@ -124,22 +120,3 @@ def test_an_object_store_that_does_not_answer_is_told(settings, tmp_path, monkey
     with pytest.raises((CorpusError, OSError), match=r"127\.0\.0\.1:1"):
         build([file], "s3://nobody/out", settings)
     s3fs.S3FileSystem.clear_instance_cache()
-
-
-# ---- workers elsewhere
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")
-def test_a_ray_cluster_gives_the_same_bytes(built, corpus, settings, tmp_path):
-    """Its workers run in another folder: relative names mean the same to them."""
-    names = [os.path.relpath(path, ROOT) for path in (corpus, tmp_path / "out", settings.student, settings.teacher)]
-    near = replace(settings, student=names[2], teacher=names[3])
-    cluster = Cluster()
-    try:
-        words = arguments(near, names[0], out=names[1], engine="ray", ray_address=cluster.address, shard_mb=SHARD / 2**20)
-        code, out, err = finished(start(words, env=cluster.environment))
-    finally:
-        cluster.end()
-    assert (code, err) == (0, "") and "shard 5/5" in out, err
-    assert contents(tmp_path / "out") == contents(built.path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 import tarfile
@@ -242,13 +241,6 @@ def foreign() -> dict[str, tuple[bytes, str]]:
         b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         "a pointer of Git LFS, not the file.*git lfs pull",
     )
-    made["UTF-16"] = text.decode().encode("utf-16"), "UTF-16.*iconv"
-    made["UTF-16 without a mark"] = text.decode().encode("utf-16-le"), "UTF-16.*iconv"
-
-    rows = [{"text": "one"}, {"text": "two"}]
-    for name, data in (("", json.dumps(rows)), (", indented", json.dumps(rows, indent=2)), (", a row a line", "[\n{}\n]")):
-        made[f"JSON array{name}"] = data.encode(), r"one JSON array.*jq -c '\.\[\]'"
-    made["JSON, indented"] = json.dumps(rows[0], indent=2).encode(), r"over several lines.*jq -c \. "
     return made
 
 

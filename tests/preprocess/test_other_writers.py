@@ -72,50 +72,6 @@ def test_wide_encodings_are_refused_by_name(name, suffix, encoding, tmp_path):
 
 # ---- JSON
 
-# what a line holds -> its text
-READ = {
-    b'{"text": "a", "x": [NaN, Infinity, -Infinity]}': "a",
-    b'{"text": "a", "x": 123456789012345678901234567890, "y": 1e400, "z": -0.0}': "a",
-    b'{"text": "a", "text": "the last one"}': "the last one",
-    b'\x1e{"text": "RFC 7464"}': "RFC 7464",
-    b'\x1e{"text": "RFC 7464", "x": NaN}': "RFC 7464",
-    b'{"text": "\xc2\x85 \xe2\x80\xa8 \xe2\x80\xa9 \x7f"}': "\x85 \u2028 \u2029 \x7f",
-    b'{"text": "\\u0000\\u001e\\r\\n\\ufeff"}': "\0\x1e\r\n\ufeff",
-    b'  {"text":"spaces"}\t': "spaces",
-    b'{"text": "' + b"long " * 500_000 + b'"}': "long " * 500_000,
-}
-# what is none -> what its reason says
-REFUSED = {
-    b'{"text": "a"}{"text": "b"}': "several objects on one line? jq -c . FILE > FILE.jsonl parts them",
-    b'{"text": "a"}\xef\xbb\xbf{"text": "b"}': "several objects on one line",
-    b'{"text": "a"} {"text": "b"} {"text": "c"}': "several objects on one line",
-    b'{"text": "a"}\r{"text": "b"}\r': "end in CR alone: tr '\\r' '\\n' < FILE > FILE.jsonl",
-    b'{"text": "a"},': "a comma behind the object",
-    b'{"text": "a"': "cut off, or one object over several lines? Then jq -c . FILE",
-    b'{"text": "a",': "cut off, or one object over several lines",
-    b"\0" * 1000: "nothing but zero bytes: space that was set aside and never written?",
-    b'{"text": "a"}' + bytes(100): "zero bytes behind the object",
-    b'{"text": "a\0b"}': "Invalid control character",
-    b"Some words.": "plain text? That is read from files that are called *.txt",
-    '{"text": "a"}'.encode("utf-16"): "UTF-16 text begins here",
-    b"{'text': 'a'}": "invalid JSON",
-    b'{"text": "\\ud800"}': "a lone surrogate at character 0 of 'text'",
-    b'["a", "b"]': "a list, not a JSON object",
-}
-
-
-def test_a_line_that_another_writer_made_is_read_or_told_apart(tmp_path):
-    good = b'{"text": "between"}'
-    met = 0
-    for end in (b"\n", b"\r\n"):
-        found = of(tmp_path / "a", end.join(itertools.chain(*((good, line) for line in (*READ, *REFUSED)))) + end)
-        assert [d.text for d in found[::2]] == ["between"] * len(found[::2])
-        for document, line in zip(found[1::2], (*READ, *REFUSED), strict=True):
-            assert document.raw == line.rstrip(b"\r") and document.text == READ.get(line)
-            assert REFUSED.get(line, "") in document.reason, (line[:50], document.reason)
-            met += 1
-    assert met == 2 * (len(READ) + len(REFUSED))
-
 
 @pytest.mark.parametrize("size", [100, 70_000, 2_000_000])
 def test_the_reason_of_a_long_line_is_found_at_once(size, tmp_path):

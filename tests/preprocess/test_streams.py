@@ -51,12 +51,12 @@ def some_members(rng: random.Random) -> list[bytes]:
 def test_gzip_of_any_headers_is_read_wherever_a_read_ends(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(streams, "COMPRESSED_CHUNK", chunk)
     rng = random.Random(chunk)
-    met = 0
-    for _ in range(60):
+    met, n = 0, 60 if chunk > 2 else 20
+    for _ in range(n):
         data = b"".join(some_members(rng)) + bytes(rng.choice((0, 0, 1, 5000)))
         assert unpacked(tmp_path / "a", data) == gzip.decompress(data)
         met += len(data) > 3 * chunk
-    assert met > 30
+    assert met > n // 2
 
 
 def test_a_gzip_header_is_whole_or_not(tmp_path):

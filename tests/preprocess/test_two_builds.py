@@ -16,8 +16,8 @@ from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.preprocess.build import build, finish
 from megatron_vocagno.preprocess.plan import Slice
 from tests.corpus.conftest import contents
+from tests.preprocess.tasks import wait_until
 from tests.preprocess.test_build_dataset import arguments, finished, start
-from tests.preprocess.test_workers import wait_until
 
 SHARD = 100_000
 

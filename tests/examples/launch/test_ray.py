@@ -16,7 +16,7 @@ from jsonschema import ValidationError, validate
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents
 from tests.examples.launch.conftest import documented
-from tests.preprocess.test_ray_engine import Cluster
+from tests.preprocess.ray_cluster import Cluster
 from tests.runs import REPOSITORY, Case, environment
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
