@@ -86,9 +86,12 @@ def lfs_pointer(content: bytes) -> str:
 
 
 def looked_for(path: str | os.PathLike[str]) -> str:
-    """The end of a message about a path that does not exist: the absolute path if it is relative, and a similar name."""
+    """The end of a message about a path that does not exist: the absolute path if it is relative, and a similar name.
+
+    "" if the path exists, for example a folder where a file is expected.
+    """
     asked = Path(path).expanduser()
-    if asked.is_absolute():
+    if asked.is_absolute() or os.path.exists(asked):
         return nearest(path)
     place = f"\n  The absolute path is {asked.resolve()}: relative paths start at the folder in which you run the command."
     return place + nearest(path)
@@ -97,6 +100,8 @@ def looked_for(path: str | os.PathLike[str]) -> str:
 def nearest(path: str | os.PathLike[str]) -> str:
     """A suggestion of an existing path that differs by a typo in one name; "" if there is none."""
     asked = Path(path).expanduser()
+    if os.path.exists(asked):
+        return ""
     try:
         existing = next((folder for folder in asked.parents if folder.is_dir()), Path())
         name, *rest = asked.relative_to(existing).parts

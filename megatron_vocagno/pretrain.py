@@ -11,6 +11,7 @@ the message. 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -110,8 +111,12 @@ def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> Us
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Under a launcher, all ranks have the same findings, and rank 0 prints them."""
+    # while DeepSpeed is imported, it warns that this machine has no GPU, and a dry run needs none
+    log = logging.getLogger("DeepSpeed")
+    log.disabled = True
     from megatron_vocagno.planning.dry_run import dry_run
 
+    log.disabled = False
     try:
         found, code = dry_run(options)
     except UserError as error:
@@ -146,8 +151,8 @@ def parser() -> Parser:
 def dry_run_parser() -> Parser:
     """The options of the plan belong to a dry run."""
     parser = Parser(
-        f"python {SINGLE}",
-        "RUN.toml --dry-run --deepspeed_config FILE --gpus N",
+        f"python {SINGLE} --dry-run",
+        "RUN.toml --deepspeed_config FILE --gpus N",
         "Check what needs no data, weights or GPU, and plan the run.",
         f"python {SINGLE} examples/recipes/qwen2.5-math-instruct.toml --dry-run \\\n"
         "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"

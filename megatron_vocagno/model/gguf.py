@@ -103,6 +103,8 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
 
 def _gguf_file(path: str | os.PathLike[str]) -> Path:
     source = Path(path).expanduser()
+    if source.is_dir():
+        raise ModelError(f"{source} is a folder, not a GGUF file")
     if not source.is_file():
         raise ModelError(f"no GGUF file at {source}{looked_for(path)}")
     with source.open("rb") as file:

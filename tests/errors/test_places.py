@@ -65,6 +65,8 @@ def test_a_name_is_near_where_it_differs_by_a_slip_and_leads_to_something(tmp_pa
     for asked, meant in (("dta/shards", "data/shards"), ("dta/shrads", ""), ("other", ""), ("..", ""), ("a" * 300, "")):
         assert nearest(tmp_path / asked) == (f"\n  Did you mean {tmp_path / meant}?" if meant else ""), asked
     (tmp_path / "a.toml").touch()
+    (tmp_path / "date").touch()
+    assert nearest(tmp_path / "data") == looked_for(tmp_path / "data") == "", "it exists"
     assert nearest(tmp_path / "x.toml") == ""
 
 

@@ -14,6 +14,7 @@ After an interruption, run the same command again: it makes the missing shards. 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, argv = parsers[argv[0]](), argv[1:]
     else:
         parser = build_parser()
+        near = difflib.get_close_matches(argv[0], parsers, n=1, cutoff=0.8) if argv and argv[0].isalpha() else []
+        if near and not Path(argv[0]).exists():
+            parser.error(f"no input named {argv[0]!r}; did you mean the command {near[0]!r}?")
     args = parser.parse_args(argv)
     return run_command(lambda: args.do(args), args.after_interrupt)
 
