@@ -91,7 +91,7 @@ def looked_for(path: str | os.PathLike[str]) -> str:
     "" if the path exists, for example a folder where a file is expected.
     """
     asked = Path(path).expanduser()
-    if asked.is_absolute() or os.path.exists(asked):
+    if asked.is_absolute() or os.path.lexists(asked):
         return nearest(path)
     place = f"\n  The absolute path is {asked.resolve()}: relative paths start at the folder in which you run the command."
     return place + nearest(path)
@@ -100,7 +100,7 @@ def looked_for(path: str | os.PathLike[str]) -> str:
 def nearest(path: str | os.PathLike[str]) -> str:
     """A suggestion of an existing path that differs by a typo in one name; "" if there is none."""
     asked = Path(path).expanduser()
-    if os.path.exists(asked):
+    if os.path.lexists(asked):
         return ""
     try:
         existing = next((folder for folder in asked.parents if folder.is_dir()), Path())

@@ -45,7 +45,9 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         raise RunError(f"{out} is not empty: exporting would mix two models. Remove it, or use another --out")
     checkpoint = newest_checkpoint(run_dir, print_note)
     if checkpoint is None:
-        raise RunError(f"no complete checkpoint in {run_dir}: is it the 'output' folder of a run that has saved one?{looked_for(run_dir)}")
+        raise RunError(
+            f"no complete checkpoint in {run_dir}: is it the 'output' folder of a run that has saved one?{looked_for(run_dir)}"
+        )
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     state: dict[str, torch.Tensor] = {}
     for file in sorted((checkpoint / STUDENT).glob("*.safetensors")):

@@ -204,7 +204,7 @@ def _has(value: Any, loc: Sequence[str | int]) -> bool:
 
 
 def _follows(detail: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a list is too short only because pydantic has left out its wrong items, which have errors of their own."""
+    """Whether a list is too short only because pydantic has left out its wrong items, which have their own errors."""
     loc = detail["loc"]
     return detail["type"] == "too_short" and any(other["loc"][: len(loc)] == loc != other["loc"] for other in others)
 
@@ -225,7 +225,9 @@ def _explain(detail: Mapping[str, Any]) -> str:
         *sections, key = (str(step) for step in detail["loc"])
         near = difflib.get_close_matches(key, _keys(sections), n=1, cutoff=0.5)
         if key in _OF_DEEPSPEED:
-            return f"no field '{place}': the optimizer, the learning rate and the batch sizes are set in the DeepSpeed configuration"
+            return (
+                f"no field '{place}': the optimizer, the learning rate and the batch sizes are set in the DeepSpeed configuration"
+            )
         meant = (not sections and _in_a_section(key)) or ".".join([*sections, *near] if near else [])
         return f"no field '{place}'" + (f"; did you mean '{meant}'?" if meant else "")
     if detail["type"] == "missing":
@@ -236,7 +238,9 @@ def _explain(detail: Mapping[str, Any]) -> str:
     kind = _KINDS.get(detail["type"])
     message = kind.format(**detail.get("ctx", {})) if kind else str(detail["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(detail["input"], dict) else f", not {detail['input']!r}"
-    hint = ". For several datasets, write one [[data.train]] table per dataset" if blend and detail["type"] == "model_type" else ""
+    hint = (
+        ". For several datasets, write one [[data.train]] table per dataset" if blend and detail["type"] == "model_type" else ""
+    )
     return f"'{place}': {message}{given}{hint}" if place else message
 
 

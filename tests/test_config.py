@@ -68,7 +68,10 @@ def test_overrides_reach_every_depth_and_keep_their_type(tmp_path: Path) -> None
         ('data.train=[{path="a", weight=inf}]', "'data.train.0.weight': Input should be a finite number, not inf"),
         ("teacher=a/path", "'teacher' is a section, not a value: set its fields, for example teacher.path"),
         ("keep=0.5", "no field 'keep'; did you mean 'guidance.keep'?"),
-        ("training.lr=1", "no field 'training.lr': the optimizer, the learning rate and the batch sizes are set in the DeepSpeed"),
+        (
+            "training.lr=1",
+            "no field 'training.lr': the optimizer, the learning rate and the batch sizes are set in the DeepSpeed",
+        ),
         ("data.train=7", "'data.train': expected a list, not 7"),
         ("guidance", "expected section.key=value"),
     ],

@@ -55,7 +55,7 @@ def tokenizer_file(path: Path) -> Path | None:
         if start.startswith(b"GGUF"):
             convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
             raise TokenizerError(
-                f"{file} is a GGUF file, which is not read as a tokenizer. Convert it, and name the folder:\n  {convert}"
+                f"{file} is a GGUF file, which is not read as a tokenizer. Convert it, and specify the folder:\n  {convert}"
             )
         if pointer := lfs_pointer(start):
             raise TokenizerError(f"{file} {pointer}")
@@ -100,7 +100,7 @@ def token_names(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
 
 
 def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
-    """(the token that ends a document, the reason if it is not the tokenizer's own end of text, else "").
+    """(the token that ends a document, how it differs from the tokenizer's own end of text, else "").
 
     named    the tokenizer's own end of text
     control  its control tokens
@@ -112,7 +112,7 @@ def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
     if not in_template and named not in CHAT_ENDS:
         return named, ""
     why = "its chat template contains it" if in_template else "as in chat models"
-    return separator, f"the tokenizer names {named}, which ends a turn of its chat ({why})"
+    return separator, f"not with the tokenizer's {named}, which ends a chat turn ({why})"
 
 
 def _chat_template(folder: Path) -> str:

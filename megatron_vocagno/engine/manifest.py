@@ -115,7 +115,7 @@ def first_complete(
         problem = find_problem(folder)
         if problem is None:
             return folder
-        report(f"passing over {folder}: {problem}")
+        report(f"skipping checkpoint {folder}: {problem}")
     return None
 
 

@@ -113,8 +113,9 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
         yield f"teacher: {_teacher(teacher)}"
     count = run.parallel.pipeline_stages
     yield (
-        f"step: {layout.rows:,} rows of up to {run.data.row_length:,} tokens (about {layout.rows * workload.tokens_per_row:,} of "
-        f"text): {layout.micro_batch_rows} rows x {layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks"
+        f"step: {layout.rows:,} rows of up to {run.data.row_length:,} tokens "
+        f"(about {layout.rows * workload.tokens_per_row:,} of text): {layout.micro_batch_rows} rows x "
+        f"{layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks"
         f"{f' x {count} stages' if count else ''}, ZeRO-{zero_stage(workload.settings)}"
     )
     yield (

@@ -87,10 +87,10 @@ def _header(workload: Workload, cluster: Cluster) -> list[str]:
         sizes = teacher.sizes
         lines.append(f"teacher: {sizes.model_type}, {sizes.parameters / 1e6:,.0f} M parameters, {sizes.layers} layers")
     scored = "to score once" if workload.placement == "cached" else "per pass over the data"
-    teacher = f", {_count(workload.teacher_tokens)} teacher tokens {scored}" if workload.placement else ""
+    scoring = f", {_count(workload.teacher_tokens)} teacher tokens {scored}" if workload.placement else ""
     lines += [
         f"run: {_count(workload.tokens)} student tokens in {workload.steps:,} steps of {workload.rows:,} rows of up to "
-        f"{workload.student.row_length:,} tokens{teacher}",
+        f"{workload.student.row_length:,} tokens{scoring}",
         f"GPUs: {cluster.gpus:,}, {cluster.per_node} per node; {gpu.flops:,.0f} TFLOP/s, {gpu.memory:g} GB, {gpu.link:g} GB/s "
         f"within a node, {gpu.network:g} GB/s per GPU between nodes ({gpu.source})",
         f"assumptions (not measured): {assumed.mfu:.0%} of the peak rate for the student, {assumed.teacher_mfu:.0%} for the "

@@ -72,7 +72,7 @@ def build(
     """
     out = place(out)
     if force and part:
-        raise CorpusError("--force with --shards: other tasks may use the shards that --force removes. Name another --out")
+        raise CorpusError("--force with --shards: other tasks may use the shards that --force removes. Use another --out")
     with reaching(out):
         require_dataset_folder(out)
     with reaching(out), locked(out, part) as exclusive:

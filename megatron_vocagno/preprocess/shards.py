@@ -260,7 +260,7 @@ def finished(job: ShardJob) -> ShardFile | None:
         return None
     what, then, now = difference
     raise ChangedError(
-        f"{job.folder} was made from other {what}: {then} then, {now} now. Name another --out, or rebuild it with --force"
+        f"{job.folder} was made from other {what}: {then} then, {now} now. Use another --out, or rebuild it with --force"
     )
 
 

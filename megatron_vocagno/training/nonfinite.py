@@ -52,7 +52,7 @@ class NonFiniteGuard:
             "  - the steps before them, in metrics.jsonl. If the gradient norm grew, the learning rate is too high.\n"
             f"  - their documents, in {log}. If the same ones occur again, the text is broken "
             f"({tool('preprocess.show_document')} DATASET N shows one).\n"
-            "  - the weights, if the first step was broken already, and with fp16 the initial loss scale."
+            "  - the initial weights, if the first step failed, and with fp16 the initial loss scale."
         )
 
 

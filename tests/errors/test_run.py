@@ -74,10 +74,10 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
     names = {"DATA": data.path, "STUDENT": student.fingerprint, "TEACHER": teacher.fingerprint, "MODEL": case.teacher}
     with told(
         snapshot(
-            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which "
-            "could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its "
-            "49,152 tokens.\n"
-            "  Build the dataset again with that model's tokenizer, or name the model it was built for."
+            """\
+DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its 49,152 tokens.
+  Build the dataset again with that model's tokenizer, or use the model that it was built for.\
+"""
         ),
         **names,
     ):
@@ -347,7 +347,7 @@ not all ranks see the 'output' folder of rank 0 (DIR on HOST):
     with told(
         snapshot(
             """\
-another run is at work in DIR, and has not ended within 0 s (.lock is locked).
+another run is using DIR, and has not ended within 0 s (.lock is locked).
   Wait for it, stop processes that an earlier start has left behind, or use another 'output'.\
 """
         ),
@@ -375,7 +375,7 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
   The last checkpoint was written before them. Check:
   - the steps before them, in metrics.jsonl. If the gradient norm grew, the learning rate is too high.
   - their documents, in OUT/broken_steps.jsonl. If the same ones occur again, the text is broken (python -m tools.preprocess.show_document DATASET N shows one).
-  - the weights, if the first step was broken already, and with fp16 the initial loss scale.\
+  - the initial weights, if the first step failed, and with fp16 the initial loss scale.\
 """
         )
     ):

@@ -84,11 +84,11 @@ def test_elsewhere_than_on_a_terminal_it_tells_in_plain_lines(settings, corpus, 
     assert (code, err) == (0, "") and "\x1b" not in out and "\r" not in out
     assert contents(tmp_path / "out") == contents(built.path)
     lines, table = out.splitlines()[:8], out.splitlines()[8:]
-    assert lines[0] == "note: the student's tokens come from gigatoken"
-    assert re.fullmatch(r"note: the teacher's tokens come from huggingface \(gigatoken cannot read it: .*\)", lines[1])
+    assert lines[0] == "note: tokenizer backend of the student: gigatoken"
+    assert re.fullmatch(r"note: tokenizer backend of the teacher: huggingface \(gigatoken cannot read it: .*\)", lines[1])
     assert lines[2] == (
-        "note: the teacher's documents end with <|endoftext|>: the tokenizer names <|im_end|>, which ends a turn of its chat "
-        "(as in chat models); --teacher-eos sets another token"
+        "note: the teacher's documents end with <|endoftext|>, not with the tokenizer's <|im_end|>, which ends a chat turn "
+        "(as in chat models). To change this, set --teacher-eos"
     )
     shards = [line.split(", eta ") for line in lines[3:]]
     assert {re.sub(r"\d", "N", line[0]) for line in shards} <= {f"shard N/N: NNNN {n} documents, N.N MB" for n in ("N", "NN")}

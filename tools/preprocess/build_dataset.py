@@ -74,9 +74,11 @@ def build_dataset(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     out = absolute(place(args.out))
     with BuildProgress(Terminal(quiet=args.quiet), args.verbose) as progress:
+        # first, because a tokenizer takes seconds to open
+        inputs = [absolute(file) for file in find(args.inputs, progress.note)]
         note_encoders(settings, progress)
         build(
-            [absolute(file) for file in find(args.inputs, progress.note)],
+            inputs,
             out,
             settings,
             engine=engine_of(args, out, progress),
@@ -332,10 +334,10 @@ def either(choices: object) -> str:
 def note_encoders(settings: BuildConfig, progress: BuildProgress) -> None:
     for side, tokenizer in zip(("student", "teacher"), settings.tokenizers, strict=True):
         why = f" ({tokenizer.not_fast})" if tokenizer.not_fast else ""
-        progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")
+        progress.note(f"tokenizer backend of the {side}: {tokenizer.encoder.name}{why}")
         if tokenizer.eos_why:
-            end = f"the {side}'s documents end with {tokenizer.eos_token}"
-            progress.note(f"{end}: {tokenizer.eos_why}; --{side}-eos sets another token")
+            end = f"the {side}'s documents end with {tokenizer.eos_token}, {tokenizer.eos_why}"
+            progress.note(f"{end}. To change this, set --{side}-eos")
 
 
 def print_summary(out: Place, reused: int, args: argparse.Namespace) -> None:
