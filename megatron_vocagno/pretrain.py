@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _pretrain(options), after_interrupt, (UserError,))
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process with an exit code. A failed run leaves threads of its process group behind. They would abort the process
     while the interpreter shuts down, and so change the exit code. After a failure the shutdown is therefore skipped.
     """
@@ -154,7 +154,7 @@ def dry_run_parser() -> Parser:
         f"python {SINGLE} --dry-run",
         "RUN.toml --deepspeed_config FILE --gpus N",
         "Check what needs no data, weights or GPU, and plan the run.",
-        f"python {SINGLE} examples/recipes/qwen2.5-math-instruct.toml --dry-run \\\n"
+        f"python {SINGLE} --dry-run examples/recipes/qwen2.5-math-instruct.toml \\\n"
         "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"
         "    --student-config examples/plan/TinyLlama-1.1B.json \\\n"
         "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
@@ -170,4 +170,4 @@ def _add_local_rank(parser: Parser) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

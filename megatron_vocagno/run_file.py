@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_vocagno.config import Run
-from megatron_vocagno.errors import RunError, looked_for, nearest
+from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 
 RENAMED: dict[tuple[str, ...], str] = {
     ("teacher", "weights"): "quantization",
@@ -82,7 +82,7 @@ def _files(path: Path) -> dict[Path, tuple[dict[str, Any], Old]]:
             if files:
                 wanted, place = f" (base of {list(files)[-1]}, relative to its folder)", nearest(path)
             else:
-                wanted, place = "", looked_for(path)
+                wanted, place = "", missing_path_hint(path)
             raise RunError(f"no run file at {path}{wanted}: {error.strerror}{place}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path} is not valid TOML: {error}") from None

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, looked_for, tool
+from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, missing_path_hint, tool
 
 FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
 SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
@@ -38,7 +38,7 @@ def find_file(path_or_id: str | Path) -> Path:
     else:
         # a Path is never a Hub id
         what = "no such file or folder" + (f". {hub.why_path(path_or_id)}" if isinstance(path_or_id, str) else "")
-        what += looked_for(path_or_id)
+        what += missing_path_hint(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 

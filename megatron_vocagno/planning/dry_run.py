@@ -23,11 +23,11 @@ from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, precision, zero_stage
 from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.engine.settings_file import notes as settings_notes
-from megatron_vocagno.errors import RunError, looked_for, nearest
+from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot, on_this_machine
 from megatron_vocagno.model.gguf import place_of_conversion
-from megatron_vocagno.planning.comparison import Workload, as_asked
+from megatron_vocagno.planning.comparison import Workload, configured_layout
 from megatron_vocagno.planning.layouts import stages
 from megatron_vocagno.planning.report import table, text
 from megatron_vocagno.planning.request import PlanRequest, read_request
@@ -54,7 +54,7 @@ def dry_run(options: argparse.Namespace) -> tuple[str, int]:
     if request.uncounted:
         parts += [f"note: no plan: {request.uncounted}", *notes]
     else:
-        asked = as_asked(workload, request.cluster, zero_stage(workload.settings))
+        asked = configured_layout(workload, request.cluster, zero_stage(workload.settings))
         assert asked is not None  # batch_layout has succeeded
         parts.append(text(workload, request.cluster, [asked], asked, notes, [asked]).rstrip())
         if not asked.fits:
@@ -106,7 +106,7 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
     yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
     yield f"output: {run.output}"
     for source in run.data.train:
-        hint = ", does not exist" if nearest(source.path) else f", does not exist yet{looked_for(source.path)}"
+        hint = ", does not exist" if nearest(source.path) else f", does not exist yet{missing_path_hint(source.path)}"
         yield f"data: {source.path}{'' if (source.path / DATASET).is_file() else hint}"
     yield f"student: {_location(run.student.pretrained) if run.student.pretrained else 'from scratch'}"
     for teacher in run.teacher if guidance.needs_teacher else ():
@@ -169,7 +169,7 @@ def _absent(field: str, path: Path) -> Iterator[str]:
         if not cached_snapshot(path):
             yield f"note: {field}: {path} is neither on disk nor in the Hub cache. {hub.why_id(path)}{nearest(path)}"
     elif not path.expanduser().exists():
-        yield f"note: {field}: {path} does not exist. {hub.why_path(path)}{looked_for(path)}"
+        yield f"note: {field}: {path} does not exist. {hub.why_path(path)}{missing_path_hint(path)}"
 
 
 def _location(path: Path | None) -> str:

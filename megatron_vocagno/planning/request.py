@@ -20,9 +20,9 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, read_settings, zero_stage
-from megatron_vocagno.errors import RunError, looked_for, tool
+from megatron_vocagno.errors import RunError, missing_path_hint, tool
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
-from megatron_vocagno.planning.comparison import Workload, as_asked, compare
+from megatron_vocagno.planning.comparison import Workload, compare, configured_layout
 from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.hardware import Assumptions, gpu
 from megatron_vocagno.planning.memory import StudentSpec, TeacherSpec
@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace) -> str:
     if request.uncounted:
         raise RunError(request.uncounted)
     workload, cluster, notes = request.workload, request.cluster, request.notes
-    found, asked = compare(workload, cluster), as_asked(workload, cluster, zero_stage(workload.settings))
+    found, asked = compare(workload, cluster), configured_layout(workload, cluster, zero_stage(workload.settings))
     if not found:
         raise RunError(
             f"no layout divides a global batch of {workload.rows} rows over {options.gpus} GPUs: "
@@ -153,7 +153,7 @@ def _student_config(student: Student, given: Path | None, datasets: Sequence[Ali
         if not datasets and "vocab_size" not in student.config:
             raise RunError(
                 "student.config has no vocab_size, and it cannot be taken from the dataset: data.train does not exist yet: "
-                f"{train}{looked_for(train)}"
+                f"{train}{missing_path_hint(train)}"
             )
         own = datasets[0].student_tokenizer if datasets else None
         return student_config(student.config, own.vocab_size if own else None, own.rows if own else None)

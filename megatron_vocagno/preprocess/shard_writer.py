@@ -46,7 +46,7 @@ class Text:
     """A document to tokenize.
 
     text     NFC-normalised, unless it is longer than `PART_CHARACTERS` characters
-    number   of the document in the shard
+    number   the document's number in the shard
     n_bytes  UTF-8 bytes, or characters if it is longer than `PART_CHARACTERS` characters
     """
 

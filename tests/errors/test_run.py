@@ -32,8 +32,8 @@ from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import run_lock, sample_files
 from megatron_vocagno.training.evaluation import Evaluator, HeldOut
 from megatron_vocagno.training.loop import save_last, with_fields
-from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
-from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard
+from megatron_vocagno.training.monitor import NON_FINITE_FILE, Monitor
+from megatron_vocagno.training.nonfinite import NonFiniteGuard, NonFiniteStep
 from megatron_vocagno.training.run_lock import RunLock, make_output
 from megatron_vocagno.training.setup import open_data
 from tests.errors.telling import told
@@ -359,15 +359,15 @@ another run is using DIR, and has not ended within 0 s (.lock is locked).
         snapshot("cannot write to 'output', DIR: permission denied. Use another folder, or change its permissions"), DIR=tmp_path
     ):
         make_output(tmp_path)
-    (tmp_path / BROKEN_STEPS_FILE).mkdir()
+    (tmp_path / NON_FINITE_FILE).mkdir()
     with told(snapshot("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'"), DIR=tmp_path):
-        Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
+        Monitor(tmp_path, 1, 1).non_finite_step(NonFiniteStep(1, 0.0, 0.0, 0, False), {})
 
 
 def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
     guard = NonFiniteGuard(2, 0)
     guard.in_a_row = 2
-    last = BrokenStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
+    last = NonFiniteStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
     with told(
         snapshot(
             """\
