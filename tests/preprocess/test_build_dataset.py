@@ -167,8 +167,9 @@ def test_what_is_quarantined_can_be_read_again(run, tmp_path):
     good = [json.dumps({"text": f"line {i}"}).encode() for i in range(5)]
     lines = [good[0], bad[0], good[1], bad[1], b"", bad[2], *good[2:]]
     file = write(tmp_path / "a.jsonl", b"\n".join(lines) + b"\n")
-    code, _, err = run(file)
+    code, out, err = run(file)
     assert code == 2 and f"{file}:2:{len(good[0]) + 1}: invalid JSON" in err and "--on-bad-line" in err
+    assert "shard 1/1: 0000 FAILED\n" in out, "the reason is told once"
     assert run(file, "--on-bad-line=quarantine")[0] == 2  # more than one in a thousand
     code, out, _ = run(file, "--on-bad-line=quarantine", "--max-bad-fraction=0.5")
     assert code == 0 and "3 left out" in out and "5 in 1 shards (1 reused)" in out
