@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        names = [word.partition("=")[0] for word in self.given if word.startswith("--")]
+        names = [word.partition("=")[0] for word in self.given if word.startswith("--") and word != "--"]
         unknown = [name for name in names if name not in self._option_string_actions]
         if unknown and message.startswith("the following arguments are required"):
             message = f"unrecognized arguments: {' '.join(unknown)}"  # a required one may be among them, misspelled

@@ -85,7 +85,7 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
     rows, problem = _global_batch(settings, options.gpus, run.parallel.pipeline_stages)
     if problem:
         notes.append(f"warning: the run cannot start with its current files: {problem}")
-    config = _student_config(run.student, options.student_config, datasets, run.data.train[0].path)
+    config = _student_config(run.student, options.student_config, datasets, run.data)
     teachers = tuple(_teacher_configs(run.teacher if run.guidance.needs_teacher else (), options.teacher_config))
     uncounted = next((why for teacher in teachers if (why := _uncounted(teacher, "teacher"))), "")
     specs = () if uncounted else tuple(_teacher_specs(run.teacher, teachers, run.data.row_length, datasets, assumed))
@@ -145,12 +145,13 @@ def _global_batch(settings: DeepSpeedConfig, gpus: int, stages: int) -> tuple[in
         return int(settings["train_batch_size"]), str(error)
 
 
-def _student_config(student: Student, given: Path | None, datasets: Sequence[AlignedDataset], train: Path) -> PretrainedConfig:
-    """train: the path of the first dataset."""
+def _student_config(student: Student, given: Path | None, datasets: Sequence[AlignedDataset], data: Data) -> PretrainedConfig:
+    """datasets: all of `data`, or none if one of them does not exist yet."""
     if given is not None:
         config = given_config(given, "--student-config")
     elif student.config is not None:
         if not datasets and "vocab_size" not in student.config:
+            train = next(source.path for source in data.train if not (source.path / DATASET).is_file())
             raise RunError(
                 "student.config has no vocab_size, and it cannot be taken from the dataset: data.train does not exist yet: "
                 f"{train}{missing_path_hint(train)}"
