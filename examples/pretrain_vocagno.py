@@ -3,7 +3,7 @@
 deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
 """
 
-from megatron_vocagno.pretrain import leave, main
+from megatron_vocagno.pretrain import exit_process, main
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -10,6 +10,7 @@ docs/reference.md describes the behaviour that all commands share.
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 import os
 import select
@@ -18,7 +19,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_vocagno import __version__
 from megatron_vocagno.errors import UserError
@@ -51,10 +52,22 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,  # `--dry` must not train
             add_help=False,
         )
+        self.given: list[str] = []
         self.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)  # not needed in the help itself
         self.add_argument("--version", action="version", version=__version__, help=argparse.SUPPRESS)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self.given = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
+        names = [word.partition("=")[0] for word in self.given if word.startswith("--") and word != "--"]
+        unknown = [name for name in names if name not in self._option_string_actions]
+        if unknown and message.startswith("the following arguments are required"):
+            message = f"unrecognized arguments: {' '.join(unknown)}"  # a required one may be among them, misspelled
+        if unknown and message.startswith("unrecognized arguments"):
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, n=1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"error: {message}\n{self.format_usage()}more: {self.prog} --help\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:

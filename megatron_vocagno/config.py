@@ -52,7 +52,9 @@ class Data(Section):
     valid: Path | None = None
     """Path of the dataset to evaluate on. It must be made with the same two tokenizers as `data.train`."""
     row_length: Annotated[int, Field(ge=32)] = 2048
-    """Student tokens per row (S). A row is a packed sequence, and the count includes the BOS that the student reads."""
+    """Student tokens per row (S). A row is a packed sequence, and the count includes the BOS that the student reads.
+    About 8 positions of each row stay free.
+    """
     attention: Literal["row", "document"] = "row"
     """The tokens that a token attends to, in both models.
 

@@ -35,7 +35,7 @@ class RunLockedError(SharedError):
     exit_code = 1
 
 
-class OtherVersion(RunError):
+class VersionError(RunError):
     """A checkpoint that another release wrote."""
 
 
@@ -63,11 +63,11 @@ class EncoderError(CorpusError):
     """A tokenizer that a backend cannot read."""
 
 
-class EncoderMismatch(CorpusError):
+class EncoderMismatchError(CorpusError):
     """gigatoken and Hugging Face give different ids for one text."""
 
 
-class BrokenInput(Exception):
+class BrokenInputError(Exception):
     """A file that is cut off or damaged. The message has the reason. Callers turn the error into a bad record."""
 
 
@@ -85,10 +85,13 @@ def lfs_pointer(content: bytes) -> str:
     return "is a Git LFS pointer, not the file itself. Run `git lfs pull` in its folder."
 
 
-def looked_for(path: str | os.PathLike[str]) -> str:
-    """The end of a message about a path that does not exist: the absolute path if it is relative, and a similar name."""
+def missing_path_hint(path: str | os.PathLike[str]) -> str:
+    """The end of a message about a path that does not exist: the absolute path if it is relative, and a similar name.
+
+    "" if the path exists, for example a folder where a file is expected.
+    """
     asked = Path(path).expanduser()
-    if asked.is_absolute():
+    if asked.is_absolute() or os.path.lexists(asked):
         return nearest(path)
     place = f"\n  The absolute path is {asked.resolve()}: relative paths start at the folder in which you run the command."
     return place + nearest(path)
@@ -97,6 +100,8 @@ def looked_for(path: str | os.PathLike[str]) -> str:
 def nearest(path: str | os.PathLike[str]) -> str:
     """A suggestion of an existing path that differs by a typo in one name; "" if there is none."""
     asked = Path(path).expanduser()
+    if os.path.lexists(asked):
+        return ""
     try:
         existing = next((folder for folder in asked.parents if folder.is_dir()), Path())
         name, *rest = asked.relative_to(existing).parts

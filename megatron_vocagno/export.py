@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.errors import RunError, looked_for
+from megatron_vocagno.errors import RunError, missing_path_hint
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,8 @@ def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None) -> Path:
         raise RunError(f"{out} is not empty: exporting would mix two models. Remove it, or use another --out")
     checkpoint = newest_checkpoint(run_dir, print_note)
     if checkpoint is None:
-        missing = "" if run_dir.exists() else looked_for(run_dir)
-        raise RunError(f"no complete checkpoint in {run_dir}: is it the 'output' folder of a run that has saved one?{missing}")
+        hint = missing_path_hint(run_dir)
+        raise RunError(f"no complete checkpoint in {run_dir}: is it the 'output' folder of a run that has saved one?{hint}")
     config = AutoConfig.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
     state: dict[str, torch.Tensor] = {}
     for file in sorted((checkpoint / STUDENT).glob("*.safetensors")):

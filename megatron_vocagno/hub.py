@@ -45,7 +45,7 @@ def why_id(name: str | os.PathLike[str]) -> str:
 
 
 def why_path(name: str | os.PathLike[str]) -> str:
-    """The end of a message about a path that does not exist: the reason why it counts as a path. See also errors.looked_for."""
+    """The end of a message about a path that does not exist: the reason why it counts as a path. See errors.missing_path_hint."""
     if ID.fullmatch(os.fspath(name)) and not is_id(name) and Path(name).suffix != ".gguf":
         return f"The name counts as a path, not as a Hub id, because `{Path(name).parts[0]}` exists."
     return "The name counts as a path, because a Hub id has the form org/name or org/name@revision."

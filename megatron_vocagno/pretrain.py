@@ -11,6 +11,7 @@ the message. 130 after Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _pretrain(options), after_interrupt, (UserError,))
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this process with an exit code. A failed run leaves threads of its process group behind. They would abort the process
     while the interpreter shuts down, and so change the exit code. After a failure the shutdown is therefore skipped.
     """
@@ -110,8 +111,12 @@ def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> Us
 
 def _dry_run(options: argparse.Namespace) -> int:
     """Under a launcher, all ranks have the same findings, and rank 0 prints them."""
+    # while DeepSpeed is imported, it warns that this machine has no GPU, and a dry run needs none
+    log = logging.getLogger("DeepSpeed")
+    log.disabled = True
     from megatron_vocagno.planning.dry_run import dry_run
 
+    log.disabled = False
     try:
         found, code = dry_run(options)
     except UserError as error:
@@ -146,10 +151,10 @@ def parser() -> Parser:
 def dry_run_parser() -> Parser:
     """The options of the plan belong to a dry run."""
     parser = Parser(
-        f"python {SINGLE}",
-        "RUN.toml --dry-run --deepspeed_config FILE --gpus N",
+        f"python {SINGLE} --dry-run",
+        "RUN.toml --deepspeed_config FILE --gpus N",
         "Check what needs no data, weights or GPU, and plan the run.",
-        f"python {SINGLE} examples/recipes/qwen2.5-math-instruct.toml --dry-run \\\n"
+        f"python {SINGLE} --dry-run examples/recipes/qwen2.5-math-instruct.toml \\\n"
         "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"
         "    --student-config examples/plan/TinyLlama-1.1B.json \\\n"
         "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
@@ -165,4 +170,4 @@ def _add_local_rank(parser: Parser) -> None:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from megatron_vocagno.config import Run
-from megatron_vocagno.errors import RunError, looked_for, nearest
+from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 
 RENAMED: dict[tuple[str, ...], str] = {
     ("teacher", "weights"): "quantization",
@@ -62,7 +62,8 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> Run:
         return Run.model_validate(fields, context=notes)
     except ValidationError as error:
         found: dict[str, list[str]] = {}
-        for detail in (_without_index_of_one(detail, fields) for detail in error.errors()):
+        details = [detail for detail in error.errors() if not _follows(detail, error.errors())]
+        for detail in (_without_index_of_one(detail, fields) for detail in details):
             found.setdefault(_source(detail["loc"], tables, overrides), []).append(f"  {_explain(detail)}")
         raise RunError("\n".join(f"{source}:\n" + "\n".join(lines) for source, lines in found.items())) from None
 
@@ -81,7 +82,7 @@ def _files(path: Path) -> dict[Path, tuple[dict[str, Any], Old]]:
             if files:
                 wanted, place = f" (base of {list(files)[-1]}, relative to its folder)", nearest(path)
             else:
-                wanted, place = "", looked_for(path)
+                wanted, place = "", missing_path_hint(path)
             raise RunError(f"no run file at {path}{wanted}: {error.strerror}{place}") from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise RunError(f"{path} is not valid TOML: {error}") from None
@@ -202,6 +203,12 @@ def _has(value: Any, loc: Sequence[str | int]) -> bool:
     return True
 
 
+def _follows(detail: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a list is too short only because pydantic has left out its wrong items, which have their own errors."""
+    loc = detail["loc"]
+    return detail["type"] == "too_short" and any(other["loc"][: len(loc)] == loc != other["loc"] for other in others)
+
+
 def _without_index_of_one(detail: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """The place of an error without the index of a single teacher: 'teacher.path' instead of 'teacher.0.path'."""
     loc = tuple(detail["loc"])
@@ -217,12 +224,24 @@ def _explain(detail: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         *sections, key = (str(step) for step in detail["loc"])
         near = difflib.get_close_matches(key, _keys(sections), n=1, cutoff=0.5)
-        return f"no field '{place}'" + (f"; did you mean '{'.'.join([*sections, near[0]])}'?" if near else "")
+        if key in _OF_DEEPSPEED:
+            return (
+                f"no field '{place}': the optimizer, the learning rate and the batch sizes are set in the DeepSpeed configuration"
+            )
+        meant = (not sections and _in_a_section(key)) or ".".join([*sections, *near] if near else [])
+        return f"no field '{place}'" + (f"; did you mean '{meant}'?" if meant else "")
     if detail["type"] == "missing":
         return f"'{place}' is missing"
-    message = _KINDS.get(detail["type"]) or str(detail["msg"]).removeprefix("Value error, ")
+    blend = place.startswith("data.train")
+    if detail["type"] in ("model_type", "tuple_type") and not blend and (section := _section(detail["loc"])) is not None:
+        return f"'{place}' is a section, not a value: set its fields, for example {place}.{next(iter(section.model_fields))}"
+    kind = _KINDS.get(detail["type"])
+    message = kind.format(**detail.get("ctx", {})) if kind else str(detail["msg"]).removeprefix("Value error, ")
     given = "" if isinstance(detail["input"], dict) else f", not {detail['input']!r}"
-    return f"'{place}': {message}{given}" if place else message
+    hint = (
+        ". For several datasets, write one [[data.train]] table per dataset" if blend and detail["type"] == "model_type" else ""
+    )
+    return f"'{place}': {message}{given}{hint}" if place else message
 
 
 _KINDS = {
@@ -234,19 +253,41 @@ _KINDS = {
     "int_from_float": "expected an integer",
     "float_parsing": "expected a number",
     "float_type": "expected a number",
+    "less_than_equal": "must be at most {le:g}",
+    "less_than": "must be below {lt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "greater_than": "must be above {gt:g}",
+    "literal_error": "must be one of {expected}",
 }
 """Messages in the words of TOML, instead of pydantic's in the words of Python."""
 
 
+_OF_DEEPSPEED = {"lr", "learning_rate", "optimizer", "weight_decay", "batch_size", "train_batch_size", "micro_batch_size"}
+
+
 def _keys(sections: Sequence[str]) -> list[str]:
-    part: type[BaseModel] = Run
-    for section in sections:
-        if section.isdigit():  # an index in a list
+    part = _section(sections)
+    return list(part.model_fields) if part is not None else []
+
+
+def _section(place: Sequence[str | int]) -> type[BaseModel] | None:
+    """The class of the section at a place; None if there is no section."""
+    part: type[BaseModel] | None = Run
+    for name in map(str, place):
+        if name.isdigit():  # an index in a list
             continue
-        annotation = part.model_fields[section].annotation
+        if part is None or name not in part.model_fields:
+            return None
+        annotation = part.model_fields[name].annotation
         members = [annotation, *getattr(annotation, "__args__", ())]
-        part = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
-    return list(part.model_fields)
+        part = next((member for member in members if isinstance(member, type) and issubclass(member, BaseModel)), None)
+    return part
+
+
+def _in_a_section(key: str) -> str:
+    """The place of the only field of that name in all sections, else ""."""
+    found = [f"{name}.{key}" for name in Run.model_fields if key in _keys([name])]
+    return found[0] if len(found) == 1 else ""
 
 
 def with_current_names(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:

@@ -252,7 +252,8 @@ def test_a_closed_pipe_ends_a_command_silently(dataset: AlignedDataset) -> None:
 def test_threads_that_are_left_do_not_change_the_exit_code() -> None:
     """As those of a process group that nobody has left."""
     for code in (2, 130):
-        program = f"import atexit, os; atexit.register(os.abort); from megatron_vocagno.pretrain import leave; leave({code})"
+        program = "import atexit, os; atexit.register(os.abort); from megatron_vocagno.pretrain import exit_process; "
+        program += f"exit_process({code})"
         assert subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, timeout=60).returncode == code
 
 

@@ -82,7 +82,7 @@ class Document:
 
     student_ids  int32 [N], EOS last
     teacher_ids  int32 [M], EOS last
-    spans        of the N student tokens
+    spans        the teacher spans of the N student tokens
     id           "" if the dataset has no ids
     """
 
@@ -235,7 +235,7 @@ class AlignedDataset:
     def require_tokenizer(self, side: Literal["student", "teacher"], folder: Path) -> str | None:
         """Check that the tokenizer of a model made the ids of a side.
 
-        folder: of the model
+        folder: the model's folder
 
         Returns None, or a note if the folder has no tokenizer to compare with.
 

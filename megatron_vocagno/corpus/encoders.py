@@ -19,7 +19,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from megatron_vocagno.errors import EncoderError, EncoderMismatch
+from megatron_vocagno.errors import EncoderError, EncoderMismatchError
 
 Backend = Literal["auto", "gigatoken", "huggingface"]
 
@@ -152,7 +152,7 @@ class GigatokenEncoder:
 
         samples: texts to compare in addition to SAMPLE
 
-        Raises EncoderError if gigatoken cannot read the tokenizer, EncoderMismatch if its ids differ.
+        Raises EncoderError if gigatoken cannot read the tokenizer, EncoderMismatchError if its ids differ.
         """
         self.plain, self.reference = plain, reference
         self.tokenizer = self._open()
@@ -160,7 +160,7 @@ class GigatokenEncoder:
         self.encode(texts, check=range(len(texts)))
 
     def encode(self, texts: Sequence[str], check: Sequence[int] = ()) -> Ragged:
-        """See Encoder. Raises EncoderMismatch if the ids of a text in `check` differ from Hugging Face's."""
+        """See Encoder. Raises EncoderMismatchError if the ids of a text in `check` differ from Hugging Face's."""
         if self.caches_words and self.text_read > TEXT_BEFORE_REOPENING and _resident_bytes() > RESIDENT_LIMIT:
             self.tokenizer = self._open()
         self.text_read += sum(map(len, texts))
@@ -172,7 +172,7 @@ class GigatokenEncoder:
         expected = self.reference.encode([texts[text] for text in check])
         for i, text in enumerate(check):
             if not np.array_equal(found[text], expected[i]):
-                raise EncoderMismatch(_first_difference(texts[text], found[text], expected[i]))
+                raise EncoderMismatchError(_first_difference(texts[text], found[text], expected[i]))
         return found
 
     def _open(self) -> Any:
@@ -207,8 +207,8 @@ def open_encoder(plain: bytes, backend: Backend, samples: Sequence[str] = ()) ->
 
     samples: texts that are compared when gigatoken is opened, in addition to SAMPLE
 
-    Raises EncoderError if the requested backend cannot read the tokenizer, or with "auto" no backend can. Raises EncoderMismatch
-    if gigatoken was requested and gives other ids.
+    Raises EncoderError if the requested backend cannot read the tokenizer, or with "auto" no backend can. Raises
+    EncoderMismatchError if gigatoken was requested and gives other ids.
     """
     reference = HuggingFaceEncoder(plain)
     if backend == "huggingface":
@@ -219,7 +219,7 @@ def open_encoder(plain: bytes, backend: Backend, samples: Sequence[str] = ()) ->
         return reference, reference, "gigatoken is not installed"
     try:
         return GigatokenEncoder(plain, reference, samples), reference, ""
-    except (EncoderError, EncoderMismatch) as error:
+    except (EncoderError, EncoderMismatchError) as error:
         if backend == "gigatoken":
             raise
         return reference, reference, str(error)

@@ -30,7 +30,7 @@ WITH_OWN_POST_PROCESSOR = ("GPTNeoXTokenizer", "CodeGenTokenizer", "CodeLlamaTok
 def front_ids(folder: Path) -> tuple[int, ...] | None:
     """Ids in front of the first token of a text; () if there are none, None if `folder` has no tokenizer.
 
-    folder  of a model, or a file as for `open_tokenizer`; not a Hub id, see hub.snapshot
+    folder  the folder of a model, or a file as for `open_tokenizer`; not a Hub id, see hub.snapshot
 
     Raises TokenizerError for a file that cannot be read.
 
@@ -78,7 +78,7 @@ def front_of_sentencepiece(names: Mapping[str, str], ids: Mapping[str, int], fil
 
 
 def _declared_bos(settings: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[int, ...]:
-    """The id of `bos_token` if `add_bos_token` is set, else (). ids: of the control tokens, by name"""
+    """The id of `bos_token` if `add_bos_token` is set, else (). ids: the ids of the control tokens, by name"""
     bos = settings.get("bos_token")
     bos = bos.get("content") if isinstance(bos, dict) else bos
     return (ids[bos],) if settings.get("add_bos_token") and isinstance(bos, str) and bos in ids else ()

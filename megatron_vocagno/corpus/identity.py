@@ -53,7 +53,7 @@ def require_tokenizer(dataset: Path, made_with: TokenizerRecord, side: str, fold
     """See AlignedDataset.require_tokenizer. Raises DatasetError."""
     if (note := not_compared(dataset, side, folder)) is not None:
         return note
-    advice = "build the dataset again with that model's tokenizer, or name the model it was built for"
+    advice = "build the dataset again with that model's tokenizer, or use the model that it was built for"
     try:
         model = open_tokenizer(folder, eos_token=made_with.eos_token, backend="huggingface")
     except TokenizerError as error:

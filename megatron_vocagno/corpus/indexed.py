@@ -153,7 +153,7 @@ class PairReader:
     def with_same_lengths(self, dtype: DTypeLike, *prefixes: Path) -> PairReader:
         """A reader of other pairs whose documents have the same lengths as these. Their indices are not read.
 
-        dtype     of the other pairs
+        dtype     the type of the tokens in the other pairs
         prefixes  one per pair of this reader
         """
         other = copy.copy(self)

@@ -171,7 +171,7 @@ def _ids_of(shard: ShardRecord) -> str:
     return shard.files["teacher.bin"].sha256
 
 
-def tidy(root: Path, manifest: Manifest) -> None:
+def remove_leftover_losses(root: Path, manifest: Manifest) -> None:
     """Remove temporary files of killed processes from the folders of shards. Files of running processes are kept."""
     for shard in manifest.shards:
         for leftover in (root / shard.path).glob(f".{LOSS}.*"):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, Valid
 
 from megatron_vocagno import files
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.errors import DatasetError, looked_for, tool
+from megatron_vocagno.errors import DatasetError, missing_path_hint, tool
 
 FORMAT = 2
 CODEC = "width << 1 | shared, uint8, 255 escapes; anchors every 4096"
@@ -215,7 +215,7 @@ def read_manifest(root: Place) -> Manifest:
 
 def _why_no_dataset(root: Place) -> str:
     if not root.exists():
-        return f"the path does not exist{looked_for(root) if isinstance(root, Path) else ''}"
+        return f"the path does not exist{missing_path_hint(root) if isinstance(root, Path) else ''}"
     if root.is_file():
         return f"it is a file. {tool('preprocess.build_dataset')} makes a dataset of a corpus, and that is a folder"
     return "the folder has no dataset.json"

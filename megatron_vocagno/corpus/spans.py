@@ -105,12 +105,12 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
 
 def intersection_over_student(student: Tokens, teacher: Tokens, spans: Spans) -> NDArray[np.float64]:
     """float64 [N]: the fraction of each token's bytes that its span covers, computed from the byte ends; NaN if unmapped."""
-    ious = np.full(len(spans), np.nan)
+    ios = np.full(len(spans), np.nan)
     m = spans.mapped
     left = np.maximum(student.starts[m], teacher.starts[spans.first[m]])
     right = np.minimum(student.ends[m], teacher.ends[spans.last[m] - 1])
-    ious[m] = np.maximum(right - left, 0) / np.maximum(student.ends[m] - student.starts[m], 1)
-    return ious
+    ios[m] = np.maximum(right - left, 0) / np.maximum(student.ends[m] - student.starts[m], 1)
+    return ios
 
 
 @dataclass(frozen=True)

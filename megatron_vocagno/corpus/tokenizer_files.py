@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, looked_for, tool
+from megatron_vocagno.errors import HubError, TokenizerError, lfs_pointer, missing_path_hint, tool
 
 FILES = ("tokenizer.json", "tokenizer.model")  # in order of preference
 SMALL_FILES = [*FILES, "tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"]
@@ -38,7 +38,7 @@ def find_file(path_or_id: str | Path) -> Path:
     else:
         # a Path is never a Hub id
         what = "no such file or folder" + (f". {hub.why_path(path_or_id)}" if isinstance(path_or_id, str) else "")
-        what += looked_for(path_or_id)
+        what += missing_path_hint(path_or_id)
     raise TokenizerError(f"cannot open the tokenizer {path_or_id}: {what}")
 
 
@@ -55,7 +55,7 @@ def tokenizer_file(path: Path) -> Path | None:
         if start.startswith(b"GGUF"):
             convert = f"{tool('convert.gguf_to_safetensors')} {file} --out {file.with_suffix('')}"
             raise TokenizerError(
-                f"{file} is a GGUF file, which is not read as a tokenizer. Convert it, and name the folder:\n  {convert}"
+                f"{file} is a GGUF file, which is not read as a tokenizer. Convert it, and specify the folder:\n  {convert}"
             )
         if pointer := lfs_pointer(start):
             raise TokenizerError(f"{file} {pointer}")
@@ -100,7 +100,7 @@ def token_names(folder: Path, raw: dict[str, Any]) -> dict[str, str]:
 
 
 def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
-    """(the token that ends a document, the reason if it is not the tokenizer's own end of text, else "").
+    """(the token that ends a document, how it differs from the tokenizer's own end of text, else "").
 
     named    the tokenizer's own end of text
     control  its control tokens
@@ -112,7 +112,7 @@ def end_of_text(named: str, control: set[str], folder: Path) -> tuple[str, str]:
     if not in_template and named not in CHAT_ENDS:
         return named, ""
     why = "its chat template contains it" if in_template else "as in chat models"
-    return separator, f"the tokenizer names {named}, which ends a turn of its chat ({why})"
+    return separator, f"not with the tokenizer's {named}, which ends a chat turn ({why})"
 
 
 def _chat_template(folder: Path) -> str:

@@ -85,7 +85,7 @@ class Tokenizer:
     """A tokenizer whose tokens have known byte lengths.
 
     eos_token      ends a document
-    eos_why        the reason why `eos_token` is not the tokenizer's own end of text, else ""
+    eos_why        how `eos_token` differs from the tokenizer's own end of text, else ""
     vocab_size     highest id + 1, including added tokens
     byte_lengths   int32 [vocab_size], bytes of text of each id; 0 for ids that no text produces (control tokens, gaps)
     unsure         ids of added tokens whose bytes depend on the text

@@ -40,8 +40,8 @@ def build_engine(
 ) -> TrainEngine:
     """The student in the engine that `run.parallel` selects. Collective over the world.
 
-    weights    of a pretrained student; None initializes from the seed
-    steps      of the run, for the learning-rate schedule
+    weights    a pretrained student's weights; None initializes from the seed
+    steps      number of the run's steps, for the learning-rate schedule
     distiller  source of the teacher's distributions, for objectives that compare them
 
     Raises RunError if DeepSpeed rejects the configuration.

@@ -82,7 +82,7 @@ class StoredFiles:
 
 
 def engine_layout(settings: DeepSpeedConfig, pipeline_stages: int, config: PretrainedConfig) -> EngineLayout:
-    """The layout of this run. config: of the student."""
+    """The layout of this run. config: the student's configuration."""
     return EngineLayout(
         world=dist.get_world_size(),
         pipeline_stages=pipeline_stages,
@@ -121,22 +121,22 @@ class CheckpointManager:
         """
         folder = step_folder(self.root, position.step)
         first = dist.get_rank() == 0
-        disk = ErrorCollector(OSError, SafetensorError)
+        io_errors = ErrorCollector(OSError, SafetensorError)
         if first:
-            with disk.on():
+            with io_errors.on():
                 self._create(folder)
         dist.barrier()
-        written = self.state.write(folder, disk)
-        self._raise_failure(disk, folder)
-        files = _sync_and_hash(folder, written, disk)
-        self._raise_failure(disk, folder)
+        written = self.state.write(folder, io_errors)
+        self._raise_failure(io_errors, folder)
+        files = _sync_and_hash(folder, written, io_errors)
+        self._raise_failure(io_errors, folder)
         if first:
-            with disk.on():
+            with io_errors.on():
                 manifest = CheckpointManifest(position=position, layout=self.layout, files=files)
                 sync(self.root.parent)  # `checkpoints` itself may be new
                 write_durably(folder / MANIFEST, orjson.dumps(manifest.model_dump(), option=orjson.OPT_INDENT_2))
                 write_durably(self.root / LATEST, folder.name.encode())
-        self._raise_failure(disk, folder)
+        self._raise_failure(io_errors, folder)
         if first:
             self._remove_outdated(folder)
         dist.barrier()
@@ -163,9 +163,9 @@ class CheckpointManager:
                 # the new checkpoint is complete, so the run continues; the next save tries again
                 log.warning("could not remove the old checkpoint %s: %s", old, error)
 
-    def _raise_failure(self, disk: ErrorCollector, folder: Path) -> None:
+    def _raise_failure(self, io_errors: ErrorCollector, folder: Path) -> None:
         """Remove the folder and raise SharedError if a rank could not write. Collective over the world."""
-        failure = disk.failure()
+        failure = io_errors.failure()
         if failure is None:
             return
         if dist.get_rank() == 0:
@@ -192,9 +192,9 @@ class CheckpointManager:
         manifest = run_on_rank0(lambda: read_manifest(folder), RunError, OSError)
         student, run = orjson.loads(self.stored.config.to_json_string()), orjson.loads(self.stored.run)
         check_resumable(folder, manifest, self.start, self.layout, student, data_of(run))
-        disk = ErrorCollector(OSError, SafetensorError)
-        self.state.read(folder, disk)
-        if failure := disk.failure():
+        io_errors = ErrorCollector(OSError, SafetensorError)
+        self.state.read(folder, io_errors)
+        if failure := io_errors.failure():
             raise SharedError(
                 f"{folder} could not be loaded (rank {failure.ranks[0]}): {failure.message}\n"
                 "  Its files were complete when they were checked: do all machines see the same files?"
@@ -230,7 +230,7 @@ def _find_problem(folder: Path) -> str | None:
     return next((each for each in all_gather(problem) if each is not None), None)
 
 
-def _sync_and_hash(folder: Path, written: list[str], disk: ErrorCollector) -> dict[str, File]:
+def _sync_and_hash(folder: Path, written: list[str], io_errors: ErrorCollector) -> dict[str, File]:
     """Sync every file to disk. Returns sizes and hashes. The ranks share the work. Collective over the world.
 
     written: names of the layers' files that this rank wrote
@@ -240,7 +240,7 @@ def _sync_and_hash(folder: Path, written: list[str], disk: ErrorCollector) -> di
     # each rank lists its own files: on a network file system, a listing may lack files that another machine has just written
     names = {name for of_rank in all_gather(written) for name in of_rank}
     hashed: dict[str, File] = {}
-    with disk.on():
+    with io_errors.on():
         for name in _share(sorted(names)):
             path = folder / name
             sync(path)

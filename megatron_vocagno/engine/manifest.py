@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_vocagno.errors import OtherVersion, RunError
+from megatron_vocagno.errors import RunError, VersionError
 from megatron_vocagno.files import sha256
 
 VERSION = 2
@@ -97,7 +97,7 @@ class CheckpointManifest(Frozen):
 def newest_checkpoint(output: Path, report: Callable[[str], None]) -> Path | None:
     """The newest complete checkpoint of a run. None if there is none. report: gets a line for each checkpoint that is skipped.
 
-    Raises OtherVersion: a checkpoint of another release may be complete. If it were skipped, it would be removed later.
+    Raises VersionError: a checkpoint of another release may be complete. If it were skipped, it would be removed later.
     """
 
     def find_problem(folder: Path) -> str | None:
@@ -115,17 +115,17 @@ def first_complete(
         problem = find_problem(folder)
         if problem is None:
             return folder
-        report(f"passing over {folder}: {problem}")
+        report(f"skipping checkpoint {folder}: {problem}")
     return None
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Raises RunError if the manifest is missing or damaged, and OtherVersion if another release wrote it."""
+    """Raises RunError if the manifest is missing or damaged, and VersionError if another release wrote it."""
     path = folder / MANIFEST
     try:
         fields = orjson.loads(path.read_bytes())
         if isinstance(fields, dict) and fields.get("version") != VERSION:
-            raise OtherVersion(
+            raise VersionError(
                 f"{path} has version {fields.get('version')}, this release reads version {VERSION}. "
                 "Continue with the release that wrote it, or start from its exported weights"
             )
@@ -140,10 +140,10 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def inspect(folder: Path) -> CheckpointManifest | str:
-    """The manifest if all files exist and have the recorded sizes, or the problem as a text. Raises OtherVersion."""
+    """The manifest if all files exist and have the recorded sizes, or the problem as a text. Raises VersionError."""
     try:
         manifest = read_manifest(folder)
-    except OtherVersion:
+    except VersionError:
         raise
     except RunError as error:
         return str(error)

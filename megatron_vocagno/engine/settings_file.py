@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_vocagno.errors import RunError, looked_for
+from megatron_vocagno.errors import RunError, missing_path_hint
 
 SECTIONS = ("zero_optimization", "bf16", "bfloat16", "fp16", "data_types", "pipeline", "activation_checkpointing")
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -105,7 +105,7 @@ def read_file(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}{looked_for(path)}") from None
+        raise RunError(f"no DeepSpeed configuration at {path}: {error.strerror}{missing_path_hint(path)}") from None
     except UnicodeDecodeError as error:
         raise RunError(f"{path} is not JSON: {error}") from None
     try:

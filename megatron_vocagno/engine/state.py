@@ -76,22 +76,22 @@ class EngineState:
     """Writes and reads the state of an engine."""
 
     def __init__(self, engine: TrainEngine, config: PretrainedConfig) -> None:
-        """config: of the student."""
+        """config: the student's configuration."""
         self.train_engine, self.engine, self.config = engine, engine.engine, config
         self.optimizer = engine.engine.optimizer
 
-    def write(self, folder: Path, disk: ErrorCollector) -> list[str]:
+    def write(self, folder: Path, io_errors: ErrorCollector) -> list[str]:
         """Write the state. Returns the names of the layers' files that this rank wrote. Collective over the world.
 
         All ranks gather each layer, and one of them keeps and writes it. The ranks take turns, so that they write in parallel. A
         rank has one layer in memory at a time.
 
-        `disk` collects I/O errors. A rank that cannot write still takes part in the gathers, because the others wait for it.
+        `io_errors` collects I/O errors. A rank that cannot write still takes part in the gathers, because the others wait for it.
         """
         counters = self._counters()
         self._link_states()
         if dist.get_rank() == 0:
-            with disk.on(folder / COUNTERS):
+            with io_errors.on(folder / COUNTERS):
                 (folder / COUNTERS).write_bytes(orjson.dumps(counters.model_dump(), option=orjson.OPT_INDENT_2))
         # in another thread, so that the collectives of the next layer do not wait for the disk
         with ThreadPoolExecutor(max_workers=1) as writer:
@@ -103,7 +103,7 @@ class EngineState:
                     written.result()
                 weights, states = self._collect(named, counters.optimizer_states, keep=writes)
                 if writes:
-                    written = writer.submit(_write_layer, folder, index, weights, states, disk)
+                    written = writer.submit(_write_layer, folder, index, weights, states, io_errors)
                     names += [f"{part}/{_file(index)}" for part in (STUDENT, OPTIMIZER)]
                 del weights, states
             if written is not None:
@@ -126,14 +126,14 @@ class EngineState:
                     states[f"{name}.{key}"] = tensor.cpu().contiguous()
         return weights, states
 
-    def read(self, folder: Path, disk: ErrorCollector) -> None:
+    def read(self, folder: Path, io_errors: ErrorCollector) -> None:
         """Read the state into the engine. Collective over the world.
 
         The data-parallel ranks take turns: each layer is read by one of them, which broadcasts its tensors. A rank has one layer
         in memory at a time.
 
-        `disk` collects I/O errors. A rank that cannot read still broadcasts, because the others wait for it. Its values are then
-        arbitrary, so the engine must not be used.
+        `io_errors` collects I/O errors. A rank that cannot read still broadcasts, because the others wait for it. Its values are
+        then arbitrary, so the engine must not be used.
 
         Raises SharedError if the states belong to another implementation of the optimizer.
         """
@@ -143,7 +143,7 @@ class EngineState:
         for index, named in (*self._layers(), *self._copies()):
             tensors: dict[str, Tensor] = {}
             if self._writer(index) == self.train_engine.data_rank:
-                with disk.on(_file(index)):
+                with io_errors.on(_file(index)):
                     tensors = load_file(folder / STUDENT / _file(index)) | load_file(folder / OPTIMIZER / _file(index))
             with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
                 for name, parameter in named.items():
@@ -265,9 +265,11 @@ def _file(index: int) -> str:
     return f"layer_{index:04d}.safetensors"
 
 
-def _write_layer(folder: Path, index: int, weights: dict[str, Tensor], states: dict[str, Tensor], disk: ErrorCollector) -> None:
+def _write_layer(
+    folder: Path, index: int, weights: dict[str, Tensor], states: dict[str, Tensor], io_errors: ErrorCollector
+) -> None:
     for path, tensors in ((folder / STUDENT, weights), (folder / OPTIMIZER, states)):
-        with disk.on(path / _file(index)):
+        with io_errors.on(path / _file(index)):
             write_tensors(tensors, path / _file(index))
 
 

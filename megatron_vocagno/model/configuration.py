@@ -1,4 +1,4 @@
-"""The configuration of a student, from a Hugging Face folder or from keys, and the checks of it."""
+"""The configuration of a student, from a Hugging Face folder or from keys, and its checks."""
 
 import dataclasses
 import difflib

@@ -71,8 +71,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 
 def _add_blocks(digest: hashlib._Hash, file: BinaryIO, begin: int, end: int, blocks: int) -> None:
-    """Add evenly spaced blocks of the bytes [begin, end) of a file, including the first and the last block. If the bytes are
-    fewer than the blocks together, add them all.
+    """Add evenly spaced blocks of the bytes [begin, end) of a file, including the first and the last block. If there are
+    fewer bytes than all blocks together, add them all.
     """
     if end - begin <= blocks * BLOCK:
         file.seek(begin)

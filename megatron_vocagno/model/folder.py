@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import HubError, looked_for, nearest, tool
+from megatron_vocagno.errors import HubError, missing_path_hint, nearest, tool
 from megatron_vocagno.errors import ModelError as ModelError  # importers of this module also take ModelError from here
 from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
 
@@ -50,7 +50,7 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
 def _local_folder(path: str | os.PathLike[str]) -> Path:
     folder = Path(path).expanduser()
     if not folder.exists():
-        raise ModelError(f"no model at {folder}: the path does not exist. {hub.why_path(path)}{looked_for(path)}", folder)
+        raise ModelError(f"no model at {folder}: the path does not exist. {hub.why_path(path)}{missing_path_hint(path)}", folder)
     if folder.suffix == ".gguf" and folder.is_file():
         raise ModelError(f"no model at {folder}: {convert_first(folder)}", folder)
     if not (folder / "config.json").is_file():

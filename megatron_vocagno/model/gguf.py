@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from megatron_vocagno.errors import ModelError, lfs_pointer, looked_for
+from megatron_vocagno.errors import ModelError, lfs_pointer, missing_path_hint
 from megatron_vocagno.files import sha256, wait_for_lock
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
 from megatron_vocagno.model.folder import quiet, skeleton, to_hugging_face
@@ -103,8 +103,10 @@ def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
 
 def _gguf_file(path: str | os.PathLike[str]) -> Path:
     source = Path(path).expanduser()
+    if source.is_dir():
+        raise ModelError(f"{source} is a folder, not a GGUF file")
     if not source.is_file():
-        raise ModelError(f"no GGUF file at {source}{looked_for(path)}")
+        raise ModelError(f"no GGUF file at {source}{missing_path_hint(path)}")
     with source.open("rb") as file:
         head = file.read(64)
     if pointer := lfs_pointer(head):

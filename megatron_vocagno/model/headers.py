@@ -129,10 +129,10 @@ def read_header(file: Path, name: str) -> dict[str, Stored]:
     if pointer := lfs_pointer(start + text):
         raise ModelError(f"{file} {pointer}")
     if len(start) < LENGTH or not fits:
-        raise ModelError(
-            f"the weights in {file} are damaged: the file has {size:,} bytes, but its header should have {length:,}. Was the "
-            "download complete?"
-        )
+        found = f"the header claims {length:,} bytes, but the file has only {size:,}"
+        if len(start) < LENGTH:
+            found = f"the file has {size:,} bytes"
+        raise ModelError(f"the weights in {file} are damaged: {found}. Was the download complete?")
     header = _parsed(text, file)
     data = _data_bytes(header)
     if data is not None and (expected := LENGTH + length + data) != size:

@@ -97,7 +97,7 @@ def compare(workload: Workload, cluster: Cluster) -> list[Estimate]:
     return sorted(found, key=order)
 
 
-def as_asked(workload: Workload, cluster: Cluster, zero: int) -> Estimate | None:
+def configured_layout(workload: Workload, cluster: Cluster, zero: int) -> Estimate | None:
     """The run exactly as its files describe it. None if its micro-batch does not divide the global batch on this many GPUs."""
     variants = _variants(workload, cluster, zero, workload.parallel.pipeline_stages, workload.placement)
     first = next(variants, None)

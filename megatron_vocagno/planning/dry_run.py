@@ -23,10 +23,11 @@ from megatron_vocagno.engine.distilling import check_vocabularies
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, precision, zero_stage
 from megatron_vocagno.engine.settings_file import check_sections
 from megatron_vocagno.engine.settings_file import notes as settings_notes
-from megatron_vocagno.errors import RunError, looked_for, nearest
+from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
-from megatron_vocagno.model.folder import cached_snapshot
-from megatron_vocagno.planning.comparison import Workload, as_asked
+from megatron_vocagno.model.folder import cached_snapshot, on_this_machine
+from megatron_vocagno.model.gguf import place_of_conversion
+from megatron_vocagno.planning.comparison import Workload, configured_layout
 from megatron_vocagno.planning.layouts import stages
 from megatron_vocagno.planning.report import table, text
 from megatron_vocagno.planning.request import PlanRequest, read_request
@@ -44,24 +45,28 @@ def dry_run(options: argparse.Namespace) -> tuple[str, int]:
     run, workload = request.run, request.workload
     check_sections(options.deepspeed_config, workload.settings)
     layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages)
-    _check_models(request)
+    compared = _check_models(request)
     resolved = [*_resolved(run, workload, layout), *_stages(run.parallel, workload.student.sizes)]
     parts = ["\n".join(resolved), _shapes(workload)]
-    notes = [*request.notes, *_notes(request)]
-    last, code = list(_unread_tokens(request)), 0
+    notes = [*request.notes, *compared, *_notes(request)]
+    last, code = [*_misspelled(run), *_unread_tokens(request)], 0
+    conclusion = f"The dry run found no errors{', but see the warning above' if last else ''}."
     if request.uncounted:
         parts += [f"note: no plan: {request.uncounted}", *notes]
     else:
-        asked = as_asked(workload, request.cluster, zero_stage(workload.settings))
+        asked = configured_layout(workload, request.cluster, zero_stage(workload.settings))
         assert asked is not None  # batch_layout has succeeded
         parts.append(text(workload, request.cluster, [asked], asked, notes, [asked]).rstrip())
         if not asked.fits:
-            last, code = [*last, "The dry run found an error: the run does not fit into memory, see above."], 2
-    return "\n\n".join([*parts, *(last or ["The dry run found no errors."])]) + "\n", code
+            conclusion, code = "The dry run found an error: the run does not fit into memory, see above.", 2
+    return "\n\n".join([*parts, *last, conclusion]) + "\n", code
 
 
-def _check_models(request: PlanRequest) -> None:
-    """Raises UserError if models, row length, vocabularies and cached losses do not fit together."""
+def _check_models(request: PlanRequest) -> list[str]:
+    """Raises UserError if models, row length, tokenizers and cached losses do not fit together.
+
+    Returns a note for each model whose tokenizer could not be compared with that of a dataset.
+    """
     run, config = request.run, request.workload.student.config
     check_row_length(config, run.data.row_length)
     if run.student.config is not None:
@@ -77,6 +82,21 @@ def _check_models(request: PlanRequest) -> None:
                 )
         check_vocabularies(run.guidance, data)
     check_cached(run.cached_teachers, request.datasets)
+    compared = [
+        data.require_tokenizer("student" if field.startswith("student") else "teacher", folder)
+        for data in request.datasets
+        for field, path in run.weights.items()
+        if (folder := _tokenizer_folder(path)) is not None
+    ]
+    return [f"note: {note}" for note in compared if note]
+
+
+def _tokenizer_folder(model: Path) -> Path | None:
+    """The folder of a model on this machine; None if it is elsewhere, or a GGUF file that has not been converted yet."""
+    folder = on_this_machine(model)
+    if folder is not None and folder.suffix == ".gguf" and folder.is_file():
+        folder = place_of_conversion(folder)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
@@ -86,15 +106,15 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
     yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
     yield f"output: {run.output}"
     for source in run.data.train:
-        exists = (source.path / DATASET).is_file()
-        yield f"data: {source.path}{'' if exists else f', does not exist yet{looked_for(source.path)}'}"
+        hint = ", does not exist" if nearest(source.path) else f", does not exist yet{missing_path_hint(source.path)}"
+        yield f"data: {source.path}{'' if (source.path / DATASET).is_file() else hint}"
     yield f"student: {_location(run.student.pretrained) if run.student.pretrained else 'from scratch'}"
     for teacher in run.teacher if guidance.needs_teacher else ():
         yield f"teacher: {_teacher(teacher)}"
-    tokens = layout.rows * run.data.row_length
     count = run.parallel.pipeline_stages
     yield (
-        f"step: {layout.rows:,} rows of {run.data.row_length:,} = {tokens:,} tokens: {layout.micro_batch_rows} rows x "
+        f"step: {layout.rows:,} rows of up to {run.data.row_length:,} tokens "
+        f"(about {layout.rows * workload.tokens_per_row:,} of text): {layout.micro_batch_rows} rows x "
         f"{layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks"
         f"{f' x {count} stages' if count else ''}, ZeRO-{zero_stage(workload.settings)}"
     )
@@ -149,7 +169,7 @@ def _absent(field: str, path: Path) -> Iterator[str]:
         if not cached_snapshot(path):
             yield f"note: {field}: {path} is neither on disk nor in the Hub cache. {hub.why_id(path)}{nearest(path)}"
     elif not path.expanduser().exists():
-        yield f"note: {field}: {path} does not exist. {hub.why_path(path)}{looked_for(path)}"
+        yield f"note: {field}: {path} does not exist. {hub.why_path(path)}{missing_path_hint(path)}"
 
 
 def _location(path: Path | None) -> str:
@@ -185,6 +205,13 @@ def _shapes(workload: Workload) -> str:
 
 def _cells(shapes: ForwardShapes) -> list[str]:
     return [str(list(shape)) for shape in (shapes.ids, shapes.hidden, shapes.head, shapes.loss)]
+
+
+def _misspelled(run: Run) -> Iterator[str]:
+    """A warning for each dataset that does not exist if a path with a similar name does."""
+    for source in run.data.train:
+        if near := nearest(source.path):
+            yield f"warning: data.train does not exist: {source.path}.{near}"
 
 
 def _unread_tokens(request: PlanRequest) -> Iterator[str]:

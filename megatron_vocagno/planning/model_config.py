@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from megatron_vocagno import hub
-from megatron_vocagno.errors import HubError, ModelError, RunError, looked_for
+from megatron_vocagno.errors import HubError, ModelError, RunError, missing_path_hint
 from megatron_vocagno.model.folder import convert_first
 from megatron_vocagno.model.folder import read_config as read_model_config
 from megatron_vocagno.model.gguf import place_of_conversion
@@ -35,7 +35,7 @@ def read_config(path: Path, whose: str) -> PretrainedConfig:
         raise RunError(f"no configuration of the {whose} at {path}: {error}") from error
     raise RunError(
         f"no configuration of the {whose} at {path}: there is no config.json. "
-        f"{hub.why_path(path)}{looked_for(path)}\n{_remedy(whose)}"
+        f"{hub.why_path(path)}{missing_path_hint(path)}\n{_remedy(whose)}"
     )
 
 
@@ -52,7 +52,7 @@ def given_config(path: Path, option: str) -> PretrainedConfig:
             return read_model_config(file)
     except OSError as error:
         raise RunError(f"cannot read {path} ({option}): {error}") from error
-    raise RunError(f"no such file: {file} ({option}){looked_for(file)}")
+    raise RunError(f"no such file: {file} ({option}){missing_path_hint(file)}")
 
 
 def _json_file(path: Path) -> Path:

@@ -86,15 +86,25 @@ def _header(workload: Workload, cluster: Cluster) -> list[str]:
     for teacher in workload.teachers:
         sizes = teacher.sizes
         lines.append(f"teacher: {sizes.model_type}, {sizes.parameters / 1e6:,.0f} M parameters, {sizes.layers} layers")
+    scored = "to score once" if workload.placement == "cached" else "per pass over the data"
+    scoring = f", {_count(workload.teacher_tokens)} teacher tokens {scored}" if workload.placement else ""
     lines += [
-        f"run: {workload.tokens / 1e9:.4g} G student tokens in {workload.steps:,} steps of {workload.rows:,} rows of "
-        f"{workload.student.row_length:,}, {workload.teacher_tokens / 1e9:.4g} G teacher tokens to score once",
+        f"run: {_count(workload.tokens)} student tokens in {workload.steps:,} steps of {workload.rows:,} rows of up to "
+        f"{workload.student.row_length:,} tokens{scoring}",
         f"GPUs: {cluster.gpus:,}, {cluster.per_node} per node; {gpu.flops:,.0f} TFLOP/s, {gpu.memory:g} GB, {gpu.link:g} GB/s "
         f"within a node, {gpu.network:g} GB/s per GPU between nodes ({gpu.source})",
         f"assumptions (not measured): {assumed.mfu:.0%} of the peak rate for the student, {assumed.teacher_mfu:.0%} for the "
         f"teacher, {assumed.link_share:.0%} of the bandwidth, {assumed.memory_share:.0%} of the memory usable",
     ]
     return lines
+
+
+def _count(tokens: float) -> str:
+    """A readable number of tokens: 1.976 M, 15 G."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if tokens >= size:
+            return f"{tokens / size:.4g} {unit}"
+    return f"{tokens:,.0f}"
 
 
 def _costs(shown: Sequence[Estimate], asked: Estimate | None, timed: bool) -> str:

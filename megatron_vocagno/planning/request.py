@@ -20,9 +20,9 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, read_settings, zero_stage
-from megatron_vocagno.errors import RunError
+from megatron_vocagno.errors import RunError, missing_path_hint, tool
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
-from megatron_vocagno.planning.comparison import Workload, as_asked, compare
+from megatron_vocagno.planning.comparison import Workload, compare, configured_layout
 from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.hardware import Assumptions, gpu
 from megatron_vocagno.planning.memory import StudentSpec, TeacherSpec
@@ -56,7 +56,7 @@ def plan(options: argparse.Namespace) -> str:
     if request.uncounted:
         raise RunError(request.uncounted)
     workload, cluster, notes = request.workload, request.cluster, request.notes
-    found, asked = compare(workload, cluster), as_asked(workload, cluster, zero_stage(workload.settings))
+    found, asked = compare(workload, cluster), configured_layout(workload, cluster, zero_stage(workload.settings))
     if not found:
         raise RunError(
             f"no layout divides a global batch of {workload.rows} rows over {options.gpus} GPUs: "
@@ -85,7 +85,7 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
     rows, problem = _global_batch(settings, options.gpus, run.parallel.pipeline_stages)
     if problem:
         notes.append(f"warning: the run cannot start with its current files: {problem}")
-    config = _student_config(run.student, options.student_config, datasets)
+    config = _student_config(run.student, options.student_config, datasets, run.data)
     teachers = tuple(_teacher_configs(run.teacher if run.guidance.needs_teacher else (), options.teacher_config))
     uncounted = next((why for teacher in teachers if (why := _uncounted(teacher, "teacher"))), "")
     specs = () if uncounted else tuple(_teacher_specs(run.teacher, teachers, run.data.row_length, datasets, assumed))
@@ -109,8 +109,13 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
 
 
 def _datasets(data: Data) -> list[AlignedDataset]:
-    """All training datasets, or none if one of them does not exist yet."""
+    """All training datasets, or none if one of them does not exist yet. Raises RunError if a path is a file."""
     paths = [source.path for source in data.train]
+    for path in paths:
+        if path.is_file():
+            raise RunError(
+                f"data.train: {path} is a file, not a dataset. Build a dataset with: {tool('preprocess.build_dataset')} …"
+            )
     return [AlignedDataset.open(path) for path in paths] if all((path / DATASET).is_file() for path in paths) else []
 
 
@@ -140,10 +145,17 @@ def _global_batch(settings: DeepSpeedConfig, gpus: int, stages: int) -> tuple[in
         return int(settings["train_batch_size"]), str(error)
 
 
-def _student_config(student: Student, given: Path | None, datasets: Sequence[AlignedDataset]) -> PretrainedConfig:
+def _student_config(student: Student, given: Path | None, datasets: Sequence[AlignedDataset], data: Data) -> PretrainedConfig:
+    """datasets: all of `data`, or none if one of them does not exist yet."""
     if given is not None:
         config = given_config(given, "--student-config")
     elif student.config is not None:
+        if not datasets and "vocab_size" not in student.config:
+            train = next(source.path for source in data.train if not (source.path / DATASET).is_file())
+            raise RunError(
+                "student.config has no vocab_size, and it cannot be taken from the dataset: data.train does not exist yet: "
+                f"{train}{missing_path_hint(train)}"
+            )
         own = datasets[0].student_tokenizer if datasets else None
         return student_config(student.config, own.vocab_size if own else None, own.rows if own else None)
     else:

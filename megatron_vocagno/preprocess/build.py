@@ -22,7 +22,7 @@ from megatron_vocagno.corpus.identity import check_own
 from megatron_vocagno.corpus.losses import gather
 from megatron_vocagno.corpus.manifest import ShardRecord, Totals, hash_file
 from megatron_vocagno.corpus.places import Place, place, reaching
-from megatron_vocagno.errors import ChangedError, CorpusError, EncoderMismatch
+from megatron_vocagno.errors import ChangedError, CorpusError, EncoderMismatchError
 from megatron_vocagno.preprocess.build_folder import (
     adopt,
     locked,
@@ -72,7 +72,7 @@ def build(
     """
     out = place(out)
     if force and part:
-        raise CorpusError("--force with --shards: other tasks may use the shards that --force removes. Name another --out")
+        raise CorpusError("--force with --shards: other tasks may use the shards that --force removes. Use another --out")
     with reaching(out):
         require_dataset_folder(out)
     with reaching(out), locked(out, part) as exclusive:
@@ -87,12 +87,12 @@ def build(
                 jobs = new_plan.jobs(str(out), settings, trusted, force)
                 selected = part.of(jobs) if part else jobs
                 on_plan(new_plan, selected)
-                run_jobs(engine, make_shard, selected, (ChangedError, EncoderMismatch, OSError), on_shard, "built")
+                run_jobs(engine, make_shard, selected, (ChangedError, EncoderMismatchError, OSError), on_shard, "built")
                 return jobs
 
             try:
                 jobs = make_shards()
-            except EncoderMismatch as error:
+            except EncoderMismatchError as error:
                 record_mismatch(out, str(error))
                 settings = without_gigatoken(out, settings, on_note)
                 jobs = make_shards()

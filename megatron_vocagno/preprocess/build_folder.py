@@ -42,10 +42,10 @@ STALE_SECONDS = 3600.0
 def require_dataset_folder(out: Place) -> None:
     """Raises ChangedError if `out` is a file, or a folder with files that do not belong to a dataset."""
     if out.is_file():
-        raise ChangedError(f"{out} is a file, and a dataset is a folder: name another --out")
+        raise ChangedError(f"{out} is a file, and a dataset is a folder: use another --out")
     known = ("shards", DATASET, BUILD)
     if out.is_dir() and any(out.iterdir()) and not any((out / name).exists() for name in known):
-        raise ChangedError(f"{out} is not empty and contains no dataset: name another --out")
+        raise ChangedError(f"{out} is not empty and contains no dataset: use another --out")
 
 
 # ---- the plan and the shards of earlier builds
@@ -80,13 +80,13 @@ def adopt(out: Place, plan: Plan, force: bool, part: Slice | None) -> bool:
             if difference:
                 raise ChangedError(
                     f"{out} was planned with other {what}: {difference}.\n"
-                    f"  {len(old.shards):,} shards then, {len(plan.shards):,} now. Name another --out, or use --force."
+                    f"  {len(old.shards):,} shards then, {len(plan.shards):,} now. Use another --out, or --force."
                 )
     if old is not None and part is not None and old.stamps != plan.stamps:
         then, now = next((a, b) for a, b in zip_longest(old.stamps, plan.stamps) if a != b)
         raise ChangedError(
             f"{out}: the input has changed since another task of this job array planned it: {then} then, {now} now "
-            "(size, time). Run the build once without --shards, or name another --out"
+            "(size, time). Run the build once without --shards, or use another --out"
         )
     if force:
         # they describe shards that are about to change
@@ -108,7 +108,7 @@ def _remove_unplanned(out: Place, plan: Plan, force: bool) -> None:
     if unplanned and not force:
         raise ChangedError(
             f"{unplanned[0]} is not part of this plan of {len(planned)} shards: other input or --shard-mb? "
-            "Name another --out, or use --force, which removes it"
+            "Use another --out, or --force, which removes it"
         )
     for folder in unplanned:
         if isinstance(folder, Path):
@@ -170,7 +170,7 @@ def _lock(stack: ExitStack, file: Path, how: int, out: Path) -> bool:
     stream: Any = stack.enter_context(file.open("ab"))
     state = try_lock(stream, how)
     if state == "held":
-        raise CorpusError(f"a build or a scoring is at work in {out} ({file} is locked): wait for it, or name another folder")
+        raise CorpusError(f"another build or scoring is using {out} ({file} is locked): wait for it, or use another folder")
     return state == "taken"
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import orjson
 
 from megatron_vocagno.corpus.places import place
-from megatron_vocagno.errors import BrokenInput
+from megatron_vocagno.errors import BrokenInputError
 from megatron_vocagno.preprocess.inputs import LONGEST_RECORD, READ_BYTES, InputSplit, Keys, Line, names
 
 BROKEN = "broken input: "  # the beginning of the reason if the rest of a file cannot be read
@@ -96,7 +96,7 @@ def read(split: InputSplit, text_key: Keys, id_key: Keys, on_bytes: OnBytes) -> 
     return islice(readers[split.kind](split, names(text_key), names(id_key), on_bytes), split.limit)
 
 
-def _broken(split: InputSplit, number: int, offset: int, error: BrokenInput, on_bytes: OnBytes) -> InputRecord:
+def _broken(split: InputSplit, number: int, offset: int, error: BrokenInputError, on_bytes: OnBytes) -> InputRecord:
     on_bytes(b"\0broken\n")
     return InputRecord(split, number, offset, b"", None, f"{BROKEN}{error}")
 
@@ -119,7 +119,7 @@ def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_byte
                 yield InputRecord(split, line.number, line.offset, line.raw, None, str(bad))
             else:
                 yield InputRecord(split, line.number, line.offset, line.raw, text, "", id_)
-    except BrokenInput as error:
+    except BrokenInputError as error:
         yield _broken(split, number, offset, error, on_bytes)
 
 
@@ -228,7 +228,7 @@ def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes
                 on_bytes(part)
                 size += len(part)
                 parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
-    except BrokenInput as error:
+    except BrokenInputError as error:
         yield _broken(split, 0, 0, error, on_bytes)
         return
     # a file name may contain any bytes
@@ -263,7 +263,7 @@ def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_by
             else:
                 yield InputRecord(split, number, row, raw, decoded[0], "", decoded[1])
             number, offset = number + 1, row + 1
-    except BrokenInput as error:
+    except BrokenInputError as error:
         yield _broken(split, number, offset, error, on_bytes)
 
 

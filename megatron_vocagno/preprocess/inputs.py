@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
 
 from megatron_vocagno.corpus.places import Place, place
-from megatron_vocagno.errors import BrokenInput, CorpusError, looked_for
+from megatron_vocagno.errors import BrokenInputError, CorpusError, missing_path_hint
 from megatron_vocagno.preprocess.foreign import BOM, HEAD, refuse_foreign, refuse_layout
 from megatron_vocagno.preprocess.streams import Compression, compression_of, open_bytes, open_raw
 
@@ -72,11 +72,11 @@ class InputSplit:
     limit: int | None = None
 
     def open(self) -> BinaryIO:
-        """The decompressed bytes of lines or text. Reading raises BrokenInput at damaged data."""
+        """The decompressed bytes of lines or text. Reading raises BrokenInputError at damaged data."""
         return open_bytes(place(self.url), self.compression, self.start, self.stop)
 
     def lines(self, on_bytes: Callable[[bytes], object]) -> Iterator[Line]:
-        """The lines that are not blank. Raises BrokenInput at damaged data.
+        """The lines that are not blank. Raises BrokenInputError at damaged data.
 
         on_bytes: called with the bytes of all lines, blank ones too, each with a line end
         """
@@ -168,7 +168,7 @@ def _matching(name: str, on_note: Callable[[str], object]) -> list[Place]:
         return [where]
     files = [file for match in _matches(where) for file in (_in_folder(match, on_note) if match.is_dir() else [match])]
     if not files:
-        raise CorpusError(f"{name}: no such file or folder{looked_for(name) if isinstance(where, Path) else ''}")
+        raise CorpusError(f"{name}: no such file or folder{missing_path_hint(name) if isinstance(where, Path) else ''}")
     return files
 
 
@@ -249,7 +249,7 @@ def _compression(file: Place, head: bytes, size: int) -> Compression:
         raise CorpusError(f"{file} is called {file.suffix}, but its first bytes are {head[:8]!r}: {advice}")
     if compression:
         # `documents.read` reports damaged data
-        with suppress(BrokenInput), open_bytes(file, compression, 0, min(size, READ_BYTES)) as stream:
+        with suppress(BrokenInputError), open_bytes(file, compression, 0, min(size, READ_BYTES)) as stream:
             head = stream.read(HEAD)
             if inner := "parquet" if head.startswith(b"PAR1") else compression_of(head):
                 raise CorpusError(f"{file} is {inner} inside {compression}: unpack it")
@@ -291,7 +291,7 @@ def _cut_parquet(file: Place, size: int, shard_bytes: int, text_key: Keys, id_ke
 
     try:
         before = [0, *accumulate(group.weight for group in parquet.row_groups(file, names(text_key), names(id_key)))]
-    except BrokenInput as error:
+    except BrokenInputError as error:
         raise CorpusError(f"{file}: {error}{': is it complete?' if 'damaged' in str(error) else ''}") from None
     bounds = [0]
     for i in range(1, len(before) - 1):
@@ -335,6 +335,6 @@ def _count(split: InputSplit, at_most: int) -> int:
     try:
         for _ in islice(split.lines(lambda _: None), at_most):
             n += 1
-    except BrokenInput:
+    except BrokenInputError:
         n += 1
     return n

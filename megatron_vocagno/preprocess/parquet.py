@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.errors import BrokenInput, CorpusError
+from megatron_vocagno.errors import BrokenInputError, CorpusError
 from megatron_vocagno.preprocess.streams import REMOTE_BUFFER, open_raw
 
 BATCH_BYTES = 1 << 20  # text that is decoded at once, estimated by the mean of the row group
@@ -56,7 +56,7 @@ class Column(NamedTuple):
 def row_groups(where: Place, text_keys: Sequence[str] = (), id_keys: Sequence[str] = ()) -> list[RowGroup]:
     """The row groups of a file.
 
-    Raises BrokenInput for a damaged footer, CorpusError if the file has rows and no column for a key.
+    Raises BrokenInputError for a damaged footer, CorpusError if the file has rows and no column for a key.
     """
     with _opened(where) as file:
         groups = _row_groups(file)
@@ -69,14 +69,14 @@ def _row_groups(file: Any) -> list[RowGroup]:
     # With a damaged footer, pyarrow's metadata of a column crashes the process. The metadata of a row group does not.
     groups = [RowGroup(g.num_rows, g.total_byte_size) for g in map(file.metadata.row_group, range(file.num_row_groups))]
     if min((n for group in groups for n in group), default=0) < 0 or sum(g.rows for g in groups) != file.metadata.num_rows:
-        raise BrokenInput("damaged parquet data (the footer's counts contradict each other)")
+        raise BrokenInputError("damaged parquet data (the footer's counts contradict each other)")
     return groups
 
 
 def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys: Sequence[str]) -> Iterator[ParquetRow]:
     """The records of the row groups [start, stop).
 
-    Raises BrokenInput at a damaged page, CorpusError if the columns do not contain texts or ids.
+    Raises BrokenInputError at a damaged page, CorpusError if the columns do not contain texts or ids.
     """
     with _opened(where) as file:
         metadata, groups = file.metadata, _row_groups(file)
@@ -92,7 +92,7 @@ def rows(where: Place, start: int, stop: int, text_keys: Sequence[str], id_keys:
                 yield ParquetRow(number, text, id_)
                 number += 1
             if number != after[i + 1]:
-                raise BrokenInput(
+                raise BrokenInputError(
                     f"damaged parquet data (row group {i} ends at row {number:,}, the footer says {after[i + 1]:,})"
                 )
 
@@ -122,10 +122,10 @@ def _opened(where: Place, **options: Any) -> Iterator[Any]:
             raise
         message = str(error).splitlines()[0]
         if "decrypt" in message.lower():
-            raise BrokenInput(f"encrypted parquet data ({message}): write it without encryption") from None
+            raise BrokenInputError(f"encrypted parquet data ({message}): write it without encryption") from None
         if isinstance(error, NotImplementedError) or "not supported" in message:
-            raise BrokenInput(f"parquet data that pyarrow {pa.__version__} cannot read ({message}): write it anew") from None
-        raise BrokenInput(f"damaged parquet data ({message})") from None
+            raise BrokenInputError(f"parquet data that pyarrow {pa.__version__} cannot read ({message}): write it anew") from None
+        raise BrokenInputError(f"damaged parquet data ({message})") from None
 
 
 def _columns(where: Place, schema: Any, text_keys: Sequence[str], id_keys: Sequence[str]) -> list[Column]:

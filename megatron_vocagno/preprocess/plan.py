@@ -22,7 +22,7 @@ SHARD_BYTES = 64 << 20  # of text, approximately
 J = TypeVar("J")
 
 
-class Source(Record):
+class InputFile(Record):
     """An input file at the time of planning. modified: nanoseconds, or an object store's tag."""
 
     url: str
@@ -36,7 +36,7 @@ class Plan(Record):
     settings: str  # sha256
     nfc: bool
     id_key: str | None
-    sources: tuple[Source, ...]
+    sources: tuple[InputFile, ...]
     shards: tuple[tuple[InputSplit, ...], ...]
     in_words: dict[str, str] | None = None  # the values that `settings` hashes; None if an older release planned
 
@@ -142,13 +142,13 @@ def plan(
         settings=settings.sha256,
         nfc=settings.nfc,
         id_key=settings.id_name,
-        sources=tuple(_source(file) for file in inputs),
+        sources=tuple(_input_file(file) for file in inputs),
         shards=tuple(map(tuple, shards)),
         in_words=settings.in_words,
     )
 
 
-def _source(file: Place) -> Source:
+def _input_file(file: Place) -> InputFile:
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -159,4 +159,4 @@ def _source(file: Place) -> Source:
     else:
         info = file.fs.info(file.path)
         modified = str(next((info[key] for key in ("ETag", "etag", "md5Hash", "created", "LastModified") if key in info), ""))
-    return Source(url=str(file.absolute()), size=stat.st_size, modified=modified)
+    return InputFile(url=str(file.absolute()), size=stat.st_size, modified=modified)

@@ -19,7 +19,7 @@ from megatron_vocagno import hub
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.front import front_of
-from megatron_vocagno.corpus.losses import gather, record_losses, tidy, unscored
+from megatron_vocagno.corpus.losses import gather, record_losses, remove_leftover_losses, unscored
 from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
@@ -147,5 +147,5 @@ def _record_if_complete(path: Path, manifest: Manifest) -> Manifest:
     if losses is None:
         return manifest
     sealed = record_losses(path, manifest, losses)
-    tidy(path, manifest)
+    remove_leftover_losses(path, manifest)
     return sealed

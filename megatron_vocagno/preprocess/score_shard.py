@@ -138,7 +138,7 @@ def leads(windows: Windows, front: int) -> Int64:
 class _Batch:
     """The windows of one forward, as arrays [B, U].
 
-    position    of the target in its document. In front of a window it counts down from the window's first target.
+    position    the target's position in its document. In front of a window it counts down from the window's first target.
     first       [B, 1], the position of the window's first target
     place       index of the target in the shard's tokens
     in_window   False in front of the window and after its end

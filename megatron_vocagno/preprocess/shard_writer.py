@@ -8,6 +8,7 @@ so that memory does not grow with it.
 from __future__ import annotations
 
 import base64
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,7 @@ from megatron_vocagno.preprocess.long_texts import PART_CHARACTERS, aligned_part
 BATCH_BYTES = 2 << 20  # text that is tokenized and aligned at once: each call of gigatoken has an overhead of some 3 ms
 QUARANTINE = "quarantine.jsonl"
 OnBadLine = Literal["error", "skip", "quarantine"]
+CSV = re.compile(rb"[^{}\[\],;\t]+([,;\t](?! )[^{}\[\],;\t]*)+\Z")  # a first line that may be the header of a table
 CHECK_EVERY = 1000  # one document per this number is compared with Hugging Face's tokenizers
 
 
@@ -44,7 +46,7 @@ class Text:
     """A document to tokenize.
 
     text     NFC-normalised, unless it is longer than `PART_CHARACTERS` characters
-    number   of the document in the shard
+    number   the document's number in the shard
     n_bytes  UTF-8 bytes, or characters if it is longer than `PART_CHARACTERS` characters
     """
 
@@ -146,9 +148,7 @@ class ShardWriter:
             return
         if self.on_bad_line == "error":
             shown = f": {document.raw[:80]!r}" if document.raw else ""
-            raise CorpusError(
-                f"{document}: {document.reason}{shown}\n  Use --on-bad-line skip to drop such records, or quarantine to keep them"
-            )
+            raise CorpusError(f"{document}: {document.reason}{shown}\n  {_advice(document)}")
         self.counts["broken_inputs" if document.reason.startswith("broken input") else "bad_lines"] += 1
         if self.on_bad_line == "quarantine":
             self.quarantine(document, document.reason)
@@ -263,6 +263,15 @@ class ShardWriter:
     def _mismatch(self, text: Text, reason: str) -> None:
         self.counts["mismatched_documents"] += 1
         self.quarantine(text.document, reason)
+
+
+def _advice(record: InputRecord) -> str:
+    """What to do about a bad record. The first line of a file shows whether all of its lines are like that."""
+    if record.number == 0 and record.reason.startswith("no key "):
+        return f"Use {'--id-key' if '--id-key' in record.reason else '--text-key'} KEY to read another key"
+    if record.number == 0 and record.reason.startswith("invalid JSON") and CSV.match(record.raw):
+        return "If this is CSV, convert it to JSON lines or parquet"
+    return "Use --on-bad-line skip to drop such records, or quarantine to keep them"
 
 
 def batches(texts: Iterable[Text]) -> Iterator[list[Text]]:

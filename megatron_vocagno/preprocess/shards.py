@@ -180,7 +180,7 @@ class ShardFile(Record):
 def make_shard(job: ShardJob) -> ShardResult:
     """Make a shard, or reuse it if it is finished. Removes its temporary files if it fails.
 
-    Raises CorpusError for bad input, ChangedError for changed input or settings, EncoderMismatch for wrong ids of gigatoken,
+    Raises CorpusError for bad input, ChangedError for changed input or settings, EncoderMismatchError for wrong ids of gigatoken,
     and OSError, for example for a full disk.
     """
     if (shard := finished(job)) is not None:
@@ -260,7 +260,7 @@ def finished(job: ShardJob) -> ShardFile | None:
         return None
     what, then, now = difference
     raise ChangedError(
-        f"{job.folder} was made from other {what}: {then} then, {now} now. Name another --out, or rebuild it with --force"
+        f"{job.folder} was made from other {what}: {then} then, {now} now. Use another --out, or rebuild it with --force"
     )
 
 

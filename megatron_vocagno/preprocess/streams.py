@@ -4,7 +4,7 @@
     open_raw      the file without a buffer: seek, and read exactly the requested bytes
 
 Memory is one buffer for a file of any size. If the data is damaged, the bytes before the damaged compressed block are delivered,
-and reading then raises BrokenInput.
+and reading then raises BrokenInputError.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TypeAlias, cast
 from isal import igzip_lib
 
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.errors import BrokenInput, CorpusError
+from megatron_vocagno.errors import BrokenInputError, CorpusError
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -93,7 +93,7 @@ def compression_of(head: bytes) -> Compression:
 def open_bytes(where: Place, compression: Compression, start: int, stop: int) -> BinaryIO:
     """The bytes [start, stop) of a file, decompressed.
 
-    Reading raises BrokenInput for damaged data, and OSError if the file cannot be read.
+    Reading raises BrokenInputError for damaged data, and OSError if the file cannot be read.
     """
     size = LOCAL_BUFFER if isinstance(where, Path) else REMOTE_BUFFER
     section: BinaryIO = io.BufferedReader(_Section(where, start, stop), size)
@@ -119,7 +119,9 @@ class _Section(io.RawIOBase):
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         n = self.file.readinto(memoryview(buffer)[: self.left]) or 0
         if not n and self.left:
-            raise BrokenInput(f"the file ends at byte {self.stop - self.left:,}, it had {self.stop:,} when the work was planned")
+            raise BrokenInputError(
+                f"the file ends at byte {self.stop - self.left:,}, it had {self.stop:,} when the work was planned"
+            )
         self.left -= n
         return n
 
@@ -169,10 +171,10 @@ class _Decompressed(io.RawIOBase):
                     "(zstd --long, xz --lzma2=dict). Use fewer workers, or compress it again with a smaller window"
                 ) from None
             if re.search("upport|too much memory|limit exceeded", str(error)):
-                raise BrokenInput(
+                raise BrokenInputError(
                     f"{self.name} data that cannot be read here ({error}): if they are whole, unpack them with what packed them"
                 ) from None
-            raise BrokenInput(f"damaged {self.name} data ({error})") from None
+            raise BrokenInputError(f"damaged {self.name} data ({error})") from None
 
     def _begin_member(self, rest: bytes) -> bool:
         """Find the next member; False if there is none. `data` is then its beginning, without the header of gzip."""
@@ -186,7 +188,7 @@ class _Decompressed(io.RawIOBase):
         beginnings = _BEGINNINGS[self.name]
         cut_off = any(each.startswith(self.data) for each in beginnings)
         if not self.data.startswith(beginnings) and not cut_off:
-            raise BrokenInput(
+            raise BrokenInputError(
                 f"at byte {self.at - len(self.data):,} of the file its {self.name} data end, and what follows is something "
                 f"else: {self.data[:16]!r}"
             )
@@ -200,7 +202,7 @@ class _Decompressed(io.RawIOBase):
         """Skip the header of RFC 1952. isal misreads the headers of pgzip and mgzip if a read ends within one."""
         while (size := gzip_header_size(self.data)) is None:
             if len(self.data) > LONGEST_GZIP_HEADER:
-                raise BrokenInput(f"damaged gzip data (a header of more than {LONGEST_GZIP_HEADER:,} bytes)")
+                raise BrokenInputError(f"damaged gzip data (a header of more than {LONGEST_GZIP_HEADER:,} bytes)")
             self._read()
         self.data = self.data[size:]
 
@@ -210,12 +212,14 @@ class _Decompressed(io.RawIOBase):
         except zstd.ZstdError:
             return  # skippable, cut off or damaged: the decoder raises the error
         if dictionary:
-            raise BrokenInput(f"zstd data that were packed with a dictionary ({dictionary}): unpack them with it (zstd -d -D)")
+            raise BrokenInputError(
+                f"zstd data that were packed with a dictionary ({dictionary}): unpack them with it (zstd -d -D)"
+            )
 
     def _read(self) -> None:
-        """Read more data of a member. Raises BrokenInput at the end of the file."""
+        """Read more data of a member. Raises BrokenInputError at the end of the file."""
         if not (chunk := self._chunk()):
-            raise BrokenInput(f"the {self.name} data ends in the middle: cut off?")
+            raise BrokenInputError(f"the {self.name} data ends in the middle: cut off?")
         self.data += chunk
 
     def _chunk(self) -> bytes:
@@ -232,14 +236,14 @@ class _Decompressed(io.RawIOBase):
 def gzip_header_size(data: bytes) -> int | None:
     """Size in bytes of the gzip header at the beginning of `data`; None if it is incomplete.
 
-    Raises BrokenInput for an invalid header.
+    Raises BrokenInputError for an invalid header.
     """
     extra, name, comment, crc, reserved = 4, 8, 16, 2, 0xE0
     if len(data) < 12:  # a complete member is longer
         return None
     flags, size = data[3], 10
     if flags & reserved:
-        raise BrokenInput(f"damaged gzip data (flags 0x{flags:02x} in a header: RFC 1952 has no such)")
+        raise BrokenInputError(f"damaged gzip data (flags 0x{flags:02x} in a header: RFC 1952 has no such)")
     if flags & extra:
         size += 2 + int.from_bytes(data[10:12], "little")
     for text in (name, comment):
@@ -250,5 +254,5 @@ def gzip_header_size(data: bytes) -> int | None:
     if flags & crc:
         size += 2
         if size <= len(data) and int.from_bytes(data[size - 2 : size], "little") != zlib.crc32(data[: size - 2]) & 0xFFFF:
-            raise BrokenInput("damaged gzip data (a header's checksum does not fit)")
+            raise BrokenInputError("damaged gzip data (a header's checksum does not fit)")
     return size if size <= len(data) else None

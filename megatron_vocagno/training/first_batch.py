@@ -43,7 +43,7 @@ def teacher_facts(data: AlignedDataset, further: Sequence[Teacher], parameters: 
 
     data        a training dataset, which was aligned for the first teacher
     further     the teachers after the first one
-    parameters  of the loaded teacher, None if the losses are cached
+    parameters  number of the loaded teacher's parameters, None if the losses are cached
     """
     others = [read_manifest(teacher.data[0]).teacher.vocab_size for teacher in further]
     return [ModelFacts(vocabulary, parameters) for vocabulary in (data.teacher_tokenizer.vocab_size, *others)]

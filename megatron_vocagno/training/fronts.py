@@ -15,7 +15,7 @@ from megatron_vocagno.model.teacher import teacher_folder
 def student_front(student: Student, data: AlignedDataset, vocab_size: int, by_document: bool) -> Front:
     """The student's prefix, from its own tokenizer or else from the dataset's.
 
-    vocab_size   of the student's configuration
+    vocab_size   vocab_size in the student's configuration
     by_document  whether attention stops at document borders: then each document gets the prefix
 
     Raises RunError if the vocabulary does not contain an id, or if a prefix of several ids would go before each document.

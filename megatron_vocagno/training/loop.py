@@ -24,7 +24,7 @@ from megatron_vocagno.engine.step_counts import count_step
 from megatron_vocagno.engine.text_losses import named_text_losses
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.training.consistency import facts_of_command, require_same_on_all_ranks
-from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
+from megatron_vocagno.training.monitor import NON_FINITE_FILE, Monitor
 from megatron_vocagno.training.nonfinite import NonFiniteGuard, documents_of
 from megatron_vocagno.training.pins import pin_models
 from megatron_vocagno.training.setup import RunState, setup_run
@@ -98,8 +98,8 @@ def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal
                 state.first_batch.report(position.step, text_losses, monitor)
             if broken := guard.check(position.step, numbers):
                 documents = documents_of(state.rows, range(before.rows, position.rows))
-                monitor.broken_step(broken, dict(zip(map(str, state.paths), documents, strict=True)))
-                guard.stop_at_limit(broken, run.output / BROKEN_STEPS_FILE)
+                monitor.non_finite_step(broken, dict(zip(map(str, state.paths), documents, strict=True)))
+                guard.stop_at_limit(broken, run.output / NON_FINITE_FILE)
             if _due(position.step, run.eval.every, steps):
                 state.evaluator.evaluate(position.step, monitor)
             due = due or _due(position.step, run.checkpoint.every, steps)

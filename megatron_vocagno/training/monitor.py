@@ -23,13 +23,13 @@ from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 from megatron_vocagno.training import sample_files
-from megatron_vocagno.training.nonfinite import BrokenStep, describe
+from megatron_vocagno.training.nonfinite import NonFiniteStep, describe
 from megatron_vocagno.training.sample_files import SampleRows, SampleStep
 from megatron_vocagno.training.stop_signal import reason
 from megatron_vocagno.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE = "metrics.jsonl"
-BROKEN_STEPS_FILE = "not_finite.jsonl"
+NON_FINITE_FILE = "not_finite.jsonl"
 FINISHED_FILE, STOPPED_FILE = "finished", "stopped"
 RECENT_STEPS = 50
 """The remaining time is estimated from this many recent steps. It follows a change of pace soon, and one slow step has little
@@ -43,7 +43,7 @@ class Monitor:
         """
         output     the run's folder, which is created when writing begins; None for a monitor that reports nothing
         every      steps between console lines
-        last_step  of the run
+        last_step  the run's last step
         quiet      print only warnings and the last line
         """
         self.output, self.every, self.last_step, self.quiet = output, every, last_step, quiet
@@ -66,7 +66,7 @@ class Monitor:
             make_folder(self.output)
             for name in (FINISHED_FILE, STOPPED_FILE):
                 (self.output / name).unlink(missing_ok=True)
-            for name in (METRICS_FILE, BROKEN_STEPS_FILE):
+            for name in (METRICS_FILE, NON_FINITE_FILE):
                 _remove_after(self.output / name, first_step)
             self._tensorboard = TensorBoardWriter(self.output / "tensorboard", first_step)
             self._metrics = (self.output / METRICS_FILE).open("ab")
@@ -121,11 +121,11 @@ class Monitor:
             for name, values in sample_files.distributions(rows, step).items():
                 self._tensorboard.histogram(step.step, name, values)
 
-    def broken_step(self, broken: BrokenStep, documents: Mapping[str, Sequence[int]]) -> None:
+    def non_finite_step(self, broken: NonFiniteStep, documents: Mapping[str, Sequence[int]]) -> None:
         """Report a step that was not finite. documents: the numbers of the documents that it read, by dataset."""
         if self.output is None:
             return
-        with _writing_to(self.output), (self.output / BROKEN_STEPS_FILE).open("ab") as file:
+        with _writing_to(self.output), (self.output / NON_FINITE_FILE).open("ab") as file:
             file.write(orjson.dumps(asdict(broken) | {"documents": documents}, option=orjson.OPT_APPEND_NEWLINE))
         self.print(describe(broken, documents), always=True)
 

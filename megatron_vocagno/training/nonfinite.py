@@ -12,7 +12,7 @@ from megatron_vocagno.errors import SharedError, tool
 
 
 @dataclass(frozen=True)
-class BrokenStep:
+class NonFiniteStep:
     """A step whose loss or gradient is not finite."""
 
     step: int
@@ -30,18 +30,18 @@ class NonFiniteGuard:
         """skipped_steps: the number that DeepSpeed has counted so far, which a checkpoint restores."""
         self.limit, self.skipped, self.in_a_row = limit, skipped_steps, 0
 
-    def check(self, step: int, numbers: Mapping[str, float]) -> BrokenStep | None:
+    def check(self, step: int, numbers: Mapping[str, float]) -> NonFiniteStep | None:
         """The step if it is broken, else None. numbers: the metrics of the step."""
         loss, skipped = numbers["loss/train"], int(numbers["optimizer/skipped_steps"])
         grad_norm, tokens = numbers.get("optimizer/grad_norm", 0.0), int(numbers["loss/nonfinite_tokens"])
-        broken = BrokenStep(step, loss, grad_norm, tokens, skipped != self.skipped)
+        broken = NonFiniteStep(step, loss, grad_norm, tokens, skipped != self.skipped)
         # tokens without a finite loss have no weight, so a student whose losses are all NaN has loss 0
         healthy = math.isfinite(loss) and math.isfinite(grad_norm) and not tokens and not broken.skipped
         self.skipped = skipped
         self.in_a_row = 0 if healthy else self.in_a_row + 1
         return None if healthy else broken
 
-    def stop_at_limit(self, last: BrokenStep, log: Path) -> None:
+    def stop_at_limit(self, last: NonFiniteStep, log: Path) -> None:
         """Raises SharedError after `limit` broken steps in a row. last: the latest. log: the file that names their documents."""
         if self.in_a_row < self.limit:
             return
@@ -52,7 +52,7 @@ class NonFiniteGuard:
             "  - the steps before them, in metrics.jsonl. If the gradient norm grew, the learning rate is too high.\n"
             f"  - their documents, in {log}. If the same ones occur again, the text is broken "
             f"({tool('preprocess.show_document')} DATASET N shows one).\n"
-            "  - the weights, if the first step was broken already, and with fp16 the initial loss scale."
+            "  - the initial weights, if the first step failed, and with fp16 the initial loss scale."
         )
 
 
@@ -65,7 +65,7 @@ def documents_of(rows: BlendedRows, indices: range) -> list[list[int]]:
     return [sorted(part) for part in documents]
 
 
-def describe(broken: BrokenStep, documents: Mapping[str, Sequence[int]], shown: int = 8) -> str:
+def describe(broken: NonFiniteStep, documents: Mapping[str, Sequence[int]], shown: int = 8) -> str:
     """One line for the user. It names at most `shown` documents per dataset, and counts the others."""
     action = "and was skipped" if broken.skipped else "and was made without the tokens that have no finite loss"
     lists = [

@@ -75,12 +75,12 @@ class RunLock:
         while (state := run_on_rank0(self._try, OSError)) == "held":
             if run_on_rank0(lambda: time.monotonic() >= self._end):
                 raise RunLockedError(
-                    f"another run is at work in {self.output}, and has not ended within {self.timeout:.0f} s "
+                    f"another run is using {self.output}, and has not ended within {self.timeout:.0f} s "
                     f"({LOCK} is locked).\n"
                     "  Wait for it, stop processes that an earlier start has left behind, or use another 'output'."
                 )
             if not reported:
-                report(f"another run is at work in {self.output}: waiting up to {self.timeout:.0f} s for it to end")
+                report(f"another run is using {self.output}: waiting up to {self.timeout:.0f} s for it to end")
                 reported = True
             if signal := max(all_gather(requested())):
                 self.close()

@@ -15,7 +15,7 @@ import orjson
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_vocagno.batch.pack import MappingStatus as Reason
+from megatron_vocagno.batch.pack import MappingStatus
 from megatron_vocagno.batch.text_losses import teacher_names
 from megatron_vocagno.config import Guidance, Run
 
@@ -93,7 +93,7 @@ def _learning(guidance: Guidance, teachers: int, held_out: bool) -> Charts:
 
 def _guidance(guidance: Guidance) -> Charts:
     student = [f"guidance/student_loss_{group}" for group in ("kept", "dropped")]
-    reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in Reason if reason != Reason.MAPPED]
+    reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in MappingStatus if reason != MappingStatus.MAPPED]
     charts = {
         "share of mapped tokens kept": ["guidance/share_kept"],
         "share of tokens unmapped, by reason": ["guidance/share_unmapped", *reasons, "guidance/unmapped_nan"],

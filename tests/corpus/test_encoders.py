@@ -17,7 +17,7 @@ import pytest
 from megatron_vocagno.corpus import encoders
 from megatron_vocagno.corpus.encoders import GigatokenEncoder, HuggingFaceEncoder, Ragged, bounds_of, open_encoder
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
-from megatron_vocagno.errors import EncoderError, EncoderMismatch, TokenizerError
+from megatron_vocagno.errors import EncoderError, EncoderMismatchError, TokenizerError
 from megatron_vocagno.preprocess.build import build
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult, make_shard
 from megatron_vocagno.preprocess.workers import run_local
@@ -118,7 +118,7 @@ def test_some_of_the_texts_are_those_texts(texts, mistral):
 
 
 def test_another_tokenizer_is_caught_when_it_is_opened(plain):
-    with pytest.raises(EncoderMismatch, match="gigatoken gives other ids than Hugging Face"):
+    with pytest.raises(EncoderMismatchError, match="gigatoken gives other ids than Hugging Face"):
         GigatokenEncoder(without(plain, "▁over"), HuggingFaceEncoder(plain))
 
 
@@ -128,7 +128,7 @@ def test_a_difference_is_found_in_the_texts_that_are_checked_alone(plain, mistra
     ids = [mistral.encoder.encode([text]).ids for text in batch]
     found = almost.encode(batch, check=[0, 2, 3])
     assert [np.array_equal(found[i], ids[i]) for i in range(4)] == [True, False, True, True]
-    with pytest.raises(EncoderMismatch) as error:
+    with pytest.raises(EncoderMismatchError) as error:
         almost.encode(batch, check=[0, 1])
     message, at = str(error.value), int(np.argmax(found[1][: len(ids[1])] != ids[1]))
     assert at > 0
@@ -165,7 +165,7 @@ def test_other_ids_at_the_start_mean_hugging_face_and_the_reason(plain, monkeypa
     monkeypatch.setattr(gigatoken, "Tokenizer", Forged(lambda plain: without(plain, "▁over")))
     encoder, reference, why = open_encoder(plain, "auto")
     assert encoder is reference and "gigatoken gives other ids" in why
-    with pytest.raises(EncoderMismatch):
+    with pytest.raises(EncoderMismatchError):
         open_encoder(plain, "gigatoken")
     monkeypatch.undo()
     encoder, reference, why = open_encoder(plain, "gigatoken")

@@ -52,7 +52,7 @@ def test_the_newest_whole_checkpoint_is_found_and_the_others_are_named(tmp_path:
     (missing / "weights").unlink()
     said: list[str] = []
     assert newest_checkpoint(tmp_path, said.append) == whole
-    assert [line.split(":")[0] for line in said] == [f"passing over {f}" for f in (unfinished, missing, short, changed)]
+    assert [line.split(":")[0] for line in said] == [f"skipping checkpoint {f}" for f in (unfinished, missing, short, changed)]
     for line, reason in zip(
         said,
         ("the checkpoint is unfinished", "weights is missing", "has 1 bytes, 6 were written", "its sha256 differs"),

@@ -17,6 +17,7 @@ from inline_snapshot import snapshot
 from megatron_vocagno import command, plan, pretrain
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.decoding import token_bytes
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.files import sha256
 from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.run_file import load_run
@@ -128,6 +129,7 @@ no configuration of the student at org/name: org/name is missing or incomplete i
         (command.fraction, "2", snapshot("2 is not between 0 and 1")),
         (report.row_length, "8", snapshot("8 is too short: at least 17")),
         (score_teacher.bos_of, "<bos>", snapshot("'<bos>' is not auto, none or the id of a token")),
+        (show_document.number, "x", snapshot("must be a document number, not 'x'; to search by id, use --id x")),
         (console.slice_of, "3/2", snapshot("'3/2' is not of the form I/N with I from 1 to N")),
     ],
 )
@@ -135,6 +137,27 @@ def test_values_of_options(read: Any, text: str, message: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError) as refusal:
         read(text)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "message"),
+    [
+        (build_dataset.main, "a --student b --output c", "unrecognized arguments: --output; did you mean --out?"),
+        (build_dataset.main, "verfy c", "no input named 'verfy'; did you mean the command 'verify'?"),
+        (pretrain.main, "a --dryrun", "unrecognized arguments: --dryrun; did you mean --dry-run?"),
+        (
+            pretrain.main,
+            "a --deepspeed-config=b",
+            "unrecognized arguments: --deepspeed-config=b; did you mean --deepspeed_config?",
+        ),
+        (pretrain.main, "a --dry-run", "the following arguments are required: --deepspeed_config, --gpus"),
+    ],
+)
+def test_misspelled_words_of_a_command(main: Any, words: str, message: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        refused(main, *words.split())
+    assert str(refusal.value).splitlines()[0] == message
+    assert str(refusal.value).endswith(" --dry-run --help" if "--dry-run" in words else " --help")
 
 
 def test_documents_that_are_not_there(case: Case) -> None:

@@ -176,13 +176,13 @@ def test_columns_of_parquet_without_text(tmp_path: Path) -> None:
 def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer: Path) -> None:
     corpus = write(tmp_path / "corpus.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     settings = BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer))
-    with told(snapshot("--force with --shards: other tasks may use the shards that --force removes. Name another --out")):
+    with told(snapshot("--force with --shards: other tasks may use the shards that --force removes. Use another --out")):
         build([corpus], tmp_path / "out", settings, force=True, part=Slice(1, 2))
     with told(snapshot("--shards 3/2: the first number must be from 1 to the second")):
         Slice(3, 2)
-    with told(snapshot("DIR/corpus.jsonl is a file, and a dataset is a folder: name another --out"), DIR=tmp_path):
+    with told(snapshot("DIR/corpus.jsonl is a file, and a dataset is a folder: use another --out"), DIR=tmp_path):
         build([corpus], corpus, settings)
-    with told(snapshot("DIR is not empty and contains no dataset: name another --out"), DIR=tmp_path):
+    with told(snapshot("DIR is not empty and contains no dataset: use another --out"), DIR=tmp_path):
         build([corpus], tmp_path, settings)
     with told(
         snapshot(
@@ -194,7 +194,7 @@ def test_what_a_build_refuses_before_it_works(tmp_path: Path, teacher_tokenizer:
     with (
         told(
             snapshot(
-                "a build or a scoring is at work in DIR/out (DIR/out/.build/lock is locked): wait for it, or name another folder"
+                "another build or scoring is using DIR/out (DIR/out/.build/lock is locked): wait for it, or use another folder"
             ),
             DIR=tmp_path,
         ),
@@ -248,7 +248,7 @@ def test_a_plan_tells_which_setting_or_file_is_another_one(tmp_path: Path, teach
         snapshot(
             """\
 DIR/out was planned with other input: corpus.jsonl of 56 bytes then, more.jsonl of 28 bytes now.
-  1 shards then, 1 now. Name another --out, or use --force.\
+  1 shards then, 1 now. Use another --out, or --force.\
 """
         ),
         DIR=tmp_path,
@@ -269,7 +269,7 @@ def test_what_a_build_refuses_of_an_earlier_one(tmp_path: Path, teacher_tokenize
         snapshot(
             """\
 DIR/out was planned with other settings: --no-nfc absent then, given now.
-  2 shards then, 2 now. Name another --out, or use --force.\
+  2 shards then, 2 now. Use another --out, or --force.\
 """
         ),
         **names,
@@ -295,9 +295,7 @@ DIR/out was planned with other settings: --no-nfc absent then, given now.
     os.utime(corpus, ns=(0, 0))
     with told(
         snapshot(
-            "DIR/out: the input has changed since another task of this job array planned it: ('corpus.jsonl', "
-            "76, '5') then, ('corpus.jsonl', 76, '0') now (size, time). Run the build once without --shards, or "
-            "name another --out"
+            "DIR/out: the input has changed since another task of this job array planned it: ('corpus.jsonl', 76, '5') then, ('corpus.jsonl', 76, '0') now (size, time). Run the build once without --shards, or use another --out"
         ),
         **names,
     ):
@@ -306,8 +304,7 @@ DIR/out was planned with other settings: --no-nfc absent then, given now.
     (out / "shards" / "0009").mkdir()
     with told(
         snapshot(
-            "DIR/out/shards/0009 is not part of this plan of 2 shards: other input or --shard-mb? Name another "
-            "--out, or use --force, which removes it"
+            "DIR/out/shards/0009 is not part of this plan of 2 shards: other input or --shard-mb? Use another --out, or --force, which removes it"
         ),
         **names,
     ):
@@ -316,11 +313,25 @@ DIR/out was planned with other settings: --no-nfc absent then, given now.
     (out / ".build" / "plan.json").unlink()
     with told(
         snapshot(
-            "DIR/out/shards/0000 was made from other settings or tokenizers: THIS then, OTHER now. Name another --out, or rebuild it with --force"
+            "DIR/out/shards/0000 was made from other settings or tokenizers: THIS then, OTHER now. Use another --out, or rebuild it with --force"
         ),
         **names,
     ):
         build([corpus], out, other, shard_bytes=40)
+
+
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        ('{"body": "x"}', "Use --text-key KEY to read another key"),
+        ("id,text", "If this is CSV, convert it to JSON lines or parquet"),
+        ("Once upon, a time", "Use --on-bad-line skip to drop such records, or quarantine to keep them"),
+    ],
+)
+def test_advice_for_the_first_line_of_a_file(line: str, advice: str, tmp_path: Path, teacher_tokenizer: Path) -> None:
+    corpus = write(tmp_path / "corpus.jsonl", line)
+    with pytest.raises(CorpusError, match=rf"\n  {advice}$"):
+        build([corpus], tmp_path / "out", BuildConfig(student=str(teacher_tokenizer), teacher=str(teacher_tokenizer)))
 
 
 def test_what_a_build_says_when_records_are_bad(tmp_path: Path, teacher_tokenizer: Path) -> None:

@@ -154,9 +154,7 @@ def test_a_dataset_of_another_tokenizer(case: Case, tmp_path: Path) -> None:
     (model / "tokenizer.json").write_text(json.dumps(raw))
     with told(
         snapshot(
-            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges "
-            "(DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or name the model it was "
-            "built for"
+            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL. They differ in: merges (DATA/tokenizers/student and MODEL); build the dataset again with that model's tokenizer, or use the model that it was built for"
         ),
         DATA=data.path,
         MODEL=model,

@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = [file for folder in ("megatron_vocagno", "tools") for file in sorted((ROOT / folder).rglob("*.py"))]
 # messages that begin as these do, and reach the user in another error's words
-OTHERS = {"UserError", "HubError", "BrokenInput", "_NoText", "ArgumentTypeError"}
+OTHERS = {"UserError", "HubError", "BrokenInputError", "_NoText", "ArgumentTypeError"}
 
 
 def name_of(node: ast.AST) -> str:

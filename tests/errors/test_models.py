@@ -244,6 +244,8 @@ def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> 
 def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
     with told(snapshot("no GGUF file at DIR/no.gguf"), DIR=tmp_path):
         dequantise(tmp_path / "no.gguf", tmp_path / "out")
+    with told(snapshot("DIR is a folder, not a GGUF file"), DIR=tmp_path):
+        dequantise(tmp_path, tmp_path / "out")
     file = tmp_path / "x.gguf"
     file.write_bytes(b"<htm")
     with told(snapshot("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?"), DIR=tmp_path):

@@ -15,7 +15,7 @@ from inline_snapshot import snapshot
 from megatron_vocagno import hub
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.engine.settings import read_settings
-from megatron_vocagno.errors import UserError, looked_for, nearest, tool
+from megatron_vocagno.errors import UserError, missing_path_hint, nearest, tool
 from megatron_vocagno.model.folder import model_folder
 from megatron_vocagno.model.gguf import dequantise
 from megatron_vocagno.model.teacher import teacher_folder
@@ -65,6 +65,8 @@ def test_a_name_is_near_where_it_differs_by_a_slip_and_leads_to_something(tmp_pa
     for asked, meant in (("dta/shards", "data/shards"), ("dta/shrads", ""), ("other", ""), ("..", ""), ("a" * 300, "")):
         assert nearest(tmp_path / asked) == (f"\n  Did you mean {tmp_path / meant}?" if meant else ""), asked
     (tmp_path / "a.toml").touch()
+    (tmp_path / "date").touch()
+    assert nearest(tmp_path / "data") == missing_path_hint(tmp_path / "data") == "", "it exists"
     assert nearest(tmp_path / "x.toml") == ""
 
 
@@ -102,7 +104,7 @@ no model at tiny.gguf: tiny.gguf is a GGUF file, and only a teacher can be one. 
         )
     ):
         model_folder("tiny.gguf")
-    assert looked_for("tiny") == "\n  " + PLACE.replace("DIR", str(tmp_path)).replace("NAME", "work/tiny")
+    assert missing_path_hint("tiny") == "\n  " + PLACE.replace("DIR", str(tmp_path)).replace("NAME", "work/tiny")
 
 
 def test_a_tool_is_named_as_it_works_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,11 +180,11 @@ def test_a_checkpoint_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
         return lines[0].replace(str(folder), "STEP")
 
     (folder / "config.json").write_text('{"hidden_size": 33}')
-    assert passed_over() == snapshot("passing over STEP: config.json has changed since it was written: its sha256 differs")
+    assert passed_over() == snapshot("skipping checkpoint STEP: config.json has changed since it was written: its sha256 differs")
     (folder / "config.json").write_text("{}")
-    assert passed_over() == snapshot("passing over STEP: config.json has 2 bytes, 19 were written")
+    assert passed_over() == snapshot("skipping checkpoint STEP: config.json has 2 bytes, 19 were written")
     (folder / "config.json").unlink()
-    assert passed_over() == snapshot("passing over STEP: config.json is missing")
+    assert passed_over() == snapshot("skipping checkpoint STEP: config.json is missing")
     file = folder / "manifest.json"
     fields = orjson.loads(file.read_bytes())
     file.write_bytes(orjson.dumps(fields | {"layout": {}}))

@@ -30,8 +30,8 @@ from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training import run_lock, sample_files
 from megatron_vocagno.training.evaluation import Evaluator, HeldOut
 from megatron_vocagno.training.loop import save_last, with_fields
-from megatron_vocagno.training.monitor import BROKEN_STEPS_FILE, Monitor
-from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard
+from megatron_vocagno.training.monitor import NON_FINITE_FILE, Monitor
+from megatron_vocagno.training.nonfinite import NonFiniteGuard, NonFiniteStep
 from megatron_vocagno.training.run_lock import RunLock, make_output
 from megatron_vocagno.training.setup import open_data
 from tests.errors.telling import told
@@ -62,10 +62,10 @@ def test_data_that_does_not_suit_the_run(case: Case, tmp_path: Path) -> None:
     names = {"DATA": data.path, "STUDENT": student.fingerprint, "TEACHER": teacher.fingerprint, "MODEL": case.teacher}
     with told(
         snapshot(
-            "DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which "
-            "could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its "
-            "49,152 tokens.\n"
-            "  Build the dataset again with that model's tokenizer, or name the model it was built for."
+            """\
+DATA: its student ids were made with another tokenizer than that of the student model, MODEL, which could not have made them: MODEL/tokenizer.json: the end-of-text token '</s>' is not among its 49,152 tokens.
+  Build the dataset again with that model's tokenizer, or use the model that it was built for.\
+"""
         ),
         **names,
     ):
@@ -335,7 +335,7 @@ not all ranks see the 'output' folder of rank 0 (DIR on HOST):
     with told(
         snapshot(
             """\
-another run is at work in DIR, and has not ended within 0 s (.lock is locked).
+another run is using DIR, and has not ended within 0 s (.lock is locked).
   Wait for it, stop processes that an earlier start has left behind, or use another 'output'.\
 """
         ),
@@ -347,15 +347,15 @@ another run is at work in DIR, and has not ended within 0 s (.lock is locked).
         snapshot("cannot write to 'output', DIR: permission denied. Use another folder, or change its permissions"), DIR=tmp_path
     ):
         make_output(tmp_path)
-    (tmp_path / BROKEN_STEPS_FILE).mkdir()
+    (tmp_path / NON_FINITE_FILE).mkdir()
     with told(snapshot("cannot write to DIR: [Errno 21] Is a directory: 'DIR/not_finite.jsonl'"), DIR=tmp_path):
-        Monitor(tmp_path, 1, 1).broken_step(BrokenStep(1, 0.0, 0.0, 0, False), {})
+        Monitor(tmp_path, 1, 1).non_finite_step(NonFiniteStep(1, 0.0, 0.0, 0, False), {})
 
 
 def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
     guard = NonFiniteGuard(2, 0)
     guard.in_a_row = 2
-    last = BrokenStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
+    last = NonFiniteStep(step=7, loss=float("nan"), grad_norm=float("inf"), nonfinite_tokens=3, skipped=False)
     with told(
         snapshot(
             """\
@@ -363,7 +363,7 @@ def test_a_run_whose_numbers_are_not_finite(tmp_path: Path) -> None:
   The last checkpoint was written before them. Check:
   - the steps before them, in metrics.jsonl. If the gradient norm grew, the learning rate is too high.
   - their documents, in OUT/broken_steps.jsonl. If the same ones occur again, the text is broken (python -m tools.preprocess.show_document DATASET N shows one).
-  - the weights, if the first step was broken already, and with fp16 the initial loss scale.\
+  - the initial weights, if the first step failed, and with fp16 the initial loss scale.\
 """
         )
     ):

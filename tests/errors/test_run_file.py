@@ -14,7 +14,7 @@ from tests.test_config import GOOD
 
 ONE_FIELD = [
     ("guidance.kep=0.5", snapshot("no field 'guidance.kep'; did you mean 'guidance.keep'?")),
-    ("guidance.keep=nan", snapshot("'guidance.keep': Input should be less than or equal to 1, not nan")),
+    ("guidance.keep=nan", snapshot("'guidance.keep': must be at most 1, not nan")),
     (
         "guidance.keep=0.3333333",
         snapshot(
@@ -22,23 +22,27 @@ ONE_FIELD = [
         ),
     ),
     ("guidance.keep=[1]", snapshot("'guidance.keep': expected a number, not [1]")),
-    ("guidance=5", snapshot("'guidance': expected a table, not 5")),
+    ("guidance=5", snapshot("'guidance' is a section, not a value: set its fields, for example guidance.objective")),
     ("student.config=7", snapshot("'student.config': expected a table, not 7")),
     ("output=5", snapshot("'output': expected a path, not 5")),
     ("data.train=7", snapshot("'data.train': expected a list, not 7")),
+    (
+        'data.train=["a"]',
+        snapshot("'data.train.0': expected a table, not 'a'. For several datasets, write one [[data.train]] table per dataset"),
+    ),
     ("training.steps=1.5", snapshot("'training.steps': expected an integer, not 1.5")),
     ("training.steps=many", snapshot("'training.steps': expected an integer, not 'many'")),
-    ("training.seed=-1", snapshot("'training.seed': Input should be greater than or equal to 0, not -1")),
+    ("training.seed=-1", snapshot("'training.seed': must be at least 0, not -1")),
     (
         "training.schedule.kind=cos",
-        snapshot("'training.schedule.kind': Input should be 'cosine', 'linear' or 'constant', not 'cos'"),
+        snapshot("'training.schedule.kind': must be one of 'cosine', 'linear' or 'constant', not 'cos'"),
     ),
-    ("teacher.dtype=fp16", snapshot("'teacher.dtype': Input should be 'bfloat16', 'float16' or 'float32', not 'fp16'")),
+    ("teacher.dtype=fp16", snapshot("'teacher.dtype': must be one of 'bfloat16', 'float16' or 'float32', not 'fp16'")),
     (
         "parallel.partition=equal",
         snapshot(
             """\
-'parallel.partition': Input should be 'parameters' or 'uniform', not 'equal'
+'parallel.partition': must be one of 'parameters' or 'uniform', not 'equal'
   'parallel.partition': expected a list, not 'equal'\
 """
         ),
@@ -188,10 +192,10 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> 
             ["teacher.weights=int8", "teacher.quantization=fp8"],
             "--set teacher.weights=int8 --set teacher.quantization=fp8: both set 'teacher.quantization': give only one of them",
         ),
-        (["checkpoint.keep=0"], "--set checkpoint.keep=0:\n  'checkpoint.keep_last': Input should be greater than 0, not 0"),
+        (["checkpoint.keep=0"], "--set checkpoint.keep=0:\n  'checkpoint.keep_last': must be above 0, not 0"),
         (
             ["teacher.weights=int4"],
-            "--set teacher.weights=int4:\n  'teacher.quantization': Input should be 'none', 'int8' or 'fp8', not 'int4'",
+            "--set teacher.weights=int4:\n  'teacher.quantization': must be one of 'none', 'int8' or 'fp8', not 'int4'",
         ),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_gguf_file_is_no_tokenizer_and_is_not_read(
     with told(
         snapshot(
             """\
-DIR/x.gguf is a GGUF file, which is not read as a tokenizer. Convert it, and name the folder:
+DIR/x.gguf is a GGUF file, which is not read as a tokenizer. Convert it, and specify the folder:
   python -m tools.convert.gguf_to_safetensors DIR/x.gguf --out DIR/x\
 """
         ),

@@ -73,7 +73,7 @@ def test_every_command_that_is_shown_dry_runs(where: str, line: str, capsys: pyt
     assert main(arguments) == 0, capsys.readouterr().err
     printed = capsys.readouterr().out
     run = load_run(Path(arguments[0]), [arguments[i + 1] for i, word in enumerate(arguments) if word == "--set"])
-    assert "512 rows of 2,048 = 1,048,576 tokens" in printed and "learning rate 8e-05, cosine" in printed
+    assert "512 rows of up to 2,048 tokens" in printed and "learning rate 8e-05, cosine" in printed
     assert "| student            | [4, 2048] | [4, 2048, 2048] |" in printed and "The dry run found no errors." in printed
     configs = [Path(arguments[i + 1]) for i, word in enumerate(arguments) if word == "--teacher-config"]
     assert len(configs) == run.guidance.needs_teacher
@@ -111,7 +111,7 @@ def test_files_that_the_page_names_are_there() -> None:
         (["--set", "data.row_length=4096"], "rows have 4,096 tokens (data.row_length), but the student reads at most 2,048"),
         (["--gpus", "24"], "train_batch_size is 512, but 4 rows per micro-batch"),
         (["--gpus", "3"], "is 504.\n  It can be divided among 2 or 4 processes.\n"),
-        (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': Input should be less than"),
+        (["--set", "guidance.keep=1.5"], "error: --set guidance.keep=1.5:\n  'guidance.keep': must be at most 1"),
         (["--gpus", "9", "--set", "parallel.pipeline_stages=2"], "9 processes cannot form pipelines of 2 stages"),
         (["--set", "parallel.pipeline_stages=2", "--set", "parallel.partition=[10,11]"], "there are 2 stages and 22 layers"),
         (["--student-config", "examples/plan"], "no such file: examples/plan/config.json (--student-config)"),

@@ -161,12 +161,12 @@ def lfs_pointer(file: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], None], str]] = {
     "git-lfs": (lfs_pointer, "is a Git LFS pointer, .* Run `git lfs pull` in its folder"),
     "cut-off": (cut(-1), r"the file has 3\d\d,\d{3} bytes, but 3\d\d,\d{3} by its header"),
-    "cut-off-in-the-header": (cut(100), r"the file has 100 bytes, but its header should have [\d,]+\. Was"),
+    "cut-off-in-the-header": (cut(100), r"the header claims [\d,]+ bytes, but the file has only 100\. Was"),
     "empty": (cut(0), "the file has 0 bytes"),
     "a-byte-more": (lambda file: file.write_bytes(file.read_bytes() + b"x") and None, "by its header. Was something added"),
     "huge-header": (
         lambda file: file.write_bytes(bytes([255] * 7 + [127]) + file.read_bytes()[8:]) and None,
-        "its header should have 9,223,372,036,854,775,807",
+        "the header claims 9,223,372,036,854,775,807 bytes",
     ),
     "no-json": (header(lambda text: "x" + text), "damaged: its header is not JSON: Expecting value"),
     "a-list": (header(lambda text: f"[{text}]"), "damaged: its header is a list, not an object"),

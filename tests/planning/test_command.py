@@ -49,7 +49,9 @@ def test_the_runs_own_layout_and_the_three_best_are_shown_unless_all_are_asked_f
     assert layouts(few) == 2 * [*layouts(every)[:3], ["ZeRO-1 *", "replicated"]]
     assert "18 layouts were compared. --all shows all of them." in few
     # a run whose own layout is among the best has no row twice
-    assert len(layouts(printed("--gpus", "32", "--set", "teacher.placement=cached"))) == 2 * 4
+    cached = printed("--gpus", "32", "--set", "teacher.placement=cached")
+    assert len(layouts(cached)) == 2 * 4 and "15 G teacher tokens to score once" in cached
+    assert "teacher tokens to score once" not in printed("--gpus", "32")
     own = printed("--gpus", "1", "--set", "guidance.objective=clm")
     assert own.count("ZeRO-1 *") == 2 and "--all" not in own
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 from inline_snapshot import snapshot
 from transformers import AutoConfig
 
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.errors import UserError
 from megatron_vocagno.model.configuration import SUPPORTED
 from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.pretrain import main
@@ -153,7 +156,7 @@ def test_a_gguf_teacher_is_planned_as_its_folder_is(
     def plan(teacher: Path) -> None:
         words = arguments(tmp_path, student("llama", tmp_path, True), teacher, **BF16)
         assert main(words) == 0
-        told = capsys.readouterr().out.partition("objective: ")[2]  # DeepSpeed's own lines come before
+        told = capsys.readouterr().out
         printed.append(re.sub(r"(?m)^teacher: .*(?=, bfloat16)", "teacher", told))
 
     plan(source)
@@ -196,6 +199,48 @@ student.pretrained: tiny.gguf is a GGUF file, and only a teacher can be one. Con
         DIR=tmp_path,
     ):
         refused(main, *arguments(tmp_path, f'pretrained = "{whole}"', whole))
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(
+    dataset: AlignedDataset, teacher_tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = folder("llama", tmp_path)
+    (one / "config.json").write_text(json.dumps(keys("llama") | {"vocab_size": 50_000}))
+    words = [*arguments(tmp_path, student("gpt2", tmp_path, False), one), "--set", f"data.train={dataset.path}"]
+    words += ["--set", f"student.pretrained={one}"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "note: the student model" in printed and "note: the teacher model" in printed, "neither has a tokenizer"
+    shutil.copy(teacher_tokenizer / "tokenizer.json", one)
+    with pytest.raises(UserError, match="its student ids were made with another tokenizer than that of the student model"):
+        refused(main, *words)
+
+
+def test_a_misspelled_dataset_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "text.jsonl").touch()
+    words = arguments(tmp_path, student("llama", tmp_path, False), folder("llama", tmp_path), **BF16)
+    assert main([*words, "--set", f"data.train={tmp_path}/data/trian"]) == 0
+    *_, warning, end = capsys.readouterr().out.split("\n\n")
+    assert warning == f"warning: data.train does not exist: {tmp_path}/data/trian.\n  Did you mean {tmp_path}/data/train?"
+    assert end == "The dry run found no errors, but see the warning above.\n"
+    with told(
+        snapshot(
+            "data.train: DIR/data/text.jsonl is a file, not a dataset. Build a dataset with: python -m tools.preprocess.build_dataset …"
+        ),
+        DIR=tmp_path,
+    ):
+        refused(main, *words, "--set", f"data.train={tmp_path}/data/text.jsonl")
+    without = student("llama", tmp_path, False).replace('"vocab_size": 1000, ', "").replace("vocab_size = 1000, ", "")
+    words = arguments(tmp_path, without, folder("llama", tmp_path), **BF16)
+    with told(
+        snapshot("""\
+student.config has no vocab_size, and it cannot be taken from the dataset: data.train does not exist yet: DIR/data/trian
+  Did you mean DIR/data/train?\
+"""),
+        DIR=tmp_path,
+    ):
+        refused(main, *words, "--set", f"data.train={tmp_path}/data/trian")
 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

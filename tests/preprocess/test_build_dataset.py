@@ -86,11 +86,11 @@ def test_elsewhere_than_on_a_terminal_it_tells_in_plain_lines(real_settings, cor
     code, out, err = finished(start([*words, "--verify"]))
     assert (code, err) == (0, "") and "\x1b" not in out and "\r" not in out
     lines, table = out.splitlines()[:8], out.splitlines()[8:]
-    assert lines[0] == "note: the student's tokens come from gigatoken"
-    assert re.fullmatch(r"note: the teacher's tokens come from huggingface \(gigatoken cannot read it: .*\)", lines[1])
+    assert lines[0] == "note: tokenizer backend of the student: gigatoken"
+    assert re.fullmatch(r"note: tokenizer backend of the teacher: huggingface \(gigatoken cannot read it: .*\)", lines[1])
     assert lines[2] == (
-        "note: the teacher's documents end with <|endoftext|>: the tokenizer names <|im_end|>, which ends a turn of its chat "
-        "(as in chat models); --teacher-eos sets another token"
+        "note: the teacher's documents end with <|endoftext|>, not with the tokenizer's <|im_end|>, which ends a chat turn "
+        "(as in chat models). To change this, set --teacher-eos"
     )
     shards = [line.split(", eta ") for line in lines[3:]]
     assert {re.sub(r"\d", "N", line[0]) for line in shards} <= {f"shard N/N: NNNN {n} documents, N.N MB" for n in ("N", "NN")}
@@ -170,8 +170,9 @@ def test_what_is_quarantined_can_be_read_again(run, tmp_path):
     good = [json.dumps({"text": f"line {i}"}).encode() for i in range(5)]
     lines = [good[0], bad[0], good[1], bad[1], b"", bad[2], *good[2:]]
     file = write(tmp_path / "a.jsonl", b"\n".join(lines) + b"\n")
-    code, _, err = run(file)
+    code, out, err = run(file)
     assert code == 2 and f"{file}:2:{len(good[0]) + 1}: invalid JSON" in err and "--on-bad-line" in err
+    assert "shard 1/1: 0000 FAILED\n" in out, "the reason is told once"
     assert run(file, "--on-bad-line=quarantine")[0] == 2  # more than one in a thousand
     code, out, _ = run(file, "--on-bad-line=quarantine", "--max-bad-fraction=0.5")
     assert code == 0 and "3 left out" in out and "5 in 1 shards (1 reused)" in out

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vocagno.corpus import losses
-from megatron_vocagno.corpus.losses import tidy
+from megatron_vocagno.corpus.losses import remove_leftover_losses
 from megatron_vocagno.files import beside
 from megatron_vocagno.preprocess import build_folder
 from megatron_vocagno.preprocess.build import build
@@ -75,12 +75,12 @@ def test_losses_on_their_way_stay_while_their_writer_lives(tmp_path: Path):
     manifest: Any = SimpleNamespace(shards=[SimpleNamespace(path="shards/0000")])
     with (shard / live).open("ab") as writer:
         fcntl.flock(writer, fcntl.LOCK_EX)
-        tidy(tmp_path, manifest)
+        remove_leftover_losses(tmp_path, manifest)
         assert {path.name for path in shard.iterdir()} == {live, f"{live}.bin", own, "teacher_loss.bin"}
-    tidy(tmp_path, manifest)
+    remove_leftover_losses(tmp_path, manifest)
     assert {path.name for path in shard.iterdir()} == {own, "teacher_loss.bin"}
     with losses._at_work(beside(shard / losses.LOSS)) as temporary:
         Path(f"{temporary}.bin").touch()
-        tidy(tmp_path, manifest)
+        remove_leftover_losses(tmp_path, manifest)
         assert Path(f"{temporary}.bin").exists()
     assert {path.name for path in shard.iterdir()} == {own, "teacher_loss.bin"}

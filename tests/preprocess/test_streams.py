@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from backports import zstd
 
-from megatron_vocagno.errors import BrokenInput
+from megatron_vocagno.errors import BrokenInputError
 from megatron_vocagno.preprocess import streams
 from megatron_vocagno.preprocess.streams import compression_of, gzip_header_size, open_bytes
 from tests.corpus.formats import BGZIP_END, CONTAINERS, gzip_member, lines, of, skippable, write, xz_with_dictionary, zstd_stream
@@ -65,7 +65,7 @@ def test_a_gzip_header_is_whole_or_not(tmp_path):
     for n in range(len(whole) + 1):
         assert gzip_header_size(whole[:n]) == (size if n >= size else None)
         if n < len(whole):
-            with pytest.raises(BrokenInput, match=r"the gzip data ends in the middle: cut off\?"):
+            with pytest.raises(BrokenInputError, match=r"the gzip data ends in the middle: cut off\?"):
                 unpacked(tmp_path / "a", gzip_member(b"first") + whole[:n] if n else whole[:11])
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_gzip_header_is_called_so(tmp_path):
         gzip_member(b"text")[:-5] + b"\x01\x04\0\0\0": "damaged gzip data",
     }
     for data, reason in broken.items():
-        with pytest.raises(BrokenInput, match=reason):
+        with pytest.raises(BrokenInputError, match=reason):
             unpacked(tmp_path / "a", data)
 
 
@@ -126,7 +126,7 @@ def test_zstd_with_a_dictionary_is_called_so(tmp_path):
     trained = zstd.train_dict(samples, 4000)
     packed = zstd.compress(samples[0], zstd_dict=trained)
     for data in (packed, skippable(b"") + zstd.compress(b"plain") + packed):
-        with pytest.raises(BrokenInput, match=rf"were packed with a dictionary \({trained.dict_id}\): unpack them with it"):
+        with pytest.raises(BrokenInputError, match=rf"were packed with a dictionary \({trained.dict_id}\): unpack them with it"):
             unpacked(tmp_path / "a", data)
 
 
@@ -139,7 +139,7 @@ def test_what_a_library_does_not_support_is_not_called_damaged(tmp_path):
         xz_with_dictionary(b"text", (4 << 30) - 1),
     ):
         with pytest.raises(
-            BrokenInput, match=r"data that cannot be read here .*: if they are whole, unpack them with what packed them"
+            BrokenInputError, match=r"data that cannot be read here .*: if they are whole, unpack them with what packed them"
         ):
             unpacked(tmp_path / "a", data)
 

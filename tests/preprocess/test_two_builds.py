@@ -45,14 +45,14 @@ def test_a_second_build_into_a_folder_is_refused(built, corpus, settings, tmp_pa
     run = partial(build, [corpus], out, settings, shard_bytes=SHARD)
     with held(*call(), out=out, lock="lock"):
         for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(CorpusError, match=f"a build or a scoring is at work in {out}"):
+            with pytest.raises(CorpusError, match=f"another build or scoring is using {out}"):
                 second()
     assert contents(out) == contents(built.path)
     # the tasks of one array share the folder
     shutil.rmtree(out)
     with held(*call(shards="1/2"), out=out, lock="lock-1-of-2"):
         for second in (run, partial(run, part=Slice(1, 2)), partial(finish, out, settings)):
-            with pytest.raises(CorpusError, match="a build or a scoring is at work"):
+            with pytest.raises(CorpusError, match="another build or scoring is using"):
                 second()
         run(part=Slice(2, 2))
     finish(out, settings)

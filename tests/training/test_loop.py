@@ -39,7 +39,7 @@ def other_tokenizer(case: Case) -> Path:
 
 BAD = {
     "an unknown key": (["guidance.kep=0.4"], {}, "no field 'guidance.kep'; did you mean 'guidance.keep'?"),
-    "keep = 0": (["guidance.keep=0"], {}, "'guidance.keep': Input should be greater than 0, not 0"),
+    "keep = 0": (["guidance.keep=0"], {}, "'guidance.keep': must be above 0, not 0"),
     "no dataset": (["data.train=/nowhere"], {}, "error: data.train: /nowhere is not a dataset: the path does not exist"),
     "a truncated dataset": (["data.train={cut_off}"], {}, "student.bin: "),
     "no teacher": (["teacher.path=/nowhere"], {}, "error: teacher.path: no model at /nowhere: the path does not exist"),

@@ -12,7 +12,7 @@ from megatron_vocagno.batch.blend import BlendedRows, Mixture
 from megatron_vocagno.batch.loader import TrainRows
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.errors import RunError
-from megatron_vocagno.training.nonfinite import BrokenStep, NonFiniteGuard, describe, documents_of
+from megatron_vocagno.training.nonfinite import NonFiniteGuard, NonFiniteStep, describe, documents_of
 
 GOOD = {"loss/train": 2.0, "optimizer/grad_norm": 1.0, "optimizer/skipped_steps": 7.0, "loss/nonfinite_tokens": 0.0}
 BROKEN = [
@@ -65,7 +65,7 @@ def test_the_named_documents_are_those_whose_tokens_a_row_holds(dataset: Aligned
 
 
 def test_a_line_for_a_person_names_a_few_documents_and_counts_the_rest() -> None:
-    broken = BrokenStep(step=4, loss=float("nan"), grad_norm=1.5, nonfinite_tokens=2, skipped=True)
+    broken = NonFiniteStep(step=4, loss=float("nan"), grad_norm=1.5, nonfinite_tokens=2, skipped=True)
     line = describe(broken, {"data/a": list(range(10, 30)), "data/b": [], "data/c": [5]}, shown=3)
     assert line == (
         "step 4 was not finite and was skipped: loss nan, gradient norm 1.5, 2 tokens without a finite loss. "

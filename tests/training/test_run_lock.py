@@ -39,7 +39,7 @@ def test_the_second_run_waits_reports_and_fails_until_the_first_has_ended(tmp_pa
     assert first.acquire(said.append, nobody) == 0 and not said
     with pytest.raises(RunLockedError):
         second.acquire(said.append, nobody)
-    assert said == [f"another run is at work in {tmp_path / 'out'}: waiting up to 1 s for it to end"]
+    assert said == [f"another run is using {tmp_path / 'out'}: waiting up to 1 s for it to end"]
     first.close()
     assert second.acquire(said.append, nobody) == 0 and len(said) == 1
     second.close()

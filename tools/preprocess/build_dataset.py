@@ -14,6 +14,7 @@ After an interruption, run the same command again: it makes the missing shards. 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -59,6 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser, argv = parsers[argv[0]](), argv[1:]
     else:
         parser = build_parser()
+        near = difflib.get_close_matches(argv[0], parsers, n=1, cutoff=0.8) if argv and argv[0].isalpha() else []
+        if near and not Path(argv[0]).exists():
+            parser.error(f"no input named {argv[0]!r}; did you mean the command {near[0]!r}?")
     args = parser.parse_args(argv)
     return run_command(lambda: args.do(args), args.after_interrupt)
 
@@ -70,9 +74,11 @@ def build_dataset(args: argparse.Namespace) -> None:
     settings = settings_of(args)
     out = absolute(place(args.out))
     with BuildProgress(Terminal(quiet=args.quiet), args.verbose) as progress:
+        # first, because a tokenizer takes seconds to open
+        inputs = [absolute(file) for file in find(args.inputs, progress.note)]
         note_encoders(settings, progress)
         build(
-            [absolute(file) for file in find(args.inputs, progress.note)],
+            inputs,
             out,
             settings,
             engine=engine_of(args, out, progress),
@@ -328,10 +334,10 @@ def either(choices: object) -> str:
 def note_encoders(settings: BuildConfig, progress: BuildProgress) -> None:
     for side, tokenizer in zip(("student", "teacher"), settings.tokenizers, strict=True):
         why = f" ({tokenizer.not_fast})" if tokenizer.not_fast else ""
-        progress.note(f"the {side}'s tokens come from {tokenizer.encoder.name}{why}")
+        progress.note(f"tokenizer backend of the {side}: {tokenizer.encoder.name}{why}")
         if tokenizer.eos_why:
-            end = f"the {side}'s documents end with {tokenizer.eos_token}"
-            progress.note(f"{end}: {tokenizer.eos_why}; --{side}-eos sets another token")
+            end = f"the {side}'s documents end with {tokenizer.eos_token}, {tokenizer.eos_why}"
+            progress.note(f"{end}. To change this, set --{side}-eos")
 
 
 def print_summary(out: Place, reused: int, args: argparse.Namespace) -> None:

@@ -50,7 +50,8 @@ class BuildProgress(WorkProgress):
         self.ended += self.weight.get(job.index, 0)
         if isinstance(result, JobFailure):
             self.failed += 1
-            how = f"FAILED: {result.reason}"
+            # the error at the end contains the reasons again
+            how = f"FAILED: {result.reason}" if self.done < self.shards else "FAILED"
         else:
             how = self._finished(result)
         if not self.shown or self.verbose or isinstance(result, JobFailure):

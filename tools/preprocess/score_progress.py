@@ -42,7 +42,8 @@ class ScoreProgress(WorkProgress):
         self.done += 1
         self.at_work.pop(result.job.index, None)
         if isinstance(result, JobFailure):
-            how = f"FAILED: {result.reason}"
+            # the error at the end contains the reasons again
+            how = f"FAILED: {result.reason}" if self.done < self.shards else "FAILED"
         elif result.seconds:
             totals = result.losses.totals
             self.scored += totals.tokens

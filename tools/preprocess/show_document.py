@@ -55,12 +55,20 @@ def parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("index", nargs="?", type=int, default=0, metavar="INDEX", help="number of the document (default: 0)")
+    which.add_argument("index", nargs="?", type=number, default=0, metavar="INDEX", help="number of the document (default: 0)")
     which.add_argument("--id", help="id of the document, in a dataset that was built with --id-key")
     which.add_argument("--random", action="store_true", help="a random document; the first line shows its number")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first student token (default: 0)")
     parser.add_argument("--stop", type=int, metavar="N", help="student token after the last (default: the end)")
     return parser
+
+
+def number(text: str) -> int:
+    """A type for argparse."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a document number, not {text!r}; to search by id, use --id {text}") from None
 
 
 def chosen(dataset: AlignedDataset, index: int, id_: str | None, any_document: bool) -> int:

@@ -143,7 +143,7 @@ def test_tasks_of_an_array_share_the_shards_and_the_last_one_records_them(
 
 def test_no_build_while_it_is_scored(unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
     folder = copy(unscored)
-    with locked(folder, None), pytest.raises(CorpusError, match="a build or a scoring is at work"):
+    with locked(folder, None), pytest.raises(CorpusError, match="another build or scoring is using"):
         score(folder, asked, part=Slice(1, 2))
 
 
