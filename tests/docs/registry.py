@@ -224,6 +224,7 @@ CLUSTERS = (
     Rule(r"docker run --shm-size", Checked(checks.shell_reads, "an option of Docker's, and no image here")),
     Rule(r"hf download$", Checked(checks.hf_understands, "it needs a network", (("download", "download org/name"),))),
     Rule(r"hf download ", Checked(checks.hf_understands, "it needs a network")),
+    Rule(r"cp ds_configs/", Here()),
     Rule(
         r"cp examples/launch/",
         There("tests/examples/launch/test_hostfile.py::test_two_machines_by_pdsh_train_as_one", ("cp examples/launch/hostfile",)),
