@@ -4,7 +4,7 @@
         options = parser().parse_args(arguments)
         return run_command(lambda: work(options), "finished work is kept; run the same command again to continue")
 
-docs/reference.md describes the behaviour that all commands share.
+docs/reference.md describes the behavior that all commands share.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def pinned(names: Sequence[str | os.PathLike[str]], record: Path) -> list[str]:
     texts = [os.fspath(name) for name in names]
     # a name with a commit needs no record, and a name that exists is a path
     unpinned = [t for t in texts if (found := ID.fullmatch(t)) and not _is_commit(found["revision"]) and not _exists(Path(t))]
-    # read the record first: a run may create a folder with the organisation's name, and must still recognize its teacher
+    # read the record first: a run may create a folder with the organization's name, and must still recognize its teacher
     known = _read_record(record.read_text(encoding="utf-8"), record) if unpinned and record.exists() else {}
     # write the record last, because this may create that folder
     if new := {text: _pin(text) for text in unpinned if text not in known and is_id(text)}:

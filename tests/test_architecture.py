@@ -50,7 +50,7 @@ DOORS = {
     "tensorboard": ["training/tensorboard.py"],
     "rich": [],
     "gguf": ["model/gguf.py"],
-    "torchao": ["model/quantised.py"],
+    "torchao": ["model/quantized.py"],
     "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py"],
 }
 

@@ -102,7 +102,7 @@ def test_a_path_that_exists_is_no_id_and_a_slip_in_one_is_not_asked_of_the_hub(
     assert [hub.short_name(Path(name)) for name in names] == ["Qwen2.5-Math-7B", "b", "tiny@1", "other"]
 
 
-def test_a_folder_named_like_an_organisation_is_reported_and_hides_no_commit(
+def test_a_folder_named_like_an_organization_is_reported_and_hides_no_commit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -135,7 +135,7 @@ def test_a_pin_outlives_the_branch_that_moves(tmp_path: Path, monkeypatch: pytes
         return Path(commits[name])
 
     monkeypatch.setattr(hub, "snapshot", snapshot)
-    record = Path("Qwen/run1/pins.json")  # its folder hides the organisation from the second start
+    record = Path("Qwen/run1/pins.json")  # its folder hides the organization from the second start
     names, pins = list(map(Path, commits)), [Path(f"{name.partition('@')[0]}@{commit}") for name, commit in commits.items()]
     assert pinned([*names[:2], tmp_path], record) == [*pins[:2], tmp_path]
     commits.update(dict.fromkeys(list(commits)[:2], "4" * 40))

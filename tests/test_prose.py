@@ -35,9 +35,9 @@ REWRITTEN = [
     ),
     ("in an environment of your own, `pip install -e .` does.", "In your own environment, run `pip install -e .` instead."),
     (
-        "What their sources say; docs/neighbours.md has what they learn from the teacher and how they are parallel, and which snapshots "
+        "What their sources say; docs/neighbors.md has what they learn from the teacher and how they are parallel, and which snapshots "
         "were read.",
-        "Compared by reading source code, not by running it. docs/neighbours.md lists the commits, the distillation signal and the "
+        "Compared by reading source code, not by running it. docs/neighbors.md lists the commits, the distillation signal and the "
         "parallelism of each project.",
     ),
     ("`plan` tells memory, hours and cost of all layouts", "`plan` estimates memory, time and cost for each layout"),

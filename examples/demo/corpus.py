@@ -24,7 +24,7 @@ from megatron_vocagno.errors import UserError
 from megatron_vocagno.files import beside
 
 DOCUMENTED = ("sympy", "networkx", "mpmath")
-"""Packages with long docstrings about mathematics; all three under BSD licences."""
+"""Packages with long docstrings about mathematics; all three under BSD licenses."""
 SHORTEST = 200
 """Characters; shorter docstrings often only repeat their function's name."""
 HELD_OUT = 20
@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 
 def champ_problems() -> Iterator[Text]:
-    """270 competition problems with their solutions, step by step (CHAMP, MIT licence)."""
+    """270 competition problems with their solutions, step by step (CHAMP, MIT license)."""
     problems = orjson.loads((_package("champ_dataset") / "dataset_files" / "v0.json").read_bytes())["problems"]
     for name, problem in problems.items():
         steps = [step["_text"] for step in problem["solution"]["steps"]]

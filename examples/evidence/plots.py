@@ -22,7 +22,7 @@ STYLE: Any = {
     "grid.alpha": 0.3,
     "figure.facecolor": "white",
 }
-COLOURS = {
+COLORS = {
     "clm": "#4d4d4d",
     "random": "#a6761d",
     "student": "#7570b3",
@@ -38,7 +38,7 @@ def draw_curves(path: Path, arms: Mapping[str, Mapping[float, Sample]], title: s
     def draw(axes: Axes) -> None:
         for arm, steps in arms.items():
             means = [value.mean for value in steps.values()]
-            (line,) = axes.plot(list(steps), means, marker="o", markersize=3, label=arm, color=COLOURS.get(arm))
+            (line,) = axes.plot(list(steps), means, marker="o", markersize=3, label=arm, color=COLORS.get(arm))
             spread = [value.sd or 0.0 for value in steps.values()]
             low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(list(steps), low, high, alpha=0.15, color=line.get_color(), linewidth=0)

@@ -71,7 +71,7 @@ def align(text: str, student: Tokenizer | str | Path, teacher: Tokenizer | str |
     Two student tokens may share a teacher token, as 1 and 2 do. A token without text, for example a token that is only a dummy
     prefix, is unmapped. An empty text has no tokens.
 
-    The text is not normalised. If a tokenizer normalises text itself, byte positions change: pass
+    The text is not normalized. If a tokenizer normalizes text itself, byte positions change: pass
     `unicodedata.normalize("NFC", text)`, as build_dataset does.
 
     Raises TokenizerError for a tokenizer that does not exist or loses text, CorpusError if the two do not read the same bytes.

@@ -6,7 +6,7 @@ A piece of a tokenizer.json is written in one of five ways. The number of its by
 - one character of GPT-2's byte alphabet per byte
 - `<0xNN>` for one byte
 - with U+2581 for each space
-- a normalised added token, without the space that its normalizer puts before it
+- a normalized added token, without the space that its normalizer puts before it
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ class HuggingFaceEncoder:
         assert found is not None, token
         return found
 
-    def normalised(self, text: str) -> str:
+    def normalized(self, text: str) -> str:
         """The text after the tokenizer's normalizer."""
         normalizer = self.tokenizer.normalizer
         return text if normalizer is None else str(normalizer.normalize_str(text))

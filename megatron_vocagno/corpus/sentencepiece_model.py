@@ -1,9 +1,9 @@
 """A SentencePiece BPE model -> the tokenizer.json that gives the same ids.
 
-A user-defined symbol (USER_DEFINED: Gemma's runs of line ends, HTML tags) is one token wherever it occurs in the normalised text.
+A user-defined symbol (USER_DEFINED: Gemma's runs of line ends, HTML tags) is one token wherever it occurs in the normalized text.
 It becomes an added token that is not a control token. SentencePiece puts a space only before the text, whereas `Prepend` would
 also put one before each part of a text that follows a symbol. The normalizer of such a model is therefore a Replace of `\\A`, the
-beginning of the text. It does not change a text that is exactly one symbol, because the library also normalises added tokens.
+beginning of the text. It does not change a text that is exactly one symbol, because the library also normalizes added tokens.
 """
 
 from __future__ import annotations

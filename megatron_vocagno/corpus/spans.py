@@ -4,7 +4,7 @@ Student token i covers the bytes [s, e) of the text. Its span [first, last) cont
 `first` is the first teacher token that ends after s, and `last` is the first teacher token that starts at e or later. A token
 without bytes (EOS, or a token that is only a dummy prefix) is **unmapped**: first == last, its position among the teacher tokens.
 
-Both sequences tile one text, so neighbours share at most one teacher token:
+Both sequences tile one text, so neighbors share at most one teacher token:
 
     first[i + 1] ∈ {last[i], last[i] - 1}          last[-1] := before
 
@@ -89,7 +89,7 @@ def align(student: Tokens, teacher: Tokens) -> Spans:
     if student.n_bytes != teacher.n_bytes:
         raise CorpusError(
             f"student reads {student.n_bytes:,} bytes, teacher {teacher.n_bytes:,}: both must read the same text; "
-            "is one of the tokenizers normalising (NFKC, lower-casing)?"
+            "is one of the tokenizers normalizing (NFKC, lower-casing)?"
         )
     starts, teacher_starts = student.starts, teacher.starts
     for side, tokens, begin in (("student", student, starts), ("teacher", teacher, teacher_starts)):
@@ -128,7 +128,7 @@ class EncodedSpans:
 
 
 def encode(spans: Spans) -> EncodedSpans:
-    """A document's spans -> codes. Raises CorpusError if neighbours share more than one teacher token or skip one.
+    """A document's spans -> codes. Raises CorpusError if neighbors share more than one teacher token or skip one.
 
     >>> spans = Spans(np.array([0, 0, 2], np.int32), np.array([1, 2, 3], np.int32))
     >>> encode(spans).codes.tolist()
@@ -142,7 +142,7 @@ def encode(spans: Spans) -> EncodedSpans:
         i = int(np.argmax((shared != 0) & (shared != 1)))
         raise CorpusError(
             f"token {i} starts at teacher token {spans.first[i]}, the one before it ends at {before[i]}: "
-            "neighbours must touch or share one teacher token"
+            "neighbors must touch or share one teacher token"
         )
     width = spans.last - spans.first
     code = width << 1 | shared

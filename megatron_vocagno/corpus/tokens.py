@@ -15,7 +15,7 @@ tokenizer's own offsets are used then. They count characters, and overlap if a t
 the text either, the ends are "unknown".
 
 Tokenizers that change the text (NFKC, lower case) or lose parts of it (WordPiece, Unigram) are refused with the reason. The
-caller normalises to NFC, once for both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are plain text. All
+caller normalizes to NFC, once for both tokenizers. Control tokens written in a text ("</s>", "<|im_start|>") are plain text. All
 other text is read as the tokenizer itself reads it (`plain_text`).
 """
 
@@ -299,7 +299,7 @@ def _added_bytes(
         i = reference.id_of(content)
         if i in controls:
             continue  # two tokens have this id: the library never finds this one
-        text = reference.normalised(content) if token.get("normalized", True) else content
+        text = reference.normalized(content) if token.get("normalized", True) else content
         n_bytes = len((text.replace(SPACE, " ") if plain.marked and text != content else text).encode())
         if content not in plain.json["model"]["vocab"]:
             table[i] = n_bytes

@@ -1,7 +1,7 @@
 """Atomic save and exact resume, in any layout.
 
 All ranks write. Then each file is synced to disk and hashed, then the manifest is written, and last `latest` is replaced. A crash
-at any moment leaves the older checkpoints complete, and the new one is recognised as unfinished (see manifest.py). If one rank
+at any moment leaves the older checkpoints complete, and the new one is recognized as unfinished (see manifest.py). If one rank
 cannot write, the run ends on all ranks with one message.
 """
 

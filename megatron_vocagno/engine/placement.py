@@ -15,7 +15,7 @@ from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model import teacher as model
-from megatron_vocagno.model.quantised import Quantization
+from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import Teacher, TeacherFolder, find_teacher, open_teacher, teacher_folder
 
 PRECISIONS = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True}}, torch.float32: {}}

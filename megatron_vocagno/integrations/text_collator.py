@@ -20,7 +20,7 @@ class TextCollator:
 
     The first token of a text is predicted from the id that the model's tokenizer puts in front of a text (BOS in most families),
     or from EOS if there is none. The last label is EOS, which no teacher token covers. Rows are padded on the right, which a
-    causal model does not read, so no attention mask is needed. Texts are NFC-normalised, as in build_dataset.
+    causal model does not read, so no attention mask is needed. Texts are NFC-normalized, as in build_dataset.
     """
 
     def __init__(self, student: Tokenizer, teacher: Tokenizer, length: int) -> None:

@@ -9,7 +9,7 @@
     proof.py          checks that losses match the model's own logits
     teacher.py        the frozen teacher: token ids -> one loss per token, no logits kept
     fingerprint.py    a hash that identifies a teacher
-    quantised.py      the teacher's matrices in 8 bits
+    quantized.py      the teacher's matrices in 8 bits
     gguf.py           converts a GGUF file to a Hugging Face folder, once
     gguf_keys.py      converts the keys of a GGUF file to a configuration
 

@@ -1,4 +1,4 @@
-"""Converts a GGUF file to a Hugging Face folder: config.json, model.safetensors, tokenizer.json. The weights are dequantised.
+"""Converts a GGUF file to a Hugging Face folder: config.json, model.safetensors, tokenizer.json. The weights are dequantized.
 
 transformers can read GGUF weights, but it takes about 20 seconds for 135M parameters each time. A conversion is therefore kept in
 `<cache>/teachers/<sha256 of the file>-<CONVERSION>/`, where <cache> is $MEGATRON_VOCAGNO_CACHE or ~/.cache/megatron_vocagno. The
@@ -46,7 +46,7 @@ DIGITS_APART = {"type": "Digits", "individual_digits": True}
 
 
 def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[str] | None = None) -> Path:
-    """The converted folder of a GGUF file. Converts the file if no process has done so yet. Raises ModelError: see dequantise."""
+    """The converted folder of a GGUF file. Converts the file if no process has done so yet. Raises ModelError: see dequantize."""
     source = _gguf_file(gguf_path)
     folder = place_of_conversion(source, cache)
     if not folder.exists():
@@ -60,7 +60,7 @@ def cached_folder(gguf_path: str | os.PathLike[str], cache: str | os.PathLike[st
                 # a warning, so that the pause is explained even if logging was not set up
                 log.warning("converting %s once (about 20 s per 100 MB and 10 s per 50,000 tokens) into %s", source.name, folder)
                 try:
-                    dequantise(source, folder)
+                    dequantize(source, folder)
                 except ModelError:
                     # without locks, another process may have written the same folder
                     if not folder.exists():
@@ -75,7 +75,7 @@ def place_of_conversion(gguf_path: str | os.PathLike[str], cache: str | os.PathL
     return root / "teachers" / f"{sha256(source)}-{CONVERSION}"
 
 
-def dequantise(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
+def dequantize(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:
     """Write a GGUF file's model and tokenizer as a Hugging Face folder. The folder is written completely or not at all.
 
     dtype  type of the written weights; float32 holds the values of any GGUF file exactly

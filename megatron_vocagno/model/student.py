@@ -215,7 +215,7 @@ def build_layer(config: PretrainedConfig, i: int, seed: int, recompute: bool = F
         layer.recompute = recompute
     last = layer_count(config) - 1
     numbers_of = 0 if i == last and config.tie_word_embeddings else i
-    _initialise(layer, config, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
+    _initialize(layer, config, torch.Generator().manual_seed(seed * 2**20 + numbers_of))
     return layer
 
 
@@ -239,8 +239,8 @@ def _empty_layer(config: PretrainedConfig, i: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _initialise(layer: nn.Module, config: PretrainedConfig, generator: torch.Generator) -> None:
-    """Initialise as transformers does: matrices normal(0, initializer_range), biases 0, norms with a scale of 1."""
+def _initialize(layer: nn.Module, config: PretrainedConfig, generator: torch.Generator) -> None:
+    """Initialize as transformers does: matrices normal(0, initializer_range), biases 0, norms with a scale of 1."""
     for name, parameter in layer.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0.0, config.initializer_range, generator=generator)

@@ -20,7 +20,7 @@ from megatron_vocagno.model.folder import PretrainedWeights, model_folder, quiet
 from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.model.headers import readable
 from megatron_vocagno.model.proof import ProbeResult, probe
-from megatron_vocagno.model.quantised import Quantization, quantise
+from megatron_vocagno.model.quantized import Quantization, quantize
 from megatron_vocagno.model.student import LossHead, logit_softcap
 from megatron_vocagno.model.weights import check_weights
 
@@ -157,7 +157,7 @@ def find_teacher(
 
 
 def load_teacher(found: TeacherFolder, quantization: Quantization = "none") -> Teacher:
-    """Load the teacher. `int8` and `fp8` quantise the linear layers of its decoder, see quantised.py. Raises ModelError."""
+    """Load the teacher. `int8` and `fp8` quantize the linear layers of its decoder, see quantized.py. Raises ModelError."""
     with quiet(), readable(found.folder):
         model = AutoModelForCausalLM.from_pretrained(
             found.folder,
@@ -169,8 +169,8 @@ def load_teacher(found: TeacherFolder, quantization: Quantization = "none") -> T
             trust_remote_code=False,
         )
     if quantization != "none":
-        # before the move: the device then never holds the unquantised weights
-        quantise(model.get_decoder(), quantization, found.device)
+        # before the move: the device then never holds the unquantized weights
+        quantize(model.get_decoder(), quantization, found.device)
     return Teacher(model.to(found.device))
 
 

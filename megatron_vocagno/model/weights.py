@@ -22,9 +22,9 @@ from megatron_vocagno.model.folder import PretrainedWeights, quiet
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Allowed types of weights, as safetensors and as torch name them."""
 DEQUANTISED = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config", "compressed-tensors": "CompressedTensorsConfig"}
-"""Quantisation methods that transformers can convert to unquantised weights, and its class for the conversion."""
+"""Quantization methods that transformers can convert to unquantized weights, and its class for the conversion."""
 PACKED = re.compile(r"\.(qweight|qzeros|scales|g_idx|absmax|quant_state\..*|weight_scale\w*|weight_packed|SCB)$")
-"""Names of tensors that only folders with quantised matrices have."""
+"""Names of tensors that only folders with quantized matrices have."""
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 ROWS_AT_ONCE = 4096
 
@@ -42,9 +42,9 @@ def check_weights(weights: PretrainedWeights, config: PretrainedConfig) -> Pretr
 
     config  the folder's configuration. transformers also loads a head that differs, even if the configuration ties it
 
-    Raises ModelError: quantised weights, or tensors that are missing, not used, or of another shape.
+    Raises ModelError: quantized weights, or tensors that are missing, not used, or of another shape.
     """
-    _check_not_quantised(weights, config)
+    _check_not_quantized(weights, config)
     _check_floating_point(weights, config)
     model, found = _load_on_meta(weights, config, list(weights))
     missing, unused = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
@@ -70,22 +70,22 @@ def _untied(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_not_quantised(weights: PretrainedWeights, config: PretrainedConfig) -> None:
+def _check_not_quantized(weights: PretrainedWeights, config: PretrainedConfig) -> None:
     stored = getattr(config, "quantization_config", None) or getattr(config.get_text_config(), "quantization_config", None)
     if stored:
         keys = stored if isinstance(stored, dict) else stored.to_dict()
         method = str(keys.get("quant_method") or "bitsandbytes").split(".")[-1].lower()
-        instead = "Use the unquantised weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
+        instead = "Use the unquantized weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
         if method in DEQUANTISED:
             instead = (
-                "Use the unquantised weights, or write them: AutoModelForCausalLM.from_pretrained(folder, "
+                "Use the unquantized weights, or write them: AutoModelForCausalLM.from_pretrained(folder, "
                 f"quantization_config={DEQUANTISED[method]}(dequantize=True)).save_pretrained(new_folder)."
             )
-        raise ModelError(f"the weights in {weights.folder} are quantised ({method}), which is not supported. {instead}")
+        raise ModelError(f"the weights in {weights.folder} are quantized ({method}), which is not supported. {instead}")
     if packed := [name for name in weights if PACKED.search(name)]:
         raise ModelError(
-            f"the weights in {weights.folder} are quantised, but config.json has no quantization_config: {packed[0]} has "
-            f"type {weights.dtype(packed[0])}. Use the unquantised weights that they were made from."
+            f"the weights in {weights.folder} are quantized, but config.json has no quantization_config: {packed[0]} has "
+            f"type {weights.dtype(packed[0])}. Use the unquantized weights that they were made from."
         )
 
 
@@ -109,7 +109,7 @@ def _check_floating_point(weights: PretrainedWeights, config: PretrainedConfig) 
         name = next((tails[_tail(missing)] for missing in wrong if _tail(missing) in tails), others[0])
         raise ModelError(
             f"the weights in {weights.folder} cannot be used: the type of {name} is {weights.dtype(name)}, but a "
-            f"{config.model_type} model needs floating-point numbers ({', '.join(FLOATS)}). Are the weights quantised, or cast "
+            f"{config.model_type} model needs floating-point numbers ({', '.join(FLOATS)}). Are the weights quantized, or cast "
             "by the program that saved them? Use the weights that they were made from."
         )
 

@@ -1,4 +1,4 @@
-"""GPU backend of linear_ce: the work on one tile of logits between two products. linear_ce explains the maths.
+"""GPU backend of linear_ce: the work on one tile of logits between two products. linear_ce explains the math.
 
     update_online_softmax   (max, sum) <- (max, sum) + tile                           reads the tile once
     dlogits_tile            tile -> (p * scale - onehot(target) * gradient) * dz/dx   reads and writes the tile once

@@ -27,7 +27,7 @@ class Cluster:
     assumed: Assumptions
 
     def bandwidth(self, ranks: int) -> float:
-        """Bytes/s of each rank in a ring of `ranks` neighbours. Each GPU of a node belongs to one ring that leaves the node."""
+        """Bytes/s of each rank in a ring of `ranks` neighbors. Each GPU of a node belongs to one ring that leaves the node."""
         between = min(self.gpu.link, self.gpu.network * self.per_node)
         return 1e9 * self.assumed.link_share * (self.gpu.link if ranks <= self.per_node else between)
 

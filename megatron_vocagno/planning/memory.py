@@ -194,7 +194,7 @@ class TeacherSpec:
     config: PretrainedConfig
     sizes: Sizes
     dtype: torch.dtype
-    quantised: bool
+    quantized: bool
     """Whether the linear layers of the decoder take one byte per parameter."""
     tokens_per_batch: int
     """Tokens per forward pass."""
@@ -207,8 +207,8 @@ class TeacherSpec:
         return max(1, self.tokens_per_batch // self.row_length)
 
     def weight_bytes(self) -> int:
-        quantised = self.quantised * self.sizes.layers * self.sizes.matmul_params_per_layer
-        return (self.sizes.parameters - quantised) * self.dtype.itemsize + quantised
+        quantized = self.quantized * self.sizes.layers * self.sizes.matmul_params_per_layer
+        return (self.sizes.parameters - quantized) * self.dtype.itemsize + quantized
 
     def resident(self, candidate: Candidate) -> int:
         """Bytes of the teacher's weights on each rank."""

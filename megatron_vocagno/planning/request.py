@@ -196,7 +196,7 @@ def _teacher_specs(
             config,
             sizes(config),
             dtype,
-            quantised=teacher.quantization != "none",
+            quantized=teacher.quantization != "none",
             tokens_per_batch=teacher.tokens_per_batch,
             row_length=min(longest, config.max_position_embeddings),
         )

@@ -52,9 +52,9 @@ def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
 
 
 def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) -> Iterator[AlignedPart]:
-    """The parts of a text, each NFC-normalised (with `nfc`), tokenized by both tokenizers and aligned.
+    """The parts of a text, each NFC-normalized (with `nfc`), tokenized by both tokenizers and aligned.
 
-    Normalising the full text at once would need a second copy in memory, at four bytes per character if one character needs them.
+    Normalizing the full text at once would need a second copy in memory, at four bytes per character if one character needs them.
     """
     done = Part(ends=False)
     for part in parts(text, (student, teacher)):

@@ -24,7 +24,7 @@ from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import read_config
-from megatron_vocagno.model.quantised import Quantization
+from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs

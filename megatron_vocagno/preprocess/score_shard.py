@@ -22,7 +22,7 @@ from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
 from megatron_vocagno.errors import ChangedError
-from megatron_vocagno.model.quantised import Quantization
+from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from megatron_vocagno.preprocess.windows import Int64, Windows, plan_windows
 from megatron_vocagno.preprocess.workers import report

@@ -45,7 +45,7 @@ CHECK_EVERY = 1000  # one document per this number is compared with Hugging Face
 class Text:
     """A document to tokenize.
 
-    text     NFC-normalised, unless it is longer than `PART_CHARACTERS` characters
+    text     NFC-normalized, unless it is longer than `PART_CHARACTERS` characters
     number   the document's number in the shard
     n_bytes  UTF-8 bytes, or characters if it is longer than `PART_CHARACTERS` characters
     """

@@ -80,7 +80,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "a prefix in each part": byte_level([added("<br>", 261), added("  ", 301)], pre_tokenizer=prefixed()),
     "Gemma": spaced([added("\n\n", 0), added("<br>", 0), added("▁▁", 0), added("  ", 401)], REPLACE),
     "Llama": spaced([added("<br>", 0), added("</td>", 401, rstrip=True)], LLAMA),
-    "Llama, normalised": spaced([added("<br>", 0, normalized=True), added("ö", 0, normalized=True)], LLAMA),
+    "Llama, normalized": spaced([added("<br>", 0, normalized=True), added("ö", 0, normalized=True)], LLAMA),
     "Metaspace, always": spaced([added("<br>", 0), added("\n\n", 0)], None, metaspace("always")),
     "Metaspace, first": spaced([added("<br>", 0), added("ö", 0, normalized=True)], None, metaspace("first")),
     "Metaspace, never": spaced([added("<br>", 0), added("  ", 401)], None, metaspace("never")),

@@ -319,7 +319,7 @@ LOOKING = (
         r"python examples/with_hf_trainer\.py",
         There("tests/library/test_hf_trainer.py::test_the_command_trains_and_saves_a_model", ("with_hf_trainer",)),
     ),
-    Rule(r"python \.ci/licences\.py$", Checked(checks.names_files, "it writes the page, of the packages that are installed")),
+    Rule(r"python \.ci/licenses\.py$", Checked(checks.names_files, "it writes the page, of the packages that are installed")),
     Rule(r"python examples/demo/story\.py$", There("Makefile", ("examples/demo/story.py",))),
     Rule(r"python examples/demo/corpus\.py ", There("examples/demo/story.py", ("examples/demo/corpus.py", "--out"))),
     Rule(r"python -m benchmarks\.", Checked(parse, "minutes; tests run the quick forms")),

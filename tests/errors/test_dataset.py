@@ -324,7 +324,7 @@ def test_tokens_that_cannot_be_aligned() -> None:
     with told(
         snapshot(
             "student reads 2 bytes, teacher 3: both must read the same text; is one of the tokenizers "
-            "normalising (NFKC, lower-casing)?"
+            "normalizing (NFKC, lower-casing)?"
         )
     ):
         align(tokens(1, 2), tokens(3))
@@ -332,7 +332,7 @@ def test_tokens_that_cannot_be_aligned() -> None:
         align(tokens(1, 1, 3), tokens(3))
     with told(
         snapshot(
-            "token 1 starts at teacher token 3, the one before it ends at 1: neighbours must touch or share one teacher token"
+            "token 1 starts at teacher token 3, the one before it ends at 1: neighbors must touch or share one teacher token"
         )
     ):
         encode(Spans(np.array([0, 3], np.int32), np.array([1, 4], np.int32), 0))

@@ -20,8 +20,8 @@ from megatron_vocagno.model import gguf
 from megatron_vocagno.model.attention import check_documents, resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights, model_folder, to_hugging_face
-from megatron_vocagno.model.gguf import dequantise
-from megatron_vocagno.model.quantised import quantise
+from megatron_vocagno.model.gguf import dequantize
+from megatron_vocagno.model.quantized import quantize
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from tests.errors.models import LLAMA, change, model
@@ -223,7 +223,7 @@ def test_teachers_that_cannot_teach(model: Path) -> None:
 
 def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     with told(snapshot("teacher.quantization = 'int8': the teacher's decoder has no torch linear layers. Use 'none'")):
-        quantise(nn.Embedding(2, 2), "int8", "cpu")
+        quantize(nn.Embedding(2, 2), "int8", "cpu")
     linear = nn.Linear(2, 2)
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with told(
@@ -231,33 +231,33 @@ def test_a_teacher_in_8_bits_that_cannot_be(monkeypatch: pytest.MonkeyPatch) -> 
             "teacher.quantization = 'int8' needs torchao (import of torchao.quantization halted; None in sys.modules): pip install torchao, or use 'none'"
         )
     ):
-        quantise(linear, "int8", "cpu")
+        quantize(linear, "int8", "cpu")
     linear.weight.ds_id = 0  # type: ignore[assignment]
     with told(
         snapshot(
-            "teacher.quantization = 'fp8' with teacher.placement = 'zero3': quantised weights cannot be sharded. Use placement 'replicated', or quantization 'none'."
+            "teacher.quantization = 'fp8' with teacher.placement = 'zero3': quantized weights cannot be sharded. Use placement 'replicated', or quantization 'none'."
         )
     ):
-        quantise(linear, "fp8", "cpu")
+        quantize(linear, "fp8", "cpu")
 
 
 def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
     with told(snapshot("no GGUF file at DIR/no.gguf"), DIR=tmp_path):
-        dequantise(tmp_path / "no.gguf", tmp_path / "out")
+        dequantize(tmp_path / "no.gguf", tmp_path / "out")
     with told(snapshot("DIR is a folder, not a GGUF file"), DIR=tmp_path):
-        dequantise(tmp_path, tmp_path / "out")
+        dequantize(tmp_path, tmp_path / "out")
     file = tmp_path / "x.gguf"
     file.write_bytes(b"<htm")
     with told(snapshot("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?"), DIR=tmp_path):
-        dequantise(file, tmp_path / "out")
+        dequantize(file, tmp_path / "out")
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     with told(snapshot("cannot write DIR: it exists"), DIR=tmp_path):
-        dequantise(file, tmp_path)
+        dequantize(file, tmp_path)
     with told(
         snapshot("transformers cannot read the model in DIR/x.gguf: DIR/x.gguf has no `general.architecture` in its metadata."),
         DIR=tmp_path,
     ):
-        dequantise(file, tmp_path / "out")
+        dequantize(file, tmp_path / "out")
 
 
 def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,14 +269,14 @@ def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(gguf, "_write_model", lambda *_: None)
     monkeypatch.setattr(gguf.AutoTokenizer, "from_pretrained", refuse)
     with told(snapshot("transformers cannot read the tokenizer in DIR/x.gguf: Directory not empty"), DIR=tmp_path):
-        dequantise(file, tmp_path / "out")
+        dequantize(file, tmp_path / "out")
     monkeypatch.setattr(gguf, "_write_tokenizer", lambda *_: None)
     monkeypatch.setattr(gguf, "_write_origin", lambda *_: None)
     monkeypatch.setattr("pathlib.Path.rename", refuse)
     with told(
         snapshot("cannot write DIR/out: Directory not empty. Did another process write it at the same time?"), DIR=tmp_path
     ):
-        dequantise(file, tmp_path / "out")
+        dequantize(file, tmp_path / "out")
 
 
 def test_what_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

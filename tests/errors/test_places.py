@@ -17,7 +17,7 @@ from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.engine.settings import read_settings
 from megatron_vocagno.errors import UserError, missing_path_hint, nearest, tool
 from megatron_vocagno.model.folder import model_folder
-from megatron_vocagno.model.gguf import dequantise
+from megatron_vocagno.model.gguf import dequantize
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.planning.model_config import given_config, read_config
 from megatron_vocagno.preprocess.inputs import find
@@ -38,7 +38,7 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 READERS: dict[str, Callable[[str], object]] = {
     "a model": model_folder,
     "a teacher": teacher_folder,
-    "a GGUF file": lambda path: dequantise(path, "out"),
+    "a GGUF file": lambda path: dequantize(path, "out"),
     "a configuration": lambda path: read_config(Path(path), "teacher"),
     "a configuration of an option": lambda path: given_config(Path(path), "--teacher-config"),
     "a dataset": lambda path: read_manifest(Path(path)),
@@ -70,7 +70,7 @@ def test_a_name_is_near_where_it_differs_by_a_slip_and_leads_to_something(tmp_pa
     assert nearest(tmp_path / "x.toml") == ""
 
 
-def test_a_slip_in_the_first_folder_is_no_organisation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slip_in_the_first_folder_is_no_organization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     assert hub.is_id("modls/gemma-3-270m")

@@ -41,7 +41,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file(tensors | {"model.norm.weight": torch.zeros(8, dtype=torch.int8)}, model / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/model cannot be used: the type of model.norm.weight is I8, but a llama model needs floating-point numbers (F64, F32, F16, BF16). Are the weights quantised, or cast by the program that saved them? Use the weights that they were made from."
+            "the weights in DIR/model cannot be used: the type of model.norm.weight is I8, but a llama model needs floating-point numbers (F64, F32, F16, BF16). Are the weights quantized, or cast by the program that saved them? Use the weights that they were made from."
         ),
         DIR=tmp_path,
     ):
@@ -50,7 +50,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     save_file(tensors | packed, model / "model.safetensors")
     with told(
         snapshot(
-            "the weights in DIR/model are quantised, but config.json has no quantization_config: model.layers.0.self_attn.q_proj.qweight has type I32. Use the unquantised weights that they were made from."
+            "the weights in DIR/model are quantized, but config.json has no quantization_config: model.layers.0.self_attn.q_proj.qweight has type I32. Use the unquantized weights that they were made from."
         ),
         DIR=tmp_path,
     ):
@@ -58,7 +58,7 @@ def test_weights_of_another_configuration(model: Path, tmp_path: Path) -> None:
     change(model, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
     with told(
         snapshot(
-            "the weights in DIR/model are quantised (bitsandbytes), which is not supported. Use the unquantised weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
+            "the weights in DIR/model are quantized (bitsandbytes), which is not supported. Use the unquantized weights that it was made from; teacher.quantization = 'int8' holds those in 8 bits."
         ),
         DIR=tmp_path,
     ):

@@ -20,7 +20,7 @@ RANKS = 2
 
 
 def make_cases(count: int) -> list[dict]:
-    """Quantised losses: ties within and across ranks. Shares of eligible tokens that differ from rank to rank."""
+    """Quantized losses: ties within and across ranks. Shares of eligible tokens that differ from rank to rank."""
     rng, generator = random.Random(1), torch.Generator().manual_seed(1)
     cases = []
     for _ in range(count):

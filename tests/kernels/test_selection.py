@@ -56,7 +56,7 @@ def test_the_selection_is_that_of_the_slow_method(
 
 
 def test_every_float_is_ranked_in_its_order(each_ranking: Backend) -> None:
-    """Neighbouring floats of all magnitudes and both signs: each must be distinguished from the next."""
+    """Neighboring floats of all magnitudes and both signs: each must be distinguished from the next."""
     backend = each_ranking
     bits_N = torch.arange(0, 0x7F800001, 8_973_391, dtype=torch.int32)
     bits_N = torch.cat([bits_N, bits_N + 1, torch.tensor([1, 2, 0x7F7FFFFF, 0x7F800000])]).to(torch.int32)

@@ -110,11 +110,11 @@ def assert_close_to_dense(case: Case, softcap: float | None) -> None:
     whole_N = ~case.broken_N
     torch.testing.assert_close(loss_N[whole_N].double(), true_N[whole_N], rtol=2e-6, atol=1e-5)
     assert len(gradients) == 2 - case.frozen
-    cancelled = 2e-6 * float(case.gradient_N.norm()) * case.hidden_NH.shape[1] ** 0.5  # probability less 1 at the target
+    canceled = 2e-6 * float(case.gradient_N.norm()) * case.hidden_NH.shape[1] ** 0.5  # probability less 1 at the target
     for gradient, true in zip(gradients, true_gradients, strict=True):
         assert gradient.dtype == case.hidden_NH.dtype and gradient.isfinite().all()
         error, eps = (gradient.double() - true).norm(), max(torch.finfo(gradient.dtype).eps, 2e-6)
-        assert error <= eps * true.norm() + cancelled, (error, true.norm())
+        assert error <= eps * true.norm() + canceled, (error, true.norm())
     assert not gradients[0][~case.learned_N].any(), "a token of weight 0 has exact zeros"
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model import gguf as gguf_module
-from megatron_vocagno.model.gguf import cached_folder, dequantise
+from megatron_vocagno.model.gguf import cached_folder, dequantize
 from megatron_vocagno.model.teacher import open_teacher
 from tests.model.tiny_gguf import VOCAB, write_gguf
 from tests.tokenizers_for_tests import GGUF, package_folder
@@ -26,7 +26,7 @@ from tools.convert.gguf_to_safetensors import main
 
 def test_a_converted_file_is_the_model_that_transformers_reads(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf")
-    folder = dequantise(source, tmp_path / "deep" / "out")
+    folder = dequantize(source, tmp_path / "deep" / "out")
     config = (folder / "config.json").read_text()
     assert "quantization_config" not in config and {file.name for file in tmp_path.iterdir()} == {"tiny.gguf", "deep"}
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["out"], "nothing temporary is left"
@@ -50,7 +50,7 @@ def test_a_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     teacher = open_teacher(source, torch.float32, "cpu")
     assert teacher.vocab_size == len(VOCAB) and "converting tiny.gguf once" in caplog.text
     (folder,) = (path for path in (tmp_path / "cache" / "teachers").iterdir() if path.is_dir())
-    monkeypatch.setattr(gguf_module, "dequantise", None)
+    monkeypatch.setattr(gguf_module, "dequantize", None)
     copy = source.rename(tmp_path / "renamed.gguf")
     assert cached_folder(copy) == folder, "the content names the folder, not the file"
     monkeypatch.setattr(gguf_module, "CONVERSION", 3)
@@ -64,9 +64,9 @@ def test_one_of_many_converts_and_the_others_wait(tmp_path: Path, monkeypatch: p
     def counted(path: Path, out: Path) -> None:
         conversions.append(out)
         time.sleep(0.3)
-        dequantise(path, out)
+        dequantize(path, out)
 
-    monkeypatch.setattr(gguf_module, "dequantise", counted)
+    monkeypatch.setattr(gguf_module, "dequantize", counted)
     with ThreadPoolExecutor(4) as pool:
         folders = list(pool.map(lambda _: cached_folder(source, tmp_path / "cache"), range(4)))
     assert len(conversions) == 1 and folders == [conversions[0]] * 4
@@ -78,7 +78,7 @@ def test_without_locks_whoever_loses_the_race_uses_the_winners_folder(tmp_path: 
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     source, winner = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "winner"
-    dequantise(source, winner)
+    dequantize(source, winner)
     write_tokenizer = gguf_module._write_tokenizer
 
     def slow(path: Path, folder: Path) -> None:
@@ -93,16 +93,16 @@ def test_without_locks_whoever_loses_the_race_uses_the_winners_folder(tmp_path: 
 
 
 def test_an_unknown_splitting_rule_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    dequantise(write_gguf(tmp_path / "known.gguf"), tmp_path / "known")
+    dequantize(write_gguf(tmp_path / "known.gguf"), tmp_path / "known")
     assert "splits text" not in caplog.text
-    dequantise(write_gguf(tmp_path / "unknown.gguf", "nobody-knows"), tmp_path / "unknown")
+    dequantize(write_gguf(tmp_path / "unknown.gguf", "nobody-knows"), tmp_path / "unknown")
     assert "unknown.gguf splits text by the unknown rule 'nobody-knows'" in caplog.text
 
 
 def test_smollm_splits_digits_before_words(tmp_path: Path) -> None:
     """Of the spaces before a number, the last stays with the others: in training no token held a digit and a space."""
     for rule, expected in (("smollm", ["a", "ĠĠ", "1"]), ("gpt-2", ["a", "Ġ", "Ġ1"])):
-        dequantise(write_gguf(tmp_path / f"{rule}.gguf", rule), tmp_path / rule)
+        dequantize(write_gguf(tmp_path / f"{rule}.gguf", rule), tmp_path / rule)
         backend = AutoTokenizer.from_pretrained(tmp_path / rule).backend_tokenizer
         assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("a  1")] == expected
 
@@ -111,9 +111,9 @@ def test_what_cannot_be_converted_is_refused_and_leaves_nothing(tmp_path: Path, 
     (tmp_path / "text.gguf").write_text("not a model")
     (tmp_path / "cut.gguf").write_bytes(write_gguf(tmp_path / "whole.gguf").read_bytes()[:700])
     with pytest.raises(ModelError, match=r"GGUF .* b'not '"):
-        dequantise(tmp_path / "text.gguf", tmp_path / "out")
+        dequantize(tmp_path / "text.gguf", tmp_path / "out")
     with pytest.raises(ModelError, match=r"transformers cannot read the model in .*cut\.gguf"):
-        dequantise(tmp_path / "cut.gguf", tmp_path / "out")
+        dequantize(tmp_path / "cut.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 3
     assert main([str(tmp_path / "text.gguf"), "--out", str(tmp_path / "out")]) == 2
     assert "not a GGUF file" in capsys.readouterr().err

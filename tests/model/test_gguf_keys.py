@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.fingerprint import CONVERTED, teacher_fingerprint
 from megatron_vocagno.model.folder import PretrainedWeights
-from megatron_vocagno.model.gguf import dequantise
+from megatron_vocagno.model.gguf import dequantize
 from tests.model.tiny_gguf import HEADS, HIDDEN, LAYERS, VOCAB, write_gguf
 
 WIDTH = HIDDEN // HEADS
 
 
 def converted(tmp_path: Path, **asked: Any) -> Path:
-    return dequantise(write_gguf(tmp_path / "tiny.gguf", **asked), tmp_path / "out")
+    return dequantize(write_gguf(tmp_path / "tiny.gguf", **asked), tmp_path / "out")
 
 
 def logits(model: Any) -> Tensor:
@@ -190,9 +190,9 @@ def test_a_text_gets_the_bos_and_eos_that_the_file_specifies(case: str, tmp_path
 
 def test_a_folder_has_the_fingerprint_of_its_file_while_it_holds_its_numbers(tmp_path: Path) -> None:
     source = write_gguf(tmp_path / "tiny.gguf")
-    folder = dequantise(source, tmp_path / "out")
+    folder = dequantize(source, tmp_path / "out")
     assert teacher_fingerprint(folder) == teacher_fingerprint(source)
-    rounded = dequantise(source, tmp_path / "rounded", torch.bfloat16)
+    rounded = dequantize(source, tmp_path / "rounded", torch.bfloat16)
     assert not (rounded / CONVERTED).exists() and teacher_fingerprint(rounded) != teacher_fingerprint(source)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))

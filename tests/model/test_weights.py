@@ -82,9 +82,9 @@ FAULTS: dict[str, tuple[Callable[[State], State], dict[str, Any], str]] = {
         r"1 are not used \(model.layers.0.self_attn.q_proj.bias\). Does the configuration lack a bias",
     ),
     "shape": (dict, {"intermediate_size": 82}, r"down_proj.weight is \(48, 80\), the configuration requires \(48, 82\)"),
-    "gptq": (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantised \(gptq\), which is not supported"),
-    "awq": (dict, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantised \(awq\), which is not supported"),
-    "bitsandbytes": (dict, {"quantization_config": {"load_in_8bit": True}}, r"\(bitsandbytes\), .*Use the unquantised weights"),
+    "gptq": (dict, {"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"quantized \(gptq\), which is not supported"),
+    "awq": (dict, {"quantization_config": {"quant_method": "awq", "bits": 4}}, r"quantized \(awq\), which is not supported"),
+    "bitsandbytes": (dict, {"quantization_config": {"load_in_8bit": True}}, r"\(bitsandbytes\), .*Use the unquantized weights"),
     "fp8": (dict, {"quantization_config": {"quant_method": "fp8"}}, r"\(fp8\), .*FineGrainedFP8Config\(dequantize=True\)"),
     "compressed-tensors": (
         dict,

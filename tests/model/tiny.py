@@ -60,8 +60,8 @@ def write_model(folder: Path, spec: dict[str, Any], seed: int = 0, **save_option
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            centre = 1.0 if parameter.ndim == 1 else 0.0
-            parameter.copy_(centre + torch.randn(parameter.shape, generator=generator) * 0.1)
+            center = 1.0 if parameter.ndim == 1 else 0.0
+            parameter.copy_(center + torch.randn(parameter.shape, generator=generator) * 0.1)
     model.save_pretrained(folder, **save_options)
     return folder
 

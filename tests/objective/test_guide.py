@@ -55,7 +55,7 @@ def test_guide_is_the_aggregate_of_the_range(how: str) -> None:
 
 
 @pytest.mark.parametrize("how", HOWS)
-def test_a_sum_hears_nothing_of_its_neighbours(how: str) -> None:
+def test_a_sum_hears_nothing_of_its_neighbors(how: str) -> None:
     """1e30 beside the range, or an infinity, or NaN: a difference of prefix sums would lose or spoil the small losses."""
     for poison in (1e30, math.inf, math.nan):
         losses = torch.tensor([[poison, 0.5, 0.25, poison]])

@@ -37,7 +37,7 @@ def without_guide(student: Tensor, valid: Tensor, normalizer: float | Tensor | N
 
 
 def random_losses(rng: random.Random) -> tuple[list[list[float]], list[list[float]], list[list[bool]]]:
-    """Quantised, so that ties are common and float32 sums are exact."""
+    """Quantized, so that ties are common and float32 sums are exact."""
     rows, width = rng.randint(1, 4), rng.choice([1, 2, 5, 16, 33])
     gaps, holes, padding = rng.choice([0.0, 0.1, 1.0]), rng.choice([0.0, 0.0, 0.1]), rng.choice([0.0, 0.3, 1.0])
 

@@ -101,10 +101,10 @@ def test_what_the_run_asks_for_is_planned() -> None:
         printed("--gpus", "6", "--json", "--set", "parallel.pipeline_stages=3", "--set", "parallel.partition=[10,8,4]")
     )
     assert {option["stages"] for option in dealt["options"]} <= {0, 2, 3}
-    quantised = json.loads(printed("--gpus", "8", "--json", "--set", "teacher.quantization=int8"))
-    teacher = quantised["teachers"][0]
+    quantized = json.loads(printed("--gpus", "8", "--json", "--set", "teacher.quantization=int8"))
+    teacher = quantized["teachers"][0]
     expected = 2 * teacher["parameters"] - teacher["layers"] * teacher["matmul_params_per_layer"]
-    assert quantised["as_asked"]["memory"]["teacher"] == expected
+    assert quantized["as_asked"]["memory"]["teacher"] == expected
 
 
 def test_the_baselines_are_planned_with_the_teacher_that_they_ask_for() -> None:

@@ -95,10 +95,10 @@ def run_schedule(micro_batches: int, seconds: list[tuple[float, float]]) -> floa
             if places[stage] == len(order):
                 continue
             forward, micro = order[places[stage]]
-            neighbour = stage - 1 if forward else stage + 1
-            if 0 <= neighbour < count and (neighbour, forward, micro) not in finished:
+            neighbor = stage - 1 if forward else stage + 1
+            if 0 <= neighbor < count and (neighbor, forward, micro) not in finished:
                 continue
-            begin = max(clocks[stage], finished.get((neighbour, forward, micro), 0.0))
+            begin = max(clocks[stage], finished.get((neighbor, forward, micro), 0.0))
             clocks[stage] = finished[stage, forward, micro] = begin + seconds[stage][0 if forward else 1]
             places[stage] += 1
     return max(clocks)

@@ -215,7 +215,7 @@ def test_good_and_bad_lines_lie_beside_each_other(tmp_path):
 
 
 def test_no_text_has_a_lone_surrogate(tmp_path):
-    """Strict parsing is trusted for that: every pair of halves and neighbours, escaped, with and without NaN beside it."""
+    """Strict parsing is trusted for that: every pair of halves and neighbors, escaped, with and without NaN beside it."""
     halves = ["\\ud800", "\\udbff", "\\udc00", "\\udfff", "\\ud83d", "\\ude00", "x", "\\\\ud800"]
     rows = [f'{{"text": "{a}{b}{c}"{end}}}' for a, b, c in itertools.product(halves, repeat=3) for end in ("", ', "n": NaN')]
     found = of(tmp_path / "a", "\n".join(rows).encode())

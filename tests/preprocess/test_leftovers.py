@@ -1,4 +1,4 @@
-"""What killed processes left is removed; what a neighbour is writing, and what is nobody's of ours, is not."""
+"""What killed processes left is removed; what a neighbor is writing, and what is nobody's of ours, is not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_build_removes_what_killed_ones_left_and_nothing_else(copy, settings):
 
 
 @pytest.mark.parametrize("how", ["no locks", "local locks"])
-def test_where_no_lock_tells_of_neighbours_only_what_has_long_been_left_is_removed(copy, settings, monkeypatch, how):
+def test_where_no_lock_tells_of_neighbors_only_what_has_long_been_left_is_removed(copy, settings, monkeypatch, how):
     corpus, out = copy
     old = time.time() - 2 * build_folder.STALE_SECONDS
     for path in ((out / DEAD[0]) / "student.bin", out / DEAD[0]):

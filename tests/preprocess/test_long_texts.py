@@ -236,7 +236,7 @@ def test_a_document_is_long_by_its_characters_alone(pair, short_parts, tmp_path)
 
 
 def test_a_mismatch_in_the_middle_takes_all_of_it_back(mistral, smollm2_folder, short_parts, tmp_path):
-    """A teacher that normalises by itself reads other bytes where the text is decomposed."""
+    """A teacher that normalizes by itself reads other bytes where the text is decomposed."""
     raw = json.loads((smollm2_folder / "tokenizer.json").read_text())
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw | {"normalizer": {"type": "NFC"}}))
     pair = mistral, open_tokenizer(tmp_path, eos_token="<|im_end|>")

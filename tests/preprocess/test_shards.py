@@ -100,7 +100,7 @@ def test_a_long_document_with_an_underscore_of_sentencepiece_is_placed_by_offset
 
 
 def test_a_document_whose_tokens_do_not_cover_it_is_quarantined(settings, tmp_path):
-    """A teacher that normalises to NFC by itself reads other bytes than the student when the corpus does not."""
+    """A teacher that normalizes to NFC by itself reads other bytes than the student when the corpus does not."""
     folder = tmp_path / "nfc"
     folder.mkdir()
     raw = json.loads((Path(settings.teacher) / "tokenizer.json").read_text())
@@ -112,7 +112,7 @@ def test_a_document_whose_tokens_do_not_cover_it_is_quarantined(settings, tmp_pa
     assert (ds.totals.documents, ds.totals.mismatched_documents) == (2, 1)
     (row,) = [json.loads(r) for r in (tmp_path / "raw/shards/0000/quarantine.jsonl").read_bytes().splitlines()]
     assert row["line"] == 2 and "the teacher's tokens hold" in row["reason"]
-    # normalised once, before both, it is a document like any other
+    # normalized once, before both, it is a document like any other
     assert make([file], tmp_path / "nfc-first", own).totals.documents == 3
 
 

@@ -1,4 +1,4 @@
-"""Ranges, pins, licences and imports name the same packages."""
+"""Ranges, pins, licenses and imports name the same packages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import licences
+import licenses
 import pytest
 from dependencies import lowest, requirements
 from packaging.requirements import Requirement
@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name as canonical
 
 from tests.runs import REPOSITORY
 
-PINNED = ("pinned.txt", "quantised.txt", "evaluation.txt")
+PINNED = ("pinned.txt", "quantized.txt", "evaluation.txt")
 NOT_PINNED = {"flash-attn"}
 """Needs a GPU's compiler, which `make install` does not ask for."""
 MODULES = {"google": "protobuf", "upath": "universal-pathlib", "backports": "backports-zstd"}
@@ -87,31 +87,31 @@ def test_the_tools_import_each_other_wherever_they_are_installed() -> None:
     assert "tools" not in {*imported(REPOSITORY / "tools"), *imported(REPOSITORY / "megatron_vocagno")}
 
 
-# ---- licences
+# ---- licenses
 
 
 def rows() -> dict[tuple[str, str], str]:
-    """(package, extra) -> licence, as the page has it."""
-    found = licences.TABLE.search(licences.PAGE.read_text(encoding="utf-8"))
+    """(package, extra) -> license, as the page has it."""
+    found = licenses.TABLE.search(licenses.PAGE.read_text(encoding="utf-8"))
     assert found
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()[2:]]
-    return {(name, extra.replace("every installation", "")): licence for name, extra, licence in cells}
+    return {(name, extra.replace("every installation", "")): license for name, extra, license in cells}
 
 
 def test_the_page_names_every_dependency_and_no_other() -> None:
     assert list(rows()) == [(each.name, extra) for extra, of_extra in requirements().items() for each in of_extra]
 
 
-def test_the_page_has_the_licence_that_each_package_names() -> None:
+def test_the_page_has_the_license_that_each_package_names() -> None:
     pinned, met = pins(), 0
-    for (name, _), licence in rows().items():
+    for (name, _), license in rows().items():
         pin = pinned.get(canonical(name))
         try:
             same = pin is not None and metadata.version(name).partition("+")[0] == version(pin)
         except metadata.PackageNotFoundError:
             continue
         if same:
-            assert licences.licence(name) == licence
+            assert licenses.license(name) == license
             met += 1
     if any(metadata.version(name) != version(pinned[name]) for name in ("transformers", "deepspeed")):
         pytest.skip("transformers or deepspeed are not the pinned ones: this is another environment than `make install` makes")
@@ -119,7 +119,7 @@ def test_the_page_has_the_licence_that_each_package_names() -> None:
 
 
 def test_what_tests_and_demo_read_is_on_the_page_too() -> None:
-    page = licences.PAGE.read_text(encoding="utf-8")
+    page = licenses.PAGE.read_text(encoding="utf-8")
     lines = (REPOSITORY / "requirements/containers.txt").read_text(encoding="utf-8").splitlines()
     names = [Requirement(line).name for line in lines if line and not line.startswith("#")]
     assert len(names) == 3

@@ -68,7 +68,7 @@ def test_it_takes_one_name_at_the_top_and_no_command_of_the_shell(wheel: zipfile
     assert f"{INFO}/entry_points.txt" not in wheel.namelist()
 
 
-def test_it_says_its_version_its_licence_and_its_python(wheel: zipfile.ZipFile, metadata: Message) -> None:
+def test_it_says_its_version_its_license_and_its_python(wheel: zipfile.ZipFile, metadata: Message) -> None:
     assert metadata["Version"] == megatron_vocagno.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert wheel.read(f"{INFO}/licenses/{metadata['License-File']}") == (REPOSITORY / "LICENSE").read_bytes()

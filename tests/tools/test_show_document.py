@@ -148,7 +148,7 @@ def test_a_text_that_the_student_changes_is_shown_side_by_side(small, texts):
 # ---- the command
 
 
-def test_piped_output_has_the_same_text_without_colour(small, capsys, monkeypatch):
+def test_piped_output_has_the_same_text_without_color(small, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     assert main([str(small.dataset.path), "3"]) == 0
     plain = capsys.readouterr().out
@@ -156,9 +156,9 @@ def test_piped_output_has_the_same_text_without_colour(small, capsys, monkeypatc
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     assert main([str(small.dataset.path), "3"]) == 0
-    coloured = capsys.readouterr().out
-    assert coloured.count("\x1b") > 20
-    assert re.sub(r"\x1b\[[\d;]*m", "", coloured) == plain
+    colored = capsys.readouterr().out
+    assert colored.count("\x1b") > 20
+    assert re.sub(r"\x1b\[[\d;]*m", "", colored) == plain
 
 
 def test_it_names_the_document_and_its_counts(small, capsys):

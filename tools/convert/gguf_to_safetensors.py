@@ -1,4 +1,4 @@
-"""Converts a GGUF file to a Hugging Face folder with dequantised weights: config.json, model.safetensors, tokenizer.json.
+"""Converts a GGUF file to a Hugging Face folder with dequantized weights: config.json, model.safetensors, tokenizer.json.
 
     python -m tools.convert.gguf_to_safetensors FILE.gguf --out DIR
 
@@ -20,7 +20,7 @@ from megatron_vocagno.errors import tool
 
 PROG = tool("convert.gguf_to_safetensors")
 MB_PER_SECOND = 5.0
-"""Megabytes of a quantised file that one core converts per second (SmolLM2-135M, 49,152 tokens: 20 s for 100 MB, and 9 s for its
+"""Megabytes of a quantized file that one core converts per second (SmolLM2-135M, 49,152 tokens: 20 s for 100 MB, and 9 s for its
 tokenizer).
 """
 
@@ -44,9 +44,9 @@ def convert(options: argparse.Namespace) -> None:
     # imported after the options were checked, because torch and transformers take seconds to import
     import torch
 
-    from megatron_vocagno.model.gguf import dequantise
+    from megatron_vocagno.model.gguf import dequantize
 
-    folder = dequantise(options.gguf, options.out, getattr(torch, options.dtype))
+    folder = dequantize(options.gguf, options.out, getattr(torch, options.dtype))
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:,.0f} MB, {options.dtype}")
 
@@ -55,7 +55,7 @@ def parser() -> Parser:
     parser = Parser(
         PROG,
         "FILE.gguf --out DIR",
-        "Convert a GGUF file to a Hugging Face folder: config.json, dequantised model.safetensors, tokenizer.json.",
+        "Convert a GGUF file to a Hugging Face folder: config.json, dequantized model.safetensors, tokenizer.json.",
         f"{PROG} models/SmolLM2-135M.Q4_1.gguf --out models/smollm2",
     )
     parser.add_argument("gguf", type=Path, metavar="FILE.gguf", help="the model, including its tokenizer")

@@ -263,7 +263,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         default="error",
         help=f"records without text: {either(OnBadLine)} (default: error)",
     )
-    group.add_argument("--no-nfc", dest="nfc", action="store_false", help="do not normalise the texts to NFC")
+    group.add_argument("--no-nfc", dest="nfc", action="store_false", help="do not normalize the texts to NFC")
     group.add_argument(
         "--backend",
         choices=get_args(Backend),

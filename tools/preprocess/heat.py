@@ -34,12 +34,12 @@ MOST_STEPS = 200
 MOST_CHARACTERS = 60  # per token
 
 TEMPLATES = Path(__file__).with_name("templates")
-HALF = 4  # colours on either side of the middle one
+HALF = 4  # colors on either side of the middle one
 
 
 @dataclass(frozen=True)
 class Token:
-    space: str  # a space before a word, which is not coloured
+    space: str  # a space before a word, which is not colored
     text: str
     breaks: bool  # a line ends here
 
@@ -112,7 +112,7 @@ def page(run: Path, data: Path | None = None) -> str:
         data=_data(interlinear.teacher, rows, views, shown),
         script=Markup(script),
         hash=b64encode(sha256(script.encode()).digest()).decode(),
-        colours=range(2 * HALF + 1),
+        colors=range(2 * HALF + 1),
     )
 
 
@@ -249,6 +249,6 @@ def _names(side: Side, ids: Int32) -> list[str]:
 
 
 def _limit(values: Float32) -> float:
-    """End of the colour scale, in nats: 98 % of the values are below."""
+    """End of the color scale, in nats: 98 % of the values are below."""
     finite = values[np.isfinite(values)]
     return max(0.5, math.ceil(2 * float(np.quantile(finite, 0.98))) / 2) if len(finite) else 1.0

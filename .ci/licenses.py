@@ -1,6 +1,6 @@
-"""Write the table of docs/licences.md: the requirements of setup.py, and the licence in the metadata of each package.
+"""Write the table of docs/licenses.md: the requirements of setup.py, and the license in the metadata of each package.
 
-.venv/bin/python .ci/licences.py        run it in the environment of `make install`
+.venv/bin/python .ci/licenses.py        run it in the environment of `make install`
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 
 from dependencies import ROOT, requirements
 
-PAGE = ROOT / "docs" / "licences.md"
+PAGE = ROOT / "docs" / "licenses.md"
 TABLE = re.compile(r"^\| package \| for \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE)
-APART = [str(Path(sys.prefix) / folder) for folder in ("quantised", "evaluation")]
+APART = [str(Path(sys.prefix) / folder) for folder in ("quantized", "evaluation")]
 """Folders in which `make install` puts packages that must not be imported by accident."""
 NO_WORDS = {
     "flash-attn": "BSD-3-Clause (in its repository; a build needs a GPU's compiler)",
@@ -22,7 +22,7 @@ NO_WORDS = {
 }
 
 
-def licence(package: str) -> str | None:
+def license(package: str) -> str | None:
     """In the package's own words; None: it is not installed."""
     if package in NO_WORDS:
         return NO_WORDS[package]
@@ -37,12 +37,12 @@ def licence(package: str) -> str | None:
 
 
 def table() -> str:
-    """Raises LookupError: a package is not installed, or names no licence."""
-    lines = ["| package | for | licence |", "|---|---|---|"]
+    """Raises LookupError: a package is not installed, or names no license."""
+    lines = ["| package | for | license |", "|---|---|---|"]
     for extra, asked in requirements().items():
         for requirement in asked:
-            if not (named := licence(requirement.name)):
-                raise LookupError(f"{requirement.name}: {'no licence in its metadata' if named == '' else 'not installed'}")
+            if not (named := license(requirement.name)):
+                raise LookupError(f"{requirement.name}: {'no license in its metadata' if named == '' else 'not installed'}")
             lines.append(f"| {requirement.name} | {extra or 'every installation'} | {named} |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a quantised teacher is, measured: a program, as torchao must not be imported by the tests' own process.
+"""What a quantized teacher is, measured: a program, as torchao must not be imported by the tests' own process.
 
 transformers imports torchao wherever it is installed, which every process that starts would pay for; so it lies in a folder of
 its own, and only this program has that on its path.
@@ -17,7 +17,7 @@ from tests.model.tiny import batch
 
 
 def decoder_bytes(teacher: Teacher) -> int:
-    """Of its matrices: what quantised tensors hold counts, not what they stand for."""
+    """Of its matrices: what quantized tensors hold counts, not what they stand for."""
     held = 0
     for module in teacher.decoder.modules():
         if isinstance(module, nn.Linear):

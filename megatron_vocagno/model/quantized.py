@@ -1,7 +1,7 @@
 """A teacher's decoder with 8-bit weights, by torchao: half the memory of bfloat16 for a model that only runs forward.
 
-Only weights are quantised. The forward pass still multiplies in the teacher's own dtype. Embedding, norms and head are not
-quantised: the losses come directly from the head, and `token_loss` reads it in tiles.
+Only weights are quantized. The forward pass still multiplies in the teacher's own dtype. Embedding, norms and head are not
+quantized: the losses come directly from the head, and `token_loss` reads it in tiles.
 """
 
 from typing import Literal
@@ -14,8 +14,8 @@ from megatron_vocagno.errors import ModelError
 Quantization = Literal["none", "int8", "fp8"]
 
 
-def quantise(decoder: nn.Module, quantization: Literal["int8", "fp8"], device: torch.device | str) -> None:
-    """Quantise the weights of all linear layers, one layer after the other, and move each to `device`.
+def quantize(decoder: nn.Module, quantization: Literal["int8", "fp8"], device: torch.device | str) -> None:
+    """Quantize the weights of all linear layers, one layer after the other, and move each to `device`.
 
     int8  symmetric, one scale per matrix row
     fp8   float8_e4m3fn, one scale per matrix row
@@ -24,7 +24,7 @@ def quantise(decoder: nn.Module, quantization: Literal["int8", "fp8"], device: t
     """
     if any(hasattr(parameter, "ds_id") for parameter in decoder.parameters()):
         raise ModelError(
-            f"teacher.quantization = '{quantization}' with teacher.placement = 'zero3': quantised weights cannot be sharded. "
+            f"teacher.quantization = '{quantization}' with teacher.placement = 'zero3': quantized weights cannot be sharded. "
             "Use placement 'replicated', or quantization 'none'."
         )
     if not any(isinstance(module, nn.Linear) for module in decoder.modules()):
