@@ -20,8 +20,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.hookimpl(optionalhook=True)  # where pytest-xdist is loaded
 def pytest_xdist_auto_num_workers() -> int:
-    """One more than there are cores: a test that waits for processes, or for time to pass, leaves its core to another."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two more than there are cores, because a test that waits for processes or for time leaves its core to another."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -194,7 +194,7 @@ def waiting_ranks(output: Path, number: int) -> list[psutil.Process]:
         ranks = sorted(server.children(), key=lambda process: process.pid)
         said = Path(f"/proc/{ranks[0].pid}/fd/1") if len(ranks) == number else None
         # a new rank still has the standard output of its server, which is a pipe
-        if said is not None and said.resolve().is_file() and f"another run is at work in {output}" in said.read_text():
+        if said is not None and said.resolve().is_file() and f"another run is using {output}" in said.read_text():
             return ranks
         time.sleep(0.05)
     raise AssertionError("it never came to wait")
@@ -214,4 +214,4 @@ def test_a_run_starts_once_the_other_has_left_its_folder(case: Case) -> None:
         fcntl.flock(other, fcntl.LOCK_UN)
         thread.join()
     assert answer[0].returncode == 0, answer[0].stdout[-3000:]
-    assert "another run is at work in " in answer[0].stdout and "finished: step 1" in answer[0].stdout
+    assert "another run is using " in answer[0].stdout and "finished: step 1" in answer[0].stdout
