@@ -324,6 +324,7 @@ def test_losses_that_were_scored_by_id_are_those_of_the_folder(case: Case, monke
     assert by_id == ScoringOptions(case.teacher).scoring(data) and by_id.name == case.teacher.name
 
 
+@pytest.mark.long
 def test_a_run_does_not_depend_on_the_road_by_which_its_models_came(case: Case, tmp_path: Path) -> None:
     """Models by path, and half of the steps again with models by id."""
     student = tmp_path / "student"

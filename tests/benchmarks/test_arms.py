@@ -45,7 +45,7 @@ def test_peak_memory_is_measured_from_its_start() -> None:
     assert 0.95 * size < step_memory.peak() - before < 1.2 * size
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_compared_steps_have_the_same_losses(tmp_path: Path) -> None:
     case = step.prepare(tmp_path, step.QUICK)
     students = step_arms._student(case), step_arms._hugging_face(case.student, torch.float32)

@@ -88,6 +88,7 @@ def test_a_text_has_the_same_ids_in_any_batch(fast, texts):
     assert all(np.array_equal(batch[i], ids) for i, ids in enumerate(alone)) and len(alone) > 100
 
 
+@pytest.mark.long
 def test_opening_again_when_memory_has_grown_keeps_the_ids(mistral, texts, monkeypatch):
     assert not mistral.encoder.caches_words
     fast = deepseek().encoder

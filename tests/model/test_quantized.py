@@ -19,6 +19,7 @@ TORCHAO = Path(sys.prefix) / "quantized"
 """Where `make install` puts it: see tests/model/quantized.py."""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not (TORCHAO / "torchao").is_dir(), reason=f"no torchao in {TORCHAO}")
 def test_losses_are_near_those_of_the_teacher_as_it_is(tmp_path: Path) -> None:
     wide = {**SIZES, "hidden_size": 128, "intermediate_size": 256}

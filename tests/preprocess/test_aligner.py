@@ -170,7 +170,7 @@ def test_numpy_does_it_where_numba_is_missing(monkeypatch):
     assert aligner._backend() is by_bytes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_walk_is_compiled_once_and_then_read_from_its_cache(tmp_path):
     code = (
         "import numpy as np\nfrom megatron_vocagno.preprocess import aligner_numba, aligner\n"

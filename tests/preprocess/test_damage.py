@@ -187,7 +187,7 @@ def test_a_page_that_claims_to_be_large_takes_no_memory(tmp_path):
     assert (n, good) == (1, 0) and mib < 150
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_memory_is_that_of_the_longest_record_not_of_the_file(tmp_path):
     texts = real.texts() * 60
     data = lines(texts)
