@@ -80,15 +80,14 @@ def main(files: list[str]) -> int:
         files = [file for file in listed.stdout.splitlines() if Path(file).is_file() and file not in TABLE["skip"]]
     if wrong := [file for file in files if not file.endswith((".md", ".py")) or not Path(file).is_file()]:
         sys.exit(f"error: not a .md or .py file: {', '.join(wrong)}")
-    count = 0
+    lines = list[str]()
     for file in files:
         text, markdown = Path(file).read_text(encoding="utf-8"), file.endswith(".md")
         for above, part in [(0, text)] if markdown else passages(text):
-            for line, words, advice in sorted(findings(part, markdown)):
-                print(f"{file}:{above + line + 1}: {words!r}: {advice}")
-                count += 1
-    print(f"{count} findings in {len(files)} files", file=sys.stderr)
-    return int(count > 0)
+            found = sorted(findings(part, markdown))
+            lines += [f"{file}:{above + line + 1}: {words!r}: {advice}" for line, words, advice in found]
+    print("".join(f"{line}\n" for line in lines) + f"{len(lines)} findings in {len(files)} files")
+    return int(bool(lines))
 
 
 if __name__ == "__main__":
