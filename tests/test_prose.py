@@ -194,5 +194,6 @@ def test_the_command_counts_its_findings(tmp_path: Path, capsys: pytest.CaptureF
     page.write_text("Good English.\n")
     assert prose.main([str(page)]) == 0
     page.write_text("A heading\n\nIt is read anew.\n")
+    assert capsys.readouterr().out == "0 findings in 1 files\n"
     assert prose.main([str(page)]) == 1
-    assert capsys.readouterr().out == f"{page}:3: 'anew': again\n"
+    assert capsys.readouterr().out == f"{page}:3: 'anew': again\n1 findings in 1 files\n"
