@@ -62,6 +62,10 @@ class Data(Section):
     `document`: only the earlier tokens in its document.
     """
 
+    def paths(self) -> list[tuple[str, Path]]:
+        """The fields that name a dataset, each with its path."""
+        return [("data.train", source.path) for source in self.train] + ([("data.valid", self.valid)] if self.valid else [])
+
     @property
     def by_document(self) -> bool:
         """Whether attention stops at document borders."""

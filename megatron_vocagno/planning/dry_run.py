@@ -209,9 +209,9 @@ def _cells(shapes: ForwardShapes) -> list[str]:
 
 def _misspelled(run: Run) -> Iterator[str]:
     """A warning for each dataset that does not exist if a path with a similar name does."""
-    for source in run.data.train:
-        if near := nearest(source.path):
-            yield f"warning: data.train does not exist: {source.path}.{near}"
+    for field, path in run.data.paths():
+        if near := nearest(path):
+            yield f"warning: {field} does not exist: {path}.{near}"
 
 
 def _unread_tokens(request: PlanRequest) -> Iterator[str]:

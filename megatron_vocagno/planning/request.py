@@ -109,14 +109,20 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
 
 
 def _datasets(data: Data) -> list[AlignedDataset]:
-    """All training datasets, or none if one of them does not exist yet. Raises RunError if a path is a file."""
-    paths = [source.path for source in data.train]
-    for path in paths:
+    """All training datasets, or none if one of them does not exist yet.
+
+    Raises RunError if a path is a file, and DatasetError if the held-out dataset has other tokenizers.
+    """
+    for field, path in data.paths():
         if path.is_file():
             raise RunError(
-                f"data.train: {path} is a file, not a dataset. Build a dataset with: {tool('preprocess.build_dataset')} …"
+                f"{field}: {path} is a file, not a dataset. Build a dataset with: {tool('preprocess.build_dataset')} …"
             )
-    return [AlignedDataset.open(path) for path in paths] if all((path / DATASET).is_file() for path in paths) else []
+    paths = [source.path for source in data.train]
+    datasets = [AlignedDataset.open(path) for path in paths] if all((path / DATASET).is_file() for path in paths) else []
+    if datasets and data.valid is not None and (data.valid / DATASET).is_file():
+        AlignedDataset.open(data.valid).require_tokenizers_of(datasets[0])
+    return datasets
 
 
 def _assumptions(options: argparse.Namespace, data: Data, datasets: Sequence[AlignedDataset]) -> Assumptions:

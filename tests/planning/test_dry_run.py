@@ -20,7 +20,7 @@ from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.pretrain import main
 from tests.errors.telling import refused, told
 from tests.model.test_gguf import VOCAB, write_gguf
-from tests.runs import write_settings
+from tests.runs import Case, write_settings
 
 ROW = 64
 SIZES = {
@@ -216,6 +216,13 @@ def test_a_dataset_of_another_tokenizer_is_refused(
         refused(main, *words)
 
 
+def test_a_held_out_dataset_of_other_tokenizers_is_refused(dataset: AlignedDataset, small_case: Case, tmp_path: Path) -> None:
+    words = [*arguments(tmp_path, student("llama", tmp_path, False), folder("llama", tmp_path), **BF16)]
+    words += ["--set", f"data.train={small_case.train}", "--set", f"data.valid={dataset.path}"]
+    with pytest.raises(UserError, match=rf"(?s){dataset.path}.*{small_case.train}|{small_case.train}.*{dataset.path}"):
+        refused(main, *words)
+
+
 def test_a_misspelled_dataset_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data" / "train").mkdir(parents=True)
     (tmp_path / "data" / "text.jsonl").touch()
@@ -231,6 +238,10 @@ def test_a_misspelled_dataset_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
         DIR=tmp_path,
     ):
         refused(main, *words, "--set", f"data.train={tmp_path}/data/text.jsonl")
+    assert main([*words, "--set", f"data.valid={tmp_path}/data/trian"]) == 0
+    assert f"warning: data.valid does not exist: {tmp_path}/data/trian.\n  Did you mean" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.valid: .*text\.jsonl is a file, not a dataset"):
+        refused(main, *words, "--set", f"data.valid={tmp_path}/data/text.jsonl")
     without = student("llama", tmp_path, False).replace('"vocab_size": 1000, ', "").replace("vocab_size = 1000, ", "")
     words = arguments(tmp_path, without, folder("llama", tmp_path), **BF16)
     with told(
