@@ -119,7 +119,7 @@ DATA = (
     Rule(rf"{BUILD}merge A B", Here()),
     Rule(
         rf"{BUILD}… ",
-        Checked(parse, "tests/preprocess/test_ray_engine.py has a cluster", (("…", "I --student S --teacher T --out D"),)),
+        Checked(parse, "tests/preprocess/test_engines.py has a cluster", (("…", "I --student S --teacher T --out D"),)),
     ),
     Rule(rf"{BUILD}corpus\.jsonl .* --out data/first --workers 8", Here(((" --workers 8", " --workers 1"),))),
     Rule(rf"{BUILD}.* --workers 64", Here(((" --workers 64", " --workers 1"),))),

@@ -66,7 +66,11 @@ class Engine:
         return self.name != "this process"
 
 
-@pytest.fixture(scope="module", params=[*LOCAL, pytest.param("Ray", marks=[pytest.mark.slow, with_ray])])
+RAY = pytest.param("Ray", marks=[pytest.mark.slow, with_ray])
+with_workers = pytest.mark.parametrize("engine", ["two workers", RAY], indirect=True)
+
+
+@pytest.fixture(scope="module", params=[*LOCAL, RAY])
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "Ray":
         call, cluster = map(request.getfixturevalue, ("call", "cluster"))
@@ -99,10 +103,10 @@ def test_what_a_task_raises_is_the_failure_of_its_job_alone(engine, results):
         assert "in fail" in failures["fail", i] and f"{type(ERRORS[i]).__name__}: {ERRORS[i]}" in failures["fail", i]
 
 
+@with_workers
 def test_a_result_that_cannot_be_sent_is_a_failure(engine, results):
-    if engine.has_workers:
-        reason = results[1]["lock", None]
-        assert "cannot be sent" in reason and "lock" in reason
+    reason = results[1]["lock", None]
+    assert "cannot be sent" in reason and "lock" in reason
 
 
 def test_workers_have_one_thread(engine, results):
@@ -121,9 +125,8 @@ def test_what_the_caller_names_ends_everything(engine):
             engine.run(fail, [1, 0], stop=(CorpusError,))
 
 
+@with_workers
 def test_a_job_is_run_again_until_the_third_death(engine, tmp_path):
-    if not engine.has_workers:
-        return
     deaths = {"unharmed": [], "once": [-9], "twice": [-9, -9], "killed": [-9] * 9, "also unharmed": []}
     said = {"killed": "by signal 9 (Killed)"}
     if engine.name == "Ray":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -54,6 +55,15 @@ def test_what_is_installed_for_everybody_is_asked_for_by_setup_py() -> None:
     names = {canonical(requirement.name) for requirement in asked()}
     lines = (REPOSITORY / "requirements/pinned.txt").read_text(encoding="utf-8").splitlines()
     assert {canonical(Requirement(line).name) for line in lines if line and not line.startswith("#")} <= names
+
+
+def test_the_tests_of_the_ranges_exist() -> None:
+    named = re.findall(r"tests/[\w/.]+(?:::\w+)*", (REPOSITORY / ".ci/ranges").read_text(encoding="utf-8"))
+    for file, *names in (name.split("::") for name in named):
+        assert (REPOSITORY / file).exists(), file
+        text = (REPOSITORY / file).read_text(encoding="utf-8") if names else ""
+        assert all(re.search(rf"(def|class) {name}\b", text) for name in names), (file, names)
+    assert len(named) > 20
 
 
 def test_every_range_has_a_lower_end_that_can_be_tried() -> None:
