@@ -204,7 +204,8 @@ def run(options: argparse.Namespace) -> int:
     before = shared_memory()
     fine = True
     with tempfile.TemporaryDirectory() as folder:
-        case = build_case(Path(folder), real.smollm2_tokenizer_folder(Path(folder) / "teacher_tokenizer"))
+        build_case(Path(folder), real.smollm2_tokenizer_folder(Path(folder) / "teacher_tokenizer"))
+        case = Case.of(Path(folder))
         if options.kills:
             overrides = [*LAYOUT, f"training.steps={2 * options.kills}", "checkpoint.every=1"]
             straight = case.run("straight", 2, overrides)

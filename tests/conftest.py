@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.datasets import dataset, teacher_tokenizer
+from tests.datasets import dataset, made_once, teacher_tokenizer
 from tests.runs import Case, build_case, build_small_case
 
 __all__ = ["dataset", "teacher_tokenizer"]
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def case(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> Case:
     """A tiny student and a tiny teacher with real vocabularies, on real text; runs with a name are made once."""
-    return build_case(tmp_path_factory.mktemp("runs"), teacher_tokenizer)
+    return Case.of(made_once(tmp_path_factory, "runs", lambda folder: build_case(folder, teacher_tokenizer)))
 
 
 @pytest.fixture(scope="session")

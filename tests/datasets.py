@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from megatron_vocagno.corpus.create import create
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -28,15 +31,32 @@ def build_dataset(out: Path, texts: Sequence[str], student: Path, teacher: Path,
     return AlignedDataset.open(out / "dataset")
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A copy of the folder that `make` fills in the first of pytest-xdist's processes that needs it."""
+    base = factory.getbasetemp()
+    original = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{name}_original"
+    with FileLock(f"{original}.lock"):
+        if not (original / "made").exists():
+            shutil.rmtree(original, ignore_errors=True)
+            original.mkdir()
+            make(original)
+            (original / "made").touch()
+    return Path(shutil.copytree(original, factory.mktemp(name), ignore=shutil.ignore_patterns("made"), dirs_exist_ok=True))
+
+
 @pytest.fixture(scope="session")
 def teacher_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return real.smollm2_tokenizer_folder(tmp_path_factory.mktemp("teacher_tokenizer"))
+    return made_once(tmp_path_factory, "teacher_tokenizer", real.smollm2_tokenizer_folder)
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> AlignedDataset:
     """About 0.5 MB in many languages, awkward cases among them."""
-    return build_dataset(tmp_path_factory.mktemp("data") / "all", real.texts(), real.mistral_tokenizer_path(), teacher_tokenizer)
+
+    def make(folder: Path) -> None:
+        build_dataset(folder / "all", real.texts(), real.mistral_tokenizer_path(), teacher_tokenizer)
+
+    return AlignedDataset.open(made_once(tmp_path_factory, "data", make) / "all" / "dataset")
 
 
 def invent_dataset(

@@ -1,7 +1,6 @@
 """Ranks of small runs, forked from one process that has imported everything: the imports cost more than such a run.
 
-    python -m tests.forked        # a request a line in, exit codes a line out: see `spawn` in runs.py
-
+fork_server.py receives the requests.
 Nothing has been started in this process that a fork could not take along: no process group, and no thread.
 """
 
@@ -10,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib
-import json
 import os
 import runpy
 import signal
@@ -147,10 +145,3 @@ def run_each(ranks: list[dict[str, Any]], output: str, patience: float) -> list[
                 codes[child] = os.waitstatus_to_exitcode(status)
         time.sleep(0.02)
     return [codes[child] for child in children]
-
-
-if __name__ == "__main__":
-    prepare()
-    for line in sys.stdin:
-        request: dict[str, Any] = json.loads(line)
-        print(json.dumps(run_each(**request) if "ranks" in request else run(**request)), flush=True)

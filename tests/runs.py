@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import json
 import os
@@ -94,6 +93,11 @@ class Case:
     teacher: Path
     student: dict[str, Any] = field(default_factory=lambda: dict(STUDENT))
 
+    @classmethod
+    def of(cls, folder: Path) -> Case:
+        """The case that `build_case` has written into a folder."""
+        return cls(folder, folder / "train" / "dataset", folder / "valid" / "dataset", folder / "teacher")
+
     def command(self, name: str, overrides: Sequence[str] = (), settings: dict[str, Any] | None = None) -> list[str]:
         """Arguments of examples/pretrain_vocagno.py for a run called `name`."""
         folder = self.folder / name
@@ -122,12 +126,12 @@ class Case:
         return self.out(name)
 
 
-def build_case(folder: Path, teacher_tokenizer: Path) -> Case:
-    """A tiny student and a tiny teacher with real vocabularies, on real text."""
+def build_case(folder: Path, teacher_tokenizer: Path) -> None:
+    """Write the datasets and the teacher of a case: real vocabularies, and real text."""
     texts, mistral = real.texts(), real.mistral_tokenizer_path()
-    train = build_dataset(folder / "train", texts[:60] + real.multilingual_texts(), mistral, teacher_tokenizer)
-    valid = build_dataset(folder / "valid", texts[60:70], mistral, teacher_tokenizer)
-    return Case(folder, train.path, valid.path, write_teacher(folder / "teacher", teacher_tokenizer))
+    build_dataset(folder / "train", texts[:60] + real.multilingual_texts(), mistral, teacher_tokenizer)
+    build_dataset(folder / "valid", texts[60:70], mistral, teacher_tokenizer)
+    write_teacher(folder / "teacher", teacher_tokenizer)
 
 
 def build_small_case(folder: Path) -> Case:
@@ -140,10 +144,10 @@ def build_small_case(folder: Path) -> Case:
     teacher = real.trained_tokenizer_folder(folder / "teacher_tokenizer", SMALL_TEACHER_VOCABULARY, bos=False)
     # paragraphs: rows of several documents
     paragraphs, held_out = ("\n\n".join(part).split("\n\n") for part in (texts[:24], texts[60:64]))
-    train = build_dataset(folder / "train", paragraphs + real.multilingual_texts(), student, teacher)
-    valid = build_dataset(folder / "valid", held_out + real.multilingual_texts()[8:], student, teacher)
-    model = write_teacher(folder / "teacher", teacher, vocab_size=SMALL_TEACHER_ROWS)
-    return Case(folder, train.path, valid.path, model)
+    build_dataset(folder / "train", paragraphs + real.multilingual_texts(), student, teacher)
+    build_dataset(folder / "valid", held_out + real.multilingual_texts()[8:], student, teacher)
+    write_teacher(folder / "teacher", teacher, vocab_size=SMALL_TEACHER_ROWS)
+    return Case.of(folder)
 
 
 def metrics(output: Path) -> list[dict[str, float]]:
@@ -219,19 +223,27 @@ def spawn(
 
 
 @functools.cache
-def _forks() -> subprocess.Popen[str]:
-    """Made for the first run, and ended with the tests."""
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.forked"],
-        cwd=REPOSITORY,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    atexit.register(server.kill)
-    return server
+def forks() -> tuple[IO[str], int]:
+    """A connection to fork_server.py, which is started if it is not running, and the pid of the parent of its ranks."""
+    name = f"forks-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    connection, server = socket.socket(socket.AF_UNIX), None
+    while True:
+        try:
+            connection.connect(f"\0{name}")
+            lines = connection.makefile("rw")
+            return lines, int(lines.readline())
+        except ConnectionRefusedError:
+            if server is None:
+                command = [sys.executable, "-m", "tests.fork_server", name]
+                server = subprocess.Popen(
+                    command,
+                    cwd=REPOSITORY,
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            time.sleep(0.1)
 
 
 def spawn_each(
@@ -256,11 +268,10 @@ def spawn_each(
 
 
 def _ask_forks(request: str) -> Any:
-    server = _forks()
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(request + "\n")
-    server.stdin.flush()
-    return json.loads(server.stdout.readline())
+    lines, _ = forks()
+    lines.write(request + "\n")
+    lines.flush()
+    return json.loads(lines.readline())
 
 
 def _run_ranks(processes: int, command: Sequence[str], variables: dict[str, str], output: IO[str], folder: Path) -> int:

@@ -68,7 +68,7 @@ def test_a_signal_to_one_rank_makes_all_save_and_leave(case: Case) -> None:
         thread = threading.Thread(target=lambda: answer.append(spawn(2, arguments)))
         thread.start()
         done = wait_for_steps(output, before + 2)
-        ranks = sorted(psutil.Process(runs._forks().pid).children(), key=lambda process: process.pid)
+        ranks = sorted(psutil.Process(runs.forks()[1]).children(), key=lambda process: process.pid)
         ranks[1 - life].send_signal(number)
         time.sleep(0.05)
         ranks[1 - life].send_signal(signal.SIGTERM)  # changes nothing

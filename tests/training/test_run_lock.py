@@ -188,7 +188,7 @@ def test_a_signal_while_it_waits_for_the_folder_ends_all_ranks_at_once(
 
 def waiting_ranks(output: Path, number: int) -> list[psutil.Process]:
     """All ranks, once the first of them has told that it waits."""
-    server = psutil.Process(runs._forks().pid)
+    server = psutil.Process(runs.forks()[1])
     end = time.monotonic() + 120
     while time.monotonic() < end:
         ranks = sorted(server.children(), key=lambda process: process.pid)
