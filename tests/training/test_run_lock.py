@@ -134,7 +134,7 @@ if os.environ["RANK"] == "1":
         subprocess.run(["mount", "--bind", other, lock], check=True)
 processes = start()
 held = RunLock(Path(folder))
-assert held.acquire(lambda text: print(f"{processes.rank}: {text}", flush=True), lambda: 0) == 0
+assert held.acquire(lambda text: sys.stdout.write(f"{processes.rank}: {text}\\n"), lambda: 0) == 0
 stop()
 """
 
