@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import cache
+
 import pytest
 import torch
 
@@ -31,3 +34,24 @@ def each_ranking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     if way:
         monkeypatch.setattr("megatron_vocagno.objective.selection_triton.IN_REGISTERS", 0)
     return Backend(name)
+
+
+def find_builtins_once() -> None:
+    """Make the interpreter remember which names it patches. It lists whole modules again for each call of a device function."""
+    from triton.runtime import interpreter
+
+    @cache
+    def names(package: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if interpreter.tl.core.is_builtin(member)]
+
+    def patch(package: object, *arguments: object) -> None:
+        for name in names(package):
+            member = getattr(package, name)
+            if interpreter.tl.core.is_builtin(member):  # it is not if it was patched already
+                interpreter._patch_attr(package, name, member, *arguments)
+
+    interpreter._patch_builtin = patch
+
+
+if INTERPRETED:
+    find_builtins_once()
