@@ -157,6 +157,7 @@ def test_ten_killed_workers_cost_nothing(build, undisturbed, tmp_path):
     assert contents(tmp_path / "dataset") == undisturbed
 
 
+@pytest.mark.long
 def test_the_third_death_at_one_shard_is_its_failure_and_the_others_finish(build, undisturbed, ends_well):
     at, killed = build(ends_well), []
     sizes = {name.split("/")[1]: len(data) for name, data in undisturbed.items() if name.endswith("teacher.bin")}

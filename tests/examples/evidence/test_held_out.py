@@ -35,6 +35,7 @@ def scored(teacher_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return AlignedDataset.open(data.path)
 
 
+@pytest.mark.long
 def test_bits_per_byte_are_those_of_training_and_its_halves_add_up(scored: AlignedDataset) -> None:
     torch.manual_seed(8)
     size = {
