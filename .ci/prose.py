@@ -12,10 +12,14 @@ import re
 import subprocess
 import sys
 import tokenize
-import tomllib
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 RULES = [(re.compile(rule["pattern"], re.IGNORECASE), rule["advice"]) for rule in TABLE["rule"]]

@@ -19,6 +19,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_vocagno import __version__
@@ -27,6 +28,8 @@ from megatron_vocagno.errors import UserError
 EXIT_CODES = "0 done, 2 an error that you can fix, 130 Ctrl-C"
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """The codes of a shell: 128 + SIGINT and 128 + SIGPIPE."""
+TRAINING = ("torch", "deepspeed", "transformers", "safetensors", "accelerate", "tensorboard")
+"""Packages that only the extra `train` installs."""
 COLUMNS = 100
 RANK0_SECONDS = 5.0
 """Seconds that another rank waits for rank 0 to print an error. The launcher ends all ranks when one of them exits."""
@@ -87,6 +90,11 @@ def _filled(text: str) -> str:
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=min(COLUMNS, shutil.get_terminal_size().columns))
+
+
+def started_as(script: str, otherwise: str) -> str:
+    """The name of a command for its help: `script` if it was started by the command that an installation adds."""
+    return script if Path(sys.argv[0]).name == script else otherwise
 
 
 def add_quiet(parser: argparse.ArgumentParser) -> None:
@@ -150,6 +158,10 @@ def run_command(
         if is_rank0():
             print(f"interrupted; {after_interrupt}", file=sys.stderr, flush=True)
         return INTERRUPTED
+    except ModuleNotFoundError as error:
+        if error.name not in TRAINING:
+            raise
+        return report_error(UserError(f"this command needs {error.name}: pip install 'megatron-vocagno[train]'"))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             # the interpreter flushes its buffer at exit, which would raise the error again

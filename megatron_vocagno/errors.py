@@ -115,13 +115,22 @@ def nearest(path: str | os.PathLike[str]) -> str:
     return ""
 
 
+SCRIPTS = {
+    "preprocess.build_dataset": "vocagno-build",
+    "preprocess.score_teacher": "vocagno-score",
+    "preprocess.report": "vocagno-report",
+    "preprocess.show_document": "vocagno-show",
+    "convert.gguf_to_safetensors": "vocagno-convert",
+}
+"""The commands that an installation adds, by tool."""
+
+
 def tool(name: str) -> str:
     """The command of a tool, such as `preprocess.build_dataset`, in the folder in which this process was started.
 
-    In the repository's root this is `python -m tools.…`, elsewhere the command of the installed package. `python -m` searches
+    In the repository's root this is `python -m tools.…`, elsewhere the command that an installation adds. `python -m` searches
     the working directory first, then PYTHONPATH.
     """
     file = Path("tools", *name.split(".")).with_suffix(".py")
     roots = ["", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    package = "tools" if any((root / file).is_file() for root in map(Path, roots)) else "megatron_vocagno.tools"
-    return f"python -m {package}.{name}"
+    return f"python -m tools.{name}" if any((root / file).is_file() for root in map(Path, roots)) else SCRIPTS[name]

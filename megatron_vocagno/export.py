@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_vocagno.command import Parser, run_command
+from megatron_vocagno.command import Parser, run_command, started_as
 from megatron_vocagno.errors import RunError, missing_path_hint
 
 if TYPE_CHECKING:
@@ -129,11 +129,12 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
+    prog = started_as("vocagno-export", "python -m megatron_vocagno.export")
     parser = Parser(
-        "python -m megatron_vocagno.export",
+        prog,
         "RUN_DIR --out HF_DIR",
         "Write the newest complete checkpoint of a run as a Hugging Face folder: weights, configuration, tokenizer.",
-        "python -m megatron_vocagno.export runs/mine --out runs/mine-hf --dtype bfloat16",
+        f"{prog} runs/mine --out runs/mine-hf --dtype bfloat16",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the run's output folder")
     parser.add_argument(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 from uuid import uuid4
+
+from megatron_vocagno.compat import sha256_of
 
 RANDOM = re.compile(r"[0-9a-f]{32}")
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -78,7 +79,7 @@ def sync(path: Path) -> None:
 def sha256(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256_of(file)
 
 
 # ---- locks

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vocagno.compat import use_only_cache
 from megatron_vocagno.errors import HubError, nearest
 from megatron_vocagno.files import wait_for_lock
 
@@ -132,7 +133,7 @@ def snapshot(name: str | os.PathLike[str], files: Sequence[str] = WEIGHTS, offli
                 revision=revision,
                 allow_patterns=list(files),
                 ignore_patterns=list(LEFT_OUT),
-                local_files_only=offline,
+                local_files_only=use_only_cache(offline),
             )
         )
     except errors.GatedRepoError as error:

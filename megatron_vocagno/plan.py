@@ -11,10 +11,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_vocagno.command import Parser, run_command
+from megatron_vocagno.command import Parser, run_command, started_as
 from megatron_vocagno.planning.options import add_plan_options
 
-EXAMPLE = """python -m megatron_vocagno.plan examples/recipes/qwen2.5-math-instruct.toml \\
+EXAMPLE = """examples/recipes/qwen2.5-math-instruct.toml \\
     --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 --gpu h100 \\
     --student-config examples/plan/TinyLlama-1.1B.json \\
     --teacher-config examples/plan/Qwen2.5-Math-7B.json"""
@@ -34,11 +34,12 @@ def _print_plan(options: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
+    prog = started_as("vocagno-plan", "python -m megatron_vocagno.plan")
     parser = Parser(
-        "python -m megatron_vocagno.plan",
+        prog,
         "RUN.toml --deepspeed_config FILE --gpus N",
         "Estimate memory, time and cost of a run before you start it. Downloads nothing and reads no weights.",
-        EXAMPLE,
+        f"{prog} {EXAMPLE}",
     )
     add_plan_options(parser)
     parser.add_argument("--all", action="store_true", help="show all layouts, not only the run's own and the three best")

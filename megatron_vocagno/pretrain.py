@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_vocagno.command import Parser, add_verbosity, is_rank0, report_error, run_command
+from megatron_vocagno.command import Parser, add_verbosity, is_rank0, report_error, run_command, started_as
 from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.planning.options import add_plan_options
@@ -29,10 +29,11 @@ from megatron_vocagno.training.stop_signal import StopSignal
 SCRIPT = "examples/pretrain_vocagno.py"
 LAUNCHED, SINGLE = (
     ("--module megatron_vocagno.pretrain", "-m megatron_vocagno.pretrain")
-    if __name__ == "__main__"
+    if __name__ == "__main__" or Path(sys.argv[0]).name == "vocagno-pretrain"
     else (sys.argv[0] if sys.argv[0].endswith(SCRIPT) else SCRIPT,) * 2
 )
 PROG = f"deepspeed {LAUNCHED}"
+DRY_RUN = started_as("vocagno-pretrain", f"python {SINGLE}")
 EXAMPLE = f"""deepspeed --num_gpus 2 {LAUNCHED} examples/quickstart.toml \\
     --deepspeed_config ds_configs/cpu_pp2.json --set training.steps=10"""
 EXIT_CODES = (
@@ -151,10 +152,10 @@ def parser() -> Parser:
 def dry_run_parser() -> Parser:
     """The options of the plan belong to a dry run."""
     parser = Parser(
-        f"python {SINGLE} --dry-run",
+        f"{DRY_RUN} --dry-run",
         "RUN.toml --deepspeed_config FILE --gpus N",
         "Check what needs no data, weights or GPU, and plan the run.",
-        f"python {SINGLE} --dry-run examples/recipes/qwen2.5-math-instruct.toml \\\n"
+        f"{DRY_RUN} --dry-run examples/recipes/qwen2.5-math-instruct.toml \\\n"
         "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"
         "    --student-config examples/plan/TinyLlama-1.1B.json \\\n"
         "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
@@ -167,6 +168,11 @@ def dry_run_parser() -> Parser:
 
 def _add_local_rank(parser: Parser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # launchers pass it; LOCAL_RANK is read instead
+
+
+def script() -> NoReturn:
+    """The command `vocagno-pretrain`: a dry run, or a run of one process."""
+    exit_process(main())
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 

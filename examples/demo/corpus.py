@@ -75,7 +75,7 @@ def write_corpus(out: Path) -> dict[str, tuple[int, int]]:
             if text.text in seen:
                 continue
             seen.add(text.text)
-            held_out = int.from_bytes(hashlib.sha256(text.source.encode()).digest()[:4]) % HELD_OUT == 0
+            held_out = int.from_bytes(hashlib.sha256(text.source.encode()).digest()[:4], "big") % HELD_OUT == 0
             part = "heldout" if held_out else "train"
             files[part].write(orjson.dumps(text._asdict(), option=orjson.OPT_APPEND_NEWLINE))
             counts[part][0] += 1

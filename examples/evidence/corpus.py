@@ -102,7 +102,7 @@ def split(texts: Iterable[Text]) -> dict[Part, list[Text]]:
 
 def part_of(source: str) -> Part:
     """The part of a file depends only on its name, so a new file moves no other."""
-    slot = int.from_bytes(hashlib.sha256(source.encode()).digest()[:4]) % HELD_OUT
+    slot = int.from_bytes(hashlib.sha256(source.encode()).digest()[:4], "big") % HELD_OUT
     return PARTS[min(slot, 2)]
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import jinja2
 from examples.evidence import plots
 from examples.evidence.running import ARMS, EXPERIMENTS, HERE
 from examples.evidence.statistics import Row, Sample, curve, final, paired, reached, sample
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.errors import UserError
 
 PAGE = HERE.parent.parent / "docs" / "evidence.md"

@@ -16,6 +16,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from megatron_vocagno import files
+from megatron_vocagno.compat import sha256_of
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.errors import DatasetError, missing_path_hint, tool
 
@@ -251,8 +252,7 @@ def check_size(file: Place, record: FileRecord) -> None:
 def hash_file(file: Place) -> FileRecord:
     """The current size and hash of a file. Reads the complete file. Raises OSError."""
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256")  # type: ignore[arg-type]  # fsspec's files have readinto as well
-        return FileRecord(size=file.stat().st_size, sha256=digest.hexdigest())
+        return FileRecord(size=file.stat().st_size, sha256=sha256_of(stream))
 
 
 def to_json(record: BaseModel) -> bytes:

@@ -10,7 +10,6 @@ the tokenizer's BOS in this module.
 A conversion needs the package gguf, which the extra `megatron-vocagno[gguf]` installs. Reading a conversion that exists does not.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -23,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from megatron_vocagno.compat import gguf_remedy
 from megatron_vocagno.errors import ModelError, lfs_pointer, missing_path_hint
 from megatron_vocagno.files import sha256, wait_for_lock
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
@@ -85,8 +85,8 @@ def dequantize(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
     source, out = _gguf_file(gguf_path), Path(out_dir).expanduser()
     if out.exists():
         raise ModelError(f"cannot write {out}: it exists")
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(f"{source} is a GGUF file, and reading it needs gguf: pip install 'megatron-vocagno[gguf]'")
+    if remedy := gguf_remedy():
+        raise ModelError(f"{source} is a GGUF file, and reading it needs {remedy}")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "folder"

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vocagno.compat import product_precision
 from megatron_vocagno.objective import linear_ce_tiles
 
 CPU_TILE_BYTES, GPU_TILE_BYTES = 10 * 2**20, 256 * 2**20
@@ -306,10 +307,10 @@ def _products_of(dtype: torch.dtype) -> Iterator[None]:
 
     Sets a process-wide switch of torch for the duration of a product.
     """
-    if dtype != torch.bfloat16:
+    matmul = product_precision()
+    if dtype != torch.bfloat16 or matmul is None:
         yield
         return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision
     matmul.fp32_precision = "bf16"
     try:

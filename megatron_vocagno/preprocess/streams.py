@@ -13,7 +13,6 @@ import bz2
 import io
 import lzma
 import re
-import sys
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -22,16 +21,14 @@ from typing import TYPE_CHECKING, BinaryIO, Literal, Protocol, TypeAlias, cast
 
 from isal import igzip_lib
 
+from megatron_vocagno import compat
 from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.errors import BrokenInputError, CorpusError
 
-if sys.version_info >= (3, 14):
-    from compression import zstd
-else:
-    from backports import zstd
-
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
+
+zstd = compat.zstd()
 
 Compression: TypeAlias = Literal["", "gzip", "zstd", "bzip2", "xz"]
 

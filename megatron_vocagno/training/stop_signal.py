@@ -9,7 +9,9 @@ from __future__ import annotations
 import signal
 import time
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 OUT_OF_TIME = 1

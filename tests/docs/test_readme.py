@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.run_file import load_run
 from tests.runs import REPOSITORY
 

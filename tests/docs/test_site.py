@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import re
 import runpy
-import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
@@ -20,6 +19,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.config import Run
 from megatron_vocagno.planning.hardware import Assumptions
 from tests.docs.markdown import anchors, blocks, code_spans, links, tables

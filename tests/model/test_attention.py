@@ -161,7 +161,9 @@ def flash_by_reference(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """transformers calls the references where it would call flash-attn. Returns how many sequences each call had."""
     functions = (reference_whole, reference_varlen, None, flash._pad_input, flash._unpad_input)
     kwargs_of = flash._lazy_define_process_function(reference_varlen)
-    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: (functions, (kwargs_of, dict)))
+    # transformers before 5.19 expects one function, and newer versions a pair
+    processing = (kwargs_of, dict) if hasattr(flash, "_process_with_kvcache_kwargs_fn") else kwargs_of
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: (functions, processing))
     monkeypatch.setattr(flash_attention, "_use_top_left_mask", False)
     monkeypatch.setattr(reference_varlen, "sequences", [])
     return reference_varlen.sequences

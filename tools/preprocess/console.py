@@ -8,10 +8,11 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
 
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.places import Place
