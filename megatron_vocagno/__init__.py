@@ -16,6 +16,7 @@ Files:
 
 pretrain.py, plan.py, export.py  the commands
 command.py                       shared by all commands
+compat.py                        differences between accepted versions of packages
 config.py, run_file.py           the fields of a run, read from a file
 errors.py                        errors that a user can fix
 files.py                         durable files, locks, hashes

@@ -28,7 +28,7 @@ from megatron_vocagno.errors import UserError
 EXIT_CODES = "0 done, 2 an error that you can fix, 130 Ctrl-C"
 INTERRUPTED, BROKEN_PIPE = 130, 141
 """The codes of a shell: 128 + SIGINT and 128 + SIGPIPE."""
-TRAINING = ("torch", "deepspeed", "transformers", "safetensors", "accelerate", "tensorboard")
+TRAINING = ("torch", "deepspeed", "transformers", "accelerate", "tensorboard")
 """Packages that only the extra `train` installs."""
 COLUMNS = 100
 RANK0_SECONDS = 5.0

@@ -31,7 +31,7 @@ from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
-from megatron_vocagno.errors import CorpusError, DatasetError
+from megatron_vocagno.errors import CorpusError, DatasetError, tool
 from megatron_vocagno.preprocess.build import build, finish
 from megatron_vocagno.preprocess.inputs import find
 from megatron_vocagno.preprocess.jobs import JobRunner
@@ -43,7 +43,7 @@ from megatron_vocagno.preprocess.workers import JobFailure, run_local
 from .console import Terminal, absolute, slice_of
 from .progress import BuildProgress, VerifyProgress, summary
 
-PROG = f"python -m {__package__}.build_dataset"
+PROG = tool("preprocess.build_dataset")
 STAYS = "finished shards are kept; run the same command again to continue"
 
 

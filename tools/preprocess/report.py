@@ -27,6 +27,7 @@ from megatron_vocagno.batch.pack import SLACK, Int32, Int64, MappingStatus, Rows
 from megatron_vocagno.command import Parser, positive_int, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
+from megatron_vocagno.errors import tool
 
 from . import charts, heat
 from .interlinear import Cell, Interlinear, visible
@@ -59,7 +60,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    prog = f"python -m {__package__}.report"
+    prog = tool("preprocess.report")
     parser = Parser(
         prog,
         "(DATASET | --run RUN_DIR) --out PAGE.html",

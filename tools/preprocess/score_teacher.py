@@ -24,7 +24,7 @@ from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_co
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
-from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.errors import CorpusError, tool
 from megatron_vocagno.hub import is_id
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.workers import run_local
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from .score_progress import ScoreProgress
 
-PROG = f"python -m {__package__}.score_teacher"
+PROG = tool("preprocess.score_teacher")
 PINS = f"{BUILD}/pins.json"
 """File in a dataset with the commits of the Hub ids that scored it, so that all tasks of an array read the same weights."""
 
@@ -98,7 +98,7 @@ def parser() -> Parser:
         'Compute the teacher\'s loss of every token of a dataset, for `placement = "cached"`. Run it again to continue.\n'
         "After a job array, `finalize DATASET` records the losses if the last task could not.",
         f"{PROG} data/mine --teacher models/teacher\n"
-        f"torchrun --nproc_per_node 8 -m {PROG.split()[-1]} data/mine --teacher models/teacher",
+        f"torchrun --nproc_per_node 8 -m {__package__}.score_teacher data/mine --teacher models/teacher",
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, from build_dataset")
     parser.add_argument(
@@ -192,7 +192,7 @@ def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[Sc
     if args.workers > 1 and torch.cuda.is_available():
         raise CorpusError(
             f"--workers {args.workers}: the processes would share one GPU. Start one process per GPU: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {PROG.split()[-1]} …"
+            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {__package__}.score_teacher …"
         )
     return partial(run_local, workers=args.workers, on_progress=progress.within)
 

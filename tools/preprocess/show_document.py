@@ -20,7 +20,7 @@ from rich.text import Text
 
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
-from megatron_vocagno.errors import DatasetError
+from megatron_vocagno.errors import DatasetError, tool
 
 from .console import Terminal
 from .interlinear import CLOSE, CLOSE_UNMAPPED, OPEN, OPEN_UNMAPPED, Cell, CellPart, Interlinear, visible
@@ -46,7 +46,7 @@ def show_document(args: argparse.Namespace) -> None:
 
 
 def parser() -> Parser:
-    prog = f"python -m {__package__}.show_document"
+    prog = tool("preprocess.show_document")
     parser = Parser(
         prog,
         "DATASET [INDEX]",

@@ -1,0 +1,76 @@
+"""Each difference between versions, on both of its sides."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+from importlib import metadata
+
+import huggingface_hub.constants
+import pytest
+import torch
+
+from megatron_vocagno import compat
+from tests.runs import REPOSITORY
+
+
+def test_no_other_module_looks_at_a_version() -> None:
+    looking = set()
+    for path in (REPOSITORY / "megatron_vocagno").rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+        names |= {f"{node.module}.{name.name}" for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+        if names & {"version_info", "hexversion", "importlib.metadata"}:
+            looking.add(path.name)
+    # consistency.py compares the versions between ranks, and decides nothing by them
+    assert looking == {"compat.py", "consistency.py"}
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 3 << 20])
+def test_a_stream_has_the_hash_of_its_bytes(size: int) -> None:
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    assert compat.sha256_of(io.BytesIO(data)) == hashlib.sha256(data).hexdigest()
+
+
+def test_zstd_has_the_functions_that_streams_use() -> None:
+    zstd = compat.zstd()
+    packed = zstd.compress(b"text" * 100)
+    assert zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 27}).decompress(packed) == b"text" * 100
+
+
+def test_torch_before_2_9_has_no_switch_for_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    switch = compat.product_precision()
+    assert switch is None or switch.fp32_precision in ("none", "ieee", "bf16", "tf32")
+    monkeypatch.setattr(torch.backends, "mkldnn", object())
+    assert compat.product_precision() is None
+
+
+@pytest.mark.parametrize(("asked", "environment", "offline"), [(False, False, False), (True, False, True), (False, True, True)])
+def test_the_environment_makes_the_hub_offline(
+    monkeypatch: pytest.MonkeyPatch, asked: bool, environment: bool, offline: bool
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", environment)
+    assert compat.use_only_cache(asked) is offline
+
+
+@pytest.mark.parametrize(
+    ("transformers", "gguf", "remedy"),
+    [
+        ("5.18.1", "0.19.0", "transformers 5.19 or newer (installed: 5.18.1): pip install 'transformers>=5.19'"),
+        ("5.19.0", "0.19.0", ""),
+        ("5.100.0", "0.19.0", ""),
+        ("5.19.0", None, "gguf: pip install 'megatron-vocagno[gguf]'"),
+    ],
+)
+def test_gguf_files_need_newer_packages(
+    monkeypatch: pytest.MonkeyPatch, transformers: str, gguf: str | None, remedy: str
+) -> None:
+    def version(package: str) -> str:
+        found = {"transformers": transformers, "gguf": gguf}[package]
+        if found is None:
+            raise metadata.PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert compat.gguf_remedy() == remedy
