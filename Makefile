@@ -69,7 +69,7 @@ $(VENV)/installed: requirements/pinned.txt requirements/containers.txt requireme
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements/pinned.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --requirement requirements/containers.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --ignore-requires-python --requirement requirements/containers.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/quantized --requirement requirements/quantized.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(VENV)/evaluation --requirement requirements/evaluation.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --editable .

@@ -85,6 +85,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "inline-snapshot>=0.36",
             "psutil>=6",
+            "gguf>=0.17.1",
             "megatron-core>=0.16",
             "moto[server]>=5.1",
             "ruff>=0.15",
