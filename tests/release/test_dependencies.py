@@ -80,9 +80,7 @@ def test_a_set_is_exact_and_within_the_ranges(file: str) -> None:
             # the GGUF reader needs a newer transformers than the rest, and neither set has it
             if "5.19" not in str(requirement.specifier):
                 assert requirement.specifier.contains(version(pin)), f"{pin} is not in {requirement}"
-                assert file != "oldest.txt" or Version(version(pin)) == Version(lowest), (
-                    f"{pin}: {requirement}"
-                )
+                assert file != "oldest.txt" or Version(version(pin)) == Version(lowest), f"{pin}: {requirement}"
             met += 1
     assert met > 30
 
