@@ -99,7 +99,7 @@ def test_a_file_in_another_format_names_the_command_that_converts_it(tmp_path: P
         snapshot(
             """\
 no model at tiny.gguf: tiny.gguf is a GGUF file, and only a teacher can be one. Convert the file, and use the folder:
-  python -m megatron_vocagno.tools.convert.gguf_to_safetensors tiny.gguf --out tiny\
+  vocagno-convert tiny.gguf --out tiny\
 """
         )
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import email
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import megatron_vocagno
+from megatron_vocagno.errors import SCRIPTS
 from tests.runs import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -63,31 +65,46 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_tools_and_nothing_els
     assert len(expected) > 90
 
 
-def test_it_takes_one_name_at_the_top_and_no_command_of_the_shell(wheel: zipfile.ZipFile) -> None:
+def test_it_adds_one_name_to_import_and_the_commands_that_messages_name(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0] for name in wheel.namelist()} == {"megatron_vocagno", INFO}
-    assert f"{INFO}/entry_points.txt" not in wheel.namelist()
+    scripts = configparser.ConfigParser()
+    scripts.read_string(wheel.read(f"{INFO}/entry_points.txt").decode())
+    tools = {name: f"megatron_vocagno.tools.{tool}:main" for tool, name in SCRIPTS.items()}
+    commands = {"vocagno-pretrain": "megatron_vocagno.pretrain:script"}
+    commands |= {f"vocagno-{name}": f"megatron_vocagno.{name}:main" for name in ("plan", "export")}
+    assert dict(scripts["console_scripts"]) == tools | commands
 
 
 def test_it_says_its_version_its_license_and_its_python(wheel: zipfile.ZipFile, metadata: Message) -> None:
     assert metadata["Version"] == megatron_vocagno.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert wheel.read(f"{INFO}/licenses/{metadata['License-File']}") == (REPOSITORY / "LICENSE").read_bytes()
-    assert metadata["Requires-Python"] == ">=3.11"
+    assert metadata["Requires-Python"] == ">=3.10"
 
 
-@pytest.mark.parametrize("command", ["megatron_vocagno.pretrain", "megatron_vocagno.tools.preprocess.build_dataset"])
+@pytest.mark.parametrize(
+    ("module", "function", "command", "shown"),
+    [
+        ("megatron_vocagno.pretrain", "script", "vocagno-pretrain", "deepspeed --module megatron_vocagno.pretrain"),
+        ("megatron_vocagno.plan", "main", "vocagno-plan", "vocagno-plan"),
+        ("megatron_vocagno.tools.preprocess.build_dataset", "main", "vocagno-build", "vocagno-build"),
+    ],
+)
 def test_a_command_runs_from_anywhere_and_calls_itself_by_its_installed_name(
-    unpacked: Path, tmp_path: Path, command: str
+    unpacked: Path, tmp_path: Path, module: str, function: str, command: str, shown: str
 ) -> None:
+    """As the script that pip writes for it does."""
+    script = tmp_path / command
+    script.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
     found = subprocess.run(
-        [sys.executable, "-m", command, "--help"],
+        [sys.executable, str(script), "--help"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(unpacked)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert f" {command} " in found.stdout
+    assert f"usage: {shown} " in found.stdout
     assert not re.search(r"(-m|--module) tools|pretrain_vocagno", found.stdout)
 
 
