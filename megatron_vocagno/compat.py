@@ -57,13 +57,9 @@ def use_only_cache(offline: bool) -> bool:
 
 def gguf_remedy() -> str:
     """The command that makes GGUF files readable; "" if they are. transformers before 5.19 fails on files without a BOS id."""
-    from importlib import metadata
+    from importlib import metadata, util
 
     found = metadata.version("transformers")
     if tuple(int(part) for part in found.split(".")[:2]) < (5, 19):
         return f"transformers 5.19 or newer (installed: {found}): pip install 'transformers>=5.19'"
-    try:
-        metadata.version("gguf")
-    except metadata.PackageNotFoundError:
-        return "gguf: pip install 'megatron-vocagno[gguf]'"
-    return ""
+    return "" if util.find_spec("gguf") else "gguf: pip install 'megatron-vocagno[gguf]'"

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from megatron_vocagno.model.gguf import cached_folder
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
+from tests.model.tiny_gguf import skip_if_unreadable
 from tests.runs import SCRIPT, metrics, spawn
 
 STEPS = 3
@@ -18,6 +19,7 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory: pytest.TempPathFactory, teacher_tokenizer: Path) -> list[str]:
     """The demo's models, on less text of the same kind."""
+    skip_if_unreadable()
     folder = tmp_path_factory.mktemp("same_loss")
     texts, mistral = real.texts(), real.mistral_tokenizer_path()
     train, valid = (

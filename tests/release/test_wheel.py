@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_tools_and_nothing_els
     assert len(expected) > 90
 
 
-def test_it_adds_one_name_to_import_and_the_commands_that_messages_name(wheel: zipfile.ZipFile) -> None:
+def test_it_adds_one_package_and_the_commands(wheel: zipfile.ZipFile) -> None:
     assert {name.split("/")[0] for name in wheel.namelist()} == {"megatron_vocagno", INFO}
     scripts = configparser.ConfigParser()
     scripts.read_string(wheel.read(f"{INFO}/entry_points.txt").decode())

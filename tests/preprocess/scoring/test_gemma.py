@@ -23,6 +23,7 @@ from megatron_vocagno.model.teacher import open_teacher
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
+from tests.model.tiny_gguf import skip_if_unreadable
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
@@ -33,6 +34,7 @@ PARTS = range(4)
 @pytest.fixture(scope="module")
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Gemma-3-270M, put together and converted."""
+    skip_if_unreadable()
     folder = tmp_path_factory.mktemp("gemma")
     with (folder / "gemma.gguf").open("wb") as whole:
         for part in PARTS:
