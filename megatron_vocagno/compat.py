@@ -14,7 +14,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["gguf_remedy", "product_precision", "sha256_of", "tomllib", "use_only_cache", "zstd"]
+__all__ = ["add_note", "gguf_remedy", "product_precision", "sha256_of", "tomllib", "use_only_cache", "zstd"]
 
 
 class Readable(Protocol):
@@ -36,6 +36,11 @@ def sha256_of(stream: Readable) -> str:
     while block := stream.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a note to an exception. Before Python 3.11 a traceback does not print it."""
+    error.__notes__ = [*getattr(error, "__notes__", []), text]
 
 
 def product_precision() -> Any:

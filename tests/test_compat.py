@@ -6,6 +6,7 @@ import ast
 import hashlib
 import io
 import sys
+import traceback
 from importlib import metadata
 
 import huggingface_hub.constants
@@ -38,6 +39,15 @@ def test_zstd_has_the_functions_that_streams_use() -> None:
     zstd = compat.zstd()
     packed = zstd.compress(b"text" * 100)
     assert zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: 27}).decompress(packed) == b"text" * 100
+
+
+def test_a_note_is_added_as_python_3_11_adds_it() -> None:
+    error = ValueError("wrong")
+    compat.add_note(error, "one")
+    compat.add_note(error, "two")
+    assert error.__notes__ == ["one", "two"]
+    if sys.version_info >= (3, 11):
+        assert traceback.format_exception(error)[-2:] == ["one\n", "two\n"]
 
 
 def test_torch_before_2_9_has_no_switch_for_products(monkeypatch: pytest.MonkeyPatch) -> None:

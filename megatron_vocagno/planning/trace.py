@@ -124,13 +124,26 @@ class _Fused(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
-) -> Tensor:
-    # the only fused kernel with a shape function that works without a GPU; all fused kernels save the same tensors
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    out: Tensor = fused(query, key, value, 0.0, is_causal, attn_mask=attn_mask)[0]
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
+    out: Tensor = _FusedAttention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
     return out
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The tensors that a fused kernel allocates and saves. B rows, N and K heads, S tokens, D values per head."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BNSD: Tensor, key_BKSD: Tensor, value_BKSD: Tensor, mask: Tensor | None) -> Tensor:
+        rows, heads, length, _ = query_BNSD.shape
+        out_BNSD = query_BNSD.new_empty(rows, length, heads, value_BKSD.shape[-1]).transpose(1, 2)
+        normalizer_BNS = query_BNSD.new_empty(rows, heads, length, dtype=torch.float32)
+        ctx.save_for_backward(query_BNSD, key_BKSD, value_BKSD, mask, out_BNSD, normalizer_BNS)
+        return out_BNSD
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        query_BNSD, key_BKSD, value_BKSD, *_rest = ctx.saved_tensors
+        return torch.empty_like(query_BNSD), torch.empty_like(key_BKSD), torch.empty_like(value_BKSD), None
 
 
 def _key(tensor: Tensor) -> int:

@@ -28,6 +28,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
+from megatron_vocagno.compat import add_note
 from megatron_vocagno.errors import CorpusError
 
 STRIKES = 3  # deaths of workers after which a job is given up
@@ -147,7 +148,7 @@ def serialize(answer: Answer) -> bytes:
     text = "".join(traceback.format_exception(value)) if outcome == "stopped" else ""
     try:
         if outcome == "stopped":
-            value.add_note(text)
+            add_note(value, text)
         packed = pickle.dumps(answer)
         pickle.loads(packed)
     except Exception as error:

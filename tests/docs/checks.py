@@ -22,6 +22,11 @@ def resolves(text: str) -> None:
     _are_there([words[words.index("--deepspeed_config") + 1]])
 
 
+def prints_help(text: str) -> None:
+    """A command without its arguments."""
+    execute(text + " --help", REPOSITORY)
+
+
 def make_has(text: str) -> None:
     ended = subprocess.run(
         ["make", "--dry-run", *shlex.split(text)[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=False

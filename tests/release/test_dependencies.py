@@ -99,8 +99,8 @@ def test_what_the_wheel_imports_it_asks_for() -> None:
     plain, extras = requirements()[""], requirements()
     names = {canonical(each.name) for each in (*plain, *extras["train"], *extras["fast"], *extras["gguf"], *extras["ray"])}
     found = {*imported(REPOSITORY / "megatron_vocagno"), *imported(REPOSITORY / "tools")}
-    # compression and _typeshed: Python's own, later or for type checkers
-    foreign = found - {*sys.stdlib_module_names, "compression", "_typeshed", "megatron_vocagno"}
+    # modules of newer versions of Python, and of type checkers
+    foreign = found - {*sys.stdlib_module_names, "compression", "tomllib", "_typeshed", "megatron_vocagno"}
     assert {canonical(MODULES.get(name, name)) for name in foreign} - GIVEN <= names
     assert len(foreign) > 15
 
