@@ -186,7 +186,6 @@ TRAINING = (
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run", Here(PLANNED)),
     Rule(r"deepspeed --master_port( \d+)?$", There("tests/runs.py::launch", ("--master_port",))),
     Rule(r"python -m megatron_vocagno\.plan RUN", Here(PLANNED)),
-    Rule(r"python -m megatron_vocagno\.plan$", There("tests/planning/worked_example.py::sections", ("megatron_vocagno.plan",))),
     Rule(r"python -m megatron_vocagno\.plan ", Here()),
     Rule(r"python -m megatron_vocagno\.export ", Here()),
     Rule(r"tensorboard --logdir ", Here((("--logdir", "--inspect --logdir"),))),
