@@ -27,7 +27,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from benchmarks import selection
+from benchmarks import selection_arms as selection
 from benchmarks.head_arms import Loss, dense, torch_chunked
 from benchmarks.page import PAGE, circumstances, write_section
 from megatron_vocagno.command import Parser, run_command
@@ -239,7 +239,7 @@ def _liger() -> Loss | None:
 
 
 def selection_arms(device: torch.device) -> list[Arm]:
-    """The arms of benchmarks.selection, with the aggregate `max`."""
+    """The arms of benchmarks.selection_arms, with the aggregate `max`."""
     x = selection.Inputs(*(getattr(selection.inputs(), field.name).to(device) for field in fields(selection.Inputs)))
     least = sum(getattr(x, field.name).nbytes for field in fields(x)) + x.student_BS.numel() * (4 + 4 + 8)
 
