@@ -10,12 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels import HALVES, Backend
+from tests.kernels.reference import capped
 
 CAPS = [None, 5.0]
-
-
-def capped(x: Tensor, softcap: float | None) -> Tensor:
-    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 def logits(tokens: int, columns: int, backend: Backend) -> Tensor:
