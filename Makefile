@@ -8,15 +8,14 @@
 # make prove-same-loss REV=...  does the working tree keep the losses of a revision, to the bit? Minutes
 # make soak   twenty kills, and five hundred steps: the same weights, flat memory, nothing left behind; half an hour
 #
-# make gpu-test    the kernels' and the objective's tests on the GPU that is here
-# make gpu-bench   what the objective costs on it, into docs/performance.md; under ten minutes
+# make gpu-check   everything that needs a GPU, checked and measured on the one that is here, into docs/gpu; eight minutes
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_MANY := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-long lint prose evidence docs docs-links prove-same-loss no-revision soak gpu-test gpu-bench install clean
+.PHONY: demo test test-long lint prose evidence docs docs-links prove-same-loss no-revision soak gpu-check install clean
 
 demo: install
 	$(BIN)/python examples/demo/story.py
@@ -55,12 +54,9 @@ no-revision:
 soak: install
 	$(BIN)/python -m benchmarks.soak --kills 20 --steps 500
 
-gpu-test: install
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("gpu-test: there is no GPU here, so nothing was tested")'
-	$(BIN)/python -m pytest tests/kernels tests/objective
-
-gpu-bench: install
-	$(BIN)/python -m benchmarks.gpu --write
+# with the Python that is active, because an image for GPUs has its own torch
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu --minutes 8
 
 install: $(VENV)/installed
 

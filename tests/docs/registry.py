@@ -86,6 +86,8 @@ RELEASING = (
     # the names of commands in docs/install.md
     Rule(r"pip freeze ", Checked(checks.shell_reads, "it is for the user's environment")),
     Rule(r"python (-m (tools|megatron_vocagno)\.[a-z_.]+|examples/pretrain_vocagno\.py)$", Checked(checks.prints_help, "a name")),
+    Rule(r"DS_BUILD_OPS=0 pip wheel ", Checked(checks.shell_reads, "it needs an index")),
+    Rule(r"pip download ", Checked(checks.names_files, "it needs an index")),
     Rule(r"deepspeed --module( megatron_vocagno\.pretrain)?$", There(".ci/release", ("deepspeed", "--module"))),
     Rule(r"deepspeed examples/pretrain_vocagno\.py$", There("tests/runs.py::launch", ("examples/pretrain_vocagno.py",))),
 )

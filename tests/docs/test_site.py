@@ -78,6 +78,7 @@ FOREIGN_FLAGS = {
     "--exclude", "--include", "--repo-type", "--local-dir", "--revision",  # hf download
     "--ray-address", "--address", "--head", "--generate", "--disable-usage-stats", "--yes",  # ray
     "--from-file", "--follow", "--selector",  # kubectl
+    "--no-index", "--find-links", "--wheel-dir", "--only-binary", "--python-version", "--dest",  # pip
     "--no-deps", "--target", "--requirement", "--logdir", "--shm-size", "--inject_missing_state",  # pip, tensorboard, docker
     "--strict", "--inline-snapshot",  # pip-audit, pytest
     "--model_name_or_path", "--output_dir", "--split", "--prompt_type", "--use_vllm", "--save_outputs", "--data_names",

@@ -85,6 +85,25 @@ def test_a_set_is_exact_and_within_the_ranges(file: str) -> None:
     assert met > 30
 
 
+def test_a_gpu_image_and_its_missing_packages_are_enough_to_train() -> None:
+    """Training is the last part of `make gpu-check`. The versions are those of the set for clusters."""
+    cluster, lacking = (
+        {canonical(each.name): each for line in lines if line[0] != "#" for each in [Requirement(line)]}
+        for file in ("cluster.txt", "gpu_image.txt")
+        for lines in [(REPOSITORY / "requirements" / file).read_text(encoding="utf-8").splitlines()]
+    )
+    image = {"torch", "transformers", "tokenizers", "huggingface-hub", "numpy", "safetensors", "typing-extensions"}
+    needed = {
+        canonical(each.name)
+        for each in (*requirements()[""], *requirements()["train"])
+        if not each.marker or each.marker.evaluate({"python_version": "3.12"})
+    }
+    assert needed - image - {"deepspeed"} <= lacking.keys() and len(needed) > 20
+    same = cluster.keys() & lacking.keys()
+    assert len(same) > 12 and all(version(cluster[name]) == version(lacking[name]) for name in same)
+    assert not lacking.keys() & (image | {"triton", "deepspeed"}), "an installation must not replace packages of the image"
+
+
 def imported(folder: Path) -> Iterator[str]:
     """Packages from outside; relative imports are from inside."""
     for path in folder.rglob("*.py"):
