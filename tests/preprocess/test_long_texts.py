@@ -174,7 +174,7 @@ def test_a_cut_is_a_boundary_of_both_and_parts_are_the_text(pair, short_parts):
         at = np.cumsum([len(part.encode()) for part in made])[:-1].tolist()
         assert all(ends[0] & ends[1] >= {cut} for cut in at)
         cuts += len(at)
-    assert cuts > 70
+    assert cuts > 60
 
 
 @pytest.mark.parametrize("n", [1, 2])
