@@ -33,7 +33,7 @@ from megatron_vocagno.preprocess.build_folder import (
     without_gigatoken,
     write_plan,
 )
-from megatron_vocagno.preprocess.documents import read
+from megatron_vocagno.preprocess.documents import pieces_of, read
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import SHARD_BYTES, Plan, Slice, plan
 from megatron_vocagno.preprocess.shards import BuildConfig, ShardJob, ShardResult, finished, make_shard
@@ -113,7 +113,7 @@ def _compare_tokenizers(new_plan: Plan, settings: BuildConfig) -> None:
         # the job of the shard reports a record that cannot be read
         with suppress(CorpusError, OSError):
             for document in islice(read(first, settings.text_key, settings.id_key, lambda data: None), FIRST_DOCUMENTS):
-                text = (document.text or "")[:FIRST_CHARACTERS]
+                text = next(pieces_of(document.text or ""), "")[:FIRST_CHARACTERS]
                 texts.append(unicodedata.normalize("NFC", text) if settings.nfc else text)
     for name, tokenizer in zip((settings.student, settings.teacher), settings.tokenizers, strict=True):
         check_own(tokenizer, name, texts)

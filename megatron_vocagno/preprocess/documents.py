@@ -2,6 +2,8 @@
 
 A record without a text (invalid JSON, a missing key, invalid UTF-8) gives a document whose text is None, with the reason. A file
 that is cut off or damaged gives such a document at that place. It is the last document of its split.
+
+A text of many megabytes stays as it is in the file, and is decoded piece by piece when it is tokenized.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,14 +20,19 @@ import orjson
 from megatron_vocagno.corpus.places import place
 from megatron_vocagno.errors import BrokenInputError
 from megatron_vocagno.preprocess.inputs import LONGEST_RECORD, READ_BYTES, InputSplit, Keys, Line, names
+from megatron_vocagno.preprocess.long_texts import PART_CHARACTERS
 
 BROKEN = "broken input: "  # the beginning of the reason if the rest of a file cannot be read
 OnBytes: TypeAlias = Callable[[bytes], object]
 Strings: TypeAlias = Sequence[str]
 
+LONG_BYTES = 4 << 20  # a text of more bytes is decoded in pieces, if it has more than PART_CHARACTERS characters
+PIECE_BYTES = 1 << 18
+ESCAPE_BYTES = 12  # of the longest escape of one character in JSON, two surrogates
+
 _NULL = b"\xff" * 8  # a length that no text has
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_MARKS = re.compile("(?:^|(?<=[\r\n]))\ufeff+")
+_MARKS = re.compile(b"(?:^|(?<=[\r\n]))(?:\xef\xbb\xbf)+")
 _ABSENT = object()
 _CAUSE_BYTES = 64 << 10  # the first and last bytes of an invalid line that are compared with the patterns below
 _CAUSES_BY_BEGINNING = 3  # number of patterns, the first ones, that only need the beginning of a line
@@ -48,6 +56,45 @@ _CAUSES = tuple(
 )
 
 
+@dataclass(frozen=True)
+class LongText:
+    """A text that is not decoded: Python stores up to four bytes per character, and a few copies while it parses JSON.
+
+    The text is raw[start:stop], as UTF-8, or as the content of a JSON string if it is `escaped`.
+    """
+
+    raw: bytes
+    start: int
+    stop: int
+    escaped: bool
+
+    def pieces(self) -> Iterator[str]:
+        """The text in pieces of about PIECE_BYTES. Raises ValueError if the bytes are not valid."""
+        start = self.start
+        while start < self.stop:
+            end = min(start + PIECE_BYTES, self.stop)
+            shortest = max(start + 1, end - ESCAPE_BYTES)
+            while True:
+                part = self.raw[start:end]
+                try:
+                    piece: str = orjson.loads(b'"%b"' % part) if self.escaped else part.decode()
+                    break
+                except ValueError:  # the piece ends inside a character or an escape, or the bytes are not valid
+                    if end == shortest:
+                        raise
+                    end -= 1
+            yield piece
+            start = end
+
+
+def pieces_of(text: str | LongText) -> Iterator[str]:
+    """A text in pieces of at most a few megabytes."""
+    if isinstance(text, LongText):
+        yield from text.pieces()
+    else:
+        yield from (text[start : start + PART_CHARACTERS] for start in range(0, len(text), PART_CHARACTERS))
+
+
 class InputRecord(NamedTuple):
     """One record of the input.
 
@@ -64,7 +111,7 @@ class InputRecord(NamedTuple):
     number: int
     offset: int
     raw: bytes
-    text: str | None
+    text: str | LongText | None
     reason: str = ""
     id: str = ""
 
@@ -123,10 +170,12 @@ def _read_lines(split: InputSplit, text_keys: Strings, id_keys: Strings, on_byte
         yield _broken(split, number, offset, error, on_bytes)
 
 
-def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
+def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str | LongText, str]:
     """text, id. Raises _NoText."""
     if line.size > LONGEST_RECORD:
         raise _NoText(_too_long(line.size) + _cause(line.raw, whole=False))
+    if line.size > LONG_BYTES and (found := _parse_around_longest_string(line, text_keys, id_keys)) is not None:
+        return found
     try:
         row, strict = orjson.loads(line.raw), True
     except orjson.JSONDecodeError:
@@ -139,6 +188,53 @@ def _parse(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str, str]:
     if not strict:
         _refuse_lone_surrogates(key, text)
     return text, _id(row, id_keys, line.raw, strict) if id_keys else ""
+
+
+def _parse_around_longest_string(line: Line, text_keys: Strings, id_keys: Strings) -> tuple[str | LongText, str] | None:
+    """As `_parse`, without decoding the longest string at once. None if the complete line must be parsed, for example because
+    it is invalid.
+    """
+    start, stop = _longest_string(line.raw)
+    around = b"\\u0000".join([line.raw[:start], line.raw[stop:]])
+    if around.count(b"\\u0000") > 1 or (long := _long_text(line.raw, start, stop, escaped=True)) is None:
+        return None
+    try:
+        text, id_ = _parse(line._replace(raw=around, size=len(around)), text_keys, id_keys)
+    except _NoText:
+        return None
+    return None if id_ == "\0" else (long if text == "\0" else text, id_)
+
+
+def _longest_string(raw: bytes) -> tuple[int, int]:
+    """[start, stop) of the content of the longest string of a JSON line; an empty range if there is no string."""
+    longest = 0, 0
+    start = raw.find(b'"') + 1
+    while start:
+        stop = raw.find(b'"', start)
+        while stop > 0 and _is_escaped(raw, stop):
+            stop = raw.find(b'"', stop + 1)
+        if stop < 0:
+            break
+        longest = max(longest, (start, stop), key=lambda string: string[1] - string[0])
+        start = raw.find(b'"', stop + 1) + 1
+    return longest
+
+
+def _is_escaped(raw: bytes, quote: int) -> bool:
+    first = quote
+    while raw[first - 1] == ord("\\"):
+        first -= 1
+    return (quote - first) % 2 == 1
+
+
+def _long_text(raw: bytes, start: int = 0, stop: int | None = None, escaped: bool = False) -> LongText | None:
+    """The text in these bytes. None if it is not valid, or not long."""
+    text = LongText(raw, start, len(raw) if stop is None else stop, escaped)
+    try:
+        is_long = LONG_BYTES < text.stop - start <= LONGEST_RECORD and sum(map(len, text.pieces())) > PART_CHARACTERS
+        return text if is_long else None
+    except ValueError:
+        return None
 
 
 def _lenient(raw: bytes) -> Any:
@@ -237,8 +333,11 @@ def _read_text(split: InputSplit, text_keys: Strings, id_keys: Strings, on_bytes
     raw = b"".join(parts)
     del parts
     try:
+        if _long_text(raw) is None:
+            _decode(raw, size)
         # files that cat has concatenated have a byte order mark at the beginning of each
-        yield InputRecord(split, 0, 0, raw, _MARKS.sub("", _decode(raw, size)), "", id_)
+        text = _MARKS.sub(b"", raw)
+        yield InputRecord(split, 0, 0, raw, _long_text(text) or text.decode(), "", id_)
     except _NoText as bad:
         yield InputRecord(split, 0, 0, raw, None, str(bad))
 
@@ -257,7 +356,7 @@ def _read_parquet(split: InputSplit, text_keys: Strings, id_keys: Strings, on_by
             on_bytes(_framed(text) + _framed(id_) if id_keys else _framed(text))
             raw = text or b""
             try:
-                decoded = _column(text, text_keys), _column(id_, id_keys) if id_keys else ""
+                decoded = _long_text(raw) or _column(text, text_keys), _column(id_, id_keys) if id_keys else ""
             except _NoText as bad:
                 yield InputRecord(split, number, row, raw, None, str(bad))
             else:

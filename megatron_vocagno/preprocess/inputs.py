@@ -20,6 +20,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from io import BytesIO
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, TypeAlias
@@ -107,16 +108,25 @@ class InputSplit:
 def _rest_of_line(file: BinaryIO, first: bytes, on_bytes: Callable[[bytes], object]) -> tuple[bytes, int]:
     """The rest of a line that is longer than `first` or has no line end.
 
-    Returns the line and its length. The line is cut if it is longer than LONGEST_RECORD.
+    Returns the line without line end, and its length with line end. The line is cut if it is longer than LONGEST_RECORD.
     """
-    parts, size, part = [first], len(first), first
+    line, size, part = BytesIO(), len(first), first  # its value is not a copy, unlike that of a list of parts
+    line.write(first)
     while not part.endswith(b"\n") and (part := file.readline(READ_BYTES)):
         on_bytes(part)
         size += len(part)
-        parts = [*parts, part] if size <= LONGEST_RECORD else parts[:1]
+        if size <= LONGEST_RECORD:
+            line.write(part)
+        else:
+            line.truncate(len(first))
     if not part.endswith(b"\n"):
         on_bytes(b"\n")
-    return b"".join(parts), size
+    with line.getbuffer() as written:
+        end = len(written)
+        while end and written[end - 1] in b"\r\n":
+            end -= 1
+    line.truncate(end)
+    return line.getvalue(), size
 
 
 # ---- find

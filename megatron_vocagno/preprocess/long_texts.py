@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_vocagno.corpus.encoders import Ragged
 from megatron_vocagno.corpus.tokens import SENTINEL, Tokenizer
@@ -22,6 +24,7 @@ from megatron_vocagno.preprocess.aligner import AlignedTexts, Part, Side, align_
 
 PART_CHARACTERS = 1 << 20  # characters
 REACH = 1 << 16  # characters before the end of a part that are searched for a cut
+OFFSET_CHARACTERS = 1 << 17  # characters whose offsets are computed at once
 AROUND = 128  # minimum number of characters on each side that are tokenized to test a cut
 TRIES = 64  # cuts that are tested per kind
 
@@ -41,30 +44,34 @@ class AlignedPart:
     by_offsets: bool
 
 
-def parts(text: str, tokenizers: tuple[Tokenizer, ...]) -> Iterator[str]:
-    """Cut a text into parts of `PART_CHARACTERS` characters or slightly less."""
-    start = 0
-    while len(text) - start > PART_CHARACTERS:
-        stop = _last_cut(text, start + PART_CHARACTERS, tokenizers)
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
+def parts(pieces: Iterable[str], tokenizers: tuple[Tokenizer, ...], characters: int | None = None) -> Iterator[str]:
+    """Cut a text into parts of this many characters or slightly less, by default `PART_CHARACTERS`.
 
-
-def aligned_parts(text: str, student: Tokenizer, teacher: Tokenizer, nfc: bool) -> Iterator[AlignedPart]:
-    """The parts of a text, each NFC-normalized (with `nfc`), tokenized by both tokenizers and aligned.
-
-    Normalizing the full text at once would need a second copy in memory, at four bytes per character if one character needs them.
+    pieces: the text, in pieces of any lengths
     """
+    characters = characters or PART_CHARACTERS
+    ahead = max(_around(tokenizer) for tokenizer in tokenizers)
+    text = ""
+    for piece in chain(pieces, [None]):
+        text += piece or ""
+        while len(text) > characters + (0 if piece is None else ahead):
+            cut = _last_cut(text, characters, tokenizers)
+            yield text[:cut]
+            text = text[cut:]
+    yield text
+
+
+def aligned_parts(pieces: Iterable[str], student: Tokenizer, teacher: Tokenizer, nfc: bool) -> Iterator[AlignedPart]:
+    """The parts of a text, each NFC-normalized (with `nfc`), tokenized by both tokenizers and aligned. pieces: see `parts`"""
     done = Part(ends=False)
-    for part in parts(text, (student, teacher)):
+    for part in parts(pieces, (student, teacher)):
         part = unicodedata.normalize("NFC", part) if nfc else part
         n_bytes, first = len(part.encode()), done.student == 0
         s, t = _side(student, part, first, nfc), _side(teacher, part, first, nfc)
         aligned = align_texts(s, t, np.array([n_bytes]), done)
         by_offsets = not aligned.good[0]
         if by_offsets:
-            ends = _by_offsets(student, part, first), _by_offsets(teacher, part, first)
+            ends = _by_offsets(student, part, first, s), _by_offsets(teacher, part, first, t)
             if ends[0] is not None and ends[1] is not None:
                 aligned = align_texts(ends[0], ends[1], np.array([n_bytes]), done)
         yield AlignedPart(s.tokens, t.tokens, aligned, n_bytes, by_offsets)
@@ -78,21 +85,35 @@ def _side(tokenizer: Tokenizer, part: str, first: bool, nfc: bool) -> Side:
     return Side(tokens, tokenizer.prefixes([part], nfc, first), tokenizer.short_byte_lengths)
 
 
-def _by_offsets(tokenizer: Tokenizer, part: str, first: bool) -> Side | None:
+def _by_offsets(tokenizer: Tokenizer, part: str, first: bool, side: Side) -> Side | None:
     """The same tokens with the byte lengths of the tokenizer's own offsets: id and table entry i belong to token i.
 
-    None if the offsets do not tile the part.
+    None if the offsets do not tile the part. The offsets take some hundred bytes per token, so the part is tokenized again in
+    slices; if their tokens are not those of the part, at once.
     """
-    lead = "" if first or tokenizer.prefix == "never" else SENTINEL
-    tokens = tokenizer.encode_batch([lead + part])[0]
-    if tokens.ends_from == "unknown":
+    placed = _place(tokenizer, parts([part], (tokenizer,), OFFSET_CHARACTERS), first)
+    if placed is not None and not np.array_equal(placed[0], side.tokens.ids):
+        placed = _place(tokenizer, [part], first)
+    if placed is None:
         return None
-    ends = tokens.ends[len(tokenizer.reference.encode([lead]).ids) if lead else 0 :] - len(lead)
-    lengths = np.diff(ends, prepend=0).astype(np.uint16)
+    lengths = placed[1].astype(np.uint16)
     only_prefix = lengths[:1] == 0  # a token that is only the dummy prefix: one byte, less the prefix
     lengths[:1] += only_prefix
     ids = np.arange(len(lengths), dtype=np.uint32)
     return Side(Ragged(ids, np.array([0, len(ids)])), only_prefix.astype(np.uint8), lengths)
+
+
+def _place(tokenizer: Tokenizer, slices: Iterable[str], first: bool) -> list[NDArray[np.int64]] | None:
+    """The ids of the slices and their byte lengths by offsets, both [N]; None if the offsets do not tile a slice."""
+    placed: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
+    for text in slices:
+        lead = "" if (first and not placed) or tokenizer.prefix == "never" else SENTINEL
+        tokens = tokenizer.encode_batch([lead + text])[0]
+        if tokens.ends_from == "unknown":
+            return None
+        n = len(tokenizer.reference.encode([lead]).ids) if lead else 0
+        placed.append((tokens.ids[n:].astype(np.int64), np.diff(tokens.ends[n:] - len(lead), prepend=0)))
+    return [np.concatenate(arrays) for arrays in zip(*placed, strict=True)]
 
 
 def _last_cut(text: str, end: int, tokenizers: tuple[Tokenizer, ...]) -> int:
@@ -110,9 +131,14 @@ def _is_boundary(text: str, cut: int, tokenizer: Tokenizer) -> bool:
 
     Uses Hugging Face's tokenizers, whose calls have less overhead than gigatoken's.
     """
-    around = max(AROUND, 4 * tokenizer.longest_added)
+    around = _around(tokenizer)
     left, right = text[max(cut - around, 0) : cut], text[cut : cut + around]
     encoder = tokenizer.reference
     whole = encoder.encode([left + right]).ids
     halves = np.concatenate([encoder.encode([left]).ids, tokenizer.encode_continuation(right, encoder)])
     return np.array_equal(whole, halves)
+
+
+def _around(tokenizer: Tokenizer) -> int:
+    """Characters on each side of a cut that are tokenized to test it."""
+    return max(AROUND, 4 * tokenizer.longest_added)

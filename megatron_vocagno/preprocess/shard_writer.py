@@ -22,7 +22,7 @@ import numpy as np
 import orjson
 from numpy.typing import ArrayLike, NDArray
 
-from megatron_vocagno.corpus.encoders import Ragged
+from megatron_vocagno.corpus.encoders import Ragged, trim_memory
 from megatron_vocagno.corpus.indexed import PairWriter, token_dtype
 from megatron_vocagno.corpus.manifest import PAIRS, Totals
 from megatron_vocagno.corpus.spans import ANCHOR_EVERY, align, encode, intersection_over_student
@@ -30,7 +30,7 @@ from megatron_vocagno.corpus.tokens import Tokenizer
 from megatron_vocagno.errors import CorpusError
 from megatron_vocagno.files import sync
 from megatron_vocagno.preprocess.aligner import AlignedTexts, Side, align_texts, append_to_each
-from megatron_vocagno.preprocess.documents import InputRecord
+from megatron_vocagno.preprocess.documents import InputRecord, LongText, pieces_of
 from megatron_vocagno.preprocess.inputs import InputSplit
 from megatron_vocagno.preprocess.long_texts import PART_CHARACTERS, aligned_parts
 
@@ -45,15 +45,17 @@ CHECK_EVERY = 1000  # one document per this number is compared with Hugging Face
 class Text:
     """A document to tokenize.
 
-    text     NFC-normalized, unless it is longer than `PART_CHARACTERS` characters
+    text     NFC-normalized; "" if the document is long
     number   the document's number in the shard
-    n_bytes  UTF-8 bytes, or characters if it is longer than `PART_CHARACTERS` characters
+    n_bytes  UTF-8 bytes; more than a batch has if the document is long
+    pieces   the text of a document of more than `PART_CHARACTERS` characters, as in the input
     """
 
     document: InputRecord
     text: str
     number: int
     n_bytes: int
+    pieces: Iterable[str] = ()
 
 
 class ShardWriter:
@@ -99,7 +101,7 @@ class ShardWriter:
         with self.stack as stack:
             self.pairs = {name: stack.enter_context(PairWriter(self.folder / name, d)) for name, d in self.dtypes.items()}
             for batch in batches(self._texts(records)):
-                if len(batch) == 1 and len(batch[0].text) > PART_CHARACTERS:
+                if batch[0].pieces:
                     self._add_long(batch[0])
                 else:
                     self._add(batch)
@@ -135,7 +137,9 @@ class ShardWriter:
             if not text:
                 self._handle_without_text(document)
                 continue
-            if text.isascii() or len(text) > PART_CHARACTERS:
+            if isinstance(text, LongText) or len(text) > PART_CHARACTERS:
+                yield Text(document, "", number, BATCH_BYTES + 1, pieces_of(text))
+            elif text.isascii():
                 yield Text(document, text, number, len(text))
             else:
                 text = unicodedata.normalize("NFC", text) if self.nfc else text
@@ -216,7 +220,8 @@ class ShardWriter:
         escapes = []
         n_student = n_teacher = n_bytes = 0
         by_offsets = False
-        for part in aligned_parts(text.text, self.student, self.teacher, self.nfc):
+        for part in aligned_parts(text.pieces, self.student, self.teacher, self.nfc):
+            trim_memory()  # the freed blocks of a part are some ten megabytes
             student, teacher, aligned = part.student, part.teacher, part.aligned
             if not aligned.good[0]:
                 for name in PAIRS:
@@ -284,6 +289,9 @@ def batches(texts: Iterable[Text]) -> Iterator[list[Text]]:
             batch, size = [], 0
         batch.append(text)
         size += text.n_bytes
+        if size > BATCH_BYTES:  # before the next text is read, which may be long too
+            yield batch
+            batch, size = [], 0
     if batch:
         yield batch
 

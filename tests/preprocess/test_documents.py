@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_vocagno.errors import CorpusError
-from megatron_vocagno.preprocess.documents import read
+from megatron_vocagno.preprocess import documents
+from megatron_vocagno.preprocess.documents import InputRecord, LongText, pieces_of, read
 from megatron_vocagno.preprocess.inputs import InputSplit, cut
 from tests import tokenizers_for_tests as real
 from tests.corpus.formats import CONTAINERS, lines, of, parquet, read_all, write
@@ -302,3 +303,80 @@ def test_columns_that_hold_no_text_are_refused_by_name(tmp_path):
     pq.write_table(twice, tmp_path / "twice.parquet")
     with pytest.raises(CorpusError, match="2 columns are called 'text'"):
         read_all(cut(tmp_path / "twice.parquet", 10**9))
+
+
+# ---- long texts are decoded in pieces
+
+
+LONG = 'a\\ "quoted" \\\\" é天🙂\n\t\x00\x7f\u2028▁ﬁ\ufeff ' * 9
+ENDS = ["", "\\", '"', "🙂", "\\\\"]
+
+
+def long_lines() -> list[bytes]:
+    """Lines with one long string: valid ones, and those that differ from a valid one in a detail."""
+    found = []
+    for ascii_only, end in itertools.product((True, False), ENDS):
+        text = json.dumps(LONG + end, ensure_ascii=ascii_only)
+        rows = (
+            '{"text": %s}',
+            ' { "id" : "i" , "text":%s , "n": [1, "x"]}\t',
+            '{"text": "short", "html": %s}',
+            '{"html": {"a": [%s]}, "text": "\\\\", "id": 7}',
+            '{"text": "first", "text": %s}',
+            '{"text": %s, "text": "last"}',
+            '{"text": null, "id": %s}',
+            '{"id": %s, "text": "x"}',
+            '{%s: 1, "text": "x"}',
+            "{%s: 1}",
+            '{"text": [%s]}',
+            '{"text": %s, "id": "\\u0000"}',
+            '{"text": "\\u0000", "html": %s}',
+            '{"text": %s, "more": NaN}',
+            '{"text": %s, "id": 1e400}',
+            '{"text": %s, "id": 123456789012345678901234567890}',
+            '\x1e{"text": %s}',
+            '{"text": %s',
+            '{"text": %s"',
+            '{"text": %s}}',
+            '["text", %s]',
+            "%s",
+        )
+        found += [(row % text).encode() for row in rows]
+        for bad in (b"\xff", b"\xed\xa0\x80", b"\x01", b"\\x", b"\\ud800", b"\\ude00", b"\\ud83d\\u0041", b"\\u12"):
+            at = text.index("quoted")
+            found.append(b'{"text": ' + text[:at].encode() + bad + text[at:].encode() + b"}")
+    return found
+
+
+def joined(records: list[InputRecord]) -> list[tuple[object, ...]]:
+    texts = ["".join(pieces_of(r.text)) if isinstance(r.text, LongText) else r.text for r in records]
+    return [(r.number, r.offset, r.raw, text, r.reason, r.id) for r, text in zip(records, texts, strict=True)]
+
+
+@pytest.mark.parametrize("id_key", [None, "id", "text"])
+def test_a_text_that_is_decoded_in_pieces_is_the_text(id_key, tmp_path, monkeypatch):
+    rows = long_lines()
+    files = {
+        "a.jsonl": b"\n".join(rows),
+        "a.parquet": parquet(
+            {"text": [LONG.encode() + end.encode() for end in ENDS] + [LONG.encode() + b"\xff"], "id": ["i"] * 6}
+        ),
+        "good.txt": ("\ufeff" + LONG + "\r\n\ufeff\ufeffmore").encode(),
+        "bad.txt": b"\xef\xbb\xbf" + LONG.encode() + b"\xff",
+    }
+    whole = {}
+    for name, data in files.items():
+        (piece,) = cut(write(tmp_path / name, data), 10**9)
+        options = ("text", None if name.endswith("txt") else id_key, lambda _: None)
+        whole[piece] = options, joined(list(read(piece, *options)))
+    monkeypatch.setattr(documents, "LONG_BYTES", 200)
+    monkeypatch.setattr(documents, "PART_CHARACTERS", 100)
+    met = dict.fromkeys(files, 0)
+    for size in (*range(14, 40), 1000):
+        monkeypatch.setattr(documents, "PIECE_BYTES", size)
+        for piece, (options, expected) in whole.items():
+            found = list(read(piece, *options))
+            assert joined(found) == expected
+            met[piece.url.rsplit("/")[-1]] += sum(isinstance(r.text, LongText) for r in found)
+    assert met["bad.txt"] == 0 and met["good.txt"] == 27 and met["a.parquet"] == 27 * 5
+    assert met["a.jsonl"] >= (0 if id_key == "text" else 27 * 10 * 2)

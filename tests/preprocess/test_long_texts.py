@@ -138,7 +138,7 @@ def compare(folder: Path, totals: Totals, texts: Sequence[str], tokens: Sequence
 def test_a_document_in_parts_is_the_document_whole(kind, pair, short_parts, tmp_path):
     long = unicodedata.normalize("NFC", TEXTS[kind])
     texts = ["before", long, "after it", long[1:], "last"]
-    n_parts = [len(list(parts(text, pair))) for text in (long, long[1:])]
+    n_parts = [len(list(parts([text], pair))) for text in (long, long[1:])]
     totals = written(tmp_path / "out", texts, pair)
     tokens = [(pair[0].encode_batch([text])[0], pair[1].encode_batch([text])[0]) for text in texts]
     compare(tmp_path / "out", totals, texts, tokens, pair)
@@ -168,7 +168,7 @@ def test_what_can_be_cut_nowhere_is_tiled_and_aligned_all_the_same(kind, pair, s
 def test_a_cut_is_a_boundary_of_both_and_parts_are_the_text(pair, short_parts):
     cuts = 0
     for text in TEXTS.values():
-        made = list(parts(text, pair))
+        made = list(parts([text], pair))
         assert "".join(made) == text and all(800 <= len(part) <= 1500 for part in made[:-1]) and 0 < len(made[-1]) <= 1500
         ends = [set(tokenizer.encode_batch([text])[0].ends.tolist()) for tokenizer in pair]
         at = np.cumsum([len(part.encode()) for part in made])[:-1].tolist()
@@ -230,6 +230,16 @@ def test_a_document_is_long_by_its_characters_alone(pair, short_parts, tmp_path)
     totals = written(tmp_path / "out", texts, pair)
     tokens = [(pair[0].encode_batch([text])[0], pair[1].encode_batch([text])[0]) for text in texts]
     compare(tmp_path / "out", totals, texts, tokens, pair)
+
+
+def test_a_long_document_is_a_batch_by_itself(pair, short_parts, tmp_path, monkeypatch):
+    """As in a batch of twice a part, in which a short document has left room."""
+    monkeypatch.setattr(shard_writer, "BATCH_BYTES", 3000)
+    texts = ["short", TEXTS["decomposed"][:1600], "last"]
+    assert not unicodedata.is_normalized("NFC", texts[1])
+    totals = written(tmp_path / "out", texts, pair)
+    tokens = [(pair[0].encode_batch([text])[0], pair[1].encode_batch([text])[0]) for text in map(nfc, texts)]
+    compare(tmp_path / "out", totals, [*map(nfc, texts)], tokens, pair)
 
 
 # ---- a document that does not fit

@@ -80,14 +80,18 @@ def test_files_of_one_name_are_told_apart(settings, tmp_path):
     assert [row["file"] for row in rows] == ["2023/part.jsonl", "2024/part.jsonl"]
 
 
-def test_a_long_document_with_an_underscore_of_sentencepiece_is_placed_by_offsets(settings, texts, tmp_path, monkeypatch):
-    """U+2581 is a space to the student's tokenizer, and three bytes in the text."""
+@pytest.mark.parametrize(("slices", "endless"), [(1 << 17, ""), (700, ""), (700, "a" * 1500)])
+def test_a_long_document_with_an_underscore_of_sentencepiece_is_placed_by_offsets(
+    slices, endless, settings, texts, tmp_path, monkeypatch
+):
+    """U+2581 is a space to the student's tokenizer, and three bytes in the text. In slices; and if a slice has other tokens."""
     mixed = replace(settings, student=str(mistral_tokenizer_path()))
+    monkeypatch.setattr(long_texts, "OFFSET_CHARACTERS", slices)
     monkeypatch.setattr(long_texts, "PART_CHARACTERS", 4000)
     monkeypatch.setattr(shard_writer, "PART_CHARACTERS", 4000)
     monkeypatch.setattr(shard_writer, "BATCH_BYTES", 4000)
     prose = "\n".join(texts[:4])[:20_000]
-    document = prose[:9000] + " ▁x▁ " + prose[9000:]
+    document = prose[:9000] + f" ▁x▁ {endless} " + prose[9000:]
     ds = make([write_jsonl(tmp_path / "a.jsonl", [prose, document, "last"])], tmp_path / "out", mixed)
     assert (ds.totals.documents, ds.totals.offset_documents, ds.totals.mismatched_documents) == (3, 1, 0)
     assert ds.totals.covered_tokens == ds.totals.mapped_tokens
