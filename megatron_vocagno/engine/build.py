@@ -5,12 +5,14 @@ The student is the same list of layers in both.
 
 from __future__ import annotations
 
+import importlib
 from functools import partial
 
 import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 from transformers import PretrainedConfig
@@ -76,6 +78,8 @@ def build_engine(
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
         "gradient_accumulation_steps": layout.micro_batches,
     }
+    if settings["optimizer"]["type"].lower() != "muon":
+        _import_muon_uncompiled()
     try:
         engine, *_ = deepspeed.initialize(
             model=module,
@@ -91,6 +95,15 @@ def build_engine(
     if distiller is not None:
         return DistillingEngine(engine, objective, layout, by_document, distiller)
     return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO imports Muon for any optimizer, and Muon's functions are compiled when they are imported. Without this function, that
+    would load torch's Inductor, which takes a second and 60 MB.
+    """
+    compile_function, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    compiler.compile = compile_function
 
 
 def check_precision(settings: DeepSpeedConfig, device: torch.device) -> None:

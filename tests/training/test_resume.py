@@ -72,6 +72,22 @@ def test_killed_and_started_again_equals_never_stopped(case: Case, layout: str, 
     assert len(lines_by_step(straight)) == 6 + 3
 
 
+COMPILER = """
+import sys
+from megatron_vocagno.pretrain import main
+code = main(sys.argv[1:])
+print("compiler:", "torch._inductor.compile_fx" in sys.modules)
+sys.exit(code)
+"""
+
+
+def test_a_run_does_not_load_the_compiler_of_torch(case: Case) -> None:
+    """DeepSpeed's Muon would: a second of every start."""
+    overrides = ["training.steps=1", "training.schedule.warmup_steps=1", "eval.rows=2"]
+    finished = spawn(1, case.command("uncompiled", overrides), ("-c", COMPILER), fresh=True)
+    assert finished.returncode == 0 and "compiler: False" in finished.stdout, finished.stdout[-4000:]
+
+
 def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> None:
     """Though only one of the two ranks reads the broken file."""
     output = case.run("broken", 2, ["training.steps=4", "checkpoint.every=2"])
