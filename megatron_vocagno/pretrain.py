@@ -16,14 +16,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_vocagno.command import Parser, add_verbosity, is_rank0, report_error, run_command, started_as
-from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.planning.options import add_plan_options
-from megatron_vocagno.run_file import load_run
 from megatron_vocagno.training.stop_signal import StopSignal
+
+if TYPE_CHECKING:
+    from megatron_vocagno.config import Run
 
 # the help names the command that was started: the installed module, or the repository's script by its path
 SCRIPT = "examples/pretrain_vocagno.py"
@@ -66,6 +67,8 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _pretrain(options: argparse.Namespace) -> int:
+    from megatron_vocagno.run_file import load_run
+
     try:
         run = load_run(options.run, options.set)
         if options.print_config:

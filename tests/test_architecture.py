@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,6 +101,18 @@ def test_the_corpus_needs_no_torch_and_the_objective_no_model() -> None:
         assert heavy == ({"transformers"} if path == asks else set()), path
     for path in (PACKAGE / "objective").rglob("*.py"):
         assert not any(name.split(".")[0] in ("transformers", "deepspeed", "numpy") for name in imports(path)), path
+
+
+def test_importing_the_objective_imports_only_torch() -> None:
+    """So that it takes no longer than importing torch."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import megatron_vocagno.objective
+print(sorted({name.split(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "['megatron_vocagno']\n"
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import psutil
 import pytest
@@ -23,7 +23,10 @@ from rich.console import Console
 from megatron_vocagno import command
 from megatron_vocagno.command import Parser, duration, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.errors import RunError, RunLockedError
+from megatron_vocagno.preprocess.plan import SHARD_BYTES
+from megatron_vocagno.preprocess.shard_writer import OnBadLine
 from megatron_vocagno.training.monitor import Monitor
 from tests.runs import REPOSITORY, SCRIPT, Case, environment
 from tools.preprocess import build_dataset, console
@@ -156,7 +159,11 @@ def test_options_of_one_name_are_of_one_kind(monkeypatch: pytest.MonkeyPatch) ->
     assert [option for option in kinds if "_" in option] == ["--deepspeed_config", "--local_rank"]  # DeepSpeed's own
 
 
-def test_help_and_mistakes_come_before_torch_is_imported() -> None:
+SLOW = {"torch", "transformers", "deepspeed", "tensorboard", "gguf", "numpy", "pydantic", "rich", "fsspec", "jinja2"}
+"""Packages that take from 0.05 to 2 seconds to import."""
+
+
+def test_help_and_mistakes_come_before_anything_slow_is_imported() -> None:
     """In one process: what any of them imports would be seen."""
     program = f"""
 import contextlib, importlib, io, sys
@@ -171,10 +178,16 @@ for name, words in {QUICK!r}.items():
             except SystemExit as left:
                 assert left.code == code, (name, word, argument, left.code, told.getvalue())
             assert ("usage: " if code == 0 else "error: ") in told.getvalue()
-print(sorted({{"torch", "transformers", "deepspeed", "tensorboard", "gguf"}} & sys.modules.keys()))
+print(sorted({SLOW!r} & sys.modules.keys()))
 """
     finished = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
     assert (finished.stdout, finished.stderr) == ("[]\n", "")
+
+
+def test_the_choices_and_defaults_of_a_build_are_those_of_its_module() -> None:
+    """Help does not import them."""
+    assert (tuple(build_dataset.BACKENDS), tuple(build_dataset.ON_BAD_LINE)) == (get_args(Backend), get_args(OnBadLine))
+    assert build_dataset.plan_parser().get_default("shard_mb") * 2**20 == SHARD_BYTES
 
 
 @pytest.mark.parametrize("script", ["evaluate.sh", "launch/node.sh", "launch/run_forever.sh"])
@@ -294,7 +307,7 @@ def test_a_scoring_that_is_interrupted_goes_on(
     def stop(*_: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("megatron_vocagno.preprocess.score.score", stop)
+    monkeypatch.setattr("tools.preprocess.score_commands.score_dataset", stop)
     assert score_teacher.main([str(dataset.path), "--teacher", str(dataset.path)]) == 130
     assert capsys.readouterr().err == "interrupted; scored shards are kept; run the same command again to continue\n"
 

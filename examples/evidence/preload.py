@@ -7,5 +7,5 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 import megatron_vocagno.export
 import megatron_vocagno.preprocess.score
 import megatron_vocagno.training.loop  # noqa: F401
-import tools.preprocess.build_dataset
-import tools.preprocess.score_teacher  # noqa: F401
+import tools.preprocess.build_commands
+import tools.preprocess.score_commands  # noqa: F401

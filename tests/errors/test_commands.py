@@ -25,7 +25,7 @@ from megatron_vocagno.training.sample_files import SampleStep, write_rows, write
 from tests.errors.telling import refused, told
 from tests.runs import REPOSITORY, Case
 from tests.sources import samples_of
-from tools.preprocess import build_dataset, console, report, score_teacher, show_document
+from tools.preprocess import arguments, build_commands, build_dataset, report, score_teacher, show_document
 
 SETTINGS = REPOSITORY / "ds_configs" / "gpu_zero1_bf16.json"
 
@@ -130,7 +130,7 @@ no configuration of the student at org/name: org/name is missing or incomplete i
         (report.row_length, "8", snapshot("8 is too short: at least 17")),
         (score_teacher.bos_of, "<bos>", snapshot("'<bos>' is not auto, none or the id of a token")),
         (show_document.number, "x", snapshot("must be a document number, not 'x'; to search by id, use --id x")),
-        (console.slice_of, "3/2", snapshot("'3/2' is not of the form I/N with I from 1 to N")),
+        (arguments.slice_of, "3/2", snapshot("'3/2' is not of the form I/N with I from 1 to N")),
     ],
 )
 def test_values_of_options(read: Any, text: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_builds_that_cannot_be(case: Case, tmp_path: Path) -> None:
         refused(build_dataset.main, "verify", tmp_path)
     args, progress = argparse.Namespace(engine="local", workers=2), SimpleNamespace(within=None)
     with told(snapshot("--out memory://out is in the memory of one process: use --workers 1")):
-        build_dataset.engine_of(args, build_dataset.place("memory://out"), progress)  # type: ignore[arg-type]
+        build_commands.engine_of(args, build_commands.place("memory://out"), progress)  # type: ignore[arg-type]
     copy = shutil.copytree(case.valid, tmp_path / "copy")
     file = copy / "shards" / "0000" / "spans.bin"
     names = {"DIR": tmp_path, "WAS": sha256(file)}

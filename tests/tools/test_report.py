@@ -14,8 +14,9 @@ from megatron_vocagno.batch.pack import SLACK, MappingStatus, Rows, TeacherIds
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset
 from tests.tools.signs import NOT_THE_TEXT, text_of
-from tools.preprocess import report
-from tools.preprocess.report import Overlap, bad_records, main, measure_rows, overlaps, page, sampled
+from tools.preprocess import report_page
+from tools.preprocess.report import main
+from tools.preprocess.report_page import Overlap, bad_records, measure_rows, overlaps, page, sampled
 
 ROW = 128
 VOID = {"meta", "br"}
@@ -85,7 +86,7 @@ def test_nothing_is_fetched_and_nothing_runs(source):
 
 
 def test_hostile_documents_are_text(small, texts, monkeypatch):
-    monkeypatch.setattr(report, "sampled", lambda count, sample, seed: np.arange(min(count, 3)))
+    monkeypatch.setattr(report_page, "sampled", lambda count, sample, seed: np.arange(min(count, 3)))
     source = page(small.dataset, 1000, 0, ROW)
     assert "<script" not in source and "&lt;" in source
     read = Reader(source)
@@ -109,7 +110,7 @@ def test_hostile_ids_and_bad_lines_are_text_and_their_reasons_are_counted(with_i
 
 def test_a_quarantine_is_read_up_to_a_limit_and_that_is_said(with_ids, monkeypatch):
     assert bad_records(with_ids).complete and bad_records(with_ids).lines == 4
-    monkeypatch.setattr(report, "QUARANTINE_BYTES", 400)
+    monkeypatch.setattr(report_page, "QUARANTINE_BYTES", 400)
     assert not bad_records(with_ids).complete and bad_records(with_ids).lines == 2
 
 
@@ -229,9 +230,9 @@ def test_pictures_are_described(source):
 
 
 def test_examples_show_their_documents(small, texts, source):
-    order = sampled(len(small.dataset), 1000, 0)[: report.EXAMPLES]
+    order = sampled(len(small.dataset), 1000, 0)[: report_page.EXAMPLES]
     articles = re.findall(r"<article.*?</article>", source, re.DOTALL)
-    assert len(articles) == report.EXAMPLES
+    assert len(articles) == report_page.EXAMPLES
     whole = 0
     for i, article in zip(order.tolist(), articles, strict=True):
         assert f"Document {i} " in article
@@ -249,7 +250,7 @@ def test_examples_show_their_documents(small, texts, source):
 def test_the_page_is_small_whatever_the_documents(tmp_path, teacher_tokenizer, monkeypatch):
     texts = [text * 5_000 for text in ("<&\">'", "\U0010fffd", "\x00", "</", "a", "☃\u0301")] * 2
     dataset = build_dataset(tmp_path / "data", texts, real.mistral_tokenizer_path(), teacher_tokenizer)
-    monkeypatch.setattr(report, "MOST_SHARDS", 2)
+    monkeypatch.setattr(report_page, "MOST_SHARDS", 2)
     source = page(dataset, 1000, 0, 2048)
     assert source.count("<article") == 10
     assert f"{len(dataset.manifest.shards)} shards, the first 2" in source

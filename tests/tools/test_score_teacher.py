@@ -20,8 +20,9 @@ from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
 from tests.corpus.conftest import contents, make, write_jsonl
 from tests.runs import REPOSITORY, environment, write_teacher
+from tools.preprocess.score_commands import part_of
 from tools.preprocess.score_progress import near_chance
-from tools.preprocess.score_teacher import main, parser, part_of
+from tools.preprocess.score_teacher import main, parser
 
 Output = tuple[int, str, str]
 

@@ -12,8 +12,9 @@ from rich.cells import cell_len
 
 from tests.tools.signs import NOT_THE_TEXT, text_of
 from tools.preprocess import interlinear
+from tools.preprocess.colored_lines import shown
 from tools.preprocess.interlinear import Interlinear
-from tools.preprocess.show_document import main, shown
+from tools.preprocess.show_document import main
 
 
 def rows_of(lines, side: str) -> str:

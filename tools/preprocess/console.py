@@ -1,11 +1,10 @@
-"""Shared parts of the tools: paths, the option for a part of a job array, and progress.
+"""Shared parts of the tools: paths and progress.
 
 Progress is a bar on a terminal and plain lines elsewhere. Both include the remaining time.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 from typing import TypeVar
@@ -16,8 +15,6 @@ from typing_extensions import Self
 
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.errors import CorpusError
-from megatron_vocagno.preprocess.plan import Slice
 
 EVERY, EVERY_VERBOSE = 30.0, 5.0
 """Shortest time between two plain lines about work in progress, in seconds."""
@@ -85,12 +82,3 @@ def absolute(where: P) -> P:
     if ".." not in where.parts:
         return where.absolute()
     return where.resolve() if where.name == ".." else where.parent.resolve() / where.name
-
-
-def slice_of(text: str) -> Slice:
-    """A type for argparse: "2/8" is the second of eight parts."""
-    i, _, n = text.partition("/")
-    try:
-        return Slice(int(i), int(n))
-    except (ValueError, CorpusError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N with I from 1 to N") from None

@@ -13,33 +13,20 @@ as one task of a job array. The last task to end records the losses in dataset.j
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_vocagno.command import Parser, add_verbosity, positive_int, run_command
-from megatron_vocagno.config import Bos
-from megatron_vocagno.corpus.dataset import local_folder
-from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
-from megatron_vocagno.errors import CorpusError, tool
-from megatron_vocagno.hub import is_id
-from megatron_vocagno.preprocess.plan import Slice
-from megatron_vocagno.preprocess.workers import run_local
+from megatron_vocagno.errors import tool
 
-from .console import Terminal, absolute, slice_of
+from .arguments import slice_of
 
 if TYPE_CHECKING:
-    from megatron_vocagno.preprocess.jobs import JobRunner
-    from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
-
-    from .score_progress import ScoreProgress
+    from megatron_vocagno.config import Bos
 
 PROG = tool("preprocess.score_teacher")
-PINS = f"{BUILD}/pins.json"
-"""File in a dataset with the commits of the Hub ids that scored it, so that all tasks of an array read the same weights."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,48 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0] == "finalize":
         args = finalize_parser().parse_args(argv[1:])
-        return run_command(lambda: finalize(args))
+        return run_command(lambda: run("finalize", args))
     args = parser().parse_args(argv)
-    return run_command(lambda: score_teacher(args), "scored shards are kept; run the same command again to continue")
+    return run_command(lambda: run("score", args), "scored shards are kept; run the same command again to continue")
 
 
-def score_teacher(args: argparse.Namespace) -> None:
+def run(command: str, args: argparse.Namespace) -> None:
     # imported after the options were checked, because torch and transformers take seconds to import
-    from megatron_vocagno.model.folder import pinned
-    from megatron_vocagno.preprocess.score import ScoringOptions, score
+    from . import score_commands
 
-    from .score_progress import ScoreProgress
-
-    path = absolute(local_folder(args.dataset))
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    part = part_of(args.shards, rank, world)
-    read_manifest(path)  # an error must come before anything is written
-    [teacher] = pinned([args.teacher], path / PINS)
-    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
-    asked = ScoringOptions(teacher, args.dtype, args.quantization, args.context, args.stride, args.tokens_per_batch, args.bos)
-    with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
-        manifest = score(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
-    print_result(path, manifest, progress)
-
-
-def finalize(args: argparse.Namespace) -> None:
-    from megatron_vocagno.preprocess.score import finish
-
-    from .score_progress import ScoreProgress
-
-    path = local_folder(args.dataset)
-    print_result(path, finish(path), ScoreProgress(Terminal()))
-
-
-def print_result(path: Path, manifest: Manifest, progress: ScoreProgress) -> None:
-    from .score_progress import near_chance, summary
-
-    if manifest.teacher_losses is not None:
-        Terminal().print(summary(path, manifest.teacher_losses, progress))
-        if (warning := near_chance(manifest.teacher_losses, manifest.teacher.vocab_size)) is not None:
-            Terminal().print(warning, soft_wrap=True, markup=False, highlight=False)
-    else:
-        Terminal().print(f"{progress.done:,} shards are done, others are not yet: the last process to end records all losses")
+    getattr(score_commands, command)(args)
 
 
 def parser() -> Parser:
@@ -141,9 +96,7 @@ def parser() -> Parser:
     where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
     where.add_argument("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
     where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
-    where.add_argument(
-        "--shards", type=slice_of, metavar="I/N", default=Slice(), help="score the I-th of N parts, I from 1 (default: all)"
-    )
+    where.add_argument("--shards", type=slice_of, metavar="I/N", help="score the I-th of N parts, I from 1 (default: all)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
@@ -173,28 +126,6 @@ def bos_of(text: str) -> Bos:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or the id of a token")
     return int(text)
-
-
-def part_of(part: Slice, rank: int, world: int) -> Slice | None:
-    """This rank's share of the shards in `part`; None for all shards."""
-    if (part.n, world) == (1, 1):
-        return None
-    return Slice(part.i + part.n * rank, part.n * world)
-
-
-def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[ScoreResult, ScoreJob]:
-    import torch
-
-    if args.engine == "ray":
-        from megatron_vocagno.preprocess.ray_engine import run_ray
-
-        return partial(run_ray, address=args.ray_address, on_gpus=True)
-    if args.workers > 1 and torch.cuda.is_available():
-        raise CorpusError(
-            f"--workers {args.workers}: the processes would share one GPU. Start one process per GPU: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {__package__}.score_teacher …"
-        )
-    return partial(run_local, workers=args.workers, on_progress=progress.within)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""The commands of score_teacher: each gets the parsed options, and prints its result."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megatron_vocagno.corpus.dataset import local_folder
+from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
+from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.hub import is_id
+from megatron_vocagno.model.folder import pinned
+from megatron_vocagno.preprocess.jobs import JobRunner
+from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.score import ScoringOptions, finish
+from megatron_vocagno.preprocess.score import score as score_dataset
+from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
+from megatron_vocagno.preprocess.workers import run_local
+
+from .console import Terminal, absolute
+from .score_progress import ScoreProgress, near_chance, summary
+
+PINS = f"{BUILD}/pins.json"
+"""File in a dataset with the commits of the Hub ids that scored it, so that all tasks of an array read the same weights."""
+
+
+def score(args: argparse.Namespace) -> None:
+    path = absolute(local_folder(args.dataset))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    part = part_of(args.shards or Slice(), rank, world)
+    read_manifest(path)  # an error must come before anything is written
+    [teacher] = pinned([args.teacher], path / PINS)
+    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
+    asked = ScoringOptions(teacher, args.dtype, args.quantization, args.context, args.stride, args.tokens_per_batch, args.bos)
+    with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
+        manifest = score_dataset(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
+    print_result(path, manifest, progress)
+
+
+def finalize(args: argparse.Namespace) -> None:
+    path = local_folder(args.dataset)
+    print_result(path, finish(path), ScoreProgress(Terminal()))
+
+
+def print_result(path: Path, manifest: Manifest, progress: ScoreProgress) -> None:
+    if manifest.teacher_losses is not None:
+        Terminal().print(summary(path, manifest.teacher_losses, progress))
+        if (warning := near_chance(manifest.teacher_losses, manifest.teacher.vocab_size)) is not None:
+            Terminal().print(warning, soft_wrap=True, markup=False, highlight=False)
+    else:
+        Terminal().print(f"{progress.done:,} shards are done, others are not yet: the last process to end records all losses")
+
+
+def part_of(part: Slice, rank: int, world: int) -> Slice | None:
+    """This rank's share of the shards in `part`; None for all shards."""
+    if (part.n, world) == (1, 1):
+        return None
+    return Slice(part.i + part.n * rank, part.n * world)
+
+
+def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[ScoreResult, ScoreJob]:
+    if args.engine == "ray":
+        from megatron_vocagno.preprocess.ray_engine import run_ray
+
+        return partial(run_ray, address=args.ray_address, on_gpus=True)
+    if args.workers > 1 and torch.cuda.is_available():
+        raise CorpusError(
+            f"--workers {args.workers}: the processes would share one GPU. Start one process per GPU: "
+            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {__package__}.score_teacher …"
+        )
+    return partial(run_local, workers=args.workers, on_progress=progress.within)
