@@ -24,7 +24,7 @@ from megatron_vocagno.preprocess.aligner import AlignedTexts, Part, Side, align_
 
 PART_CHARACTERS = 1 << 20  # characters
 REACH = 1 << 16  # characters before the end of a part that are searched for a cut
-OFFSET_CHARACTERS = 1 << 17  # characters whose offsets are computed at once
+OFFSET_CHARACTERS = 1 << 15  # characters whose offsets are computed at once
 AROUND = 128  # minimum number of characters on each side that are tokenized to test a cut
 TRIES = 64  # cuts that are tested per kind
 

@@ -214,7 +214,6 @@ class ShardWriter:
 
     def _add_long(self, text: Text) -> None:
         """Add a document part by part. If the bytes of a part do not add up, the parts that are written are removed again."""
-        trim_memory()  # reading it leaves freed blocks of some ten megabytes
         counts, widths = self.counts.copy(), self.widths.copy()
         for name in PAIRS:
             self.pairs[name].add(np.zeros(0, self.dtypes[name]))
@@ -222,6 +221,8 @@ class ShardWriter:
         n_student = n_teacher = n_bytes = 0
         by_offsets = False
         for part in aligned_parts(text.pieces, self.student, self.teacher, self.nfc):
+            if part.by_offsets or not n_student:
+                trim_memory()  # a long line and a tokenizer's offsets leave freed blocks of tens of megabytes
             student, teacher, aligned = part.student, part.teacher, part.aligned
             if not aligned.good[0]:
                 for name in PAIRS:
