@@ -18,10 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import orjson
-import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.engine.manifest import checkpoint_folders
@@ -110,6 +108,8 @@ def train() -> None:
 
 def training_command() -> list[str]:
     """Two processes on two stages, or one process if the machine has a single GPU."""
+    import torch
+
     launcher = str(Path(sys.executable).parent / "deepspeed")
     command = ["--num_gpus", "2", "examples/pretrain_vocagno.py", "examples/quickstart.toml"]
     command += ["--deepspeed_config", "ds_configs/cpu_pp2.json"]
@@ -121,6 +121,8 @@ def training_command() -> list[str]:
 
 def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> bool:
     """Run the launcher and its ranks in a separate process group. Kill them if `stop_when` is true; returns whether it was."""
+    import torch
+
     # the launcher starts its ranks with the first `python` in PATH
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not torch.cuda.is_available():
@@ -143,6 +145,14 @@ def launch(command: list[str], stop_when: Callable[[], bool] | None = None) -> b
 def reload() -> None:
     """Load the exported student with transformers, and compute its loss on a held-out text."""
     console.rule("[bold]the student, reloaded with AutoModelForCausalLM", align="left")
+    result, weights = DEMO / "reloaded.txt", DEMO / "student-hf" / "model.safetensors"
+    if result.exists() and result.stat().st_mtime > weights.stat().st_mtime:
+        console.print(f"reusing {result}")
+        return
+    # torch and transformers take seconds to import
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(DEMO / "student-hf")
     model = AutoModelForCausalLM.from_pretrained(DEMO / "student-hf")
     with (DEMO / "corpus" / "heldout.jsonl").open("rb") as file:
@@ -150,7 +160,8 @@ def reload() -> None:
     tokens = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
     with torch.no_grad():
         loss = model(**tokens, labels=tokens.input_ids).loss.item()
-    console.print(f"{model.num_parameters() / 1e6:.1f} M parameters; {loss:.2f} nats per token on {text[:60]!r}…")
+    result.write_text(f"{model.num_parameters() / 1e6:.1f} M parameters; {loss:.2f} nats per token on {text[:60]!r}…\n")
+    console.print(result.read_text(), end="")
 
 
 def close(seconds: float) -> None:

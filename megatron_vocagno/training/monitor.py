@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import orjson
 
@@ -26,7 +26,9 @@ from megatron_vocagno.training import sample_files
 from megatron_vocagno.training.nonfinite import NonFiniteStep, describe
 from megatron_vocagno.training.sample_files import SampleRows, SampleStep
 from megatron_vocagno.training.stop_signal import reason
-from megatron_vocagno.training.tensorboard import TensorBoardWriter
+
+if TYPE_CHECKING:
+    from megatron_vocagno.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE = "metrics.jsonl"
 NON_FINITE_FILE = "not_finite.jsonl"
@@ -68,6 +70,8 @@ class Monitor:
                 (self.output / name).unlink(missing_ok=True)
             for name in (METRICS_FILE, NON_FINITE_FILE):
                 _remove_after(self.output / name, first_step)
+            from megatron_vocagno.training.tensorboard import TensorBoardWriter  # imports torch
+
             self._tensorboard = TensorBoardWriter(self.output / "tensorboard", first_step)
             self._metrics = (self.output / METRICS_FILE).open("ab")
         try:

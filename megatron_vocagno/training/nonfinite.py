@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_vocagno.batch.blend import BlendedRows
 from megatron_vocagno.errors import SharedError, tool
+
+if TYPE_CHECKING:
+    from megatron_vocagno.batch.blend import BlendedRows
 
 
 @dataclass(frozen=True)
