@@ -99,7 +99,7 @@ def build_engine(
 
 def _import_muon_uncompiled() -> None:
     """ZeRO imports Muon for any optimizer, and Muon's functions are compiled when they are imported. Without this function, that
-    would load torch's Inductor, which takes a second and 60 MB.
+    would load torch's Inductor, which takes a second and 40 MB.
     """
     compile_function, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, step
+from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, startup, step
 from tests.tokenizers_for_tests import package_folder
 
 long = pytest.mark.long
@@ -75,6 +75,18 @@ def test_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(loader, constant, value)
     loader.main(["--quick", "--write"])
     check("loader", file.read_text(encoding="utf-8"), 3)
+
+
+@long
+@slow
+def test_startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "page.md"
+    monkeypatch.setattr(startup, "PAGE", file)
+    monkeypatch.setattr(startup, "demo", list)
+    startup.main(["--quick", "--write"])
+    written = file.read_text(encoding="utf-8")
+    check("startup", written, 4)
+    assert "the first step" in written
 
 
 @long
