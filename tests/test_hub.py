@@ -171,7 +171,7 @@ def test_all_tasks_that_score_a_dataset_read_one_commit(case: Case, tmp_path: Pa
         asked.append(what)
         return read_manifest(path)
 
-    monkeypatch.setattr("megatron_vocagno.preprocess.score.score", keep)
+    monkeypatch.setattr("tools.preprocess.score_commands.score_dataset", keep)
     for task, commit in (("1/2", "1" * 40), ("2/2", "2" * 40)):
         monkeypatch.setattr(hub, "snapshot", lambda *_, commit=commit: Path(commit))
         assert score_teacher.main([str(data), "--teacher", "someone/tiny", "--shards", task]) == 0
