@@ -48,12 +48,12 @@ QUICK = {  # command -> its first words; they tell their help without torch
     "tools.convert.gguf_to_safetensors": [""],
     "examples.demo.corpus": [""],
 }
-OTHERS = ["examples.evidence.__main__"]
-OTHERS += [f"benchmarks.{name}" for name in ("preprocess", "loader", "selection", "head", "gpu", "numerics", "prove_same_loss")]
+OTHERS = ["examples.evidence.__main__", "benchmarks.gpu.__main__"]
+OTHERS += [f"benchmarks.{name}" for name in ("preprocess", "loader", "selection", "head", "numerics", "prove_same_loss")]
 HELPS = [(name, word) for name, words in QUICK.items() for word in words] + [(name, "") for name in OTHERS]
 SCREEN = 40, 100
 """Lines, columns."""
-UNITS = r"\b(steps|tokens?|positions|documents?|processes|MB|share|GPUs?|seeds?|runs|turns|the I-th of N|texts?)\b"
+UNITS = r"\b(steps|minutes|tokens?|positions|documents?|processes|MB|share|GPUs?|seeds?|runs|turns|the I-th of N|texts?)\b"
 
 
 class Parsed(Exception):

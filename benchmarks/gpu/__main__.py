@@ -33,7 +33,7 @@ def parser() -> Parser:
         "python -m benchmarks.gpu --minutes 8",
         "0 all checks passed, 1 a check failed or did not end, or a part crashed, 2 an error that you can fix, 130 Ctrl-C",
     )
-    parser.add_argument("--minutes", type=positive_float, default=8.0, metavar="N", help="time limit of all parts (default: 8)")
+    parser.add_argument("--minutes", type=positive_float, default=8.0, metavar="N", help="minutes for all parts (default: 8)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the results (default: docs/gpu)")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes on the CPU; the figures are meaningless")
     # how a part is started
