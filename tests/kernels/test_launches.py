@@ -57,19 +57,22 @@ def test_the_device_is_asked_for_nothing_but_these_launches(device: torch.device
     """Memory is allocated and the kernels run. No other operation, no copy, and thus nothing to wait for."""
     seen: list[str] = []
     jitted = type(selection_triton._keys)
-    launch = jitted.run
+    kernel_of = jitted.__getitem__
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             seen.append(func.overloadpacket._qualified_op_name)
             return func(*args, **(kwargs or {}))
 
-    def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        seen.append(self.fn.__name__)
-        with _disable_current_modes():
-            return launch(self, *args, **kwargs)
+    def watched(self, grid):  # type: ignore[no-untyped-def]
+        def launch(*args, **kwargs):  # type: ignore[no-untyped-def]
+            seen.append(self.fn.__name__)
+            with _disable_current_modes():
+                return kernel_of(self, grid)(*args, **kwargs)
 
-    monkeypatch.setattr(jitted, "run", run)
+        return launch
+
+    monkeypatch.setattr(jitted, "__getitem__", watched)
     case = random_case(random.Random(0), "ties", rows=3, width=20)
     inputs, free = case.tensors(device), {"aten::empty", "aten::empty_like", "aten::view", "aten::detach", "aten::_reshape_alias"}
     for scope, launches in (("microbatch", ["_keys", "_threshold", "_weights"]), ("sequence", ["_select_row"])):
