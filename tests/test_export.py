@@ -34,7 +34,7 @@ def evaluations(output) -> list[float]:
     return [line["eval/loss"] for line in metrics(output) if "eval/loss" in line]
 
 
-@pytest.mark.parametrize(("tied", "stages"), [(True, 2), (False, 0)])
+@pytest.mark.parametrize(("tied", "stages"), [pytest.param(True, 2, marks=pytest.mark.long), (False, 0)])
 def test_the_exported_model_scores_as_the_engine_did_and_trains_on(
     case: Case, tied: bool, stages: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def build_engine(
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
         "gradient_accumulation_steps": layout.micro_batches,
     }
-    if settings["optimizer"]["type"].lower() != "muon":
+    if settings["optimizer"].get("type", "").lower() != "muon":
         _import_muon_uncompiled()
     try:
         engine, *_ = deepspeed.initialize(

@@ -212,6 +212,7 @@ class TestRay:
         assert len(at_work) == 1
         wait_until(lambda: not any(map(runs, at_work)), seconds=5)
 
+    @pytest.mark.long
     def test_a_cluster_that_goes_away_is_told(self, cluster, tmp_path):
         """The last test of the cluster: it ends it."""
         with cluster.start(DRIVE, *[tmp_path] * 5) as driver:

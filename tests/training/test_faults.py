@@ -93,6 +93,7 @@ def test_a_run_leaves_when_its_time_is_over_and_goes_on_later(case: Case) -> Non
     assert (case.out("timed") / "finished").read_text() == "2\n" and not (case.out("timed") / "stopped").exists()
 
 
+@pytest.mark.long
 def test_the_supervisor_passes_a_signal_on_to_the_ranks(case: Case) -> None:
     """A run by the launcher, which also leaves nothing behind: no process, and nothing in shared memory."""
     run = soak.Supervised(case, "supervised", [*soak.LAYOUT, "training.steps=500", "eval.rows=4"])
