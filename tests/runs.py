@@ -1,17 +1,16 @@
-"""Whole runs in processes of their own, small enough for tests: by the launcher that users type, or without it."""
+"""Whole runs in processes of their own, small enough for tests, started as torchrun would start them."""
 
 from __future__ import annotations
 
 import functools
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -169,34 +168,6 @@ def environment(**variables: str) -> dict[str, str]:
     )
 
 
-def launch(
-    processes: int, arguments: Sequence[str], stop_when: Callable[[], bool] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """`deepspeed examples/pretrain_vocagno.py ARGUMENTS`; all its processes are killed once `stop_when` says so."""
-    variables = environment()
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(processes)]
-    command += ["--master_port", variables["MASTER_PORT"], SCRIPT, *arguments]
-    with subprocess.Popen(
-        command,
-        cwd=REPOSITORY,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            if stop_when is not None:
-                while process.poll() is None and not stop_when():
-                    time.sleep(0.02)
-                os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate(timeout=300)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
 def spawn(
     processes: int,
     arguments: Sequence[str],
@@ -204,7 +175,7 @@ def spawn(
     folder: Path = REPOSITORY,
     fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """The same without the launcher, as torchrun would set it up; the ranks are forks of one process (forked.py).
+    """Run the training script on some ranks, as torchrun would start them. The ranks are forks of one process (forked.py).
 
     program: instead of the script, a file, ("-m", MODULE) or ("-c", TEXT), as Python takes them
     folder: where the ranks run

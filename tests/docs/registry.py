@@ -89,7 +89,7 @@ RELEASING = (
     Rule(r"DS_BUILD_OPS=0 pip wheel ", Checked(checks.shell_reads, "it needs an index")),
     Rule(r"pip download ", Checked(checks.names_files, "it needs an index")),
     Rule(r"deepspeed --module( megatron_vocagno\.pretrain)?$", There(".ci/release", ("deepspeed", "--module"))),
-    Rule(r"deepspeed examples/pretrain_vocagno\.py$", There("tests/runs.py::launch", ("examples/pretrain_vocagno.py",))),
+    Rule(r"deepspeed examples/pretrain_vocagno\.py$", There("benchmarks/soak.py", ("deepspeed",))),
 )
 
 SHOWN_AGAIN = (
@@ -186,7 +186,7 @@ TRAINING = (
     Rule(rf"{TRAIN}first\.toml ", Here()),
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run --gpus N", Here((*PLANNED, ("--gpus N", "--gpus 8")))),
     Rule(rf"{TRAIN}RUN\.toml .* --dry-run", Here(PLANNED)),
-    Rule(r"deepspeed --master_port( \d+)?$", There("tests/runs.py::launch", ("--master_port",))),
+    Rule(r"deepspeed --master_port( \d+)?$", There("benchmarks/soak.py", ("--master_port",))),
     Rule(r"python -m megatron_vocagno\.plan RUN", Here(PLANNED)),
     Rule(r"python -m megatron_vocagno\.plan ", Here()),
     Rule(r"python -m megatron_vocagno\.export ", Here()),
