@@ -12,6 +12,7 @@ from importlib import metadata
 import huggingface_hub.constants
 import pytest
 import torch
+from packaging.version import Version
 
 from megatron_vocagno import compat
 from tests.runs import REPOSITORY
@@ -63,6 +64,10 @@ def test_the_environment_makes_the_hub_offline(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", environment)
     assert compat.use_only_cache(asked) is offline
+
+
+def test_the_tests_of_gguf_files_are_skipped_only_with_older_packages() -> None:
+    assert bool(compat.gguf_remedy()) == (Version(metadata.version("transformers")) < Version("5.19"))
 
 
 @pytest.mark.parametrize(

@@ -102,8 +102,10 @@ def _import_muon_uncompiled() -> None:
     would load torch's Inductor, which takes a second and 40 MB.
     """
     compile_function, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    compiler.compile = compile_function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compile_function
 
 
 def check_precision(settings: DeepSpeedConfig, device: torch.device) -> None:
