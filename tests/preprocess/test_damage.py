@@ -156,11 +156,12 @@ def test_a_record_that_is_too_long_is_one_bad_record(tmp_path, monkeypatch):
 PEAK = """
 import re, sys
 from pathlib import Path
-from megatron_vocagno.preprocess.documents import read
+from megatron_vocagno.preprocess.documents import pieces_of, read
 from megatron_vocagno.preprocess.inputs import cut
 kib = lambda what: int(re.search(what + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 start = kib("VmRSS")
-texts = [d.text and len(d.text) for piece in cut(Path(sys.argv[1]), 10**9) for d in read(piece, "text", None, len)]
+count = lambda text: sum(map(len, pieces_of(text)))
+texts = [d.text and count(d.text) for piece in cut(Path(sys.argv[1]), 10**9) for d in read(piece, "text", None, len)]
 print(len(texts), sum(t is not None for t in texts), kib("VmHWM") - start)
 """
 
