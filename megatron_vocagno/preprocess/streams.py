@@ -105,6 +105,8 @@ def open_raw(where: Place) -> BinaryIO:
 class _Section(io.RawIOBase):
     """The bytes [start, stop) of a file."""
 
+    file: io.RawIOBase | None = None
+
     def __init__(self, where: Place, start: int, stop: int) -> None:
         self.file = cast(io.RawIOBase, open_raw(where))
         self.file.seek(start)
@@ -114,6 +116,7 @@ class _Section(io.RawIOBase):
         return True
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
+        assert self.file is not None
         n = self.file.readinto(memoryview(buffer)[: self.left]) or 0
         if not n and self.left:
             raise BrokenInputError(
@@ -123,7 +126,8 @@ class _Section(io.RawIOBase):
         return n
 
     def close(self) -> None:
-        if not self.closed:
+        # without a file if it could not be opened: the interpreter closes what it deletes
+        if not self.closed and self.file is not None:
             self.file.close()
         super().close()
 
