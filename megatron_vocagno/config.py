@@ -20,6 +20,8 @@ from megatron_vocagno.errors import tool
 Aggregate = Literal["max", "mean", "sum", "min"]
 Scope = Literal["sequence", "microbatch", "global"]
 Unmapped = Literal["include", "exclude"]
+Unit = Literal["token", "chunk"]
+Weighting = Literal["top_k", "threshold", "control_variate"]
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
 Bos = Literal["auto", "none"] | Annotated[int, Field(ge=0)]
 Objective = Literal["guided", "clm", "random", "student", "uld", "kld"]
@@ -157,12 +159,31 @@ class Guidance(Section):
 
     `clm`, `random` and `student` never load the teacher.
     """
+    unit: Unit = "token"
+    """What is compared with the teacher: docs/method.md#beyond-the-paper. Only for `guided`.
+
+    `token`: each student token with the teacher tokens that cover it, as in the paper.
+    `chunk`: each stretch of text that both tokenizers cut alike. Its tokens have one weight.
+    """
+    weighting: Weighting = "top_k"
+    """How a comparison becomes a weight. Only for `guided`.
+
+    `top_k`: 1 for the `keep` of the tokens with the highest excess, 0 for the others, as in the paper.
+    `threshold`: 1 unless the student is better than the teacher by `threshold` nats or more.
+    `control_variate`: 1 - `strength` * min(r, `clip`), where r is the student's probability divided by the teacher's.
+    """
+    threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    """Nats, for `weighting = "threshold"`. The share of units below it is logged in every guided run."""
+    strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
+    """Factor of the likelihood ratio, for `weighting = "control_variate"`."""
+    clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
+    """Upper bound of the likelihood ratio, for `weighting = "control_variate"`. `strength` * `clip` is at most 1."""
     aggregate: Aggregate = "max"
-    """How the losses of the teacher tokens that cover a student token become one number."""
+    """How the losses of the teacher tokens that cover a student token become one number. Only for `unit = "token"`."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
-    """Share of the mapped tokens that is kept. At most 6 decimals."""
+    """Share of the mapped tokens that is kept, for `weighting = "top_k"`. At most 6 decimals."""
     scope: Scope = "microbatch"
-    """The group of tokens that is ranked together.
+    """The group of tokens that is ranked together, for `weighting = "top_k"`.
 
     `sequence`: a row.
     `microbatch`: the micro-batch of one data-parallel rank.
@@ -187,8 +208,13 @@ class Guidance(Section):
 
     @property
     def selects(self) -> bool:
-        """Whether the objective trains on a selection of the tokens."""
+        """Whether the objective gives weights to tokens."""
         return self.objective in ("guided", "random", "student")
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the weights follow from a ranking of the tokens."""
+        return self.selects and self.weighting == "top_k"
 
     @property
     def distance(self) -> Literal["uld", "kld"] | None:
@@ -202,11 +228,15 @@ class Guidance(Section):
 
     def notes(self) -> Iterator[str]:
         """One note for the fields that were given although the objective ignores them."""
+        given = self.model_fields_set
         idle = [name for name in _OF_GUIDES if self.objective != "guided"] + [name for name in _OF_SELECTION if not self.selects]
-        if given := [f"guidance.{name}" for name in idle if name in self.model_fields_set]:
-            why = "selects tokens without a teacher" if self.selects else "trains on every token"
-            have = "has" if len(given) == 1 else "have"
-            yield f"note: {', '.join(given)} {have} no effect: guidance.objective = {self.objective!r} {why}."
+        why = "selects tokens without a teacher" if self.selects else "trains on every token"
+        yield from _no_effect(given.intersection(idle), f"guidance.objective = {self.objective!r} {why}")
+        if self.objective == "guided":
+            unused = {name for weighting, names in _OF_WEIGHTING.items() if weighting != self.weighting for name in names}
+            yield from _no_effect(given & unused, f"guidance.weighting is {self.weighting!r}")
+            if self.unit == "chunk":
+                yield from _no_effect(given & {"aggregate"}, "guidance.unit is 'chunk'")
 
     @model_validator(mode="after")
     def _of_this_objective(self) -> Self:
@@ -214,6 +244,21 @@ class Guidance(Section):
             raise ValueError(f"chunks applies only to objective 'guided' (objective is {self.objective!r})")
         if self.distance_weight != 1 and self.distance is None:
             raise ValueError(f"distance_weight applies only to objectives 'uld' and 'kld' (objective is {self.objective!r})")
+        if self.objective != "guided" and (self.unit, self.weighting) != ("token", "top_k"):
+            name, value = ("unit", self.unit) if self.unit != "token" else ("weighting", self.weighting)
+            raise ValueError(f"{name} = {value!r} applies only to objective 'guided' (objective is {self.objective!r})")
+        if self.require_positive and self.weighting != "top_k":
+            raise ValueError(
+                f"require_positive applies only to weighting 'top_k' (weighting is {self.weighting!r}): "
+                "weighting 'threshold' with threshold = 0 keeps every token with an excess above 0"
+            )
+        if self.chunks is not None and self.unit == "chunk":
+            raise ValueError("chunks replaces the alignment by one in equal parts, and unit 'chunk' needs the alignment")
+        if self.strength * self.clip > 1 + 1e-9:
+            raise ValueError(
+                f"strength * clip is {self.strength} * {self.clip} = {self.strength * self.clip:g}: at most 1 is allowed, "
+                "because the smallest weight is 1 - strength * clip"
+            )
         return self
 
     @field_validator("keep")
@@ -224,8 +269,15 @@ class Guidance(Section):
         return keep
 
 
-_OF_GUIDES = ("aggregate", "require_positive", "combine")
+_OF_GUIDES = ("aggregate", "require_positive", "combine", "threshold", "strength", "clip")
 _OF_SELECTION = ("keep", "scope", "unmapped")
+_OF_WEIGHTING = {"top_k": ("keep", "scope"), "threshold": ("threshold",), "control_variate": ("strength", "clip")}
+
+
+def _no_effect(names: set[str], why: str) -> Iterator[str]:
+    if names:
+        fields = ", ".join(f"guidance.{name}" for name in sorted(names))
+        yield f"note: {fields} {'has' if len(names) == 1 else 'have'} no effect: {why}."
 
 
 class Parallel(Section):

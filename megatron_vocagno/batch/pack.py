@@ -53,6 +53,8 @@ class MappingStatus(IntEnum):
     so it has no loss."""
     BEYOND_TEACHER = 4
     """The target needs teacher tokens beyond the longest row that the teacher reads."""
+    CUT_CHUNK = 5
+    """The row, or one of the reasons above, lacks a part of the target's chunk. Only for unit `chunk`."""
 
 
 class SpanView(Protocol):
@@ -223,6 +225,8 @@ class Rows:
 
         first, last, mapping = teacher.first, teacher.last, np.zeros(len(teacher.first), np.uint8)
         # if several reasons apply, the last one here is recorded
+        if teacher.cut is not None:
+            mapping[teacher.cut] = MappingStatus.CUT_CHUNK
         mapping[last > len(teacher.starts_document)] = MappingStatus.BEYOND_TEACHER
         mapping[first < 0] = MappingStatus.NO_CONTEXT
         mapping[first == last] = MappingStatus.NO_TEXT
@@ -283,6 +287,8 @@ class TeacherSide:
     """The prefix that is read before the inputs."""
     text_losses: tuple[TextLoss, ...] = ()
     """The losses of each teacher over the text. Empty if the losses are not cached."""
+    cut: npt.NDArray[np.bool_] | None = None
+    """[n] whether the row lacks a part of the target's chunk. None if no chunks are compared."""
 
 
 class TeacherSource(Protocol):

@@ -20,6 +20,7 @@ from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
 from megatron_vocagno.batch.unguided import RandomGuide, RandomRows, ZeroGuide
+from megatron_vocagno.batch.whole_chunks import CombinedChunks, WholeChunks
 from megatron_vocagno.config import Guidance, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import describe_front, front_of
@@ -70,17 +71,25 @@ class TeacherSources:
         if guidance.objective == "student":
             return [ZeroGuide(data) for data in datasets]
         if not self.cached_teachers:
-            return [self._aligned(TeacherIds(data, self.teacher_limit, self.prefix)) for data in datasets]
+            return [self._aligned(TeacherIds(data, self.teacher_limit, self.prefix), data) for data in datasets]
         scored = [open_scored(teacher, datasets) for teacher in self.cached_teachers]
         return [self._combined([of_teacher[i] for of_teacher in scored]) for i in range(len(datasets))]
 
     def _combined(self, scored: Sequence[AlignedDataset]) -> TeacherSource:
         """The source of one dataset, which every teacher has scored."""
-        sources = [self._aligned(CachedLosses(data)) for data in scored]
-        return sources[0] if len(sources) == 1 else CombinedGuides(sources, self.guidance.aggregate, self.guidance.combine)
+        sources = [self._aligned(CachedLosses(data), data) for data in scored]
+        if len(sources) == 1:
+            return sources[0]
+        if self.guidance.unit == "chunk":
+            return CombinedChunks(sources, self.guidance.combine)
+        return CombinedGuides(sources, self.guidance.aggregate, self.guidance.combine)
 
-    def _aligned(self, source: TeacherSource) -> TeacherSource:
-        """The source, with the alignment by chunks if `guidance.chunks` replaces the one of the dataset."""
+    def _aligned(self, source: TeacherSource, data: AlignedDataset) -> TeacherSource:
+        """The source, with the alignment by chunks if `guidance.chunks` replaces the one of the dataset. For unit `chunk`, only
+        whole chunks are mapped.
+        """
+        if self.guidance.unit == "chunk" and self.guidance.objective == "guided":
+            return WholeChunks(source, data)
         return source if self.guidance.chunks is None else Chunked(source, self.guidance.chunks)
 
 

@@ -72,7 +72,9 @@ def from_tensors(tensors: tuple[Tensor, ...]) -> LossInputs | PreselectedInputs:
 def selection_rule(guidance: Guidance, group: dist.ProcessGroup | None = None) -> Rule:
     """The rule by which a run selects tokens. group: the data-parallel ranks."""
     g = guidance
-    rule = Rule(g.keep, g.aggregate, g.scope, g.unmapped, g.require_positive, group)
+    rule = Rule(
+        g.keep, g.aggregate, g.scope, g.unmapped, g.require_positive, group, g.unit, g.weighting, g.threshold, g.strength, g.clip
+    )
     # if nothing is selected, all tokens are unmapped, and included
     return rule if g.selects else replace(rule, scope="microbatch", unmapped="include")
 
@@ -130,7 +132,7 @@ class GuidedObjective:
 
         Only if one selection covers several micro-batches: scope `global`, with more than one micro-batch per step.
         """
-        return self.guidance.selects and self.guidance.scope == "global" and micro_batches > 1
+        return self.guidance.ranks and self.guidance.scope == "global" and micro_batches > 1
 
     @contextmanager
     def recording_losses(self) -> Iterator[list[Tensor]]:
@@ -183,7 +185,7 @@ class GuidedObjective:
             rule,
             capacity=capacity,
         )
-        return _with_stats_of(loss_BS, selection, valid_BS) if random else selection
+        return _with_stats_of(loss_BS, selection, valid_BS, rule) if random else selection
 
     def reduce_stats(self, extra_N: Tensor) -> tuple[Tensor, float, Tensor]:
         """Sums since the last call, over all ranks, on the host. Collective over the world.
@@ -198,11 +200,10 @@ class GuidedObjective:
         return sums[: len(STATS)], float(sums[len(STATS)]), sums[len(STATS) + 1 :]
 
 
-def _with_stats_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor) -> Selection:
+def _with_stats_of(loss_BS: Tensor, selection: Selection, valid_BS: Tensor, rule: Rule) -> Selection:
     """The same selection with statistics of the student's real losses. Waits for the device.
 
     The number of tokens over capacity is 0: every token that was planned to have a random guide has one.
     """
-    no_threshold = loss_BS.new_empty(0)
-    sums = tally(loss_BS.float(), selection.guide_BS, valid_BS, selection.weight_BS != 0, no_threshold, over_capacity=0)
+    sums = tally(loss_BS.float(), selection.guide_BS, valid_BS, selection.weight_BS, None, rule, over_capacity=0)
     return replace(selection, stats_PK=sums)

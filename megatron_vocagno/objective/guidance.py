@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vocagno.objective.ranking import over_ranks
-from megatron_vocagno.objective.rule import Aggregate, Rule, Scope, Selection, Unmapped
+from megatron_vocagno.objective.rule import Aggregate, Rule, Scope, Selection, Unit, Unmapped, Weighting
 from megatron_vocagno.objective.selection import select_tokens
 
 
@@ -41,6 +41,11 @@ def guided_loss(
     unmapped: Unmapped = "include",
     require_positive: bool = False,
     group: dist.ProcessGroup | None = None,
+    unit: Unit = "token",
+    weighting: Weighting = "top_k",
+    threshold: float = 2.0,
+    strength: float = 0.25,
+    clip: float = 4.0,
     normalizer: float | Tensor | None = None,
 ) -> GuidedLoss:
     """L = sum(w * l_S) / denominator, over the tokens of this rank (docs/method.md, 3 and 4).
@@ -50,7 +55,7 @@ def guided_loss(
     teacher_loss_BU    [B, U] float, nats. NaN marks a teacher token without a usable loss. U may be 0
     first_BS, last_BS  [B, S] int, teacher positions, half-open: [first, last). A token with first == last is unmapped
     valid_BS           [B, S] bool. A False token (padding, ignored target) has weight 0 and is not counted
-    keep ... group     the fields of Rule; the defaults are the paper's values
+    keep ... clip      the fields of Rule; the defaults are the paper's values
     normalizer         the denominator, if it is known in advance, for example planned_kept of a whole step. By default it is the
                        sum of the weights of this rank. For scope 'global' it is the sum over all ranks, and the loss is the sum
                        of the ranks' losses
@@ -77,7 +82,7 @@ def guided_loss(
     >>> summarize(guided)["excess_kept"], summarize(guided)["excess_dropped"]
     (1.75, -0.25)
     """
-    rule = Rule(keep, aggregate, scope, unmapped, require_positive, group)
+    rule = Rule(keep, aggregate, scope, unmapped, require_positive, group, unit, weighting, threshold, strength, clip)
     selection = select_tokens(student_loss_BS, teacher_loss_BU, first_BS, last_BS, valid_BS, rule)
     if normalizer is None:
         normalizer = over_ranks(selection.weight_BS.sum(), rule.ranks)

@@ -5,6 +5,9 @@
     w[i] = 1 for the k = ceil(keep * n) mapped tokens of highest d, 0 for the rest   ranking.highest
     w[i] = 1 ('include') or 0 ('exclude') if i is unmapped
 
+With unit 'chunk', d is the excess of the token's chunk (`chunks`). With another weighting than 'top_k', w is a function of d
+(`weighting`).
+
 A token with a student loss of NaN has weight 0 and is counted. A token is unmapped if its range is empty or contains a NaN.
 Infinite losses are legal. If both losses are infinite (d = inf - inf), the token is mapped but never kept.
 
@@ -21,9 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_vocagno.objective.chunks import compare_chunks
 from megatron_vocagno.objective.ranking import highest, kept_count, lowest
 from megatron_vocagno.objective.rule import PAPER, Aggregate, Rule, Selection
-from megatron_vocagno.objective.statistics import tally
+from megatron_vocagno.objective.statistics import Excess, tally
+from megatron_vocagno.objective.weighting import weights
 
 
 @torch.no_grad()
@@ -49,8 +54,9 @@ def select_tokens(
                        a mapped token into an unmapped one. The last of them then lose their weight and are counted as
                        over_capacity. None means no bound
 
-    Ties go to the lower index. If no token is eligible, none is kept. Raises ValueError: shapes or a capacity that do not fit. On
-    the CPU also ranges outside of the teacher's row.
+    Ties go to the lower index. If no token is eligible, none is kept. With unit 'chunk', the tokens of a chunk have one excess
+    and one weight, except if the k-th token of a ranking is inside a chunk. Raises ValueError: shapes or a capacity that do not
+    fit. On the CPU also ranges outside of the teacher's row, and for unit 'chunk' ranges that are not ascending.
 
     Five student tokens. The last one ends the document and has no teacher token. Two of the other four are kept, those with the
     largest excess. The student's loss is largest for the second token, but so is the teacher's:
@@ -73,18 +79,35 @@ def select_tokens(
         return selection_triton.select_tokens(
             student_loss_BS, teacher_loss_BU, first_BS, last_BS, valid_BS, rule, capacity=capacity
         )
-    guide_BS = gather_guide(teacher_loss_BU, first_BS, last_BS, rule.aggregate)
     student_BS, valid_BS = student_loss_BS.float(), valid_BS.bool()
-    weight_BS, threshold_G = _keep(student_BS - guide_BS, valid_BS, rule)
+    excess_BS, guide_BS, opens_BS = _compare(student_BS, teacher_loss_BU, first_BS, last_BS, valid_BS, rule)
+    threshold_G = excess_BS.new_empty(0)
+    if rule.weighting == "top_k":
+        kept_BS, threshold_G = _keep(excess_BS, valid_BS, rule)
+        weight_BS = kept_BS.float()
+    else:
+        weight_BS = weights(excess_BS, rule).masked_fill_(~valid_BS, 0.0)
     if rule.unmapped == "include":
-        weight_BS = weight_BS | (valid_BS & guide_BS.isnan() & ~student_BS.isnan())
+        weight_BS.masked_fill_(valid_BS & guide_BS.isnan() & ~student_BS.isnan(), 1.0)
     over_capacity = 0
     if capacity is not None:
-        within_BS = _first(weight_BS, capacity, rule)
-        over_capacity = int((weight_BS ^ within_BS).sum())
-        weight_BS = within_BS
-    stats_PK = tally(student_BS, guide_BS, valid_BS, weight_BS, threshold_G, over_capacity)
-    return Selection(weight_BS.float(), guide_BS, weight_BS.flatten().nonzero().squeeze(1), stats_PK)
+        beyond_BS = (weight_BS != 0) & ~_first(weight_BS != 0, capacity, rule)
+        over_capacity = int(beyond_BS.sum())
+        weight_BS.masked_fill_(beyond_BS, 0.0)
+    excess = Excess(excess_BS, opens_BS, threshold_G)
+    stats_PK = tally(student_BS, guide_BS, valid_BS, weight_BS, excess, rule, over_capacity)
+    return Selection(weight_BS, guide_BS, weight_BS.flatten().nonzero().squeeze(1), stats_PK)
+
+
+def _compare(
+    student_BS: Tensor, teacher_BU: Tensor, first_BS: Tensor, last_BS: Tensor, valid_BS: Tensor, rule: Rule
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The excess and the guide of each token, and which tokens open a unit: see compare_chunks. A token is a unit by itself."""
+    if rule.unit == "chunk":
+        _check_ranges(teacher_BU, first_BS, last_BS, "sum")
+        return compare_chunks(student_BS, teacher_BU, first_BS, last_BS, valid_BS)
+    guide_BS = gather_guide(teacher_BU, first_BS, last_BS, rule.aggregate)
+    return student_BS - guide_BS, guide_BS, torch.ones_like(valid_BS)
 
 
 def _keep(excess_BS: Tensor, eligible_BS: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
@@ -173,7 +196,8 @@ def planned_kept(mapped_B: Sequence[int], unmapped_B: Sequence[int], rule: Rule 
     mapped_B, unmapped_B  valid tokens of each row of the micro-batch. For scope 'global', of the rows of all ranks
     returns               the sum. 0 if there are no rows
 
-    The weights can sum to less: with `require_positive`, or if a loss is NaN.
+    The weights can sum to less: with `require_positive`, or if a loss is NaN. With another weighting than 'top_k', the result is
+    the number of tokens, of which each can have weight: see docs/method.md, Beyond the paper.
 
     40 % of 5 + 3 mapped tokens is 3.2, so 4 are kept. With scope 'sequence' it is 2 + 2. The two unmapped tokens are added:
 
@@ -182,7 +206,12 @@ def planned_kept(mapped_B: Sequence[int], unmapped_B: Sequence[int], rule: Rule 
     >>> planned_kept([5, 3], [1, 1], Rule(scope="sequence", unmapped="exclude"))
     4
     """
-    kept = sum(kept_count(n, rule.keep) for n in mapped_B) if rule.scope == "sequence" else kept_count(sum(mapped_B), rule.keep)
+    if rule.weighting != "top_k":
+        kept = sum(mapped_B)
+    elif rule.scope == "sequence":
+        kept = sum(kept_count(n, rule.keep) for n in mapped_B)
+    else:
+        kept = kept_count(sum(mapped_B), rule.keep)
     return kept + (sum(unmapped_B) if rule.unmapped == "include" else 0)
 
 

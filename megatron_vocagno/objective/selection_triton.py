@@ -1,9 +1,13 @@
 """GPU backend of `select_tokens`: three launches per micro-batch, or one if rows are ranked separately. It never waits for the
 device.
 
-    keys       guide g, excess d = l_S - g, and the 32 bits of d as an integer in the order of the floats
+    keys       guide g, excess d = l_S - g (of the chunk for unit 'chunk'), and the 32 bits of d as an integer in the order of the
+               floats
     threshold  k = ceil(keep * n), and the k-th highest key, bit by bit from the top: 32 counts of keys in registers
     weights    w = 1 above the threshold and for the first ties at it; the list of tokens; the sums of STATS
+
+Without a ranking, the threshold is known, and the second launch only counts the tokens above it. `weights` then computes w from
+the excess.
 
 If the ranking has more tokens than the registers of one program hold, or spans several ranks, the threshold is found from three
 histograms of 11, 11 and 10 bits. Only their counts are added atomically. They are integers, so the result is exact in any order.
@@ -19,6 +23,7 @@ contiguous memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -28,6 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_vocagno.objective import weighting
 from megatron_vocagno.objective.ranking import on_lower_ranks, over_ranks, share, spans_ranks, threshold_from_digits
 from megatron_vocagno.objective.rule import Rule, Selection
 from megatron_vocagno.objective.statistics import STATS
@@ -59,6 +65,8 @@ def select_tokens(
             return _row_by_row(inputs, rule, capacity)
         return _rows_at_once(_Batch.of(*inputs, rule, capacity, rows * _blocks(width, BLOCK)), rule)
     batch = _Batch.of(*inputs, rule, capacity, _blocks(rows * width, BLOCK))
+    if rule.weighting != "top_k":
+        return _all_tokens(batch, rule, _cut_of_weighting)
     if rows * width > IN_REGISTERS or spans_ranks(rule.ranks):
         return _all_tokens(batch, rule, _cut_from_histograms)
     return _all_tokens(batch, rule, _cut_in_registers)
@@ -81,6 +89,8 @@ class _Batch:
     """Capacity of each list of tokens, at most the number of its tokens."""
     key_BS: Tensor
     """uint32: the rank of the excess among all floats."""
+    opens_BS: Tensor
+    """uint8: whether a token opens a unit, see statistics.Excess."""
     selection: Selection
 
     @staticmethod
@@ -109,6 +119,7 @@ class _Batch:
             valid_BS=valid_BS.bool().contiguous().view(torch.uint8),
             capacity=capacity,
             key_BS=empty(torch.uint32, rows, width),
+            opens_BS=empty(torch.uint8, rows, width),
             selection=Selection(
                 weight_BS=empty(torch.float32, rows, width),
                 guide_BS=empty(torch.float32, rows, width),
@@ -128,6 +139,26 @@ def _warps(tokens: int, most_threads: int) -> int:
     return min(max(tokens // 8, 128), most_threads) // LANES
 
 
+def _weighting(rule: Rule) -> dict[str, float]:
+    """Numbers of a weighting, as arguments of the kernels."""
+    return {
+        "cut_key": _key_of(weighting.cut(rule)) if rule.weighting != "top_k" else _NONE.value,
+        "minus_threshold": -rule.threshold,
+        "strength": rule.strength,
+        "clip": rule.clip,
+        "lowest_excess": -math.log(rule.clip),
+        "lowest_weight": weighting.lowest_weight(rule),
+    }
+
+
+def _key_of(excess: float) -> int:
+    """The key above which an excess has weight. For -inf, also the key of -inf is above it."""
+    if excess == -math.inf:
+        return _UNMAPPED.value
+    bits = int(torch.tensor([excess], dtype=torch.float32).add_(0.0).view(torch.int32).item()) & _NONE.value
+    return bits ^ _NONE.value if bits >> 31 else bits | _ZERO.value
+
+
 def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
     (rows, width), part, out = batch.student_BS.shape, share(rule.keep), batch.selection
     tokens = max(BLOCK, triton.next_power_of_2(width))
@@ -138,6 +169,7 @@ def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
         batch.last_BS,
         batch.valid_BS,
         batch.key_BS,
+        batch.opens_BS,
         out.guide_BS,
         out.weight_BS,
         out.tokens_C,
@@ -147,7 +179,10 @@ def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
         batch.capacity,
         part.numerator,
         part.denominator,
+        **_weighting(rule),
         AGGREGATE=rule.aggregate,
+        CHUNK=rule.unit == "chunk",
+        WEIGHTING=rule.weighting,
         POSITIVE=rule.require_positive,
         INCLUDE=rule.unmapped == "include",
         BLOCK=BLOCK,
@@ -195,10 +230,12 @@ def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) 
         batch.last_BS,
         batch.valid_BS,
         batch.key_BS,
+        batch.opens_BS,
         out.guide_BS,
         width,
         batch.teacher_BU.shape[1],
         AGGREGATE=rule.aggregate,
+        CHUNK=rule.unit == "chunk",
         BLOCK=BLOCK,
     )
     found = cut(batch.key_BS.flatten(), rule)
@@ -207,6 +244,7 @@ def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) 
         out.guide_BS,
         batch.valid_BS,
         batch.key_BS,
+        batch.opens_BS,
         found.at_3,
         found.before_2P,
         found.lowest_1,
@@ -216,10 +254,36 @@ def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) 
         rows * width,
         len(out.stats_PK),
         batch.capacity,
+        **_weighting(rule),
+        WEIGHTING=rule.weighting,
         INCLUDE=rule.unmapped == "include",
         BLOCK=BLOCK,
     )
     return out
+
+
+def _cut_of_weighting(key_N: Tensor, rule: Rule) -> _Cut:
+    """The cut of a weighting that does not rank, for any number of tokens."""
+    blocks = _blocks(len(key_N), BLOCK)
+    cut = _Cut(
+        at_3=torch.empty(3, dtype=torch.int64, device=key_N.device),
+        before_2P=torch.empty(2, blocks, dtype=torch.int64, device=key_N.device),
+        lowest_1=torch.empty(1, dtype=torch.float32, device=key_N.device),
+    )
+    _count_above[(1,)](
+        key_N,
+        cut.at_3,
+        cut.before_2P,
+        cut.lowest_1,
+        len(key_N),
+        blocks,
+        _key_of(weighting.cut(rule)),
+        INCLUDE=rule.unmapped == "include",
+        BLOCKS=min(16, triton.next_power_of_2(blocks)),
+        BLOCK=BLOCK,
+        num_warps=8 * 32 // LANES,
+    )
+    return cut
 
 
 def _cut_in_registers(key_N: Tensor, rule: Rule) -> _Cut:
@@ -286,6 +350,7 @@ _UNMAPPED = tl.constexpr(1)
 _ZERO = tl.constexpr(0x80000000)  # the key of 0.0. The key of -inf is 0x007FFFFF, that of +inf is 0xFF800000
 _NONE = tl.constexpr(0xFFFFFFFF)  # above all keys
 _SUMS = tl.constexpr(len(STATS))
+_SMALLEST = tl.constexpr(weighting.SMALLEST)
 
 
 @triton.jit
@@ -325,6 +390,57 @@ def _aggregate(loss, first_T, last_T, AGGREGATE: tl.constexpr):
 
 
 @triton.jit
+def _chunk_start(first, last, s_T, open_T):
+    """The position of the first token of the chunk that holds token s, and that token's first teacher position.
+
+    A token belongs to the chunk if its range reaches beyond the first teacher position found so far. Tokens without text are
+    passed over. The pointers are to the row. open: whether token s is mapped.
+    """
+    begin_T = s_T
+    first_T = tl.load(first + s_T, mask=open_T, other=0)
+    p_T = s_T
+    while tl.max(open_T.to(tl.int32), 0) > 0:
+        p_T -= 1
+        open_T = open_T & (p_T >= 0)
+        a_T = tl.load(first + p_T, mask=open_T, other=0)
+        b_T = tl.load(last + p_T, mask=open_T, other=0)
+        joins_T = open_T & (a_T < b_T) & (b_T > first_T)
+        begin_T = tl.where(joins_T, p_T, begin_T)
+        first_T = tl.where(joins_T, a_T, first_T)
+        open_T = joins_T | (open_T & (a_T >= b_T))
+    return begin_T, first_T
+
+
+@triton.jit
+def _chunk(student, first, last, valid, s_T, mapped_T, S):
+    """The chunk that holds token s: the student's loss, the number of tokens, the teacher range, whether all are valid, and
+    whether token s is the first.
+
+    Every token of a chunk adds the same losses in the same order, so that all have the same excess.
+    """
+    begin_T, first_T = _chunk_start(first, last, s_T, mapped_T)
+    last_T = tl.load(last + begin_T, mask=mapped_T, other=0)
+    sum_T = tl.load(student + begin_T, mask=mapped_T, other=0.0).to(tl.float64)
+    whole_T = tl.load(valid + begin_T, mask=mapped_T, other=0) != 0
+    tokens_T = mapped_T.to(tl.int32)
+    open_T = mapped_T
+    p_T = begin_T
+    while tl.max(open_T.to(tl.int32), 0) > 0:
+        p_T += 1
+        open_T = open_T & (p_T < S)
+        a_T = tl.load(first + p_T, mask=open_T, other=0)
+        b_T = tl.load(last + p_T, mask=open_T, other=0)
+        valid_T = tl.load(valid + p_T, mask=open_T, other=0) != 0
+        joins_T = open_T & (a_T < b_T) & (a_T < last_T)
+        last_T = tl.where(joins_T, b_T, last_T)
+        tokens_T += joins_T.to(tl.int32)
+        sum_T += tl.load(student + p_T, mask=joins_T, other=0.0).to(tl.float64)
+        whole_T = whole_T & (valid_T | ~joins_T)
+        open_T = joins_T | (open_T & (a_T >= b_T))
+    return sum_T.to(tl.float32), tokens_T, first_T, last_T, whole_T, mapped_T & (begin_T == s_T)
+
+
+@triton.jit
 def _write_keys(
     student,  # [B, S] float
     loss,  # [B, U] float
@@ -332,22 +448,35 @@ def _write_keys(
     last,  # [B, S] int
     valid,  # [B, S] uint8
     key,  # [B, S] uint32, written
+    opens,  # [B, S] uint8, written
     guide,  # [B, S] float32, written
     b,
     s_T,
     S,
     U,
     AGGREGATE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Write guide and key of the tokens s of row b."""
+    """Write guide, key and opens of the tokens s of row b."""
     row, inside_T = b * S, s_T < S
     first_T = tl.load(first + row + s_T, mask=inside_T, other=0)
     last_T = tl.load(last + row + s_T, mask=inside_T, other=0)
-    guide_T = _aggregate(loss + b * U, first_T, last_T, AGGREGATE)
-    tl.store(guide + row + s_T, guide_T, mask=inside_T)
     student_T = tl.load(student + row + s_T, mask=inside_T, other=0.0).to(tl.float32)
     known_T = (tl.load(valid + row + s_T, mask=inside_T, other=0) != 0) & (student_T == student_T)
-    excess_T = student_T - guide_T + 0.0  # -0 becomes +0
+    if CHUNK:
+        total_T, tokens_T, begin_T, end_T, whole_T, opens_T = _chunk(
+            student + row, first + row, last + row, valid + row, s_T, inside_T & (first_T < last_T), S
+        )
+        teacher_T = _aggregate(loss + b * U, begin_T, end_T, "sum")
+        teacher_T = tl.where(whole_T & (first_T < last_T), teacher_T, float("nan"))
+        guide_T = teacher_T / tl.maximum(tokens_T, 1).to(tl.float32)
+        excess_T = total_T - teacher_T + 0.0  # -0 becomes +0
+    else:
+        opens_T = inside_T
+        guide_T = _aggregate(loss + b * U, first_T, last_T, AGGREGATE)
+        excess_T = student_T - guide_T + 0.0
+    tl.store(guide + row + s_T, guide_T, mask=inside_T)
+    tl.store(opens + row + s_T, opens_T.to(tl.uint8), mask=inside_T)
     bits_T = excess_T.to(tl.uint32, bitcast=True)
     ordered_T = tl.where((bits_T >> 31) != 0, bits_T ^ _NONE, bits_T | _ZERO)
     other_T = tl.where(known_T & (guide_T != guide_T), _UNMAPPED, _NOTHING).to(tl.uint32)
@@ -362,16 +491,19 @@ def _keys(
     last,  # [B, S] int
     valid,  # [B, S] uint8
     key,  # [B, S] uint32, written
+    opens,  # [B, S] uint8, written
     guide,  # [B, S] float32, written
     S,
     U,
     AGGREGATE: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK tokens of one row."""
     blocks = tl.maximum(tl.cdiv(S, BLOCK), 1)
     b, block = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks
-    _write_keys(student, loss, first, last, valid, key, guide, b, block * BLOCK + tl.arange(0, BLOCK), S, U, AGGREGATE)
+    s_T = block * BLOCK + tl.arange(0, BLOCK)
+    _write_keys(student, loss, first, last, valid, key, opens, guide, b, s_T, S, U, AGGREGATE, CHUNK)
 
 
 @triton.jit
@@ -451,6 +583,38 @@ def _threshold(
 
 
 @triton.jit
+def _count_above(
+    key,  # [N] uint32
+    at,  # [3] int64, written
+    before,  # [2, P] int64, written
+    lowest,  # [1] float32, written
+    N,
+    P,
+    cut_key,
+    INCLUDE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program: the tokens with weight before each block, without a ranking. No key at the cut is kept."""
+    weighted = tl.zeros((), tl.int64)
+    for start in range(0, P, BLOCKS):
+        p_P = start + tl.arange(0, BLOCKS)
+        i_PT = p_P[:, None].to(tl.int64) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        key_PT = tl.load(key + i_PT, mask=i_PT < N, other=0)
+        weighted_PT = key_PT > cut_key
+        if INCLUDE:
+            weighted_PT = weighted_PT | (key_PT == _UNMAPPED)
+        weighted_P = tl.sum(weighted_PT.to(tl.int64), 1)
+        tl.store(before + p_P, tl.zeros_like(weighted_P), mask=p_P < P)
+        tl.store(before + P + p_P, weighted + tl.cumsum(weighted_P) - weighted_P, mask=p_P < P)
+        weighted += tl.sum(weighted_P)
+    tl.store(at, tl.full((), 0, tl.int64) + cut_key)
+    tl.store(at + 1, tl.zeros((), tl.int64))
+    tl.store(at + 2, weighted)
+    tl.store(lowest, float("nan"))
+
+
+@triton.jit
 def _histogram(
     key,  # [N] uint32
     found,  # [1] int64, the bits above SHIFT + WIDTH that are known
@@ -504,7 +668,12 @@ def _write_sums(
     valid_T,
     weighted_T,  # has weight, if within the capacity
     w_T,  # has weight
+    weight_T,  # float32
+    excess_T,  # float32, NaN if there is none
+    unit_T,  # opens a unit that has an excess
     lowest,
+    minus_threshold,
+    clip,
 ):
     known_T = valid_T & (student_T == student_T)
     mapped_T, unmapped_T = known_T & (guide_T == guide_T), known_T & (guide_T != guide_T)
@@ -523,10 +692,13 @@ def _write_sums(
         _total(student_T, unmapped_T),
         _total(guide_T, kept_T),
         _total(guide_T, dropped_T),
-        _many(w_T),
-        _total(student_T, w_T),
+        _total(weight_T, w_T),
+        _total(weight_T.to(tl.float64) * student_T, w_T),
         tl.where(has_lowest, lowest, 0.0),
         has_lowest,
+        _many(unit_T),
+        _total(tl.minimum(tl.exp(-excess_T.to(tl.float64)), clip), unit_T),
+        _many(unit_T & (excess_T <= minus_threshold)),
     )
     for k in tl.static_range(_SUMS):
         tl.store(stats + k, sums[k].to(tl.float64))
@@ -538,6 +710,7 @@ def _write_weights(
     guide,  # [L, size] float32
     valid,  # [L, size] uint8
     key,  # [L, size] uint32
+    opens,  # [L, size] uint8
     weight,  # [L, size] float32, written
     tokens,  # [L, capacity] int64, written
     stats,  # [K] float64, of this block, written
@@ -549,6 +722,12 @@ def _write_weights(
     ties,  # number of keys equal to the threshold before these tokens
     weighted,  # number of tokens with weight before these tokens
     lowest,  # the threshold to be counted here. NaN: it is counted elsewhere
+    minus_threshold,
+    strength,
+    clip,
+    lowest_excess,
+    lowest_weight,
+    WEIGHTING: tl.constexpr,
     INCLUDE: tl.constexpr,
 ):
     """Write weights, positions and sums of the tokens i of a list. Returns the numbers of ties and of tokens with weight."""
@@ -561,14 +740,22 @@ def _write_weights(
         weighted_T = weighted_T | (key_T == _UNMAPPED)
     place_T = weighted + tl.cumsum(weighted_T.to(tl.int32)) - weighted_T.to(tl.int32)
     w_T = weighted_T & (place_T < capacity)
-    tl.store(weight + first + i_T, w_T.to(tl.float32), mask=inside_T)
+    mapped_T = key_T > _UNMAPPED
+    excess_T = tl.where(mapped_T, _excess(key_T), float("nan"))
+    weight_T = w_T.to(tl.float32)
+    if WEIGHTING == "control_variate":
+        variate_T = tl.maximum(1 - strength * tl.exp(-excess_T), _SMALLEST)
+        variate_T = tl.where(excess_T > lowest_excess, variate_T, lowest_weight)
+        weight_T = tl.where(w_T & mapped_T, variate_T, weight_T)
+    tl.store(weight + first + i_T, weight_T, mask=inside_T)
     at_T = tl.where(weighted_T, place_T, total + i_T - place_T)  # tokens of weight 0 come after all with weight
     tl.store(tokens + list_ * capacity + at_T, first + i_T, mask=inside_T & (at_T < capacity))
 
     student_T = tl.load(student + first + i_T, mask=inside_T, other=0.0).to(tl.float32)
     guide_T = tl.load(guide + first + i_T, mask=inside_T, other=0.0)
     valid_T = tl.load(valid + first + i_T, mask=inside_T, other=0) != 0
-    _write_sums(stats, student_T, guide_T, valid_T, weighted_T, w_T, lowest)
+    unit_T = mapped_T & (tl.load(opens + first + i_T, mask=inside_T, other=0) != 0)
+    _write_sums(stats, student_T, guide_T, valid_T, weighted_T, w_T, weight_T, excess_T, unit_T, lowest, minus_threshold, clip)
     return _many(tie_T), _many(weighted_T)
 
 
@@ -578,6 +765,7 @@ def _weights(
     guide,  # [N] float32
     valid,  # [N] uint8
     key,  # [N] uint32
+    opens,  # [N] uint8
     at,  # [3] int64
     before,  # [2, P] int64
     lowest,  # [1] float32
@@ -587,6 +775,13 @@ def _weights(
     N,
     P,
     capacity,
+    cut_key,
+    minus_threshold,
+    strength,
+    clip,
+    lowest_excess,
+    lowest_weight,
+    WEIGHTING: tl.constexpr,
     INCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -597,7 +792,31 @@ def _weights(
     ties, weighted = tl.load(before + p), tl.load(before + P + p)
     lowest = tl.where(p == 0, tl.load(lowest), float("nan"))
     stats += p * _SUMS
-    _write_weights(student, guide, valid, key, weight, tokens, stats, 0, i_T, N, capacity, cut, ties, weighted, lowest, INCLUDE)
+    _write_weights(
+        student,
+        guide,
+        valid,
+        key,
+        opens,
+        weight,
+        tokens,
+        stats,
+        0,
+        i_T,
+        N,
+        capacity,
+        cut,
+        ties,
+        weighted,
+        lowest,
+        minus_threshold,
+        strength,
+        clip,
+        lowest_excess,
+        lowest_weight,
+        WEIGHTING,
+        INCLUDE,
+    )
 
 
 @triton.jit(do_not_specialize=("U", "capacity"))
@@ -608,6 +827,7 @@ def _select_row(
     last,  # [B, S] int
     valid,  # [B, S] uint8
     key,  # [B, S] uint32, written
+    opens,  # [B, S] uint8, written
     guide,  # [B, S] float32, written
     weight,  # [B, S] float32, written
     tokens,  # [B, capacity] int64, written
@@ -617,7 +837,15 @@ def _select_row(
     capacity,
     numerator,
     denominator,
+    cut_key,
+    minus_threshold,
+    strength,
+    clip,
+    lowest_excess,
+    lowest_weight,
     AGGREGATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WEIGHTING: tl.constexpr,
     POSITIVE: tl.constexpr,
     INCLUDE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -627,17 +855,24 @@ def _select_row(
     b = tl.program_id(0).to(tl.int64)
     steps = tl.maximum(tl.cdiv(S, BLOCK), 1)
     for step in range(steps):
-        _write_keys(student, loss, first, last, valid, key, guide, b, step * BLOCK + tl.arange(0, BLOCK), S, U, AGGREGATE)
+        s_T = step * BLOCK + tl.arange(0, BLOCK)
+        _write_keys(student, loss, first, last, valid, key, opens, guide, b, s_T, S, U, AGGREGATE, CHUNK)
     tl.debug_barrier()  # other threads wrote the keys that this one reads
     s_S = tl.arange(0, TOKENS)
     key_S = tl.load(key + b * S + s_S, mask=s_S < S, other=0)
-    cut_key, k = _kth_highest(key_S, numerator, denominator)
-    above = _many(key_S > cut_key)
-    missing = k - above
-    smallest = cut_key
-    if POSITIVE:
-        cut_key, missing, smallest = _above_zero(key_S, cut_key, missing)
+    if WEIGHTING == "top_k":
+        cut_key, k = _kth_highest(key_S, numerator, denominator)
         above = _many(key_S > cut_key)
+        missing = k - above
+        smallest = cut_key
+        if POSITIVE:
+            cut_key, missing, smallest = _above_zero(key_S, cut_key, missing)
+            above = _many(key_S > cut_key)
+    else:
+        cut_key = cut_key.to(tl.uint32)
+        above = _many(key_S > cut_key)
+        missing = above * 0
+        smallest = tl.full((), 0xFFFFFFFF, tl.uint32)
     total = above + missing
     if INCLUDE:
         total += _many(key_S == _UNMAPPED)
@@ -649,7 +884,29 @@ def _select_row(
         s_T = step * BLOCK + tl.arange(0, BLOCK)
         lowest = tl.where(step == 0, _excess(smallest), float("nan"))
         more_ties, more = _write_weights(
-            student, guide, valid, key, weight, tokens, stats, b, s_T, S, capacity, cut, ties, weighted, lowest, INCLUDE
+            student,
+            guide,
+            valid,
+            key,
+            opens,
+            weight,
+            tokens,
+            stats,
+            b,
+            s_T,
+            S,
+            capacity,
+            cut,
+            ties,
+            weighted,
+            lowest,
+            minus_threshold,
+            strength,
+            clip,
+            lowest_excess,
+            lowest_weight,
+            WEIGHTING,
+            INCLUDE,
         )
         ties += more_ties
         weighted += more

@@ -67,7 +67,7 @@ class Step:
 
 def learned_share(guidance: Guidance, micro_batches: int, unmapped: float) -> float:
     """Share of tokens for which the head's backward pass is computed on a GPU: docs/performance.md."""
-    if not guidance.selects or (guidance.scope == "global" and micro_batches == 1):
+    if not guidance.ranks or (guidance.scope == "global" and micro_batches == 1):
         return 1.0
     included = unmapped if guidance.unmapped == "include" else 0.0
     return guidance.keep * (1 - unmapped) + included

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Parallel, Run, Teacher
+from megatron_vocagno.config import Guidance, Parallel, Run, Teacher
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
@@ -99,11 +99,24 @@ def _tokenizer_folder(model: Path) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
+def _objective(guidance: Guidance) -> str:
+    """The objective in a few words."""
+    if not guidance.selects:
+        return guidance.objective
+    compared = guidance.aggregate if guidance.unit == "token" else guidance.unit
+    weights = {
+        "top_k": f"keep {guidance.keep:g} per {guidance.scope}",
+        "threshold": f"threshold {guidance.threshold:g}",
+        "control_variate": f"control variate of strength {guidance.strength:g} and clip {guidance.clip:g}",
+    }[guidance.weighting]
+    shown = f"{guidance.objective} ({compared})" if guidance.objective == "guided" else guidance.objective
+    return f"{shown}, {weights}, unmapped tokens: {guidance.unmapped}"
+
+
 def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
     """A summary of the run."""
     guidance, schedule = run.guidance, run.training.schedule
-    how = f", keep {guidance.keep:g} per {guidance.scope}, unmapped tokens: {guidance.unmapped}" if guidance.selects else ""
-    yield f"objective: {guidance.objective}" + (f" ({guidance.aggregate})" if guidance.objective == "guided" else "") + how
+    yield f"objective: {_objective(guidance)}"
     yield f"output: {run.output}"
     for source in run.data.train:
         hint = ", does not exist" if nearest(source.path) else f", does not exist yet{missing_path_hint(source.path)}"
