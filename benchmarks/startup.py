@@ -53,16 +53,18 @@ def end(part):
     now = cpu()
     seconds[part] = seconds.get(part, 0.0) + now - last
     last = now
-import torch, torch._dynamo
-end("torch")
-import transformers.modeling_layers
-end("transformers")
-import deepspeed
-end("DeepSpeed")
-from megatron_vocagno import pretrain
-from megatron_vocagno.engine.checkpoint import CheckpointManager
-from megatron_vocagno.training import loop, setup
-end("this package")
+from megatron_vocagno.command import imports_for_good
+with imports_for_good():
+    import torch, torch._dynamo
+    end("torch")
+    import transformers.modeling_layers
+    end("transformers")
+    import deepspeed
+    end("DeepSpeed")
+    from megatron_vocagno import pretrain
+    from megatron_vocagno.engine.checkpoint import CheckpointManager
+    from megatron_vocagno.training import loop, setup
+    end("this package")
 def timed(owner, name, part):
     function = getattr(owner, name)
     def call(*arguments, **named):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import math
 import os
 import select
@@ -18,7 +19,8 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,6 +172,22 @@ def run_command(
         if isinstance(error, errors):
             return report_error(error)
         raise
+
+
+@contextmanager
+def imports_for_good() -> Iterator[None]:
+    """Import large packages without garbage collection, and exclude the imported objects from later collections.
+
+    Almost none of these objects are garbage, and the search for it takes a fifth of the CPU time of the imports.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def report_error(error: Exception, same_on_all_ranks: bool = False) -> int:

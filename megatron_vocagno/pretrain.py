@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from megatron_vocagno.command import Parser, add_verbosity, is_rank0, report_error, run_command, started_as
+from megatron_vocagno.command import Parser, add_verbosity, imports_for_good, is_rank0, report_error, run_command, started_as
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.planning.options import add_plan_options
 from megatron_vocagno.training.stop_signal import StopSignal
@@ -101,8 +101,9 @@ def _report_to_all_ranks(error: RunError) -> int:
 def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> UserError | None:
     """Train, and return the error that the user can fix, if there is one."""
     # imported after the run file was checked, because DeepSpeed takes seconds to import
-    from megatron_vocagno.engine.processes import show_deepspeed_log
-    from megatron_vocagno.training.loop import start_training
+    with imports_for_good():
+        from megatron_vocagno.engine.processes import show_deepspeed_log
+        from megatron_vocagno.training.loop import start_training
 
     if options.verbose and is_rank0():
         show_deepspeed_log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ import pytest
 from rich.console import Console
 
 from megatron_vocagno import command
-from megatron_vocagno.command import Parser, duration, run_command
+from megatron_vocagno.command import Parser, duration, imports_for_good, run_command
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.encoders import Backend
 from megatron_vocagno.errors import RunError, RunLockedError
@@ -188,6 +190,28 @@ def test_the_choices_and_defaults_of_a_build_are_those_of_its_module() -> None:
     """Help does not import them."""
     assert (tuple(build_dataset.BACKENDS), tuple(build_dataset.ON_BAD_LINE)) == (get_args(Backend), get_args(OnBadLine))
     assert build_dataset.plan_parser().get_default("shard_mb") * 2**20 == SHARD_BYTES
+
+
+def test_imports_are_not_searched_for_garbage_and_what_follows_is() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    try:
+        with imports_for_good():
+            assert not gc.isenabled()
+            imported = Cycle()
+        assert gc.isenabled() and gc.get_freeze_count() > 0
+        assert all(thing is not imported for thing in gc.get_objects())
+        left = weakref.ref(Cycle())
+        gc.collect()
+        assert left() is None
+        frozen = gc.get_freeze_count()
+        with pytest.raises(ImportError), imports_for_good():
+            raise ImportError
+        assert gc.isenabled() and gc.get_freeze_count() <= frozen
+    finally:
+        gc.unfreeze()
 
 
 @pytest.mark.parametrize("script", ["evaluate.sh", "launch/node.sh", "launch/run_forever.sh"])
