@@ -2,10 +2,12 @@
 
     linear_ce.py    one float32 loss per token from hidden states and a head; no logits are kept
       linear_ce_tiles.py   the work on one tile of the vocabulary, in torch; linear_ce_triton.py  on a GPU
-    selection.py    losses of both models -> the tokens that the student learns from, in one call
+    selection.py    losses of both models -> the weights of the tokens that the student learns from, in one call
       selection_triton.py  on a GPU
       rule.py         input and result of a selection
+      chunks.py       the losses of both models over the stretches of text that both tokenizers cut alike
       ranking.py      the k highest tokens of each group, exactly, also over ranks
+      weighting.py    weights that need no ranking: a threshold, a control variate
       statistics.py   statistics of a selection, as sums that add up
     guidance.py     the guided loss: the loss of the selected tokens
     distance.py     added to the loss by two baselines: the distance between the student's and the teacher's distributions

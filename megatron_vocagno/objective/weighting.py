@@ -30,7 +30,7 @@ SMALLEST = 2.0**-24
 def cut(rule: Rule) -> float:
     """An excess has weight if it is above this value. -inf: every excess has weight, -inf included.
 
-    >>> cut(Rule(weighting="threshold", threshold=2)), round(cut(Rule(weighting="control_variate", clip=4)), 4)
+    >>> cut(Rule(weighting="threshold")), round(cut(Rule(weighting="control_variate", clip=4)), 4)
     (-2.0, -1.3863)
     """
     if rule.weighting == "threshold":

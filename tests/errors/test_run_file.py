@@ -74,6 +74,30 @@ SEVERAL_FIELDS = [
 ]
 
 
+WEIGHTS = {
+    "guidance.objective=random": snapshot("""\
+DIR/run.toml with --set guidance.objective=random --set guidance.unit=chunk:
+  'guidance': unit = 'chunk' applies only to objective 'guided' (objective is 'random')\
+"""),
+    "guidance.objective=clm": snapshot("""\
+DIR/run.toml with --set guidance.objective=clm --set guidance.weighting=threshold:
+  'guidance': weighting = 'threshold' applies only to objective 'guided' (objective is 'clm')\
+"""),
+    "guidance.require_positive=true": snapshot("""\
+DIR/run.toml with --set guidance.require_positive=true --set guidance.weighting=threshold:
+  'guidance': require_positive applies only to weighting 'top_k' (weighting is 'threshold'): weighting 'threshold' with threshold = 0 keeps every token with an excess above 0\
+"""),
+    "guidance.chunks=4": snapshot("""\
+DIR/run.toml with --set guidance.chunks=4 --set guidance.unit=chunk:
+  'guidance': chunks replaces the alignment by one in equal parts, and unit 'chunk' needs the alignment\
+"""),
+    "guidance.strength=0.5": snapshot("""\
+DIR/run.toml with --set guidance.strength=0.5:
+  'guidance': strength * clip is 0.5 * 4.0 = 2: at most 1 is allowed, because the smallest weight is 1 - strength * clip\
+"""),
+}
+
+
 def run_file(tmp_path: Path, text: str = GOOD) -> Path:
     path = tmp_path / "run.toml"
     path.write_text(text)
@@ -104,6 +128,15 @@ DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:
         DIR=tmp_path,
     ):
         load_run(path, ["guidance.objective=random", "guidance.chunks=4"])
+    for changes in (
+        ["guidance.objective=random", "guidance.unit=chunk"],
+        ["guidance.objective=clm", "guidance.weighting=threshold"],
+        ["guidance.require_positive=true", "guidance.weighting=threshold"],
+        ["guidance.chunks=4", "guidance.unit=chunk"],
+        ["guidance.strength=0.5"],
+    ):
+        with told(WEIGHTS[changes[0]], DIR=tmp_path):
+            load_run(path, changes)
     with told(
         snapshot(
             """\
