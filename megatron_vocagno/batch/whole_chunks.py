@@ -55,7 +55,7 @@ class WholeChunks:
             after = spans.first[stop - low :][text.argmax()]
         elif stop + SLACK >= length:
             return cut
-        else:  # tokens without text, as far as they were read: a chunk may go on behind them
+        else:  # tokens without text, as far as they were read: a chunk may continue behind them
             after = -1
         shared = (spans.last > after)[: stop - low]
         count = min(len(shared), targets)

@@ -43,11 +43,11 @@ class Rule:
     group: dist.ProcessGroup | None = None
     """Used by scope 'global' only. None means this process only."""
     unit: Unit = "token"
-    """What is compared. 'token': the student's loss of a token with the guide of the teacher tokens that cover it. 'chunk': the
+    """The stretch of text over which both models are compared. 'token': the student's loss of a token with the guide of the teacher tokens that cover it. 'chunk': the
     losses of both models over the same bytes, see chunks.py."""
     weighting: Weighting = "top_k"
-    """How the excess becomes a weight. 'top_k': 1 for the highest, by rank. 'threshold' and 'control_variate': from the excess of
-    the token or chunk alone. The scope then makes no difference to the weights."""
+    """How the excess becomes a weight. 'top_k': 1 for the highest, by rank. 'threshold' and 'control_variate': a function of the
+    excess. The scope then makes no difference to the weights."""
     threshold: float = 2.0
     """t in nats, at least 0. With weighting 'threshold', an excess above -t has weight 1. The statistics count the rest."""
     strength: float = 0.25

@@ -37,7 +37,7 @@ _DROPPED, _KEPT, _UNMAPPED, _UNMAPPED_KEPT, _NAN = range(1, 6)  # 0: not valid
 
 
 class Excess(NamedTuple):
-    """What a selection compared."""
+    """The excess that a selection computed."""
 
     excess_BS: Tensor
     """[B, S] float32, nats. The tokens of a chunk have one excess. NaN if there is none."""

@@ -1,4 +1,4 @@
-"""Weights that follow from the excess alone, without a ranking (docs/method.md, Beyond the paper).
+"""Weights as functions of the excess, without a ranking (docs/method.md, Beyond the paper).
 
     D = L_S - L_T        the excess of a chunk (or of a token), nats
     r = exp(-D)          the likelihood ratio p_S / p_T of its text

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from megatron_vocagno.batch.pack import Float32, Int32, MappingStatus, UInt8
+from megatron_vocagno.batch.whole_chunks import opens_chunk
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
@@ -80,15 +81,22 @@ class SampleStep:
     guide_RS: Float32
     """Nats; NaN at unmapped tokens, and everywhere if the objective has no guide."""
     weight_RS: Float32
-    """1 for tokens that would be kept if the rows were one micro-batch (scope `sequence`: per row), else 0."""
+    """The weights if the rows were one micro-batch (scope `sequence`: each row). Above 0 for tokens that would be kept."""
     guidance: Guidance
     """The rule of the run."""
 
-    @property
-    def excess_RS(self) -> Float32:
-        """Nats; NaN at tokens without a guide."""
-        excess: Float32 = self.student_loss_RS - self.guide_RS
-        return excess
+    def excess_RS(self, rows: SampleRows) -> Float32:
+        """Nats; NaN at tokens without a guide. With unit `chunk`, the excess of the token's chunk."""
+        excess_RS: Float32 = self.student_loss_RS - self.guide_RS
+        if self.guidance.unit == "token":
+            return excess_RS
+        # each token has an equal share of its chunk's guide, so the sum over the tokens is the excess of the chunk
+        for excess_S, first_S, last_S in zip(excess_RS, rows.first_RS, rows.last_RS, strict=True):
+            chunk_S = opens_chunk(first_S, last_S).cumsum()
+            mapped_S = first_S < last_S
+            totals = np.bincount(chunk_S[mapped_S], excess_S[mapped_S].astype(np.float64), minlength=int(chunk_S[-1]) + 1)
+            excess_S[mapped_S] = totals[chunk_S[mapped_S]]
+        return excess_RS
 
 
 def write_rows(output: Path, rows: SampleRows) -> None:
@@ -162,9 +170,7 @@ def difference(one: SampleRows, other: SampleRows) -> str | None:
     if not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("target_RS", "document_RS", "token_RS")):
         return "the tokens"
     if changed := int((one.mapping_RS != other.mapping_RS).sum()):
-        return (
-            f"whether the teacher covers a token, {changed:,} of them (teacher.placement, or a teacher that reads shorter rows)"
-        )
+        return f"whether the teacher covers a token, {changed:,} of them (teacher.placement, guidance.unit, or a teacher that reads shorter rows)"
     if changed := int((_cover(one) != _cover(other)).any(axis=0).sum()):
         return f"which of the teacher's tokens cover a token, {changed:,} of them (guidance.chunks)"
     return None
@@ -202,7 +208,7 @@ def summary(rows: SampleRows, step: SampleStep) -> dict[str, float]:
 
 def distributions(rows: SampleRows, step: SampleStep) -> dict[str, Float32]:
     """The finite values at mapped tokens, in nats: the student's losses, and with a guide also guides and excesses."""
-    all_values = {"student_loss": step.student_loss_RS, "guide": step.guide_RS, "excess": step.excess_RS}
+    all_values = {"student_loss": step.student_loss_RS, "guide": step.guide_RS, "excess": step.excess_RS(rows)}
     values = {f"samples/{name}": values_RS[rows.mapped_RS & np.isfinite(values_RS)] for name, values_RS in all_values.items()}
     return {name: finite for name, finite in values.items() if len(finite)}
 

@@ -71,7 +71,7 @@ def step_numbers(
         without_teacher = () if guidance.needs_teacher else ("guide_", "excess_", "threshold", "likelihood_ratio", "share_below")
         numbers |= {f"guidance/{name}": value for name, value in means.items() if not name.startswith(without_teacher)}
         for reason in pack.MappingStatus:
-            if reason != pack.MappingStatus.MAPPED:
+            if reason != pack.MappingStatus.MAPPED and (guidance.unit == "chunk" or reason != pack.MappingStatus.CUT_CHUNK):
                 numbers[f"guidance/unmapped_{reason.name.lower()}"] = counts.mapping[reason] / counts.targets
         without_guide = counts.mapping[pack.MappingStatus.MAPPED] - stats[STATS.index("mapped")].item()
         numbers["guidance/unmapped_nan"] = without_guide / counts.targets

@@ -93,7 +93,8 @@ def _learning(guidance: Guidance, teachers: int, held_out: bool) -> Charts:
 
 def _guidance(guidance: Guidance) -> Charts:
     student = [f"guidance/student_loss_{group}" for group in ("kept", "dropped")]
-    reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in MappingStatus if reason != MappingStatus.MAPPED]
+    without = {MappingStatus.MAPPED} | (set() if guidance.unit == "chunk" else {MappingStatus.CUT_CHUNK})
+    reasons = [f"guidance/unmapped_{reason.name.lower()}" for reason in MappingStatus if reason not in without]
     charts = {
         "share of mapped tokens kept": ["guidance/share_kept"],
         "share of tokens unmapped, by reason": ["guidance/share_unmapped", *reasons, "guidance/unmapped_nan"],
@@ -102,6 +103,8 @@ def _guidance(guidance: Guidance) -> Charts:
         return {"student's loss (nats): kept, dropped": student, **charts}
     return {
         "loss (nats): student and guide, kept and dropped": [*student, "guidance/guide_kept", "guidance/guide_dropped"],
+        "mean weight": ["guidance/weight"],
+        "likelihood ratio, share below the threshold": ["guidance/likelihood_ratio", "guidance/share_below"],
         "excess (nats): kept, dropped, threshold": ["guidance/excess_kept", "guidance/excess_dropped", "guidance/threshold"],
         **charts,
     }

@@ -166,7 +166,7 @@ def test_numbers_are_those_of_the_files(run, rows, read):
             for number, value in zip(written_, values[shown].tolist(), strict=True):
                 assert number is None if not np.isfinite(value) else abs(number - 100 * value) <= 0.5
                 missing += number is None
-        assert told["kept"] == "".join(str(int(weight)) for weight in view.weight_RS[shown])
+        assert told["weight"] == [100 * int(weight) for weight in view.weight_RS[shown]] and "excess" not in told
     assert missing > 20
     spans = list(zip(rows.first_RS[shown].tolist(), rows.last_RS[shown].tolist(), strict=True))
     assert data["spans"] == [list(span) for span in spans]
@@ -187,6 +187,34 @@ def test_the_headline_and_its_numbers_follow_the_steps(run, rows, source, read):
     assert headlines[0].startswith("Before the first step") and headlines[1].startswith("After step 10,")
     assert headlines[-1] in read.text and texts[0][-1] in read.text
     assert len(set(texts[0])) == len(STEPS)
+
+
+def test_weights_between_0_and_1_and_the_excess_of_a_chunk(rows, tmp_path):
+    rule = Guidance(unit="chunk", weighting="control_variate")
+    view = step_of(rows, 10, rule)
+    weight = np.where(view.weight_RS > 0, np.random.default_rng(0).random(view.weight_RS.shape), 0).astype(np.float32)
+    view = replace(view, weight_RS=weight, guide_RS=np.where(np.isnan(view.guide_RS), np.nan, 1.5).astype(np.float32))
+    write_rows(tmp_path, rows)
+    write_step(tmp_path, view)
+    read = Reader(heat.page(tmp_path))
+    assert "with less weight on those on which it is not behind its teacher on the same chunk of text" in read.text
+    assert "sum of the teacher losses of each chunk, control variate" in read.text and "Weight" in read.text
+    shown, (told,) = rows.valid_RS, json.loads(read.data["data"])["views"]
+    assert [w > 0 for w in told["weight"]] == (weight[shown] > 0).tolist()
+    assert all(abs(w - 100 * x) <= 1 for w, x in zip(told["weight"], weight[shown].tolist(), strict=True))
+    excess = dict(zip(zip(*np.nonzero(shown), strict=True), told["excess"], strict=True))
+    met = 0
+    for r, s in zip(*np.nonzero(rows.mapped_RS), strict=True):
+        # the tokens around it that share a teacher token with their neighbor
+        begin = end = s
+        while begin and rows.mapped_RS[r, begin - 1] and rows.first_RS[r, begin] < rows.last_RS[r, begin - 1]:
+            begin -= 1
+        while end + 1 < LENGTH and rows.mapped_RS[r, end + 1] and rows.first_RS[r, end + 1] < rows.last_RS[r, end]:
+            end += 1
+        want = float((view.student_loss_RS[r, begin : end + 1] - view.guide_RS[r, begin : end + 1]).astype(np.float64).sum())
+        assert excess[r, s] is None if not np.isfinite(want) else abs(excess[r, s] - 100 * want) <= 0.51
+        met += end > begin
+    assert met > 100
 
 
 @pytest.mark.parametrize(

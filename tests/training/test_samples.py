@@ -65,7 +65,8 @@ def teacher_row(valid: AlignedDataset, rows: SampleRows, r: int) -> list[int]:
 
 def chosen(step: SampleStep, rows: SampleRows) -> np.ndarray:
     """[R, S] by brute force over the file: the highest excess of all, the earlier of equals; and what has no guide."""
-    order = sorted((-float(step.excess_RS[place]), place) for place in zip(*np.nonzero(~np.isnan(step.guide_RS)), strict=True))
+    excess_RS = step.excess_RS(rows)
+    order = sorted((-float(excess_RS[place]), place) for place in zip(*np.nonzero(~np.isnan(step.guide_RS)), strict=True))
     kept = rows.valid_RS & np.isnan(step.guide_RS)
     for _, place in order[: math.ceil(KEEP * len(order))]:
         kept[place] = True
@@ -166,7 +167,8 @@ def test_tensorboard_has_the_distributions(plain: Path) -> None:
     rows, steps = read_rows(plain), read_steps(plain)
     assert sorted(board.Tags()["histograms"]) == ["samples/excess", "samples/guide", "samples/student_loss"]
     for event, step in zip(board.Histograms("samples/excess"), steps, strict=True):
-        known = step.excess_RS[rows.mapped_RS & np.isfinite(step.excess_RS)].astype(np.float64)
+        excess_RS = step.excess_RS(rows)
+        known = excess_RS[rows.mapped_RS & np.isfinite(excess_RS)].astype(np.float64)
         value = event.histogram_value
         assert (event.step, value.num) == (step.step, len(known)) and len(known) > 400
         assert (value.sum, value.min, value.max) == pytest.approx((known.sum(), known.min(), known.max()), rel=1e-5)

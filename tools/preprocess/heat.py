@@ -108,6 +108,7 @@ def page(run: Path, data: Path | None = None) -> str:
         headlines=[_headline(rows, view) for view in views],
         tiles=_tiles([summary(rows, view) for view in views]),
         guidance=views[-1].guidance,
+        graded=any(((view.weight_RS > 0) & (view.weight_RS < 1)).any() for view in views),
         guided=any(np.isfinite(view.guide_RS).any() for view in views),
         data=_data(interlinear.teacher, rows, views, shown),
         script=Markup(script),
@@ -172,8 +173,15 @@ def _headline(rows: SampleRows, view: SampleStep) -> str:
     if not view.guidance.selects:
         return f"{when}, the loss covers every token: {view.guidance.objective} does not select tokens."
     behind = "its teacher" if view.guidance.chunks is None else "its teacher in the same chunk"
+    if view.guidance.unit == "chunk":
+        behind += " on the same chunk of text"
+    excess = {
+        "top_k": f"those with the largest excess loss over {behind}",
+        "threshold": f"all but those on which it is ahead of {behind} by {view.guidance.threshold:g} nats or more",
+        "control_variate": f"with less weight on those on which it is not behind {behind}",
+    }[view.guidance.weighting]
     those = {
-        "guided": f"those with the largest excess loss over {behind}",
+        "guided": excess,
         "student": "those with its highest losses",
         "random": "random ones",
     }[view.guidance.objective]
@@ -211,17 +219,21 @@ def _lines(values: Sequence[float], least: float, most: float) -> list[list[tupl
 
 
 def _data(teacher: Side, rows: SampleRows, views: Sequence[SampleStep], shown: NDArray[np.bool_]) -> dict[str, Any]:
-    """The data of the page's script. Losses are in hundredths of a nat; null if a token has no loss."""
+    """The data of the page's script. Losses are in hundredths of a nat, weights in hundredths; null if a token has no loss."""
     guides: list[list[int | None]] = []
-    entries = []
+    entries: list[dict[str, Any]] = []
     for view in views:
         guide = _hundredths(view.guide_RS[shown])
         # a frozen teacher has the same guide in every evaluation
         if guide not in guides:
             guides.append(guide)
-        kept = "".join("01"[int(weight > 0)] for weight in view.weight_RS[shown].tolist())
-        entries.append({"loss": _hundredths(view.student_loss_RS[shown]), "kept": kept, "guide": guides.index(guide)})
-    excess = np.abs(np.concatenate([view.excess_RS[shown] for view in views]))
+        entry = {"loss": _hundredths(view.student_loss_RS[shown]), "guide": guides.index(guide)}
+        if view.guidance.unit == "chunk":
+            entry["excess"] = _hundredths(view.excess_RS(rows)[shown])
+        weights = view.weight_RS[shown].tolist()
+        # a small weight is not shown as 0
+        entries.append(entry | {"weight": [math.ceil(round(100 * weight, 4)) for weight in weights]})
+    excess = np.abs(np.concatenate([view.excess_RS(rows)[shown] for view in views]))
     losses = np.concatenate([x[shown] for view in views for x in (view.student_loss_RS, view.guide_RS)])
     return {
         "views": entries,

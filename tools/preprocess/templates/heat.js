@@ -11,15 +11,20 @@ let what = document.querySelector("[name=what]:checked").value, seen = null, tim
 function about(i) {
   const view = data.views[slider.value], loss = view.loss[i], guide = data.guides[view.guide][i];
   const unmapped = data.kinds[i] !== "0" || (data.selects === "guided" && guide == null);
-  const excess = loss == null || guide == null ? null : loss - guide;
-  return { loss, guide, excess, kept: view.kept[i] === "1", unmapped };
+  const excess = view.excess ? view.excess[i] : loss == null || guide == null ? null : loss - guide;
+  return { loss, guide, excess, weight: view.weight[i], kept: view.weight[i] > 0, unmapped };
 }
 
 function colour(x) {
   if (x == null) return "";
-  const both = what === "excess", limit = 100 * (both ? data.limits.excess : data.limits.loss);
+  const both = what === "excess", limit = 100 * limitOf();
   const share = both ? (x / limit + 1) / 2 : x / limit;
   return " c" + Math.max(0, Math.min(2 * data.half, Math.round(2 * data.half * share)));
+}
+
+// the end of the color scale
+function limitOf() {
+  return what === "excess" ? data.limits.excess : what === "weight" ? 1 : data.limits.loss;
 }
 
 function draw() {
@@ -33,9 +38,9 @@ function draw() {
     token.className = "t " + (known.unmapped ? "u" : (known.kept ? "k" : "d") + colour(known[what]));
   });
   document.body.classList.toggle("seq", what !== "excess");
-  const limit = what === "excess" ? data.limits.excess : data.limits.loss;
+  const limit = limitOf();
   at("low").textContent = what === "excess" ? "student ahead −" + limit : "0";
-  at("high").textContent = (what === "excess" ? "+" + limit + " teacher ahead" : limit + " and more") + ", nats";
+  at("high").textContent = what === "weight" ? "1" : (what === "excess" ? "+" + limit + " teacher ahead" : limit + " and more") + ", nats";
   if (seen != null) tell(seen);
 }
 
@@ -54,7 +59,7 @@ function tell(i) {
   line(list, "guide", nats(known.guide));
   line(list, "excess", signed(known.excess));
   const state = known.unmapped ? "unmapped" + (data.kinds[i] === "0" ? "" : ": " + data.reasons[data.kinds[i]]) : known.kept ? "kept" : "dropped";
-  line(list, "weight", `${known.kept ? 1 : 0}, ${state}`);
+  line(list, "weight", `${known.weight / 100}, ${state}`);
   const cover = Object.assign(document.createElement("p"), { className: "cover" });
   if (last > first) cover.append("covered by ");
   const names = data.teacher[data.row[i]].slice(first, last);
