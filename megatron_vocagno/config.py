@@ -160,8 +160,7 @@ class Guidance(Section):
     `clm`, `random` and `student` never load the teacher.
     """
     unit: Unit = "token"
-    """The stretch of text over which both models are compared: docs/method.md#beyond-the-paper-chunks-and-weights-from-the-likelihood-ratio.
-    Only for `guided`.
+    """The stretch of text over which both models are compared: docs/method.md#beyond-the-paper. Only for `guided`.
 
     `token`: each student token with the teacher tokens that cover it, as in the paper.
     `chunk`: each stretch of text that both tokenizers cut alike. Its tokens have one weight.

@@ -43,8 +43,8 @@ class Rule:
     group: dist.ProcessGroup | None = None
     """Used by scope 'global' only. None means this process only."""
     unit: Unit = "token"
-    """The stretch of text over which both models are compared. 'token': the student's loss of a token with the guide of the teacher tokens that cover it. 'chunk': the
-    losses of both models over the same bytes, see chunks.py."""
+    """The stretch of text over which both models are compared. 'token': the student's loss of a token with the guide of the
+    teacher tokens that cover it. 'chunk': the losses of both models over the same bytes, see chunks.py."""
     weighting: Weighting = "top_k"
     """How the excess becomes a weight. 'top_k': 1 for the highest, by rank. 'threshold' and 'control_variate': a function of the
     excess. The scope then makes no difference to the weights."""

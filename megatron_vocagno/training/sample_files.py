@@ -170,7 +170,10 @@ def difference(one: SampleRows, other: SampleRows) -> str | None:
     if not all(np.array_equal(getattr(one, field), getattr(other, field)) for field in ("target_RS", "document_RS", "token_RS")):
         return "the tokens"
     if changed := int((one.mapping_RS != other.mapping_RS).sum()):
-        return f"whether the teacher covers a token, {changed:,} of them (teacher.placement, guidance.unit, or a teacher that reads shorter rows)"
+        return (
+            f"whether the teacher covers a token, {changed:,} of them (teacher.placement, guidance.unit, or a teacher "
+            "that reads shorter rows)"
+        )
     if changed := int((_cover(one) != _cover(other)).any(axis=0).sum()):
         return f"which of the teacher's tokens cover a token, {changed:,} of them (guidance.chunks)"
     return None

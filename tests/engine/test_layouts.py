@@ -61,6 +61,15 @@ WITHIN_A_MICRO_BATCH = {
     "alone-zero2-dp2": Layout(2, [], stage(2)),
     "alone-pp2": Layout(2, [PIPELINE]),
 }
+CHUNKS = ["guidance.unit=chunk", "guidance.weighting=control_variate"]
+OF_CHUNKS = {
+    "chunks": Layout(1, CHUNKS),
+    "chunks-one-micro-batch": Layout(1, CHUNKS, {"train_micro_batch_size_per_gpu": 8}),
+    "chunks-zero3-dp2": Layout(2, CHUNKS, stage(3)),
+    "chunks-pp2-global": Layout(2, [*CHUNKS, PIPELINE, GLOBAL]),
+    "chunks-pp2-dp2": Layout(4, [*CHUNKS, PIPELINE]),
+}
+"""Weights that need no ranking do not depend on the scope."""
 IN_BF16 = {
     "bf16": Layout(1, [], HALF),
     "bf16-zero2-dp2": Layout(2, [], HALF | stage(2)),
@@ -73,7 +82,7 @@ def lines(case: Case, name: str) -> list[dict[str, float]]:
     """The steps of a run. The first that is asked for makes all that have as many processes."""
     if not case.out(name).exists():
         over_the_step = {name: Layout(x.processes, [GLOBAL, *x.overrides], x.settings) for name, x in OVER_THE_STEP.items()}
-        layouts = WITHIN_A_MICRO_BATCH | IN_BF16 | over_the_step
+        layouts = WITHIN_A_MICRO_BATCH | OF_CHUNKS | IN_BF16 | over_the_step
         processes = layouts[name].processes
         runs = [
             case.command(name, [f"training.steps={STEPS}", *x.overrides], x.settings)
@@ -95,7 +104,7 @@ def noted(case: Case, name: str, kind: str) -> np.ndarray:
     """[steps, rows of the step, S]: what was noted of each row of a run, in the order of the data."""
     lines(case, name)
     ranks = len(list(case.out(name).glob(f"{kind}-*.npy")))
-    micro_rows = OVER_THE_STEP[name].settings.get("train_micro_batch_size_per_gpu", 2)
+    micro_rows = (OVER_THE_STEP | OF_CHUNKS)[name].settings.get("train_micro_batch_size_per_gpu", 2)
     layout = loader.Layout(micro_rows, ROWS // micro_rows // ranks, ranks)
     rows = np.full((STEPS, ROWS, 64), np.nan, np.float32)
     for rank in range(ranks):
@@ -151,6 +160,16 @@ def test_so_it_is_where_each_micro_batch_selects_alone(case: Case, layout: str) 
     alone, step = lines(case, "alone")[0], lines(case, "plain")[0]
     assert alone["loss/all_tokens"] == pytest.approx(step["loss/all_tokens"], rel=1e-6)
     assert alone["guidance/threshold"] != pytest.approx(step["guidance/threshold"], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", [name for name in OF_CHUNKS if name != "chunks"])
+def test_weights_without_a_ranking_are_the_same_in_every_layout_and_scope(case: Case, layout: str) -> None:
+    assert_same(case, "chunks", layout)
+    one, other = noted(case, "chunks", "chosen"), noted(case, layout, "chosen")
+    assert np.allclose(one, other, atol=1e-5) and np.unique(one).size > 50 and one.min() >= 0 and one.max() <= 1
+    for line in lines(case, "chunks"):
+        assert 0.3 < line["guidance/weight"] < 1 and 0 < line["guidance/likelihood_ratio"] < 2
+        assert 0 < line["guidance/unmapped_cut_chunk"] < 0.1
 
 
 def test_losses_are_learned_as_they_were_when_the_tokens_were_chosen(case: Case) -> None:
