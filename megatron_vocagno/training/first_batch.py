@@ -20,7 +20,7 @@ NEAR_CHANCE = 0.9
 NEAR_STUDENT = 0.99
 """A teacher above this share of the student's bits per byte is not better. Rounding makes a smaller difference."""
 ADVICE = (
-    "  Likely causes: a wrong prefix (teacher.bos) or wrong tokens between documents, ids of another tokenizer, damaged\n"
+    "  Likely causes: a wrong prefix ({prefix}) or wrong tokens between documents, ids of another tokenizer, damaged\n"
     "  weights, or a text that the model does not know. How to find the cause:\n"
     "  docs/troubleshooting.md#the-teacher-is-no-better-than-its-student-or-than-chance"
 )
@@ -80,13 +80,13 @@ def warnings(losses: BatchTextLosses, student: ModelFacts, teachers: Sequence[Mo
     """
     for name, loss, facts in zip(_names(losses), losses.teachers, teachers, strict=True):
         findings = [*_against_chance(loss, facts), *_against_student(loss, facts, losses.student, student)]
-        yield from _warning(f"the {name}" if len(teachers) == 1 else name, findings)
-    yield from _warning("the student", list(_against_chance(losses.student, student)))
+        yield from _warning(f"the {name}" if len(teachers) == 1 else name, findings, "teacher.bos")
+    yield from _warning("the student", list(_against_chance(losses.student, student)), "student.bos")
 
 
-def _warning(model: str, findings: Sequence[str]) -> Iterator[str]:
+def _warning(model: str, findings: Sequence[str], prefix: str) -> Iterator[str]:
     if findings:
-        yield "\n".join([*(f"warning: {model}{finding}" for finding in findings), ADVICE])
+        yield "\n".join([*(f"warning: {model}{finding}" for finding in findings), ADVICE.format(prefix=prefix)])
 
 
 def _against_chance(loss: TextLoss, facts: ModelFacts) -> Iterator[str]:

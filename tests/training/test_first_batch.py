@@ -85,6 +85,13 @@ def test_each_of_several_teachers_is_checked() -> None:
     assert warning.startswith("warning: teacher 2 is no better than its student") and warning.count("Likely causes") == 1
 
 
+def test_the_advice_names_the_option_of_the_model_that_reads_wrongly() -> None:
+    at_chance = BatchTextLosses(loss(CHANCE, 3), (loss(CHANCE, 3),))
+    teacher, student = warnings(at_chance, STUDENT, [ModelFacts(1000, 10)])
+    assert "a wrong prefix (teacher.bos)" in teacher and "student.bos" not in teacher
+    assert "a wrong prefix (student.bos)" in student and "teacher.bos" not in student
+
+
 @pytest.mark.parametrize("quiet", [False, True])
 def test_a_quiet_run_prints_warnings_and_both_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], quiet: bool
