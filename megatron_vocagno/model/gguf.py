@@ -84,7 +84,7 @@ def dequantize(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
     """
     source, out = _gguf_file(gguf_path), Path(out_dir).expanduser()
     if out.exists():
-        raise ModelError(f"cannot write {out}: it exists")
+        raise ModelError(f"cannot write {out}: it exists. Remove it, or write to another folder")
     if remedy := gguf_remedy():
         raise ModelError(f"{source} is a GGUF file, and reading it needs {remedy}")
     out.parent.mkdir(parents=True, exist_ok=True)

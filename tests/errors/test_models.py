@@ -253,7 +253,7 @@ def test_gguf_files_that_cannot_be_converted(tmp_path: Path) -> None:
         dequantize(file, tmp_path / "out")
     skip_if_unreadable()
     file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    with told(snapshot("cannot write DIR: it exists"), DIR=tmp_path):
+    with told(snapshot("cannot write DIR: it exists. Remove it, or write to another folder"), DIR=tmp_path):
         dequantize(file, tmp_path)
     with told(
         snapshot("transformers cannot read the model in DIR/x.gguf: DIR/x.gguf has no `general.architecture` in its metadata."),
