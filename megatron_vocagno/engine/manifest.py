@@ -78,8 +78,8 @@ class EngineLayout(Frozen):
     zero_stage: int
 
     def __str__(self) -> str:
-        engine = f"{self.pipeline_stages} stages" if self.pipeline_stages else "no pipeline"
-        return f"{self.world} processes, {engine}, ZeRO-{self.zero_stage}"
+        engine = f"{self.pipeline_stages} stage{'s' * (self.pipeline_stages != 1)}" if self.pipeline_stages else "no pipeline"
+        return f"{self.world} process{'es' * (self.world != 1)}, {engine}, ZeRO-{self.zero_stage}"
 
 
 class File(Frozen):

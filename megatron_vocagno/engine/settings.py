@@ -125,8 +125,8 @@ def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int) ->
     stages = max(1, pipeline_stages)
     if world % stages:
         raise RunError(
-            f"{world} processes cannot form pipelines of {pipeline_stages} stages (parallel.pipeline_stages): "
-            "start a multiple of that number, for example with deepspeed --num_gpus"
+            f"{_count(world, 'process', 'processes')} cannot form pipelines of {pipeline_stages} stages "
+            "(parallel.pipeline_stages): start a multiple of that number, for example with deepspeed --num_gpus"
         )
     data_parallel = world // stages
     rows = _number(settings, "train_micro_batch_size_per_gpu")

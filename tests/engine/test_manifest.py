@@ -133,7 +133,7 @@ def test_a_checkpoint_fits_any_number_of_processes_and_stages_and_any_zero_stage
     fresh = Position(step=0, rows=0, dataset="d", row_length=64, seed=0)
     for change in ({"world": 8}, {"pipeline_stages": 2}, {"zero_stage": 3}):
         check_resumable(folder, read_manifest(folder), fresh, LAYOUT.model_copy(update=change), {})
-    assert str(LAYOUT) == "1 processes, no pipeline, ZeRO-1"
+    assert str(LAYOUT) == "1 process, no pipeline, ZeRO-1"
 
 
 def test_a_position_moves_by_a_step_and_its_rows() -> None:

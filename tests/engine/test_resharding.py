@@ -44,7 +44,7 @@ def test_a_run_that_changes_its_layout_every_step_learns_as_if_it_never_moved(ca
         assert finished.returncode == 0, finished.stdout[-4000:]
         said += finished.stdout
     moved = case.out("moved")
-    assert "note: from here on with 2 processes, 1 stages, ZeRO-1 (was 2 processes, 2 stages, ZeRO-1)" in said
+    assert "note: from here on with 2 processes, 1 stage, ZeRO-1 (was 2 processes, 2 stages, ZeRO-1)" in said
     assert said.count("note: from here on with") == len(MOVES) - 1
 
     assert len(learned(moved)) == len(MOVES) and len(set(learned(straight))) == len(MOVES)

@@ -69,7 +69,7 @@ BAD = {
         "ZeRO-2 cannot run in a pipeline",
     ),
     "a batch that does not divide": ([], {"train_batch_size": 7}, "train_batch_size is 7, but 2 rows per micro-batch"),
-    "too few processes": (["parallel.pipeline_stages=2"], {}, "1 processes cannot form pipelines of 2 stages"),
+    "too few processes": (["parallel.pipeline_stages=2"], {}, "1 process cannot form pipelines of 2 stages"),
     "no optimizer": ([], {"optimizer": None}, "'optimizer' with a 'type' is missing"),
 }
 
