@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import chain
 from tempfile import TemporaryDirectory
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from benchmarks.offline import TARGETS, Launch, compiled_for
 from benchmarks.page import APPENDIX as PAGE
 from benchmarks.page import write_section
 from megatron_vocagno.command import Parser, run_command
-from megatron_vocagno.objective.rule import Aggregate, Rule
+from megatron_vocagno.objective.rule import Aggregate, Rule, Weighting
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 AGGREGATES: tuple[Aggregate, ...] = ("max", "mean", "sum", "min")
@@ -64,17 +65,17 @@ def selection_cases(lanes: int) -> Iterator[str]:
         ("sequence", (7, 2047), AGGREGATES[:1], "odd, rows of 2,047"),
         ("sequence", (1, 32_768), AGGREGATES[:1], "rows of 32,768"),
     ):
+        rows, width = batch
         for aggregate in aggregates:
             for unmapped, positive in (("include", False), ("exclude", True)) if aggregate == "max" else (("include", False),):
-                select_tokens(
-                    _empty(*batch),
-                    _empty(batch[0], 2 * batch[1]),
-                    _empty(*batch, dtype=torch.int32),
-                    _empty(*batch, dtype=torch.int32),
-                    _empty(*batch, dtype=torch.bool),
-                    Rule(0.4, aggregate, scope, unmapped, positive),  # type: ignore[arg-type]
-                )
+                rule = Rule(0.4, aggregate, scope, unmapped, positive)  # type: ignore[arg-type]
+                select_tokens(*_selection_inputs(rows, width), rule)
                 yield ", ".join(filter(None, (name, aggregate, unmapped, "require_positive" if positive else "")))
+    for scope, (rows, width) in (("microbatch", (8, 2048)), ("microbatch", (15, 4095)), ("sequence", (7, 2047))):
+        for weighting in get_args(Weighting):
+            rule = Rule(scope=scope, unit="chunk", weighting=weighting)  # type: ignore[arg-type]
+            select_tokens(*_selection_inputs(rows, width), rule)
+            yield f"{rows} rows of {width:,}, chunks, {weighting}"
 
 
 def launches_for(target: str) -> list[tuple[str, Launch]]:
@@ -120,6 +121,11 @@ def table(found: Sequence[tuple[str, Launch]]) -> str:
 
 def _size(size: int) -> str:
     return f"{size / 1024:.0f} KiB" if size >= 1024 else f"{size} B"
+
+
+def _selection_inputs(rows: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    span_BS = _empty(rows, width, dtype=torch.int32)
+    return _empty(rows, width), _empty(rows, 2 * width), span_BS, span_BS, _empty(rows, width, dtype=torch.bool)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:

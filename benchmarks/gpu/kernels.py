@@ -162,7 +162,8 @@ def _selections(
         case = random_case(rng, kinds[number // len(aggregates)], rows=rng.randint(1, 4), width=(48, 33)[nth % 2])
         case = _rounded(case, dtype)
         case.settings.update({"aggregate": aggregates[nth], "scope": scope, "keep": SHARES[nth]})
-        case.settings["unmapped"], case.settings["require_positive"] = SETTINGS["unmapped"][nth % 2], nth >= 2
+        case.settings["unmapped"] = SETTINGS["unmapped"][nth % 2]
+        case.settings["require_positive"] = nth >= 2 and case.settings["weighting"] == "top_k"
         student_BS, teacher_BU, *spans = case.tensors(device)
         got = triton_backend.select_tokens(
             student_BS.to(dtype), teacher_BU.to(dtype), *spans, case.rule(), capacity=case.capacity
@@ -193,6 +194,11 @@ def _check_batches(task: Task, device: torch.device, triton_backend: Any) -> Non
                 case,
                 lambda inputs=inputs, scope=scope: _same_as_torch(inputs, scope, device, triton_backend),  # type: ignore[misc]
             )
+            _attempt(
+                task,
+                f"{case}, chunks",
+                lambda inputs=inputs, scope=scope: _same_weights(inputs, scope, device, triton_backend),  # type: ignore[misc]
+            )
 
 
 def _batch(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
@@ -212,6 +218,21 @@ def _same_as_torch(inputs: list[Tensor], scope: str, device: torch.device, trito
     assert same(got.guide_BS, want.guide_BS), "another guide"
     assert torch.allclose(got.stats.cpu(), want.stats, rtol=1e-12), "other sums"
     return {"tokens": want.weight_BS.numel(), "kept": float(want.weight_BS.sum())}
+
+
+def _same_weights(inputs: list[Tensor], scope: str, device: torch.device, triton_backend: Any) -> dict[str, float]:
+    """With unit 'chunk' and weights between 0 and 1."""
+    student_BS, teacher_BU, first_BS, _, valid_BS = inputs
+    first_BS = first_BS.sort(1).values
+    ascending = [student_BS, teacher_BU, first_BS, first_BS + 2, valid_BS]
+    rule = Rule(scope=scope, unit="chunk", weighting="control_variate")  # type: ignore[arg-type]
+    want = selection.select_tokens(*ascending, rule)
+    got = triton_backend.select_tokens(*(x.to(device) for x in ascending), rule)
+    assert torch.equal(got.weight_BS.cpu() == 0, want.weight_BS == 0), "other tokens have weight"
+    assert torch.allclose(got.weight_BS.cpu(), want.weight_BS, rtol=0, atol=1e-6), "other weights"
+    assert same(got.guide_BS, want.guide_BS), "another guide"
+    assert torch.allclose(got.stats.cpu(), want.stats, rtol=1e-6), "other sums"
+    return {"tokens": want.weight_BS.numel(), "weight": float(want.weight_BS.sum())}
 
 
 # ---------------------------------------------------------------- equal bits, no waiting

@@ -31,8 +31,9 @@ from examples.evidence.learning_rates import SEED, learning_rate
 from examples.evidence.mixture import DOMAINS, END, SHARES, WRONG, Texts, kinds_in, kinds_of, make
 from examples.evidence.problems import invent_problems
 from examples.evidence.quiz import OPERATIONS, Quiz
-from examples.evidence.running import Options, Run, Spec
+from examples.evidence.running import ARMS, Options, Run, Spec
 from examples.evidence.students import open_student
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.training.sample_files import read_rows, read_steps
 
@@ -42,7 +43,6 @@ MAIN = ("clm", "random", "student", "guided")
 VARIANTS = ("keep-0.6",)
 """Variants of the method, at the first seed only, like the oracle. Aggregates are equal here, because 99 % of the student's
 tokens are inside one teacher token."""
-GUIDED = ("guided", *VARIANTS)
 SETTING, TUNING = "mixture", "tune-mixture"
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 ROW, ROWS_A_STEP, STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 4, 200, 4, 40
@@ -50,29 +50,38 @@ PROBLEMS = 200
 """Problems per test."""
 
 
+OTHER, LONG = "-other", "-long"
+"""In the name of a setting: other texts, and a student that was trained for longer."""
+
+
 @dataclass(frozen=True)
 class Files:
-    """Paths of the prepared files."""
+    """Paths of the prepared files of a setting."""
 
     folder: Path
+    """Folder of the texts."""
+    start: Path
+    """Folder of the initial student."""
 
     @classmethod
-    def of(cls, options: Options) -> Files:
-        return cls(options.root / "data" / ("continued-quick" if options.quick else "continued"))
+    def of(cls, root: Path, setting: str, quick: bool = False) -> Files:
+        folder = root / "data" / ("continued-quick" if quick else "continued")
+        start = folder / ("student-long" if LONG in setting else "student")
+        return cls(folder.with_name(folder.name + OTHER) if OTHER in setting else folder, start)
 
     @property
     def student(self) -> Path:
-        return self.folder / "student" / "model"
+        return self.start / "model"
 
     @property
     def tokenizer(self) -> Path:
-        return self.folder / "student" / "tokenizer"
+        return self.start.with_name("student") / "tokenizer"
 
     def texts(self, name: str) -> Texts:
         return Texts(self.folder / name)
 
     def begin(self, part: Part) -> Path:
-        return self.folder / f"begin-{part}.json"
+        return self.folder / f"begin-{self.start.name}-{part}.json"
 
 
 # ---- the runs
@@ -81,18 +90,20 @@ class Files:
 def runs(options: Options) -> Sequence[Spec]:
     arms: Sequence[str] = ("clm", "guided") if options.quick else MAIN
     seeds = [1] if options.quick else range(1, options.seeds + 1)
-    specs = [spec_of(SETTING, arm, seed, learning_rate("continued", arm), options) for seed in seeds for arm in arms]
+    chosen = [(arm, seed) for seed in seeds for arm in arms]
     if not options.quick:
-        specs += [spec_of(SETTING, arm, 1, learning_rate("continued", arm), options) for arm in (*VARIANTS, "oracle")]
-    return specs
+        chosen += [(arm, 1) for arm in (*VARIANTS, "oracle")]
+    return [spec_of("continued", SETTING, arm, seed, learning_rate("continued", arm), options) for arm, seed in chosen]
 
 
 def tuning(options: Options) -> Sequence[Spec]:
-    return [spec_of(TUNING, arm, SEED, rate, options) for arm in (*MAIN, *VARIANTS, "oracle") for rate in RATES]
+    arms = (*MAIN, *VARIANTS, "oracle")
+    return [spec_of("continued", TUNING, arm, SEED, rate, options) for arm in arms for rate in RATES]
 
 
-def spec_of(setting: str, arm: str, seed: int, rate: float, options: Options) -> Spec:
-    files, steps = Files.of(options), steps_of(options)
+def spec_of(experiment: str, setting: str, arm: str, seed: int, rate: float, options: Options, *more: str) -> Spec:
+    """more: fields that change the arm, for example `guidance.keep=0.8`."""
+    files, steps = Files.of(options.root, setting, options.quick), steps_of(options)
     every = steps // CHECKPOINTS
     data = "oracle" if arm == "oracle" else "dataset"
     blend = [
@@ -113,10 +124,11 @@ def spec_of(setting: str, arm: str, seed: int, rate: float, options: Options) ->
         f"logging.every={every}",
         f"logging.samples={SAMPLE_ROWS}",
     ]
-    if arm in GUIDED:
+    if arm != "oracle" and "teacher" in tomllib.loads((ARMS / f"{arm}.toml").read_text(encoding="utf-8")):
         overrides.append(f"teacher.path={smollm2.teacher(options.root)}")
     batch = {"train_batch_size": ROWS_A_STEP, "train_micro_batch_size_per_gpu": ROWS_A_STEP} | warm_student.BF16
-    return Spec("continued", setting, arm, seed, rate, tuple(overrides), batch=batch)
+    variant = "".join(f"-{field.partition('=')[2]}" for field in more)
+    return Spec(experiment, setting, arm, seed, rate, (*overrides, *more), variant, batch)
 
 
 def steps_of(options: Options) -> int:
@@ -124,36 +136,43 @@ def steps_of(options: Options) -> int:
 
 
 def part_of(setting: str) -> Part:
-    return "tune" if setting == TUNING else "test"
+    return "tune" if setting.startswith("tune") else "test"
 
 
 def prepare(specs: Sequence[Spec], options: Options) -> None:
     """Make the corpus, the teacher, the initial student, and the texts of these specs, aligned and scored."""
-    files, corpus, logs = Files.of(options), options.root / "corpus", options.root / "data"
+    corpus, logs = options.root / "corpus", options.root / "data"
     first = [
         Job("corpus", logs / "corpus.log", partial(write_corpus, corpus, list(DOMAINS))),
         Job("teacher", logs / "teacher.log", partial(smollm2.write_teacher, options.root)),
     ]
     work(first, options.workers)
-    teacher = smollm2.teacher(options.root)
-    warm_student.prepare(files.student.parent, corpus, teacher, options.workers, options.quick)
-    parts = sorted({part_of(spec.setting) for spec in specs})
-    names = [f"train-{source}" for source in SHARES] + [f"{one}-{part}" for part in parts for one in ("mixed", *DOMAINS)]
+    for setting in dict.fromkeys(spec.setting for spec in specs):
+        prepare_setting(setting, corpus, options)
+
+
+def prepare_setting(setting: str, corpus: Path, options: Options) -> None:
+    files, teacher, part = Files.of(options.root, setting, options.quick), smollm2.teacher(options.root), part_of(setting)
+    # the first student's tokenizer is that of all texts
+    for start in dict.fromkeys([files.start.with_name("student"), files.start]):
+        times = warm_student.LONG if start.name.endswith(LONG) else 1
+        warm_student.prepare(start, corpus, teacher, options.workers, options.quick, times)
+    names = [f"train-{source}" for source in SHARES] + [f"{one}-{part}" for one in ("mixed", *DOMAINS)]
     missing = [files.texts(name) for name in names if not files.texts(name).whole.exists()]
-    divisor = 20 if options.quick else 1
+    divisor, number = 20 if options.quick else 1, int(OTHER in setting)
     work(
         [
             Job(
                 texts.folder.name,
                 files.folder / f"{texts.folder.name}.log",
-                partial(make, texts, corpus, files.tokenizer, teacher, divisor),
+                partial(make, texts, corpus, files.tokenizer, teacher, divisor, number),
             )
             for texts in missing
         ],
         options.workers,
     )
-    unjudged = [part for part in parts if not files.begin(part).exists()]
-    work([Job(f"begin-{part}", files.folder / f"begin-{part}.log", partial(judge_begin, files, part)) for part in unjudged], 1)
+    if not (begin := files.begin(part)).exists():
+        work([Job(begin.stem, begin.with_suffix(".log"), partial(judge_begin, files, part))], 1)
 
 
 # ---- the scores
@@ -193,7 +212,8 @@ def judge_begin(files: Files, part: Part) -> None:
 def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
     """The scores at each checkpoint and before the first step, and the kept shares of the mixture."""
     valid = Path(read_rows(run.output).dataset)
-    files, part = Files(valid.parents[1]), part_of(run.spec.setting)
+    setting, quick = run.spec.setting, valid.parents[1].name.startswith("continued-quick")
+    files, part = Files.of(run.root, setting, quick), part_of(setting)
     of_mixture = mixture_scores(run.output, kinds_in(Texts(valid.parent)))
     yield 0, json.loads(files.begin(part).read_text(encoding="utf-8")) | of_mixture[0]
     judges = Judges.of(files, part)
@@ -231,8 +251,8 @@ def _mean(nats: NDArray[np.float32]) -> float:
 
 
 def words(options: Options) -> dict[str, str]:
-    files = Files.of(options)
-    tokens, looks = warm_student.flatness(files.student.parent)
+    files = Files.of(options.root, SETTING, options.quick)
+    tokens, looks = warm_student.flatness(files.start)
     train = {source: AlignedDataset.open(files.texts(f"train-{source}").dataset).totals for source in SHARES}
     knows = teacher_on_results(files.texts("train-problems"))
     return {

@@ -3,6 +3,7 @@
     ROOT/data/continued/NAME/texts.jsonl   {"id", "text", "runs"}: runs of [kind, bytes]
     ROOT/data/continued/NAME/dataset       aligned and scored
     ROOT/data/continued/NAME/oracle        with the losses of the oracle
+    ROOT/data/continued-other/NAME/        the same of other texts
 
 NAME            from the files of part      content
 train-SOURCE    train                       a source of the mixture
@@ -86,12 +87,12 @@ class Texts:
         return [Labelled(line["text"], [(kind, length) for kind, length in line["runs"]]) for line in lines]
 
 
-def make(texts: Texts, corpus: Path, student: Path, teacher: Path, divisor: int = 1) -> None:
+def make(texts: Texts, corpus: Path, student: Path, teacher: Path, divisor: int = 1, number: int = 0) -> None:
     """Write texts, align them for both tokenizers and score them with the teacher. Runs in its own process.
 
-    divisor: sizes are divided by it
+    divisor: sizes are divided by it. number: sets of texts of different numbers have no piece of text in common
     """
-    write(texts, compose(texts.folder.name, corpus, divisor))
+    write(texts, compose(texts.folder.name, corpus, divisor, number))
     places = [str(texts.corpus), "--out", str(texts.dataset), "--student", str(student), "--teacher", str(teacher)]
     _succeed(build_dataset.main([*places, "--workers", "1", "--max-bad-fraction", "0"]))
     _succeed(score_teacher.main([str(texts.dataset), "--teacher", str(teacher), "--tokens-per-batch", "2048"]))
@@ -109,42 +110,42 @@ def write(texts: Texts, documents: Sequence[Labelled]) -> None:
             file.write(orjson.dumps({"id": str(number), "text": text, "runs": runs}, option=orjson.OPT_APPEND_NEWLINE))
 
 
-def compose(name: str, corpus: Path, divisor: int = 1) -> list[Labelled]:
+def compose(name: str, corpus: Path, divisor: int = 1, number: int = 0) -> list[Labelled]:
     """The documents of a set, by its name. They are always the same."""
     first, _, second = name.partition("-")
     if first == "train":
-        return of_source(second, corpus, "train", TRAIN[second] // divisor)
+        return of_source(second, corpus, "train", TRAIN[second] // divisor, number)
     part: Part = "tune" if second == "tune" else "test"
     if first == "mixed":
-        documents = [one for source in SHARES for one in of_source(source, corpus, part, MIXED[source] // divisor)]
+        documents = [one for source in SHARES for one in of_source(source, corpus, part, MIXED[source] // divisor, number)]
         order = np.random.default_rng(0).permutation(len(documents)).tolist()
         return [documents[i] for i in order]
     domain = next(domain for domain in DOMAINS if domain == first)
     # the parts of a domain share no long line, but one domain may quote another
     learned = {line for other in DOMAINS for text in read_part(corpus, other, "train") for line in long_lines(text.text)}
-    texts = some_of(domain, corpus, part, HELD_OUT[domain] // divisor)
+    texts = some_of(domain, corpus, part, HELD_OUT[domain] // divisor, number)
     return [plain(text, domain) for text in texts if not long_lines(text) & learned]
 
 
-def of_source(source: str, corpus: Path, part: Part, size: int) -> list[Labelled]:
-    """A number of problems, or of bytes of text, of one source of the mixture."""
+def of_source(source: str, corpus: Path, part: Part, size: int, number: int = 0) -> list[Labelled]:
+    """Problems, or texts with this many bytes, of one source of the mixture. Other numbers give other problems and texts."""
     if source == "problems":
-        return [of_problem(problem) for problem in invent_problems(max(size, 1), part, seed=0, wrong=WRONG)]
+        return [of_problem(problem) for problem in invent_problems(max(size, 1), part, seed=2 * number, wrong=WRONG)]
     if source == "mathematics":
-        return [plain(text, source) for text in some_of("mathematics", corpus, part, size)]
-    texts, random = some_of("code", corpus, part, size), np.random.default_rng(1)
+        return [plain(text, source) for text in some_of("mathematics", corpus, part, size, number)]
+    texts, random = some_of("code", corpus, part, size, number), np.random.default_rng(1 + number)
     return [spoiled(text, texts, random) for text in texts]
 
 
-def some_of(domain: Domain, corpus: Path, part: Part, size: int) -> list[str]:
-    """A random choice of texts of a domain with this many bytes, none longer than LONGEST."""
+def some_of(domain: Domain, corpus: Path, part: Part, size: int, number: int = 0) -> list[str]:
+    """A random choice of texts of a domain with this many bytes, none longer than LONGEST. It follows those of lower numbers."""
     pieces = [piece for text in read_part(corpus, domain, part) for piece in cut(text)]
-    chosen, total = [], 0
-    for i in np.random.default_rng(0).permutation(len(pieces)).tolist():
-        if total >= size:
-            break
-        chosen.append(pieces[i])
-        total += len(pieces[i].encode())
+    order = iter(np.random.default_rng(0).permutation(len(pieces)).tolist())
+    for _ in range(number + 1):
+        chosen, total = [], 0
+        while total < size and (i := next(order, None)) is not None:
+            chosen.append(pieces[i])
+            total += len(pieces[i].encode())
     return chosen
 
 

@@ -25,7 +25,7 @@ import jinja2
 
 from examples.evidence import plots
 from examples.evidence.running import ARMS, EXPERIMENTS, HERE
-from examples.evidence.statistics import Row, Sample, curve, final, paired, reached, sample
+from examples.evidence.statistics import Row, Sample, curve, final, interval, paired, reached, sample
 from megatron_vocagno.compat import tomllib
 from megatron_vocagno.errors import UserError
 
@@ -155,6 +155,31 @@ class Results:
             lines.append(cells)
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def differences(
+        self, experiment: str, settings: Sequence[str], scores: Mapping[str, str], reference: str = "clm", form: str = ".3f"
+    ) -> str:
+        """A table of the paired differences of each arm to a reference, over the seeds of several settings together.
+
+        A cell is the mean difference ± half of its 95 % confidence interval, and the pairs with the more frequent sign.
+
+        scores: score -> title of its column
+        """
+        lines = [["arm", *scores.values()], ["---"] * (1 + len(scores))]
+        for arm in dict.fromkeys(arm for setting in settings for arm in self._arms(experiment, setting) if arm != reference):
+            cells = []
+            for score in scores:
+                pairs = [
+                    value - base[seed]
+                    for setting in settings
+                    for base in [final(self._of(experiment, setting, reference), score)]
+                    for seed, value in final(self._of(experiment, setting, arm), score).items()
+                    if seed in base
+                ]
+                cells.append(_interval(pairs, form))
+            if any(cell != NOTHING for cell in cells):
+                lines.append([f"`{arm}`", *cells])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
     def value(self, experiment: str, setting: str, arm: str, score: str, form: str = ".3f") -> str:
         """A score at the last step: mean ± sd (n)."""
         return _shown(final(self._of(experiment, setting, arm), score), form)
@@ -225,7 +250,7 @@ class Results:
         return f"![{title}]({path.name})"
 
 
-FUNCTIONS = ("comparison", "value", "mean", "curves", "bars", "shares", "points", "has")
+FUNCTIONS = ("comparison", "differences", "value", "mean", "curves", "bars", "shares", "points", "has")
 """The methods of Results that templates call."""
 
 
@@ -233,6 +258,15 @@ def _over_steps(rows: Sequence[Row], score: str) -> dict[float, Sample]:
     by_seed = curve(rows, score)
     steps = sorted({step for values in by_seed.values() for step in values})
     return {step: sample([values[step] for values in by_seed.values() if step in values]) for step in steps}
+
+
+def _interval(differences: Sequence[float], form: str) -> str:
+    if not differences:
+        return NOTHING
+    found, half = sample(differences), interval(sample(differences))
+    spread = "" if half is None else f" ± {half:{form}}"
+    same, sign = max((sum(d > 0 for d in differences), "+"), (sum(d < 0 for d in differences), "−"))
+    return f"{found.mean:+{form}}{spread} ({same} of {found.n} {sign})".replace("-", "−")
 
 
 def _shown(values: Mapping[int, float], form: str) -> str:

@@ -32,7 +32,7 @@ from megatron_vocagno.training.monitor import FINISHED_FILE, read_metrics
 HERE = Path(__file__).parent
 ARMS = HERE / "arms"
 BASE, SETTINGS = HERE / "base.toml", HERE / "settings.json"
-EXPERIMENTS = ("mechanism", "noise", "continued")
+EXPERIMENTS = ("mechanism", "noise", "continued", "beyond")
 SPEC, SCORES = "spec.json", "scores.jsonl"
 
 

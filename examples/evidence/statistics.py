@@ -61,6 +61,21 @@ def paired(arm: dict[int, float], reference: dict[int, float]) -> Paired | None:
     return Paired(sample(differences), sum(d > 0 for d in differences), sum(d < 0 for d in differences))
 
 
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110)
+"""The 97.5th percentile of Student's t with 1, 2, … degrees of freedom. The last one is used for more."""
+
+
+def interval(found: Sample) -> float | None:
+    """Half the width of the 95 % confidence interval of the mean, or None if n = 1. The values are taken to be independent.
+
+    >>> round(interval(sample([1.0, 2.0, 3.0])), 3)
+    2.484
+    """
+    if found.sd is None:
+        return None
+    return T_975[min(found.n - 1, len(T_975)) - 1] * found.sd / math.sqrt(found.n)
+
+
 def curve(rows: Sequence[Row], score: str) -> dict[int, dict[int, float]]:
     """Seed -> step -> value, for rows of one arm that have the score."""
     found: dict[int, dict[int, float]] = {}

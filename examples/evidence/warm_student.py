@@ -5,6 +5,7 @@ of a cosine schedule to zero, when its loss is flat.
     ROOT/data/continued/student/general/     a dataset of general text; test/ is the same from other files
     ROOT/data/continued/student/run/         its training, each token read about twice
     ROOT/data/continued/student/model/       the Hugging Face folder
+    ROOT/data/continued/student-long/        a student that was trained LONG times as long
 
 It is the longest part, so two data-parallel ranks share it if there are two workers. The rows of a step are the same.
 """
@@ -46,7 +47,7 @@ MODEL = {
 }
 VOCABULARY, EOS = 2_048, "<eos>"
 ROW, ROWS_OF_A_RANK, ROWS_A_STEP = 256, 8, 16
-STEPS = 1_230
+STEPS, LONG = 1_230, 3
 LEARNING_RATE = 2e-3
 LOOKS = 10
 TEST_DOCUMENTS, TEST_ROWS = 100, 80
@@ -54,9 +55,10 @@ BF16: dict[str, Any] = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dt
 """Replaces fields of settings.json. Takes half the time of float32."""
 
 
-def prepare(folder: Path, corpus: Path, teacher: Path, workers: int, quick: bool) -> None:
+def prepare(folder: Path, corpus: Path, teacher: Path, workers: int, quick: bool, times: int = 1) -> None:
     """Make the missing files.
 
+    times    factor of the number of steps
     corpus   a folder with the domain `software`
     teacher  datasets are always aligned for a teacher, although plain training does not read its side
     """
@@ -64,7 +66,7 @@ def prepare(folder: Path, corpus: Path, teacher: Path, workers: int, quick: bool
         return
     work([Job("general text", folder / "general.log", partial(make_data, folder, corpus, teacher))], workers)
     if not (folder / "run" / FINISHED_FILE).exists():
-        ranks, arguments, port = min(workers, 2), command(folder, 2 if quick else STEPS), _free_port()
+        ranks, arguments, port = min(workers, 2), command(folder, 2 if quick else times * STEPS), _free_port()
         work(
             [
                 Job(f"student, rank {rank}", folder / f"rank-{rank}.log", partial(train_rank, arguments, rank, ranks, port))

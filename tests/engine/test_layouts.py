@@ -130,10 +130,11 @@ def loops(case: Case) -> Loops:
 def assert_same(case: Case, a: str, b: str) -> None:
     one, other = lines(case, a), lines(case, b)
     assert len(one) == len(other) == STEPS
-    assert one[0]["loss/train"] - one[-1]["loss/train"] > 0.02, "steps that learn nothing compare nothing"
+    assert one[0]["loss/all_tokens"] - one[-1]["loss/all_tokens"] > 0.02, "steps that learn nothing compare nothing"
     assert len({line["teacher/tokens"] for line in one}) > 1, "every step learned from the same rows"
     for x, y in zip(one, other, strict=True):
-        for name in ("loss/train", "loss/all_tokens", "guidance/threshold", "guidance/excess_kept", "optimizer/grad_norm"):
+        numbers = ["loss/train", "loss/all_tokens", "guidance/excess_kept", "optimizer/grad_norm"]
+        for name in [*numbers, "guidance/threshold" if "guidance/threshold" in x else "guidance/weight"]:
             assert y[name] == pytest.approx(x[name], rel=1e-5, abs=1e-5), (name, x["step"])
         # counts are exact: the same tokens were kept, and the same were unmapped for the same reasons
         for name in [name for name in x if name.startswith("guidance/unmapped_")] + ["guidance/share_kept", "teacher/tokens"]:
@@ -168,7 +169,7 @@ def test_weights_without_a_ranking_are_the_same_in_every_layout_and_scope(case: 
     one, other = noted(case, "chunks", "chosen"), noted(case, layout, "chosen")
     assert np.allclose(one, other, atol=1e-5) and np.unique(one).size > 50 and one.min() >= 0 and one.max() <= 1
     for line in lines(case, "chunks"):
-        assert 0.3 < line["guidance/weight"] < 1 and 0 < line["guidance/likelihood_ratio"] < 2
+        assert 0 < line["guidance/weight"] < 1 and 0 < line["guidance/likelihood_ratio"] < 2
         assert 0 < line["guidance/unmapped_cut_chunk"] < 0.1
 
 

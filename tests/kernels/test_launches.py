@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from megatron_vocagno.objective import selection, selection_triton
 from megatron_vocagno.objective.linear_ce_triton import dlogits_tile
 from megatron_vocagno.objective.rule import Rule
+from megatron_vocagno.objective.statistics import STATS
 from tests.kernels import INTERPRETED, Backend
 from tests.objective.selection_cases import SETTINGS, random_case, same
 
@@ -38,6 +39,28 @@ def test_a_whole_micro_batch_is_selected_as_in_torch(
     assert torch.equal(torch.cat(heads), want.tokens_C) and len(tokens_LC.unique()) == tokens_LC.numel()
     assert torch.allclose(got.stats.cpu(), want.stats, rtol=1e-12)
     assert rows * width > 4 * selection_triton.BLOCK and want.weight_BS.sum() > 0.35 * rows * width
+
+
+@pytest.mark.parametrize("scope", ["microbatch", "sequence"])
+@pytest.mark.parametrize("weighting", ["top_k", "threshold", "control_variate"])
+def test_chunks_across_blocks_have_the_weights_of_torch(
+    weighting: str, scope: str, backend: Backend, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk over a whole row, chunks longer than a block, and rows of chunks of one token."""
+    if backend.triton:
+        monkeypatch.setattr("megatron_vocagno.objective.selection_triton.BLOCK", 32)
+    torch.manual_seed(0)
+    width = 150
+    first = torch.stack([torch.zeros(width).long(), torch.arange(width) // 40, torch.arange(width), torch.arange(width) // 3])
+    student, teacher = torch.rand(4, width) * 4, torch.rand(4, width + 1) * 4
+    teacher[0, 0], teacher[1, :4] = 300.0, torch.tensor([80.0, 81.0, 79.0, 75.0])
+    rule = Rule(scope=scope, unit="chunk", weighting=weighting)  # type: ignore[arg-type]
+    inputs = student, teacher, first, first + 1, torch.ones(4, width).bool()
+    got = backend.select_tokens(*(x.to(device) for x in inputs), rule)
+    want = selection.select_tokens(*inputs, rule)
+    assert torch.allclose(got.weight_BS.cpu(), want.weight_BS, rtol=0, atol=1e-6) and same(got.guide_BS, want.guide_BS)
+    assert torch.equal(got.weight_BS.cpu() == 0, want.weight_BS == 0) and torch.allclose(got.stats.cpu(), want.stats, rtol=1e-6)
+    assert 50 < want.weight_BS.sum() < 550 and want.stats[STATS.index("units")] == 1 + 4 + 150 + 50
 
 
 @pytest.mark.parametrize("aggregate", SETTINGS["aggregate"])
@@ -75,11 +98,18 @@ def test_the_device_is_asked_for_nothing_but_these_launches(device: torch.device
     monkeypatch.setattr(jitted, "__getitem__", watched)
     case = random_case(random.Random(0), "ties", rows=3, width=20)
     inputs, free = case.tensors(device), {"aten::empty", "aten::empty_like", "aten::view", "aten::detach", "aten::_reshape_alias"}
-    for scope, launches in (("microbatch", ["_keys", "_threshold", "_weights"]), ("sequence", ["_select_row"])):
+    for scope, weighting, launches in (
+        ("microbatch", "top_k", ["_keys", "_threshold", "_weights"]),
+        ("microbatch", "threshold", ["_keys", "_count_above", "_weights"]),
+        ("global", "control_variate", ["_keys", "_count_above", "_weights"]),
+        ("sequence", "top_k", ["_select_row"]),
+        ("sequence", "control_variate", ["_select_row"]),
+    ):
+        rule = case.rule(scope=scope, unit="chunk", weighting=weighting, require_positive=False)
         for capacity in (None, 7):
             seen.clear()
             with Watch():
-                selection_triton.select_tokens(*inputs, case.rule(scope=scope), capacity=capacity)  # type: ignore[arg-type]
+                selection_triton.select_tokens(*inputs, rule, capacity=capacity)  # type: ignore[arg-type]
             assert [name for name in seen if name not in free] == launches and len(seen) > len(launches)
 
 
