@@ -29,15 +29,15 @@ from megatron_vocagno.objective import Rule, guided_loss, planned_kept, summariz
 
 
 class GuidedTrainer(Trainer):
-    """Trains on the tokens for which the student is furthest behind its teacher, and logs their share of the mapped tokens."""
+    """Gives weights to tokens by a rule, and logs the share of the mapped tokens with weight and their mean weight."""
 
     loss_is_scaled_for_ga = True  # by get_batch_samples
 
-    def __init__(self, *args: Any, teacher: Teacher, keep: float = 0.4, **kwargs: Any) -> None:
-        """keep: share of the mapped tokens that is learned. The others as for Trainer. data_collator must be a TextCollator."""
+    def __init__(self, *args: Any, teacher: Teacher, rule: Rule | None = None, **kwargs: Any) -> None:
+        """rule: by default the paper's. The others as for Trainer. data_collator must be a TextCollator with the rule's unit."""
         super().__init__(*args, **kwargs)
         self.teacher = teacher
-        self.keep = keep
+        self.rule = rule or Rule()
         self.stats: list[Tensor] = []
 
     def compute_loss(
@@ -54,7 +54,7 @@ class GuidedTrainer(Trainer):
             inputs["first"],
             inputs["last"],
             labels_BS != -100,
-            keep=self.keep,
+            **vars(self.rule),
             # in evaluation, the Trainer counts all labels instead of those that are kept
             normalizer=num_items_in_batch if model.training else None,
         )
@@ -63,7 +63,7 @@ class GuidedTrainer(Trainer):
         return (guided.loss, outputs) if return_outputs else guided.loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Tensor]:
-        """The micro-batches of a step, and what each of their losses is divided by: the tokens that the whole step will keep."""
+        """The micro-batches of a step, and what each of their losses is divided by: the planned sum of the step's weights."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         planned = torch.tensor(float(sum(map(self._planned, batches))), device=device)
         return batches, self.accelerator.reduce(planned, "mean")  # several GPUs take the mean of their gradients
@@ -71,11 +71,12 @@ class GuidedTrainer(Trainer):
     def _planned(self, batch: dict[str, Tensor]) -> int:
         mapped_BS = batch["first"] < batch["last"]
         unmapped_BS = (batch["labels"] != -100) & ~mapped_BS
-        return planned_kept(mapped_BS.sum(1).tolist(), unmapped_BS.sum(1).tolist(), Rule(keep=self.keep))
+        return planned_kept(mapped_BS.sum(1).tolist(), unmapped_BS.sum(1).tolist(), self.rule)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds share_kept and share_unmapped since the last call. With several ranks, those of this rank."""
-        shares = {name: round(share, 4) for name, share in summarize(*self.stats).items() if name.startswith("share_")}
+        """Adds share_kept, share_unmapped and weight since the last call. With several ranks, those of this rank."""
+        means = summarize(*self.stats)
+        shares = {name: round(means[name], 4) for name in ("share_kept", "share_unmapped", "weight") if name in means}
         self.stats.clear()
         super().log(logs | shares, *args, **kwargs)
 

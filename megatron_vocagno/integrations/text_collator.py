@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import IGNORE
+from megatron_vocagno.batch.whole_chunks import opens_chunk
 from megatron_vocagno.corpus.alignment import align
 from megatron_vocagno.corpus.tokens import Tokenizer
+from megatron_vocagno.objective.rule import Unit
 
 
 class TextCollator:
@@ -23,9 +25,12 @@ class TextCollator:
     causal model does not read, so no attention mask is needed. Texts are NFC-normalized, as in build_dataset.
     """
 
-    def __init__(self, student: Tokenizer, teacher: Tokenizer, length: int) -> None:
-        """length: maximum number of student tokens per text; the rest of a longer text is dropped"""
-        self.student, self.teacher, self.length = student, teacher, length
+    def __init__(self, student: Tokenizer, teacher: Tokenizer, length: int, unit: Unit = "token") -> None:
+        """
+        length  maximum number of student tokens per text; the rest of a longer text is dropped
+        unit    that of the rule. For 'chunk', a chunk that loses a part in this way is unmapped
+        """
+        self.student, self.teacher, self.length, self.unit = student, teacher, length, unit
 
     def __call__(self, examples: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
         """Collate the key "text" of B examples. All tensors are int64; S and U are the numbers of tokens of the longest text.
@@ -62,6 +67,12 @@ class TextCollator:
         spans = pair.spans.with_eos()
         labels = np.append(pair.student.ids, self.student.eos_id)[: self.length]
         first, last = spans.first[: self.length], spans.last[: self.length]
+        if self.unit == "chunk":
+            opens, has_text = opens_chunk(spans.first, spans.last), spans.first < spans.last
+            dropped = has_text[self.length :]
+            if dropped.any() and not opens[self.length + dropped.argmax()]:
+                begin = int(np.flatnonzero(opens[: self.length])[-1])
+                last = np.concatenate([last[:begin], first[begin:]])
         teacher_labels = pair.teacher.ids[: last[-1]]
         # only the last of the ids in front predicts a token
         before, teacher_before = self.student.front or (self.student.eos_id,), self.teacher.front or (self.teacher.eos_id,)

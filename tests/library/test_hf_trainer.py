@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from megatron_vocagno.corpus import Tokenizer, open_tokenizer
 from megatron_vocagno.errors import UserError
 from megatron_vocagno.integrations.text_collator import TextCollator
 from megatron_vocagno.model.teacher import open_teacher
+from megatron_vocagno.objective import Rule, select_tokens
 from megatron_vocagno.preprocess.documents import read
 from megatron_vocagno.preprocess.inputs import cut
 from tests import tokenizers_for_tests as real
 from tests.library.naive import Naive
+from tests.objective import plain
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +64,33 @@ def test_evaluation_divides_by_its_own_tokens_and_adds_no_statistics(trainer: Gu
     kept = naive.kept(texts)
     assert found["eval_loss"] == pytest.approx(sum(kept).item() / len(kept), rel=1e-4)
     assert not trainer.stats
+
+
+def test_a_rule_of_chunks_gives_the_weights_of_plain_python(
+    trainer: GuidedTrainer, tokenizers: tuple[Tokenizer, Tokenizer]
+) -> None:
+    """The text is cut at a length that divides a chunk."""
+    trainer.rule = Rule(unit="chunk", weighting="control_variate")
+    texts, met = [{"text": text} for text in real.multilingual_texts()], 0
+    for length in range(3, 24):
+        batch = TextCollator(*tokenizers, length=length, unit="chunk")(texts)
+        whole = TextCollator(*tokenizers, length=512)(texts)
+        loss, valid = torch.rand(batch["labels"].shape), batch["labels"] != -100
+        teacher = torch.rand(batch["teacher_labels"].shape)
+        got = select_tokens(loss, teacher, batch["first"], batch["last"], valid, trainer.rule)
+        mapped = batch["first"] < batch["last"]
+        for row in range(len(texts)):
+            inputs = loss, teacher, batch["first"], batch["last"], valid
+            chunks = plain.chunks(*(x[row].tolist() for x in inputs))
+            for chunk in chunks:
+                # the losses of the chunk are those of the complete text, from the first to the last of its tokens
+                end = chunk.tokens[-1]
+                following = int(whole["first"][row, end + 1]) if end + 1 < whole["first"].shape[1] else 10**6
+                assert following >= int(batch["last"][row, end]) or whole["labels"][row, end + 1] == tokenizers[0].eos_id
+                want = 1 - 0.25 * min(math.exp(-chunk.excess), 4)
+                assert got.weight_BS[row, chunk.tokens].tolist() == pytest.approx([want] * len(chunk.tokens), abs=1e-5)
+            met += int((valid & ~mapped)[row, length - 1])
+    assert trainer._planned(batch) == int(valid.sum()) and met > 3
 
 
 def test_the_command_trains_and_saves_a_model(
