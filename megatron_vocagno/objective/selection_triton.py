@@ -24,6 +24,7 @@ contiguous memory.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -155,7 +156,7 @@ def _key_of(excess: float) -> int:
     """The key above which an excess has weight. For -inf, also the key of -inf is above it."""
     if excess == -math.inf:
         return _UNMAPPED.value
-    bits = int(torch.tensor([excess], dtype=torch.float32).add_(0.0).view(torch.int32).item()) & _NONE.value
+    (bits,) = struct.unpack("<I", struct.pack("<f", excess + 0.0))  # -0 becomes +0
     return bits ^ _NONE.value if bits >> 31 else bits | _ZERO.value
 
 
