@@ -195,10 +195,10 @@ class Guidance(Section):
     """Keep only tokens on which the student's loss is higher than the teacher's."""
     combine: Literal["min", "mean"] = "min"
     """How the losses of several teachers become one number."""
-    chunks: PositiveInt | None = None
+    equal_parts: PositiveInt | None = None
     """A coarser alignment to compare with: docs/method.md#baselines. Only for `guided`.
 
-    Both sides of a row are cut into this many equal chunks, and each token is covered by its complete chunk.
+    Both sides of a row are cut into this many equal parts, and each token is covered by its complete part.
     """
     distance_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """Factor of the distance that `uld` and `kld` add to the loss. The authors of ULD used 1.5.
@@ -240,8 +240,8 @@ class Guidance(Section):
 
     @model_validator(mode="after")
     def _of_this_objective(self) -> Self:
-        if self.chunks is not None and self.objective != "guided":
-            raise ValueError(f"chunks applies only to objective 'guided' (objective is {self.objective!r})")
+        if self.equal_parts is not None and self.objective != "guided":
+            raise ValueError(f"equal_parts applies only to objective 'guided' (objective is {self.objective!r})")
         if self.distance_weight != 1 and self.distance is None:
             raise ValueError(f"distance_weight applies only to objectives 'uld' and 'kld' (objective is {self.objective!r})")
         if self.objective != "guided" and (self.unit, self.weighting) != ("token", "top_k"):
@@ -252,8 +252,8 @@ class Guidance(Section):
                 f"require_positive applies only to weighting 'top_k' (weighting is {self.weighting!r}): "
                 "weighting 'threshold' with threshold = 0 keeps every token with an excess above 0"
             )
-        if self.chunks is not None and self.unit == "chunk":
-            raise ValueError("chunks replaces the alignment by one in equal parts, and unit 'chunk' needs the alignment")
+        if self.equal_parts is not None and self.unit == "chunk":
+            raise ValueError("equal_parts replaces the alignment, and unit 'chunk' needs it")
         if self.strength * self.clip > 1 + 1e-9:
             raise ValueError(
                 f"strength * clip is {self.strength} * {self.clip} = {self.strength * self.clip:g}: at most 1 is allowed, "

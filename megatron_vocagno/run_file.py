@@ -24,6 +24,7 @@ RENAMED: dict[tuple[str, ...], str] = {
     ("teacher", "weights"): "quantization",
     ("training", "schedule", "final"): "min_lr_ratio",
     ("checkpoint", "keep"): "keep_last",
+    ("guidance", "chunks"): "equal_parts",
 }
 """Place of each field's old name, and its name now. Old names are accepted for one release."""
 

@@ -30,7 +30,8 @@ DIRECTION = {
     "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},
     "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub", "command", "errors"},
     "training": {
-        *("engine", "model", "batch", "objective", "corpus", "config", "hub", "command", "errors", "files", "__version__"),
+        *("engine", "model", "batch", "objective", "corpus", "config", "run_file"),
+        *("hub", "command", "errors", "files", "__version__"),
     },
     "plan": {"planning", "command"},
     "export": {"engine", "model", "command", "errors"},

@@ -1,5 +1,6 @@
 """A run file is read whole or refused with the place and the nearest name."""
 
+import copy
 import re
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def test_another_architecture_inherits_no_field_of_the_base_s(tmp_path: Path) ->
 
 
 OLD_NAMES = GOOD.replace('path = "teacher"', 'path = "teacher"\nweights = "as-is"') + (
-    "schedule = { warmup_steps = 1, final = 0.5 }\n[checkpoint]\nkeep = 3\n"
+    "schedule = { warmup_steps = 1, final = 0.5 }\n[checkpoint]\nkeep = 3\n[guidance]\nchunks = 4\n"
 )
 
 
@@ -171,12 +172,14 @@ def test_fields_are_accepted_under_their_old_names_with_a_note(tmp_path: Path) -
     path = write(tmp_path, OLD_NAMES)
     run = load_run(path)
     assert (run.teacher[0].quantization, run.training.schedule.min_lr_ratio, run.checkpoint.keep_last) == ("none", 0.5, 3)
+    assert run.guidance.equal_parts == 4
     assert [*run.notes()] == [
         f"note: {path}: {renamed}. The next release rejects the old name."
         for renamed in (
             "teacher.weights was renamed to teacher.quantization (and its value 'as-is' to 'none')",
             "training.schedule.final was renamed to training.schedule.min_lr_ratio",
             "checkpoint.keep was renamed to checkpoint.keep_last",
+            "guidance.chunks was renamed to guidance.equal_parts",
         )
     ]
     several = GOOD.replace('[teacher]\npath = "teacher"', "")
@@ -201,12 +204,13 @@ def test_a_file_replaces_its_base_s_field_under_either_name(tmp_path: Path) -> N
 
 
 def test_the_run_json_of_an_earlier_release_can_be_read(tmp_path: Path) -> None:
-    now = load_run(write(tmp_path, GOOD)).model_dump(mode="json")
-    then = load_run(write(tmp_path, GOOD)).model_dump(mode="json")
+    now = load_run(write(tmp_path, GOOD), ["guidance.equal_parts=4"]).model_dump(mode="json")
+    then = copy.deepcopy(now)
     then["teacher"][0]["weights"] = "as-is"
     del then["teacher"][0]["quantization"]
     then["training"]["schedule"]["final"] = then["training"]["schedule"].pop("min_lr_ratio")
     then["checkpoint"]["keep"] = then["checkpoint"].pop("keep_last")
+    then["guidance"]["chunks"] = then["guidance"].pop("equal_parts")
     assert with_current_names(then)[0] == now
     with pytest.raises(ValueError, match=r"'checkpoint.keep' is the old name of 'checkpoint.keep_last'"):
         with_current_names(now | {"checkpoint": {"keep": 2, "keep_last": 2}})
@@ -238,7 +242,7 @@ def test_a_mistake_is_told_of_the_command_line_or_of_the_file_that_makes_it(tmp_
     assert told(*mended, "guidance.keep=1.5", "guidance.keep=1.25") == ["--set guidance.keep=1.25:"]
     assert told(*mended, 'data.train=[{path="a", weight=0}]') == ['--set data.train=[{path="a", weight=0}]:', f"{path}:"]
     # an error about several fields is attributed to all of their overrides
-    mended += ["guidance.keep=0.5", "guidance.chunks=2", "guidance.objective=clm"]
+    mended += ["guidance.keep=0.5", "guidance.equal_parts=2", "guidance.objective=clm"]
     assert told(*mended) == [f"{path} with {' '.join(f'--set {each}' for each in mended if 'guidance' in each)}:"]
 
 
@@ -252,7 +256,10 @@ def test_a_warm_up_that_outlasts_the_run_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        (["guidance.objective=random", "guidance.chunks=4"], "chunks applies only to objective 'guided' (objective is 'random')"),
+        (
+            ["guidance.objective=random", "guidance.equal_parts=4"],
+            "equal_parts applies only to objective 'guided' (objective is 'random')",
+        ),
         (["guidance.distance_weight=2.0"], "distance_weight applies only to objectives 'uld' and 'kld' (objective is 'guided')"),
         (["guidance.objective=uld", "teacher.placement=cached"], "'uld' needs one teacher with placement 'replicated'"),
         (["guidance.objective=kld", "parallel.pipeline_stages=2"], "set parallel.pipeline_stages to 0, not 2"),

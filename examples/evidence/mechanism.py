@@ -52,7 +52,7 @@ WITHOUT_TEACHER = ("clm", "random", "student")
 RATES = (7.5e-4, 1.5e-3, 3e-3, 6e-3)
 MORE_RATES = {"random": (3.75e-4,), "student": (3.75e-4,), "uld": (1.2e-2,)}
 """For arms whose best rate was at an end of RATES."""
-CHUNKS = (8, 16, 32, 64, 128)
+EQUAL_PARTS = (8, 16, 32, 64, 128)
 """A row has 128 tokens of the student: 8 are coarse, 128 are finer than the teacher's tokens."""
 QUICK = Sizes(facts=30, steps=20, teacher_steps=20, rows=2, sample_rows=2)
 LAST_STEPS = 20
@@ -90,8 +90,8 @@ def runs(options: Options) -> Sequence[Spec]:
     specs += [spec_of(Setting("random", 0.0), arm, seed, options) for arm in ("clm", "uld") for seed in first]
     for arm in ("guided", "scope-sequence", "scope-global"):
         specs += [spec_of(Setting("random", 0.6, micro_batches=4), arm, seed, options) for seed in first]
-    for chunks in CHUNKS:
-        specs += [spec_of(main[0], "chunk", seed, options, chunks) for seed in first]
+    for parts in EQUAL_PARTS:
+        specs += [spec_of(main[0], "equal-parts", seed, options, parts) for seed in first]
     return specs
 
 
@@ -102,7 +102,7 @@ def tuning(options: Options) -> Sequence[Spec]:
 
 
 def spec_of(
-    setting: Setting, arm: str, seed: int, options: Options, chunks: int | None = None, rate: float | None = None
+    setting: Setting, arm: str, seed: int, options: Options, equal_parts: int | None = None, rate: float | None = None
 ) -> Recall:
     size = sizes(options)
     files = Files(options.root, setting.world, size)
@@ -113,7 +113,7 @@ def spec_of(
     overrides += [f"eval.every={size.steps // CHECKPOINTS}", f"logging.samples={size.sample_rows}"]
     if arm not in (*WITHOUT_TEACHER, "oracle"):
         overrides += [f"teacher.path={files.teacher(teacher)}", "teacher.dtype=float32"]
-    overrides += [] if chunks is None else [f"guidance.chunks={chunks}"]
+    overrides += [] if equal_parts is None else [f"guidance.equal_parts={equal_parts}"]
     return Recall(
         "mechanism",
         setting.name,
@@ -121,7 +121,7 @@ def spec_of(
         seed,
         learning_rate("mechanism", arm) if rate is None else rate,
         tuple(overrides),
-        "" if chunks is None else f"-{chunks}",
+        "" if equal_parts is None else f"-{equal_parts}",
         batch_of(size, setting.micro_batches),
         reads=setting,
         scored=scored,
@@ -168,7 +168,7 @@ def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
     tokenizer = open_tokenizer(files.tokenizer(spec.reads.student))
     lines = task.load_corpus(files.corpus(spec.reads, spec.seed, "valid"))
     kept = shares_kept(run.output, lambda document: kinds(lines[document], tokenizer))
-    fixed = dict(zip(("IoS", "IoU"), measured_overlap(run.output), strict=True)) if spec.arm in ("chunk", "guided") else {}
+    fixed = dict(zip(("IoS", "IoU"), measured_overlap(run.output), strict=True)) if spec.arm in ("equal-parts", "guided") else {}
     for step, checkpoint in run.checkpoints():
         recalled = recall(open_student(checkpoint), tokenizer, known)
         right = np.array([found.said == fact.value for found, fact in zip(recalled, known, strict=True)])

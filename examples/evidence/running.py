@@ -63,7 +63,7 @@ class Spec:
     overrides: tuple[str, ...] = ()
     """Fields of the run file: data, student, steps, and seeds other than `training.seed`."""
     variant: str = ""
-    """A suffix of the arm's name if overrides change the arm, for example `-16` for `chunk`."""
+    """A suffix of the arm's name if overrides change the arm, for example `-16` for `equal-parts`."""
     batch: Mapping[str, int] = field(default_factory=dict)
     """Fields that replace those of settings.json: train_batch_size, train_micro_batch_size_per_gpu."""
 

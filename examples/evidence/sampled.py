@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_vocagno.batch.chunked import overlap
+from megatron_vocagno.batch.equal_parts import overlap
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.training.sample_files import SampleRows, read_rows, read_steps
 

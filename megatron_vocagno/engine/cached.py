@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_vocagno import hub
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides
-from megatron_vocagno.batch.chunked import Chunked
+from megatron_vocagno.batch.equal_parts import EqualParts
 from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import Batch, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds, TeacherSource
@@ -85,12 +85,10 @@ class TeacherSources:
         return CombinedGuides(sources, self.guidance.aggregate, self.guidance.combine)
 
     def _aligned(self, source: TeacherSource, data: AlignedDataset) -> TeacherSource:
-        """The source, with the alignment by chunks if `guidance.chunks` replaces the one of the dataset. For unit `chunk`, only
-        whole chunks are mapped.
-        """
+        """The source, aligned by equal parts if `guidance.equal_parts` is set. For unit `chunk`, only whole chunks are mapped."""
         if self.guidance.unit == "chunk" and self.guidance.objective == "guided":
             return WholeChunks(source, data)
-        return source if self.guidance.chunks is None else Chunked(source, self.guidance.chunks)
+        return source if self.guidance.equal_parts is None else EqualParts(source, self.guidance.equal_parts)
 
 
 def check_cached(teachers: Sequence[Teacher], datasets: Sequence[AlignedDataset]) -> None:

@@ -9,6 +9,7 @@ positions and at most U teacher positions.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from megatron_vocagno.batch.whole_chunks import opens_chunk
 from megatron_vocagno.config import Guidance
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
+from megatron_vocagno.run_file import with_current_names
 
 FOLDER, ROWS_FILE = "samples", "rows.safetensors"
 VERSION = "1"
@@ -142,14 +144,24 @@ def read_steps(output: Path) -> list[SampleStep]:
     for step, path in step_files(output):
         tensors, metadata = _read(path, ("student_loss", "guide", "weight"), ("guidance",))
         try:
-            # an older rule may have a field that was removed since; the other fields still have the same meaning
-            rule = Guidance.model_validate_json(metadata["guidance"], extra="ignore")
-        except ValidationError as error:
-            first = error.errors()[0]
-            field = f"guidance.{'.'.join(map(str, first['loc']))}: {first['msg']}"
-            raise RunError(f"{path} contains a rule that this release does not know: {field}") from None
+            rule = _rule(metadata["guidance"])
+        except ValueError as error:
+            raise RunError(f"{path} contains a rule that this release does not know: {error}") from None
         steps.append(SampleStep(step, tensors["student_loss"], tensors["guide"], tensors["weight"], rule))
     return steps
+
+
+def _rule(stored: str) -> Guidance:
+    """The rule of a step. Raises ValueError if a field has a value that this release does not know.
+
+    An older rule may have a field that was renamed or removed since. The other fields still have the same meaning.
+    """
+    fields, _ = with_current_names({"guidance": json.loads(stored)})
+    try:
+        return Guidance.model_validate(fields["guidance"], extra="ignore")
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"guidance.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def step_files(output: Path) -> Iterator[tuple[int, Path]]:
@@ -175,7 +187,7 @@ def difference(one: SampleRows, other: SampleRows) -> str | None:
             "that reads shorter rows)"
         )
     if changed := int((_cover(one) != _cover(other)).any(axis=0).sum()):
-        return f"which of the teacher's tokens cover a token, {changed:,} of them (guidance.chunks)"
+        return f"which of the teacher's tokens cover a token, {changed:,} of them (guidance.equal_parts)"
     return None
 
 

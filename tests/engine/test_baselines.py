@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_vocagno.batch.cached import CachedLosses
-from megatron_vocagno.batch.chunked import Chunked
+from megatron_vocagno.batch.equal_parts import EqualParts
 from megatron_vocagno.batch.loader import Batch, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import MappingStatus, Rows
 from megatron_vocagno.batch.unguided import RandomRows, ZeroGuide
@@ -24,7 +24,7 @@ from megatron_vocagno.engine.loss import GuidedObjective, LossInputs
 from megatron_vocagno.engine.step_counts import count_step
 from megatron_vocagno.objective.statistics import STATS
 from megatron_vocagno.run_file import load_run
-from tests.batch.test_chunked import WithLosses
+from tests.batch.test_equal_parts import WithLosses
 from tests.runs import Case, metrics, spawn
 from tests.sources import sources_of, training_rows
 
@@ -110,9 +110,9 @@ def with_labels(dataset: AlignedDataset, guidance: Guidance) -> list[tuple[Batch
 
 
 def test_a_row_with_one_guide_is_ranked_by_the_students_loss(dataset: AlignedDataset) -> None:
-    """One chunk, each row by itself: so far does the worst alignment go."""
+    """One part, each row by itself: so far does the worst alignment go."""
     met = 0
-    sources = {"student": ZeroGuide(dataset), "guided": Chunked(CachedLosses(WithLosses(dataset)), 1)}
+    sources = {"student": ZeroGuide(dataset), "guided": EqualParts(CachedLosses(WithLosses(dataset)), 1)}
     loss_BS = torch.randint(0, 64, (4, ROW), generator=torch.Generator().manual_seed(0)) / 8
     chosen = {}
     for name, source in sources.items():
@@ -171,11 +171,11 @@ def run_of(case: Case, name: str, *overrides: str) -> Run:
     return load_run(Path(arguments[0]), arguments[4::2])
 
 
-def test_chunks_are_cut_for_every_source_of_a_run(case: Case) -> None:
+def test_equal_parts_are_cut_for_every_source_of_a_run(case: Case) -> None:
     data = AlignedDataset.open(case.train)
-    plain, chunked = (run_of(case, "chunks", *more) for more in ([], ["guidance.chunks=4"]))
-    [a], [b] = (training_rows(run, [data]) for run in (plain, chunked))
-    held_out = Rows(data, np.arange(len(data)), ROW, sources_of(chunked).held_out([data], data))
+    plain, parted = (run_of(case, "parts", *more) for more in ([], ["guidance.equal_parts=4"]))
+    [a], [b] = (training_rows(run, [data]) for run in (plain, parted))
+    held_out = Rows(data, np.arange(len(data)), ROW, sources_of(parted).held_out([data], data))
     met = 0
     for k in range(20):
         assert np.array_equal(a[k].mapping, b[k].mapping) and not np.array_equal(a[k].first, b[k].first)

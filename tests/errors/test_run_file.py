@@ -87,9 +87,9 @@ DIR/run.toml with --set guidance.objective=clm --set guidance.weighting=threshol
 DIR/run.toml with --set guidance.require_positive=true --set guidance.weighting=threshold:
   'guidance': require_positive applies only to weighting 'top_k' (weighting is 'threshold'): weighting 'threshold' with threshold = 0 keeps every token with an excess above 0\
 """),
-    "guidance.chunks=4": snapshot("""\
-DIR/run.toml with --set guidance.chunks=4 --set guidance.unit=chunk:
-  'guidance': chunks replaces the alignment by one in equal parts, and unit 'chunk' needs the alignment\
+    "guidance.equal_parts=4": snapshot("""\
+DIR/run.toml with --set guidance.equal_parts=4 --set guidance.unit=chunk:
+  'guidance': equal_parts replaces the alignment, and unit 'chunk' needs it\
 """),
     "guidance.strength=0.5": snapshot("""\
 DIR/run.toml with --set guidance.strength=0.5:
@@ -121,18 +121,18 @@ def test_baselines_that_cannot_run(tmp_path: Path) -> None:
     with told(
         snapshot(
             """\
-DIR/run.toml with --set guidance.objective=random --set guidance.chunks=4:
-  'guidance': chunks applies only to objective 'guided' (objective is 'random')\
+DIR/run.toml with --set guidance.objective=random --set guidance.equal_parts=4:
+  'guidance': equal_parts applies only to objective 'guided' (objective is 'random')\
 """
         ),
         DIR=tmp_path,
     ):
-        load_run(path, ["guidance.objective=random", "guidance.chunks=4"])
+        load_run(path, ["guidance.objective=random", "guidance.equal_parts=4"])
     for changes in (
         ["guidance.objective=random", "guidance.unit=chunk"],
         ["guidance.objective=clm", "guidance.weighting=threshold"],
         ["guidance.require_positive=true", "guidance.weighting=threshold"],
-        ["guidance.chunks=4", "guidance.unit=chunk"],
+        ["guidance.equal_parts=4", "guidance.unit=chunk"],
         ["guidance.strength=0.5"],
     ):
         with told(WEIGHTS[changes[0]], DIR=tmp_path):

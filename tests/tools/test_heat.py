@@ -249,13 +249,13 @@ def test_a_number_that_does_not_exist_has_no_line(rows, tmp_path):
     assert [len(line.split()) for line in points] == [len(STEPS)] * 2
 
 
-@pytest.mark.parametrize(("chunks", "words"), [(16, "cut into 16 chunks instead of aligned"), (1, "cut into 1 chunk instead")])
-def test_chunks_are_named_in_place_of_the_method(rows, read, tmp_path, chunks, words):
-    folder, _ = written(tmp_path, rows, Guidance(chunks=chunks))
+@pytest.mark.parametrize(("parts", "words"), [(16, "cut into 16 equal parts instead of aligned"), (1, "cut into 1 part instead")])
+def test_equal_parts_are_named_in_place_of_the_method(rows, read, tmp_path, parts, words):
+    folder, _ = written(tmp_path, rows, Guidance(equal_parts=parts))
     told = Reader(heat.page(folder))
-    assert words in told.text and f"guidance.chunks = {chunks}, a baseline" in told.text
-    assert all("over its teacher in the same chunk" in headline for headline in json.loads(told.data["headlines"]))
-    assert "instead of aligned" not in read.text and "same chunk" not in read.data["headlines"]
+    assert words in told.text and f"guidance.equal_parts = {parts}, a baseline" in told.text
+    assert all("over its teacher in the same part" in headline for headline in json.loads(told.data["headlines"]))
+    assert "instead of aligned" not in read.text and "same part" not in read.data["headlines"]
 
 
 def test_the_page_explains_mapped(rows, read, tmp_path):

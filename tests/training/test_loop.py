@@ -227,7 +227,7 @@ def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture
         "unmapped": "include",
         "require_positive": False,
         "combine": "min",
-        "chunks": None,
+        "equal_parts": None,
         "distance_weight": 1.0,
     }
     assert shown["training"]["schedule"]["warmup_steps"] == 6

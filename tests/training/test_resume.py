@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_vocagno.engine.manifest import checkpoint_folders, newest_checkpoint, read_manifest
+from megatron_vocagno.engine.manifest import MANIFEST, RUN, checkpoint_folders, newest_checkpoint, read_manifest
+from megatron_vocagno.files import sha256
 from tests.runs import SMALL_TEACHER_ROWS, Case, metrics, spawn
 
 pytestmark = pytest.mark.slow
@@ -88,22 +90,33 @@ def test_a_run_does_not_load_the_compiler_of_torch(case: Case) -> None:
     assert finished.returncode == 0 and "compiler: False" in finished.stdout, finished.stdout[-4000:]
 
 
+def as_an_earlier_release_named_it(checkpoint: Path) -> None:
+    """Rename a field of run.json, as if an earlier release had written the checkpoint."""
+    run, manifest = (json.loads((checkpoint / name).read_text()) for name in (RUN, MANIFEST))
+    run["guidance"]["chunks"] = run["guidance"].pop("equal_parts")
+    (checkpoint / RUN).write_text(json.dumps(run))
+    manifest["files"][RUN] = {"bytes": (checkpoint / RUN).stat().st_size, "sha256": sha256(checkpoint / RUN)}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+
+
 def test_a_broken_checkpoint_is_named_and_the_older_one_resumed(case: Case) -> None:
     """Though only one of the two ranks reads the broken file."""
-    output = case.run("broken", 2, ["training.steps=4", "checkpoint.every=2"])
+    output = case.run("broken", 2, ["training.steps=4", "checkpoint.every=2", "guidance.equal_parts=4"])
     newest, older = checkpoint_folders(output / "checkpoints")
     shares = [list(read_manifest(newest).files)[rank::2] for rank in range(2)]
     victim = next(newest / name for name in shares[1] if name.startswith("student/layer_"))
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    resumed = spawn(2, case.command("broken", ["training.steps=6"]))
+    as_an_earlier_release_named_it(older)
+    resumed = spawn(2, case.command("broken", ["training.steps=6", "guidance.equal_parts=4"]))
     assert resumed.returncode == 0
     assert (
         f"skipping checkpoint {newest}: student/{victim.name} has changed since it was written: its sha256 differs"
         in resumed.stdout
     )
     assert "note: from here on training.steps = 6 (was 4)" in resumed.stdout
+    assert "from here on guidance." not in resumed.stdout, "another name is not another value"
     assert "resuming after step 2" in resumed.stdout and older.name == "step-00000002"
     # once at the end, a run has nothing to do and changes nothing
     lines = lines_by_step(output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("override", "differs"),
     [
-        ("guidance.chunks=2", r"which of the teacher's tokens cover a token, 1\d\d of them \(guidance.chunks\)"),
+        ("guidance.equal_parts=2", r"which of the teacher's tokens cover a token, 1\d\d of them \(guidance.equal_parts\)"),
         ("logging.samples=4", r"their number \(logging.samples\)"),
         ("data.row_length=48", r"their length, 64 and 48 positions \(data.row_length\)"),
         ("data.valid={case.train}", r"the dataset \(data.valid\)"),
@@ -186,6 +187,19 @@ def test_a_file_of_another_release_is_an_error_that_says_so(case: Case) -> None:
     write_steps(samples, 0, 1)
     rewrite(output / step, guidance='{"objective": "guided", "keep": 0.25, "temperature": 2}')
     assert [step.guidance.keep for step in read_steps(output)] == [0.4, 0.25]
+
+
+def test_the_rule_of_an_earlier_release_is_read_under_its_old_names(case: Case) -> None:
+    samples = samples_of(case, "samples-old-names", "logging.samples=3", "guidance.equal_parts=2")
+    folder = write_steps(samples, 0, 1)
+    then = samples.samples.guidance.model_dump()
+    then["chunks"] = then.pop("equal_parts")
+    rewrite(folder / "step-00000001.safetensors", guidance=json.dumps(then))
+    now, earlier = read_steps(samples.output)
+    assert now.guidance == earlier.guidance and earlier.guidance.equal_parts == 2
+    rewrite(folder / "step-00000001.safetensors", guidance=json.dumps(then | {"equal_parts": 2}))
+    with pytest.raises(RunError, match=r"'guidance.chunks' is the old name of 'guidance.equal_parts'"):
+        read_steps(samples.output)
 
 
 @pytest.mark.parametrize("step", [0, 1])

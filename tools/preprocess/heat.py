@@ -172,7 +172,7 @@ def _headline(rows: SampleRows, view: SampleStep) -> str:
     when = f"After step {view.step:,}" if view.step else "Before the first step"
     if not view.guidance.selects:
         return f"{when}, the loss covers every token: {view.guidance.objective} does not select tokens."
-    behind = "its teacher" if view.guidance.chunks is None else "its teacher in the same chunk"
+    behind = "its teacher" if view.guidance.equal_parts is None else "its teacher in the same part"
     if view.guidance.unit == "chunk":
         behind += " on the same chunk of text"
     excess = {

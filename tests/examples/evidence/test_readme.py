@@ -31,7 +31,7 @@ def test_each_arm_stands_where_its_file_puts_it() -> None:
     cached = arms_of("`score_teacher`, as above") | {"rho1"} | {"oracle"}
     assert cached == {name for name in NAMES if any(teacher.placement == "cached" for teacher in run[name].teacher)}
     assert all(run[name].guidance.keep == 0.4 for name in NAMES if not name.startswith("keep-") and name != "oracle")
-    assert run["rho1"].guidance == run["guided"].guidance and run["chunk"].guidance.chunks == 16
+    assert run["rho1"].guidance == run["guided"].guidance and run["equal-parts"].guidance.equal_parts == 16
 
 
 def _given(arm: str) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ ROWS = [
     for seed in (1, 2, 3)
     for step in (10, 20)
 ]
-ROWS += [row("chunk-16", 1, 20, 1.9), row("keep-0.2", 1, 20, 1.5)]
+ROWS += [row("equal-parts-16", 1, 20, 1.9), row("keep-0.2", 1, 20, 1.5)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -94,7 +94,7 @@ def test_a_table_says_n_and_pairs_seeds(tmp_path: Path) -> None:
     # at step 10 guided is at level 1.7 + seed / 10 - 0.1: as good as clm's last already
     assert "step 10, 1e+10 + 2e+08 of the teacher FLOPs (3 of 3)" in lines["guided"]
     assert "never (0 of 3)" in lines["random"]
-    assert "1.900 (n=1) | −0.000 (n=1) |" in lines["chunk-16"] or "1.900 (n=1) | +0.000 (n=1) |" in lines["chunk-16"]
+    assert "1.900 (n=1) | −0.000 (n=1) |" in lines["equal-parts-16"] or "1.900 (n=1) | +0.000 (n=1) |" in lines["equal-parts-16"]
     assert all("(n=" in line for line in text.splitlines()[2:])
 
 

@@ -1,7 +1,7 @@
-"""A worse alignment, for comparison: both sides of a row are cut into n equal chunks, and a target is covered by its whole chunk.
+"""A worse alignment, for comparison: both sides of a row are cut into n equal parts, and a target is covered by its whole part.
 
 Let N be the number of targets from the first mapped one to the last, and U the number of teacher tokens that cover them. Target
-i belongs to chunk c = floor(i * n / N), and teacher token j to chunk floor(j * n / U). A target of chunk c is covered by the
+i belongs to part c = floor(i * n / N), and teacher token j to part floor(j * n / U). A target of part c is covered by the
 teacher tokens [ceil(c * U / n), ceil((c + 1) * U / n)). If that range is empty, which happens for n > U, the target is covered
 by the single token floor(c * U / n). The same targets are therefore mapped for every n, and runs with different n differ only in
 the teacher tokens that cover each target.
@@ -17,23 +17,23 @@ import numpy as np
 from megatron_vocagno.batch.pack import DocumentSpan, Int32, Int64, TeacherSide, TeacherSource
 
 
-class Chunked:
-    """The teacher's side of another source, with the chunked alignment."""
+class EqualParts:
+    """The teacher's side of another source, with the alignment by equal parts."""
 
-    def __init__(self, source: TeacherSource, chunks: int) -> None:
-        self.source, self.chunks = source, chunks
+    def __init__(self, source: TeacherSource, parts: int) -> None:
+        self.source, self.parts = source, parts
 
     def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         side = self.source.read(pieces)
-        first, last = chunk_ranges(side.first, side.last, len(side.starts_document), self.chunks)
+        first, last = part_ranges(side.first, side.last, len(side.starts_document), self.parts)
         return replace(side, first=first, last=last)
 
 
-def chunk_ranges(first: Int32, last: Int32, teacher_tokens: int, chunks: int) -> tuple[Int32, Int32]:
-    """Ranges of targets, first and last [n] -> the ranges of their chunks. A target that is unmapped, or whose range reaches
+def part_ranges(first: Int32, last: Int32, teacher_tokens: int, parts: int) -> tuple[Int32, Int32]:
+    """Ranges of targets, first and last [n] -> the ranges of their parts. A target that is unmapped, or whose range reaches
     outside [0, teacher_tokens), keeps its range.
 
-    >>> first, last = chunk_ranges(np.array([0, 1, 2, 3]), np.array([1, 2, 3, 4]), teacher_tokens=4, chunks=2)
+    >>> first, last = part_ranges(np.array([0, 1, 2, 3]), np.array([1, 2, 3, 4]), teacher_tokens=4, parts=2)
     >>> first.tolist(), last.tolist()
     ([0, 0, 2, 2], [2, 2, 4, 4])
     """
@@ -43,8 +43,8 @@ def chunk_ranges(first: Int32, last: Int32, teacher_tokens: int, chunks: int) ->
         return first, last
     begin, end = int(first[mapped[0]]), int(last[mapped[-1]])
     targets, covering = int(mapped[-1] - mapped[0]) + 1, end - begin
-    chunk = (mapped - mapped[0]) * chunks // targets
-    low, high = (-(-edge * covering // chunks) for edge in (chunk, chunk + 1))
+    part = (mapped - mapped[0]) * parts // targets
+    low, high = (-(-edge * covering // parts) for edge in (part, part + 1))
     first[mapped], last[mapped] = begin + np.minimum(low, high - 1), begin + high
     return first, last
 

@@ -1,4 +1,4 @@
-"""Chunks cover what equal cuts of both sides say, and how badly they cover it is measured."""
+"""Equal parts cover what equal cuts of both sides say, and how badly they cover it is measured."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_vocagno.batch.cached import CachedLosses, CombinedGuides, guides
-from megatron_vocagno.batch.chunked import Chunked, chunk_ranges, overlap
+from megatron_vocagno.batch.equal_parts import EqualParts, overlap, part_ranges
 from megatron_vocagno.batch.pack import MappingStatus, Rows, TeacherIds
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.spans import Spans, align, intersection_over_student
@@ -18,25 +18,25 @@ from tests.batch.test_cached import Scored, share_the_student
 from tests.datasets import build_dataset
 
 
-def expected(mapped: list[int], begin: int, end: int, chunks: int) -> dict[int, list[int]]:
-    """Teacher tokens of each mapped target, by asking every token for its chunk."""
+def expected(mapped: list[int], begin: int, end: int, parts: int) -> dict[int, list[int]]:
+    """Teacher tokens of each mapped target, by asking every token for its part."""
     targets, covering = mapped[-1] - mapped[0] + 1, end - begin
     covered = {}
     for i in mapped:
-        chunk = (i - mapped[0]) * chunks // targets
-        inside = [begin + j for j in range(covering) if j * chunks // covering == chunk]
-        covered[i] = inside or [begin + chunk * covering // chunks]
+        part = (i - mapped[0]) * parts // targets
+        inside = [begin + j for j in range(covering) if j * parts // covering == part]
+        covered[i] = inside or [begin + part * covering // parts]
     return covered
 
 
 @pytest.mark.parametrize("cached", [True, False])
-@pytest.mark.parametrize("chunks", [1, 2, 3, 7, 16, 40, 200])
-def test_a_target_is_covered_by_the_teacher_tokens_of_its_chunk(chunks: int, cached: bool) -> None:
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 16, 40, 200])
+def test_a_target_is_covered_by_the_teacher_tokens_of_its_part(parts: int, cached: bool) -> None:
     met = empty = 0
     for seed in range(8):
         data = Scored.at_random(seed, 12, 0.3)
         source = CachedLosses(data) if cached else TeacherIds(data, 30)
-        plain, rows = Rows(data, np.arange(12), 50, source), Rows(data, np.arange(12), 50, Chunked(source, chunks))
+        plain, rows = Rows(data, np.arange(12), 50, source), Rows(data, np.arange(12), 50, EqualParts(source, parts))
         for k in range(len(plain)):
             row, aligned = rows[k], plain[k]
             assert np.array_equal(row.mapping, aligned.mapping), "the same targets are mapped"
@@ -45,18 +45,18 @@ def test_a_target_is_covered_by_the_teacher_tokens_of_its_chunk(chunks: int, cac
             if not mapped:
                 continue
             begin, end = int(aligned.first[mapped[0]]), int(aligned.last[mapped[-1]])
-            for i, covering in expected(mapped, begin, end, chunks).items():
+            for i, covering in expected(mapped, begin, end, parts).items():
                 assert list(range(row.first[i], row.last[i])) == covering
                 empty += len(covering) == 1
             met += len(mapped)
-    assert met > 1000 and (empty > 500) == (chunks > 16)
+    assert met > 1000 and (empty > 500) == (parts > 16)
 
 
-def test_one_chunk_gives_every_mapped_target_of_a_row_one_guide() -> None:
+def test_one_part_gives_every_mapped_target_of_a_row_one_guide() -> None:
     met = 0
     for seed in range(10):
         data = Scored.at_random(seed, 12, 0.3)
-        source = Chunked(CachedLosses(data), 1)
+        source = EqualParts(CachedLosses(data), 1)
         rows = Rows(data, np.arange(12), 40, source)
         for k in range(len(rows)):
             side = source.read(rows.pieces(k))
@@ -71,10 +71,11 @@ def test_each_of_several_teachers_is_cut_before_they_are_combined() -> None:
     for seed in range(5):
         first, other = (Scored.at_random(seed + 100 * t, 10, 0.2) for t in range(2))
         teachers = [first, share_the_student(first, other)]
-        rows = Rows(first, np.arange(10), 50, CombinedGuides([Chunked(CachedLosses(data), 5) for data in teachers], "min", "min"))
+        sources = [EqualParts(CachedLosses(data), 5) for data in teachers]
+        rows = Rows(first, np.arange(10), 50, CombinedGuides(sources, "min", "min"))
         for k in range(len(rows)):
             row = rows[k]
-            each = [guides(Chunked(CachedLosses(data), 5).read(rows.pieces(k)), "min") for data in teachers]
+            each = [guides(source.read(rows.pieces(k)), "min") for source in sources]
             mapped = row.mapping == MappingStatus.MAPPED
             assert np.array_equal(row.teacher_losses[mapped], np.fmin(*each)[mapped], equal_nan=True)  # type: ignore[index]
             met += int((each[0][mapped] != each[1][mapped]).sum())
@@ -91,23 +92,23 @@ def one_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> AlignedDataset:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_with_one_tokenizer_every_range_is_the_token_itself_and_so_are_fine_chunks(
+def test_with_one_tokenizer_every_range_is_the_token_itself_and_so_are_fine_parts(
     one_tokenizer: AlignedDataset, cached: bool
 ) -> None:
     """The first half of Rho-1's identity; tests/objective has the other."""
     source = TeacherIds(one_tokenizer) if not cached else CachedLosses(WithLosses(one_tokenizer))
     order = np.random.default_rng(1).permutation(len(one_tokenizer))
-    rows, fine, coarse = (Rows(one_tokenizer, order, 64, x) for x in (source, Chunked(source, 64), Chunked(source, 30)))
+    rows, fine, coarse = (Rows(one_tokenizer, order, 64, x) for x in (source, EqualParts(source, 64), EqualParts(source, 30)))
     met = differ = 0
     for k in range(0, len(rows), 5):
-        row, chunked = rows[k], fine[k]
+        row, parted = rows[k], fine[k]
         mapped = row.mapping == MappingStatus.MAPPED
         text = (row.mapping != MappingStatus.END_OF_DOCUMENT) & (row.mapping != MappingStatus.NO_TEXT)
         assert np.array_equal(mapped, text), "what has text is mapped"
         assert ((row.last - row.first)[mapped] == 1).all()
         if not cached:
             assert np.array_equal(row.teacher_target_ids[row.first[mapped]], row.target_ids[mapped])
-        assert np.array_equal(chunked.first, row.first) and np.array_equal(chunked.last, row.last)
+        assert np.array_equal(parted.first, row.first) and np.array_equal(parted.last, row.last)
         differ += not np.array_equal(coarse[k].first, row.first)
         met += int(mapped.sum())
     assert met > 2000 and differ > 50
@@ -137,15 +138,15 @@ def tokenized(teacher_tokenizer: Path) -> list[tuple[Tokens, Tokens]]:
     return list(zip(student.encode_batch(texts), teacher.encode_batch(texts), strict=True))
 
 
-def test_the_true_alignment_covers_real_text_completely_and_chunks_do_not(tokenized: list[tuple[Tokens, Tokens]]) -> None:
+def test_the_true_alignment_covers_real_text_completely_and_equal_parts_do_not(tokenized: list[tuple[Tokens, Tokens]]) -> None:
     measured = []
     for student, teacher in tokenized:
         spans = align(student, teacher)
         ios, iou = overlap(student.ends, teacher.ends, spans.first, spans.last)
         assert ios == 1.0 and 0.5 < iou <= 1.0
         row = []
-        for chunks in (1, 4, 16, 64, 256):
-            first, last = chunk_ranges(spans.first, spans.last, len(teacher.ends), chunks)
+        for parts in (1, 4, 16, 64, 256):
+            first, last = part_ranges(spans.first, spans.last, len(teacher.ends), parts)
             ios, iou = overlap(student.ends, teacher.ends, first, last)
             # the same from the corpus's own measure
             theirs = intersection_over_student(student, teacher, Spans(first, last, spans.before))
@@ -153,5 +154,5 @@ def test_the_true_alignment_covers_real_text_completely_and_chunks_do_not(tokeni
             row.append((ios, iou))
         measured.append(row)
     ios, iou = np.moveaxis(np.mean(measured, axis=0), 1, 0)
-    assert ios[0] == 1 and (np.diff(ios) < -0.01).all(), "finer chunks miss more of the text"
+    assert ios[0] == 1 and (np.diff(ios) < -0.01).all(), "finer parts miss more of the text"
     assert (np.diff(iou) > 0.01).all() and iou[-1] < 0.2, "and cover less of what is not the token's"
