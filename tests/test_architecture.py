@@ -25,7 +25,7 @@ DIRECTION = {
     "corpus": {"hub", "errors", "files", "compat"},
     "batch": {"config", "errors"},
     "model": {"objective", "config", "hub", "errors", "files", "compat"},
-    "integrations": {"corpus", "batch"},
+    "integrations": {"corpus", "batch", "objective"},
     "preprocess": {"corpus", "model", "batch", "config", "hub", "errors", "files", "compat"},
     "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},
     "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub", "command", "errors"},

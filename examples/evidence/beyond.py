@@ -3,7 +3,7 @@
 It repeats the third experiment (`continued`) with other rules, for two initial students and two sets of texts. The second student
 was trained for three times as long, so it is closer to the end of its learning. The two sets share no piece of mathematics or
 code, and their word problems have other names, numbers and errors. A seed determines the order of rows and the draws of `random`.
-A difference between two arms is taken for the same student, texts and seed.
+A difference between two arms has the same student, texts and seed on both sides.
 """
 
 from __future__ import annotations

@@ -222,6 +222,11 @@ def test_print_config_shows_what_a_run_resolves_to(capsys: pytest.CaptureFixture
     assert shown["guidance"] == {
         "objective": "guided",
         "aggregate": "max",
+        "unit": "token",
+        "weighting": "top_k",
+        "threshold": 2.0,
+        "strength": 0.25,
+        "clip": 4.0,
         "keep": 0.6,
         "scope": "microbatch",
         "unmapped": "include",

@@ -193,12 +193,14 @@ def test_a_quiz_read_in_padded_batches_is_each_problem_read_alone(tokenizer: Tok
 
 def test_arms_of_a_seed_differ_in_guidance_and_teacher_alone(tmp_path: Path):
     options = Options(tmp_path)
-    specs = [continued.spec_of(continued.SETTING, arm, 1, 1e-3, options) for arm in (*continued.MAIN, *continued.VARIANTS)]
+    specs = [
+        continued.spec_of("continued", continued.SETTING, arm, 1, 1e-3, options) for arm in (*continued.MAIN, *continued.VARIANTS)
+    ]
     loaded = [load_run(ARMS / f"{spec.arm}.toml", spec.overrides) for spec in specs]
     rests = [run.model_copy(update={"guidance": loaded[0].guidance, "teacher": ()}) for run in loaded]
     assert all(rest == rests[0] for rest in rests) and len({run.guidance.model_dump_json() for run in loaded}) == len(loaded)
     assert all(bool(run.teacher) == run.guidance.needs_teacher for run in loaded)
-    oracle = continued.spec_of(continued.SETTING, "oracle", 1, 1e-3, options)
+    oracle = continued.spec_of("continued", continued.SETTING, "oracle", 1, 1e-3, options)
     assert [one.replace("/oracle", "/dataset") for one in oracle.overrides] == list(specs[0].overrides) != list(oracle.overrides)
     assert sum(source.weight for source in loaded[0].data.train) == 1
 

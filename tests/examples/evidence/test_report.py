@@ -18,6 +18,9 @@ from examples.evidence.running import EXPERIMENTS
 PUBLISHED = report.PAGE.with_suffix("")
 KEPT = {"kept_clean": 0.9, "kept_wrong": 0.1, "kept_key": 0.2, "kept_sign": 0.3, "IoS": 1.0, "IoU": 0.7}
 
+DONE = [name for name in EXPERIMENTS if (report.PAGE.with_suffix("") / f"{name}.jsonl").exists()]
+"""The experiments whose results are in the repository."""
+
 
 def row(arm: str, seed: int, step: int, nats: float, setting: str = "random-0.6") -> dict[str, Any]:
     costs = {"student_tokens": 100 * step, "teacher_tokens": 50, "student_flops": 1e9 * step, "teacher_flops": 2e8}
@@ -70,13 +73,13 @@ def test_the_pages_in_the_repository_are_those_of_the_stored_results(written: Pa
         if path.suffix != ".svg":
             assert path.read_bytes() == (PUBLISHED / path.name).read_bytes(), f"{path.name}: run the report"
     findings = {path.name for path in report.CONCLUSIONS.glob("*.md")}
-    assert len(findings) == len(EXPERIMENTS) + 1, "findings for numbers that are not in the repository"
+    assert len(findings) == len(DONE) + 1, "findings for numbers that are not in the repository"
 
 
 def test_the_page_is_short_and_every_number_is_finite(written: Path) -> None:
     assert len(written.read_text().split()) <= 1200
     pages = [report.PAGE, *report.PAGE.with_suffix("").glob("*.md")]
-    assert len(pages) == 2 + len(EXPERIMENTS)
+    assert len(pages) == 2 + len(DONE)
     for page in pages:
         text = page.read_text()
         assert not re.search(r"\b[nN]a[nN]\b|\bNone\b|\binf\b|no written findings", text)
