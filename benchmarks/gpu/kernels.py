@@ -26,7 +26,10 @@ from megatron_vocagno.objective.rule import Rule
 from tests.kernels.reference import errors, factors, gradients_without_waiting, losses_and_gradients
 from tests.objective.selection_cases import KINDS, SETTINGS, Case, assert_selected, random_case, same
 
-KERNELS = ("_update_online_softmax", "_dlogits_tile", "_keys", "_threshold", "_histogram", "_count", "_weights", "_select_row")
+KERNELS = (
+    *("_update_online_softmax", "_dlogits_tile"),
+    *("_keys", "_threshold", "_count_above", "_histogram", "_count", "_weights", "_select_row"),
+)
 """All that are launched. A check at the end of the part fails if one of them was not."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES, TINY_SHAPES = ((512, 256, 4096), (509, 253, 4099)), ((8, 16, 256), (7, 15, 131))

@@ -27,6 +27,7 @@ from tests.runs import Case, metrics, spawn, write_small_teacher
 from tests.sources import training_rows
 
 ROW = 64
+CHUNKS = ["guidance.unit=chunk", "guidance.weighting=control_variate"]
 
 
 @pytest.fixture(scope="module")
@@ -60,24 +61,33 @@ def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-def test_cached_losses_make_the_weights_that_the_teacher_makes(case: Case, scored: Path) -> None:
+@pytest.mark.parametrize("rule", [[], pytest.param(CHUNKS, marks=pytest.mark.long)], ids=["tokens", "chunks"])
+def test_cached_losses_make_the_weights_that_the_teacher_makes(case: Case, scored: Path, rule: list[str]) -> None:
     """The teacher scores four steps; from the second one on, another run goes on with what was scored beforehand."""
-    overrides = [f"data.train={scored}", "training.steps=4", "checkpoint.every=2", 'data.attention="document"', "eval.every=4"]
+    names = [f"{name}-{'chunks' if rule else 'tokens'}" for name in ("online", "cached")]
+    overrides = [
+        *rule,
+        f"data.train={scored}",
+        "training.steps=4",
+        "checkpoint.every=2",
+        'data.attention="document"',
+        "eval.every=4",
+    ]
     overrides.append("data.row_length=65")  # one position more, for BOS: no row cuts a document
-    arguments = case.command("online", overrides)
+    arguments = case.command(names[0], overrides)
     online = spawn(1, arguments, ["-m", "tests.rounded_teacher"])
     assert online.returncode == 0, online.stdout[-6000:]
-    half = case.out("cached") / "checkpoints"
+    half = case.out(names[1]) / "checkpoints"
     half.mkdir(parents=True)
-    shutil.copytree(case.out("online") / "checkpoints" / "step-00000002", half / "step-00000002")
-    case.run("cached", 1, [*overrides, 'teacher.placement="cached"'])
+    shutil.copytree(case.out(names[0]) / "checkpoints" / "step-00000002", half / "step-00000002")
+    case.run(names[1], 1, [*overrides, 'teacher.placement="cached"'])
 
-    a, b = (weights(case.out(name), 4) for name in ("online", "cached"))
+    a, b = (weights(case.out(name), 4) for name in names)
     assert a.keys() == b.keys() and len(a) > 20
     assert all(torch.equal(a[name], b[name]) for name in a)
-    began = weights(case.out("online"), 2)
+    began = weights(case.out(names[0]), 2)
     assert not any(torch.equal(a[name], began[name]) for name in a), "nothing was learned between the two"
-    ours, theirs = ([line for line in metrics(case.out(name)) if "loss/train" in line][-2:] for name in ("online", "cached"))
+    ours, theirs = ([line for line in metrics(case.out(name)) if "loss/train" in line][-2:] for name in names)
     for mine, other in zip(ours, theirs, strict=True):
         same = [key for key in mine if key.startswith(("loss/", "guidance/"))]
         assert len(same) > 10 and all(mine[key] == other[key] for key in same)

@@ -33,6 +33,7 @@ OF_SELECTION = {
     "sequence": {"_select_row": 1},
     "microbatch": {"_keys": 1, "_threshold": 1, "_weights": 1},
     "global": {"_keys": 1, "_histogram": 3, "_count": 1, "_weights": 1},
+    "any, without a ranking": {"_keys": 1, "_count_above": 1, "_weights": 1},
 }
 """Kernels and their launches."""
 
@@ -151,8 +152,21 @@ def test_a_float32_product_of_16_bits_writes_into_its_tile() -> None:
     assert tile.shape == (8, 32) and tile.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("scope", "batch"), [("sequence", (8, 2048)), ("microbatch", (8, 2048)), ("global", (16, 4096))])
-def test_a_selection_waits_for_nothing_and_launches_these_kernels(scope: str, batch: tuple[int, int]) -> None:
+LAUNCHES = [
+    ("sequence", "token", "top_k", (8, 2048)),
+    ("microbatch", "token", "top_k", (8, 2048)),
+    ("global", "token", "top_k", (16, 4096)),
+    ("sequence", "chunk", "control_variate", (8, 2048)),
+    ("microbatch", "chunk", "top_k", (8, 2048)),
+    ("microbatch", "chunk", "threshold", (8, 2048)),
+    ("global", "chunk", "control_variate", (16, 4096)),
+]
+
+
+@pytest.mark.parametrize(("scope", "unit", "weighting", "batch"), LAUNCHES)
+def test_a_selection_waits_for_nothing_and_launches_these_kernels(
+    scope: str, unit: str, weighting: str, batch: tuple[int, int]
+) -> None:
     """Reading a value from the device (item, nonzero, a mask as index) is an error of fake tensors."""
     with on_a_gpu() as launches:
         float_BS, int_BS = torch.empty(*batch, device=GPU), torch.empty(*batch, device=GPU, dtype=torch.int32)
@@ -162,10 +176,11 @@ def test_a_selection_waits_for_nothing_and_launches_these_kernels(scope: str, ba
             int_BS,
             int_BS,
             int_BS.bool(),
-            Rule(scope=scope),  # type: ignore[arg-type]
+            Rule(scope=scope, unit=unit, weighting=weighting),  # type: ignore[arg-type]
             capacity=1000,
         )
-    assert Counter(launch.kernel for launch in launches) == OF_SELECTION[scope] and all(map(fits, launches))
+    kernels = OF_SELECTION[scope if weighting == "top_k" or scope == "sequence" else "any, without a ranking"]
+    assert Counter(launch.kernel for launch in launches) == kernels and all(map(fits, launches))
     assert selection.weight_BS.shape == batch and selection.weight_BS.is_cuda
     assert selection.tokens_C.shape == (1000 * (batch[0] if scope == "sequence" else 1),)
     assert selection.stats_PK.shape[1] == len(STATS)

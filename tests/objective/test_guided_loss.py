@@ -191,6 +191,9 @@ def test_summary_names_are_the_means_they_say() -> None:
     assert summarize(got) == {
         "share_kept": 0.5,
         "share_unmapped": 0.2,
+        "weight": 0.5,
+        "likelihood_ratio": pytest.approx((math.exp(-3) + math.exp(1) + math.exp(-2) + 1) / 4),
+        "share_below": 0.0,
         "loss": 3.5,
         "threshold": 2.0,
         "student_loss_kept": 3.5,
@@ -203,7 +206,7 @@ def test_summary_names_are_the_means_they_say() -> None:
         "student_loss_all": 3.8,
     }
     assert summarize() == {}
-    with pytest.raises(ValueError, match=r"16 sums .* got shape \[3\]"):
+    with pytest.raises(ValueError, match=r"19 sums .* got shape \[3\]"):
         summarize(torch.zeros(3))
 
 

@@ -20,7 +20,7 @@ def test_the_planned_count_is_enough_capacity_unless_losses_are_nan() -> None:
     met = Counter(dict.fromkeys(["enough", "broken"], 0))
     for number in range(200):
         case = random_case(rng, "broken teacher" if number % 2 else "ties", rows=3, width=12)
-        rule = case.rule()
+        rule = case.rule(unit="token")
         mapped, unmapped = (
             [
                 sum(v and (a < b) == is_mapped for v, a, b in zip(*row, strict=True))
