@@ -2,6 +2,7 @@
 
     guided   the project's step: teacher's losses, student's losses, selection, weighted loss, backward, AdamW
     cached   the same with given teacher losses
+    chunks   as cached, with weights of chunks by a control variate. With these models nearly every token has weight
     naive    the teacher's dense logits and their cross-entropy, then `clm`
     clm      plain language modeling with dense logits: transformers' own model, F.cross_entropy, AdamW
     floor    not a training step, but the products that every such step must compute: both bodies, forward and (student's)
@@ -35,7 +36,7 @@ from megatron_vocagno.objective.linear_ce import SelectedTokens
 from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 
-KEEP = 0.4
+TOP, CHUNKS = Rule(keep=0.4), Rule(unit="chunk", weighting="control_variate")
 TILE = 2048
 """Columns of the floor's products."""
 
@@ -66,7 +67,7 @@ class Inputs:
     teacher_input_BU: Tensor
     teacher_target_BU: Tensor
     kept: int
-    """Number of tokens that will have weight."""
+    """Number of tokens that will have weight by the rule TOP."""
 
 
 def inputs_of(case: Case) -> list[Inputs]:
@@ -81,7 +82,7 @@ def _inputs(batch: Batch) -> Inputs:
         batch,
         pad_sequence(inputs, batch_first=True),
         pad_sequence(targets, batch_first=True, padding_value=IGNORE),
-        planned_kept(batch.row_mapped, batch.row_unmapped, Rule(keep=KEEP)),
+        planned_kept(batch.row_mapped, batch.row_unmapped, TOP),
     )
 
 
@@ -115,9 +116,17 @@ def guided(case: Case) -> Step:
 
 
 def cached(case: Case) -> Step:
+    return _cached(case, TOP)
+
+
+def chunks(case: Case) -> Step:
+    return _cached(case, CHUNKS)
+
+
+def _cached(case: Case, rule: Rule) -> Step:
     inputs = inputs_of(case)
     losses = _teacher_losses(_teacher(case), inputs)
-    learn = _learner(case)
+    learn = _learner(case, rule)
     return lambda k: learn(inputs[k], losses[k])
 
 
@@ -131,12 +140,13 @@ def _student(case: Case) -> Student:
     return student
 
 
-def _learner(case: Case) -> Callable[[Inputs, Tensor], None]:
+def _learner(case: Case, rule: Rule = TOP) -> Callable[[Inputs, Tensor], None]:
     student = _student(case)
     optimizer = _optimizer(student)
 
     def learn(inputs: Inputs, teacher_loss_BU: Tensor) -> None:
         batch, selected = inputs.batch, SelectedTokens()
+        planned = planned_kept(batch.row_mapped, batch.row_unmapped, rule)
         loss_BS = student(batch.input_BS, batch.target_BS, selected)
         selection = select_tokens(
             loss_BS.detach(),
@@ -144,12 +154,12 @@ def _learner(case: Case) -> Callable[[Inputs, Tensor], None]:
             batch.first_BS,
             batch.last_BS,
             batch.target_BS != IGNORE,
-            Rule(keep=KEEP),
-            capacity=inputs.kept,
+            rule,
+            capacity=planned,
         )
         selected.set(selection.tokens_C)
         optimizer.zero_grad()
-        weighted_loss(loss_BS, selection.weight_BS, inputs.kept).backward()
+        weighted_loss(loss_BS, selection.weight_BS, planned).backward()
         optimizer.step()
 
     return learn
