@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -101,7 +102,8 @@ def _report_to_all_ranks(error: RunError) -> int:
 def _train(run: Run, options: argparse.Namespace, stop_signal: StopSignal) -> UserError | None:
     """Train, and return the error that the user can fix, if there is one."""
     # imported after the run file was checked, because DeepSpeed takes seconds to import
-    with imports_for_good():
+    # once in a process: a freeze would also keep the garbage of an earlier run
+    with nullcontext() if "deepspeed" in sys.modules else imports_for_good():
         from megatron_vocagno.engine.processes import show_deepspeed_log
         from megatron_vocagno.training.loop import start_training
 

@@ -83,16 +83,33 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
 
     None if a stop was requested while the run waited for its output folder.
     """
-    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     files = run_on_all_ranks(lambda: _open_files(run, settings, processes), UserError)
-    datasets, valid, config = files.datasets, files.valid, files.config
-    data = datasets[0]  # all datasets have the same tokenizers
-    opened = [*datasets, *([valid] if valid is not None else [])]
-    facts = run_on_all_ranks(lambda: facts_of_files(opened, run.cached_teachers, config, run.weights), UserError, OSError)
+    opened = [*files.datasets, *([files.valid] if files.valid is not None else [])]
+    facts = run_on_all_ranks(lambda: facts_of_files(opened, run.cached_teachers, files.config, run.weights), UserError, OSError)
     require_same_on_all_ranks(facts)
     lock = RunLock(run.output)
     if not _acquire(lock, processes, stop_signal):
         return None
+    try:
+        return _setup_locked(run, settings, processes, stop_signal, quiet, files, lock)
+    except BaseException:
+        lock.close()
+        raise
+
+
+def _setup_locked(
+    run: Run,
+    settings: DeepSpeedConfig,
+    processes: Processes,
+    stop_signal: StopSignal,
+    quiet: bool,
+    files: _Files,
+    lock: RunLock,
+) -> RunState:
+    """The rest of setup_run, which needs the lock of the output folder."""
+    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
+    datasets, valid, config = files.datasets, files.valid, files.config
+    data = datasets[0]  # all datasets have the same tokenizers
     teacher = load_teacher(run.loaded_teacher, data, processes)
     by_document, vocab_size = run.data.by_document, teacher.vocab_size if teacher else 0
     front = run_on_all_ranks(lambda: student_front(run.student, data, config.vocab_size, by_document), UserError)
