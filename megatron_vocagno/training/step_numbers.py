@@ -68,7 +68,8 @@ def step_numbers(
     means.pop("loss", None)
     numbers |= _text_numbers(text_losses, scorer)
     if guidance.selects:
-        without_teacher = () if guidance.needs_teacher else ("guide_", "excess_", "threshold", "weight", "likelihood_ratio", "share_below")
+        of_teacher = ("guide_", "excess_", "threshold", "weight", "likelihood_ratio", "share_below")
+        without_teacher = () if guidance.needs_teacher else of_teacher
         numbers |= {f"guidance/{name}": value for name, value in means.items() if not name.startswith(without_teacher)}
         for reason in pack.MappingStatus:
             if reason != pack.MappingStatus.MAPPED and (guidance.unit == "chunk" or reason != pack.MappingStatus.CUT_CHUNK):
