@@ -115,6 +115,15 @@ def nearest(path: str | os.PathLike[str]) -> str:
     return ""
 
 
+def counted(number: int, one: str, several: str = "") -> str:
+    """A number with its noun. several: the plural, if it is not `one` with an s.
+
+    >>> counted(1, "shard"), counted(2138, "row")
+    ('1 shard', '2,138 rows')
+    """
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
+
+
 SCRIPTS = {
     "preprocess.build_dataset": "vocagno-build",
     "preprocess.score_teacher": "vocagno-score",

@@ -169,8 +169,14 @@ def _finish(out: Place, plan: Plan, settings: BuildConfig, jobs: Sequence[ShardJ
     if count and bad / count > max_bad_fraction:
         raise CorpusError(
             f"{bad:,} of {count:,} records are bad ({bad / count:.2%}); --max-bad-fraction allows {max_bad_fraction:.2%}. "
-            "Look at them (--on-bad-line quarantine keeps them), or allow more"
+            f"{_where_bad_records_are(settings)}, or allow more"
         )
     student, teacher = settings.tokenizers
     losses = gather(out, records) if isinstance(out, Path) else None
     create(out, student, teacher, records, plan.nfc, plan.id_key, losses)
+
+
+def _where_bad_records_are(settings: BuildConfig) -> str:
+    if settings.on_bad_line == "skip":
+        return "Look at them (--on-bad-line quarantine --force rebuilds the shards with bad records, and stores these)"
+    return "Look at them (quarantine.jsonl of each shard)"

@@ -27,7 +27,7 @@ from pydantic import ValidationError
 
 from megatron_vocagno.corpus.manifest import BUILD, DATASET, make_folder, to_json, write_durably
 from megatron_vocagno.corpus.places import Place
-from megatron_vocagno.errors import ChangedError, CorpusError
+from megatron_vocagno.errors import ChangedError, CorpusError, counted
 from megatron_vocagno.files import local_option, remove_leftovers, try_lock
 from megatron_vocagno.preprocess.plan import Plan, Slice
 from megatron_vocagno.preprocess.shards import BuildConfig, shard_name
@@ -80,7 +80,7 @@ def adopt(out: Place, plan: Plan, force: bool, part: Slice | None) -> bool:
             if difference:
                 raise ChangedError(
                     f"{out} was planned with other {what}: {difference}.\n"
-                    f"  {len(old.shards):,} shards then, {len(plan.shards):,} now. Use another --out, or --force."
+                    f"  {counted(len(old.shards), 'shard')} then, {len(plan.shards):,} now. Use another --out, or --force."
                 )
     if old is not None and part is not None and old.stamps != plan.stamps:
         then, now = next((a, b) for a, b in zip_longest(old.stamps, plan.stamps) if a != b)
@@ -107,7 +107,7 @@ def _remove_unplanned(out: Place, plan: Plan, force: bool) -> None:
     unplanned = [folder for folder in folders if folder.name.isdigit() and folder.name not in planned]
     if unplanned and not force:
         raise ChangedError(
-            f"{unplanned[0]} is not part of this plan of {len(planned)} shards: other input or --shard-mb? "
+            f"{unplanned[0]} is not part of this plan of {counted(len(planned), 'shard')}: other input or --shard-mb? "
             "Use another --out, or --force, which removes it"
         )
     for folder in unplanned:

@@ -52,18 +52,28 @@ class Plan(Record):
         return tuple((place(source.url).name, source.size, source.modified) for source in self.sources)
 
     def other_settings(self, now: Plan) -> str:
-        """The settings that differ in the plan `now`, each with both values; "" if none differs."""
+        """The settings that differ in the plan `now`, each with both values; "" if none differs.
+
+        --on-bad-line may differ. It decides only about shards with bad records, and `finished` compares it for each of them.
+        """
         if self.settings == now.settings:
             return ""
         hashes = f"({self.settings}, now {now.settings})"
         if self.in_words is None or now.in_words is None:
             return f"an older release planned it, and recorded only the hash of its settings {hashes}"
         differences = []
+        policy_changed = False
         for name, value in now.in_words.items():
             then = self.in_words.get(name, "unknown")
-            if _decisive(name, then) != _decisive(name, value):
+            if _decisive(name, then) == _decisive(name, value):
+                continue
+            if name == "--on-bad-line":
+                policy_changed = True
+            else:
                 differences.append(f"{name} {then} then, {value} now")
-        return "; ".join(differences) or f"another release planned it {hashes}"
+        if not differences and not policy_changed:
+            return f"another release planned it {hashes}"
+        return "; ".join(differences)
 
     def other_input(self, now: Plan) -> str:
         """The first input file that differs in the plan `now`, or that the splits differ; "" if nothing differs."""
@@ -88,9 +98,8 @@ class Plan(Record):
 
     def jobs(self, out: str, settings: BuildConfig, trusted: bool = False, force: bool = False) -> list[ShardJob]:
         """The job of each shard, in their order; see ShardJob for the arguments."""
-        return [
-            ShardJob(i, splits, self.root, out, settings, self.settings, trusted, force) for i, splits in enumerate(self.shards)
-        ]
+        hashes = settings.hashes
+        return [ShardJob(i, splits, self.root, out, settings, hashes, trusted, force) for i, splits in enumerate(self.shards)]
 
 
 def _decisive(name: str, value: str) -> str:

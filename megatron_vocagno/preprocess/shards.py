@@ -6,7 +6,8 @@
 
 A shard is written to a temporary folder, flushed to the disk, hashed and renamed in one step. On an object store, shard.json
 is uploaded last. A shard is finished if its shard.json exists, is complete, and records the same input and settings. The
-shard's bytes depend only on input and settings, not on time, path, engine or the number of workers.
+shard's bytes depend only on input and settings, not on time, path, engine or the number of workers. They depend on --on-bad-line
+only if the shard has bad records.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import orjson
 from pydantic import ValidationError
@@ -30,6 +32,7 @@ from megatron_vocagno.corpus.manifest import (
     FORMAT,
     Record,
     ShardRecord,
+    Totals,
     check_size,
     hash_file,
     make_folder,
@@ -38,7 +41,7 @@ from megatron_vocagno.corpus.manifest import (
 )
 from megatron_vocagno.corpus.places import Place, place, reaching
 from megatron_vocagno.corpus.tokens import Tokenizer, open_tokenizer
-from megatron_vocagno.errors import ChangedError, DatasetError
+from megatron_vocagno.errors import ChangedError, DatasetError, counted
 from megatron_vocagno.files import beside, sync
 from megatron_vocagno.preprocess.documents import InputRecord, read
 from megatron_vocagno.preprocess.inputs import InputSplit, names
@@ -80,6 +83,11 @@ class BuildConfig:
         return hashlib.sha256(orjson.dumps({"student": student, "teacher": teacher, **keys, **how})).hexdigest()
 
     @property
+    def hashes(self) -> dict[OnBadLine, str]:
+        """`sha256` for each value of --on-bad-line."""
+        return {value: replace(self, on_bad_line=value).sha256 for value in get_args(OnBadLine)}
+
+    @property
     def in_words(self) -> dict[str, str]:
         """The values that `sha256` hashes, by command-line option. A tokenizer's value is its fingerprint and path."""
         student, teacher = self.tokenizers
@@ -115,6 +123,7 @@ class ShardJob:
     """One shard to make.
 
     root      the common folder of all input files; their recorded names are relative to it
+    hashes    `settings.hashes`, computed once, because a finished shard needs no tokenizer
     trusted   the input has the sizes and times that the plan recorded, so it need not be read again to compare its hash
     force     replace a shard that was made from other input or with other settings
     """
@@ -124,7 +133,7 @@ class ShardJob:
     root: str
     out: str
     settings: BuildConfig
-    settings_sha256: str
+    hashes: dict[OnBadLine, str]
     trusted: bool = False
     force: bool = False
 
@@ -165,7 +174,7 @@ class ShardJobProgress:
 class ShardFile(Record):
     """shard.json.
 
-    settings, input  sha256 of the settings and of the input
+    settings, input  sha256 of the settings and of the input; the settings are those of --on-bad-line error if no record is bad
     pieces           file name, start and stop of each input split
     encoders         names of the student's and the teacher's encoder
     """
@@ -220,7 +229,7 @@ def _write(job: ShardJob, folder: Path) -> ShardFile:
     totals = writer.write(_read(job, digest), report_counts)
     files = {file.name: hash_file(file) for file in sorted(folder.iterdir())}
     shard = ShardFile(
-        settings=job.settings_sha256,
+        settings=job.hashes[settings.on_bad_line if _bad_records(totals) else "error"],
         input=digest.hexdigest(),
         pieces=tuple((job.file(split), split.start, split.stop) for split in job.splits),
         encoders=(student.encoder.name, teacher.encoder.name),
@@ -258,21 +267,34 @@ def finished(job: ShardJob) -> ShardFile | None:
         return shard
     if job.force:
         return None
-    what, then, now = difference
-    raise ChangedError(
-        f"{job.folder} was made from other {what}: {then} then, {now} now. Use another --out, or rebuild it with --force"
-    )
+    raise ChangedError(f"{job.folder} {difference}")
 
 
-def _difference(job: ShardJob, shard: ShardFile) -> tuple[str, object, object] | None:
-    """The first value in which a finished shard and its job differ: its name, the shard's value, the job's value."""
-    if shard.settings != job.settings_sha256:
-        return "settings or tokenizers", shard.settings, job.settings_sha256
-    if (then := [piece[1:] for piece in shard.pieces]) != (now := [(split.start, split.stop) for split in job.splits]):
-        return "parts of the input", then, now
+def _bad_records(totals: Totals) -> int:
+    """The records that --on-bad-line decides about."""
+    return totals.bad_lines + totals.broken_inputs
+
+
+def _difference(job: ShardJob, shard: ShardFile) -> str | None:
+    """The first difference between a finished shard and its job, as the rest of a sentence about the shard."""
+    policies = {sha256: value for value, sha256 in job.hashes.items()}
+    then, now = policies.get(shard.settings), job.settings.on_bad_line
+    if then is not None and then != now and (n := _bad_records(shard.record.totals)):
+        return (
+            f"has {counted(n, 'bad record')} and was made with --on-bad-line {then}, {now} now. Use {then} again, or --force, "
+            "which rebuilds only the shards with bad records"
+        )
+    if then is None:
+        return _from_other("settings or tokenizers", shard.settings, job.hashes[now])
+    if (before := [piece[1:] for piece in shard.pieces]) != (after := [(split.start, split.stop) for split in job.splits]):
+        return _from_other("parts of the input", before, after)
     if not job.trusted and (source := _hash_input(job)) != shard.input:
-        return "input", shard.input, source
+        return _from_other("input", shard.input, source)
     return None
+
+
+def _from_other(what: str, then: object, now: object) -> str:
+    return f"was made from other {what}: {then} then, {now} now. Use another --out, or rebuild it with --force"
 
 
 def _hash_input(job: ShardJob) -> str:

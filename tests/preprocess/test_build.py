@@ -146,7 +146,6 @@ OTHER: dict[str, Callable[[BuildConfig], dict[str, Any]]] = {
     "end of text": lambda s: {"settings": replace(s, teacher_eos="<|im_end|>")},
     "key": lambda s: {"settings": replace(s, text_key="body")},
     "id": lambda s: {"settings": replace(s, id_key="text")},
-    "bad lines": lambda s: {"settings": replace(s, on_bad_line="skip")},
     "nfc": lambda s: {"settings": replace(s, nfc=False)},
     "cuts": lambda s: {"shard_bytes": SHARD // 2},
     "number of documents": lambda s: {"max_documents": 60},
@@ -165,7 +164,6 @@ SAID = {
 SAID |= {"tokenizer": f"--teacher {HASHES}", "end of text": r"--teacher-eos </s> then, <\|im_end\|> now"}
 SAID |= {"key": "--text-key text then, body now", "id": "--id-key none then, text now", "nfc": "--no-nfc absent then, given now"}
 SAID |= {
-    "bad lines": "--on-bad-line error then, skip now",
     "cuts": "split differently",
     "number of documents": "split differently",
 }
@@ -210,6 +208,74 @@ def test_shards_that_nobody_planned_are_refused(copy, settings):
     in_place(file, 4)
     with pytest.raises(ChangedError, match=r"shards/000[34] was made from other input"):
         build([file], out, settings, shard_bytes=SHARD)
+
+
+# ---- bad records
+
+
+@pytest.fixture
+def with_bad_records(tmp_path) -> Path:
+    """Four lines of one size, each a shard of its own (`shard_bytes` 21). The third is bad."""
+    good = [json.dumps({"text": f"a line {i}"}) for i in range(3)]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(line + "\n" for line in (*good[:2], "this line is no JSON", good[2])))
+    return file
+
+
+POLICIES = ("error", "skip", "quarantine")
+
+
+@pytest.mark.parametrize("then", POLICIES)
+@pytest.mark.parametrize("now", ["skip", "quarantine"])
+def test_another_way_with_bad_records_keeps_the_shards_without_any(then, now, with_bad_records, settings, tmp_path):
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    if then == "error":
+        with pytest.raises(CorpusError, match="--on-bad-line skip to drop such records"):
+            build([with_bad_records], out, settings, shard_bytes=21)
+    else:
+        build([with_bad_records], out, replace(settings, on_bad_line=then), shard_bytes=21)
+    finished_shards = contents(out)
+    assert sum(name.endswith("shard.json") for name in finished_shards) == (3 if then == "error" else 4)
+    again = partial(reuse, [with_bad_records], out, replace(settings, on_bad_line=now), shard_bytes=21)
+    if then not in ("error", now):
+        said = f"shards/0002 has 1 bad record and was made with --on-bad-line {then}, {now} now"
+        for _ in range(2):
+            with pytest.raises(ChangedError, match=f"{said}.*--force"):
+                again()
+        assert contents(out) == finished_shards
+    assert again(force=then not in ("error", now)) == [True, True, then == now, True]
+    build([with_bad_records], fresh, replace(settings, on_bad_line=now), shard_bytes=21)
+    assert contents(out) == contents(fresh)
+    assert [name for name in contents(out) if "quarantine" in name] == ["shards/0002/quarantine.jsonl"] * (now == "quarantine")
+
+
+def test_without_bad_records_a_dataset_has_the_same_bytes_for_each_way_with_them(copy, settings):
+    file, out = copy
+    before = contents(out)
+    for policy in POLICIES[1:]:
+        assert all(reuse([file], out, replace(settings, on_bad_line=policy), shard_bytes=SHARD))
+        assert all(reuse([file], out, replace(settings, on_bad_line=policy), shard_bytes=SHARD, force=True))
+        for part in (1, 2):
+            options = {"shard_bytes": SHARD, "part": Slice(part, 2)}
+            build([file], out.with_name(policy), replace(settings, on_bad_line=POLICIES[part]), **options)
+        finish(out.with_name(policy), replace(settings, on_bad_line=policy))
+        assert contents(out) == contents(out.with_name(policy)) == before
+
+
+def test_a_shard_without_bad_records_of_an_older_release_is_kept(copy, settings):
+    """It recorded the hash of its own --on-bad-line even then."""
+    file, out = copy
+    skip = replace(settings, on_bad_line="skip")
+    for shard in (out / "shards").glob("*/shard.json"):
+        shard.write_text(shard.read_text().replace(settings.sha256, skip.sha256))
+    for each in (skip, settings):
+        assert all(reuse([file], out, each, shard_bytes=SHARD))
+
+
+def test_bad_records_that_were_left_out_are_an_error_again(with_bad_records, settings, tmp_path):
+    build([with_bad_records], tmp_path / "out", replace(settings, on_bad_line="skip"), shard_bytes=21)
+    with pytest.raises(ChangedError, match="0002 has 1 bad record and was made with --on-bad-line skip, error now"):
+        build([with_bad_records], tmp_path / "out", settings, shard_bytes=21)
 
 
 # ---- reused
