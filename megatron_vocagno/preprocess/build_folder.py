@@ -30,7 +30,7 @@ from megatron_vocagno.corpus.places import Place
 from megatron_vocagno.errors import ChangedError, CorpusError, counted
 from megatron_vocagno.files import local_option, remove_leftovers, try_lock
 from megatron_vocagno.preprocess.plan import Plan, Slice
-from megatron_vocagno.preprocess.shards import BuildConfig, shard_name
+from megatron_vocagno.preprocess.shards import BuildConfig, read_shard, shard_name
 
 PLAN = f"{BUILD}/plan.json"
 MISMATCH = f"{BUILD}/gigatoken-differs"
@@ -72,12 +72,14 @@ def adopt(out: Place, plan: Plan, force: bool, part: Slice | None) -> bool:
     The new plan is written now only if there are no shards. A plan next to shards is evidence of what they were made from, and
     they have not been checked yet.
 
-    Raises ChangedError if the content differs and `force` is not set.
+    Raises ChangedError if the content differs, `force` is not set, and a document would be lost.
     """
     old = read_plan(out)
     if old is not None and not force:
         for what, difference in (("settings", old.other_settings(plan)), ("input", old.other_input(plan))):
-            if difference:
+            if difference and part is None and _without_documents(out):
+                force = True
+            elif difference and not force:
                 raise ChangedError(
                     f"{out} was planned with other {what}: {difference}.\n"
                     f"  {counted(len(old.shards), 'shard')} then, {len(plan.shards):,} now. Use another --out, or --force."
@@ -98,6 +100,15 @@ def adopt(out: Place, plan: Plan, force: bool, part: Slice | None) -> bool:
         return True
     _remove_unplanned(out, plan, force)
     return old is not None and (old.sources, old.input) == (plan.sources, plan.input)
+
+
+def _without_documents(out: Place) -> bool:
+    """Whether no shard has a document, so that nothing is lost with them. False if a shard cannot be read."""
+    folders = [folder for folder in (out / "shards").iterdir() if folder.name.isdigit()] if (out / "shards").is_dir() else []
+    try:
+        return not any(read_shard(folder).record.totals.documents for folder in folders)
+    except (FileNotFoundError, ValidationError):
+        return False
 
 
 def _remove_unplanned(out: Place, plan: Plan, force: bool) -> None:

@@ -248,14 +248,18 @@ def _read(job: ShardJob, digest: hashlib._Hash) -> Iterator[InputRecord]:
 # ---- is a shard finished?
 
 
+def read_shard(folder: Place) -> ShardFile:
+    """The shard.json of a shard's folder. Raises FileNotFoundError, and ValidationError for a damaged one."""
+    return ShardFile.model_validate_json((folder / "shard.json").read_bytes())
+
+
 def finished(job: ShardJob) -> ShardFile | None:
     """The shard.json of a shard that needs no work; None if the shard is missing or damaged, or if `force` replaces it.
 
-    Raises ChangedError if the shard was made with other settings or from other input.
+    Raises ChangedError if the shard has documents, and was made with other settings or from other input.
     """
-    file = job.folder / "shard.json"
     try:
-        shard = ShardFile.model_validate_json(file.read_bytes())
+        shard = read_shard(job.folder)
         for name, record in shard.record.files.items():
             check_size(job.folder / name, record)
     except (FileNotFoundError, ValidationError, DatasetError):
@@ -265,7 +269,7 @@ def finished(job: ShardJob) -> ShardFile | None:
     difference = _difference(job, shard)
     if difference is None:
         return shard
-    if job.force:
+    if job.force or not shard.record.totals.documents:
         return None
     raise ChangedError(f"{job.folder} {difference}")
 

@@ -215,10 +215,10 @@ def test_shards_that_nobody_planned_are_refused(copy, settings):
 
 @pytest.fixture
 def with_bad_records(tmp_path) -> Path:
-    """Four lines of one size, each a shard of its own (`shard_bytes` 21). The third is bad."""
-    good = [json.dumps({"text": f"a line {i}"}) for i in range(3)]
+    """Seven lines of one size, two per shard (`shard_bytes` 42). The fifth, in 0002, is bad."""
+    good = [json.dumps({"text": f"a line {i}"}) for i in range(6)]
     file = tmp_path / "mixed.jsonl"
-    file.write_text("".join(line + "\n" for line in (*good[:2], "this line is no JSON", good[2])))
+    file.write_text("".join(line + "\n" for line in (*good[:4], "this line is no JSON", *good[4:])))
     return file
 
 
@@ -231,12 +231,12 @@ def test_another_way_with_bad_records_keeps_the_shards_without_any(then, now, wi
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     if then == "error":
         with pytest.raises(CorpusError, match="--on-bad-line skip to drop such records"):
-            build([with_bad_records], out, settings, shard_bytes=21)
+            build([with_bad_records], out, settings, shard_bytes=42)
     else:
-        build([with_bad_records], out, replace(settings, on_bad_line=then), shard_bytes=21)
+        build([with_bad_records], out, replace(settings, on_bad_line=then), shard_bytes=42)
     finished_shards = contents(out)
     assert sum(name.endswith("shard.json") for name in finished_shards) == (3 if then == "error" else 4)
-    again = partial(reuse, [with_bad_records], out, replace(settings, on_bad_line=now), shard_bytes=21)
+    again = partial(reuse, [with_bad_records], out, replace(settings, on_bad_line=now), shard_bytes=42)
     if then not in ("error", now):
         said = f"shards/0002 has 1 bad record and was made with --on-bad-line {then}, {now} now"
         for _ in range(2):
@@ -244,7 +244,7 @@ def test_another_way_with_bad_records_keeps_the_shards_without_any(then, now, wi
                 again()
         assert contents(out) == finished_shards
     assert again(force=then not in ("error", now)) == [True, True, then == now, True]
-    build([with_bad_records], fresh, replace(settings, on_bad_line=now), shard_bytes=21)
+    build([with_bad_records], fresh, replace(settings, on_bad_line=now), shard_bytes=42)
     assert contents(out) == contents(fresh)
     assert [name for name in contents(out) if "quarantine" in name] == ["shards/0002/quarantine.jsonl"] * (now == "quarantine")
 
@@ -273,9 +273,40 @@ def test_a_shard_without_bad_records_of_an_older_release_is_kept(copy, settings)
 
 
 def test_bad_records_that_were_left_out_are_an_error_again(with_bad_records, settings, tmp_path):
-    build([with_bad_records], tmp_path / "out", replace(settings, on_bad_line="skip"), shard_bytes=21)
+    build([with_bad_records], tmp_path / "out", replace(settings, on_bad_line="skip"), shard_bytes=42)
     with pytest.raises(ChangedError, match="0002 has 1 bad record and was made with --on-bad-line skip, error now"):
-        build([with_bad_records], tmp_path / "out", settings, shard_bytes=21)
+        build([with_bad_records], tmp_path / "out", settings, shard_bytes=42)
+
+
+# ---- nothing was kept
+
+CORRECTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "another file": lambda file: {"inputs": [file]},
+    "fewer shards": lambda file: {"inputs": [file], "shard_bytes": 10**6},
+    "of the same size": lambda file: {"inputs": [file.replace(file.with_name("empty.jsonl"))]},
+    "settings": lambda file: {"inputs": [file.with_name("empty.jsonl")], "text_key": "body"},
+}
+
+
+@pytest.mark.parametrize("what", CORRECTIONS)
+def test_a_build_that_kept_no_document_may_be_corrected_in_the_same_folder(what, settings, tmp_path):
+    out, lines = tmp_path / "out", [{"text": "", "body": f"line {i}"} for i in range(6)]
+    (tmp_path / "empty.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps({"body": "", "text": line["body"]}) + "\n" for line in lines))
+    for _ in range(2):
+        with pytest.raises(CorpusError, match="no document is left"):
+            build([tmp_path / "empty.jsonl"], out, settings, shard_bytes=70)
+    assert len(list((out / "shards").iterdir())) > 1
+    corrected = {"shard_bytes": 70} | CORRECTIONS[what](tmp_path / "good.jsonl")
+    new = replace(settings, text_key=corrected.pop("text_key", "text"))
+    assert not any(reuse(out=out, settings=new, **corrected))
+    assert contents(out) == contents(make(out=tmp_path / "fresh", settings=new, **corrected).path)
+
+
+def test_one_kept_document_is_enough_to_refuse_other_input(settings, tmp_path):
+    build([write_jsonl(tmp_path / "a.jsonl", ["", "", "", "kept"])], tmp_path / "out", settings, shard_bytes=20)
+    with pytest.raises(ChangedError, match="other input"):
+        build([write_jsonl(tmp_path / "b.jsonl", ["more text"])], tmp_path / "out", settings, shard_bytes=20)
 
 
 # ---- reused
