@@ -3,7 +3,7 @@
 deepspeed --num_gpus 8 examples/pretrain_vocagno.py RUN.toml --deepspeed_config ds_configs/X.json [--set a.b=c]
 """
 
-from megatron_vocagno.pretrain import exit_process, main
+from megatron_vocagno.pretrain import main, run_process
 
 if __name__ == "__main__":
-    exit_process(main())
+    run_process(main)

@@ -14,8 +14,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -44,6 +44,10 @@ EXIT_CODES = (
 )
 
 
+EXIT_CODE_FILE = "MEGATRON_VOCAGNO_EXIT_CODE_FILE"
+"""A variable with the path of a file, for a supervisor: torchrun ends with 1, whatever the exit codes of its ranks are."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -56,14 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(lambda: _pretrain(options), after_interrupt, (UserError,))
 
 
+def run_process(command: Callable[[], int]) -> NoReturn:
+    """Run the command, and end this process with its exit code."""
+    try:
+        code = command()
+    except SystemExit as error:  # wrong options, or the end of a help
+        code = error.code if isinstance(error.code, int) else 0
+    exit_process(code)
+
+
 def exit_process(code: int) -> NoReturn:
     """End this process with an exit code. A failed run leaves threads of its process group behind. They would abort the process
     while the interpreter shuts down, and so change the exit code. After a failure the shutdown is therefore skipped.
+
+    The exit code 2 is also written to the file that the variable `EXIT_CODE_FILE` names.
     """
     if code == 0:
         sys.exit(0)
     sys.stdout.flush()
     sys.stderr.flush()
+    if code == 2 and (file := os.environ.get(EXIT_CODE_FILE)):
+        with suppress(OSError):  # the error itself was printed
+            Path(file).write_text(f"{code}\n")
     os._exit(code)
 
 
@@ -178,8 +196,8 @@ def _add_local_rank(parser: Parser) -> None:
 
 def script() -> NoReturn:
     """The command `vocagno-pretrain`: a dry run, or a run of one process."""
-    exit_process(main())
+    run_process(main)
 
 
 if __name__ == "__main__":
-    exit_process(main())
+    run_process(main)

@@ -8,7 +8,7 @@
 # on other machines; docs/clusters.md has the command for them.
 #
 # Exit code 0: the run has finished or was stopped; OUTPUT/finished or OUTPUT/stopped exists. 2: an error that you must fix, printed
-# by the training command. 130: Ctrl-C. 1: the command failed RUN_FOREVER_TRIES times in a row without a newer checkpoint; the wait
+# by the training command, also under torchrun, which hides the exit codes of its ranks. 130: Ctrl-C. 1: the command failed RUN_FOREVER_TRIES times in a row without a newer checkpoint; the wait
 # between attempts grows.
 set -um # m: the command gets its own process group, so that Ctrl-C does not reach its ranks
 
@@ -31,6 +31,11 @@ asked=""
 newest() {
     cat "$output/checkpoints/latest" 2>/dev/null
 }
+
+# torchrun ends with 1, whatever the exit codes of its ranks are. A rank on this machine that ends with 2 writes it to this file
+MEGATRON_VOCAGNO_EXIT_CODE_FILE=$(mktemp) || exit 1
+export MEGATRON_VOCAGNO_EXIT_CODE_FILE
+trap 'rm -f "$MEGATRON_VOCAGNO_EXIT_CODE_FILE"' EXIT
 
 # a launcher may start its ranks in separate process groups and sessions, and they lose their parent when it dies. Only their
 # environment identifies them
@@ -94,6 +99,7 @@ failures=0
 while [ -z "$asked" ]; do
     before=$(newest)
     rm -f "$output/finished" "$output/stopped"
+    : >"$MEGATRON_VOCAGNO_EXIT_CODE_FILE"
     RUN_FOREVER_ID=$id "$@" &
     command=$!
     [ -z "$asked" ] || forward_signal TERM # the signal came before the line above
@@ -107,6 +113,7 @@ while [ -z "$asked" ]; do
         [ "$asked" = SIGINT ] && exit 130
         exit 0
     fi
+    [ "$(cat "$MEGATRON_VOCAGNO_EXIT_CODE_FILE" 2>/dev/null)" != 2 ] || code=2
     case $code in 2 | 130) exit $code ;; esac
     if [ -n "$asked" ]; then
         echo "run_forever: stopped by $asked, but the command failed with exit code $code; newest checkpoint: ${before:-none}" >&2

@@ -119,6 +119,10 @@ def test_the_supervisor_gives_up_where_nothing_moves_and_ends_with_a_mistake(tmp
 
     (tmp_path / "checkpoints").mkdir()
     assert supervise("exit 2")[:2] == (2, 1)
+    # torchrun hides the exit code of its ranks, and a rank writes it to a file. That of an earlier start does not count
+    write = 'echo 2 >"$MEGATRON_VOCAGNO_EXIT_CODE_FILE"'
+    assert supervise(f"{write}; exit 1")[:2] == (2, 1)
+    assert supervise(f"{write}; touch {tmp_path}/finished")[:2] == (0, 1)
     assert supervise("exit 130")[:2] == (130, 1)
     code, count, said = supervise("exit 7")
     assert (code, count) == (1, 3) and "exit code 7" in said and "giving up" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_the_exit_code_of_node_sh_for_a_stopped_run_ends_it(tmp_path: Path) -> N
     with supervise(tmp_path / "died", 'echo >>"$1/starts"; exit 75') as run:
         assert run.wait(timeout=60) == 1
     assert [(tmp_path / name / "starts").read_text().count("\n") for name in ("out", "died")] == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", [["missing.toml"], ["missing.toml", "--unknown"]], ids=["run file", "option"])
+def test_a_mistake_ends_it_under_torchrun_too(mistake: list[str], tmp_path: Path) -> None:
+    """torchrun ends with 1, whatever its ranks do."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    command += ["examples/pretrain_vocagno.py", *mistake, "--deepspeed_config=ds_configs/cpu.json"]
+    variables = environment(RUN_FOREVER_TRIES="2", RUN_FOREVER_SECONDS="0", TMPDIR=str(tmp_path))
+    ended = subprocess.run([SUPERVISOR, tmp_path / "out", *command], cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert "error: " in ended.stderr and "run_forever: " not in ended.stderr
+    assert not any(tmp_path.glob("tmp.*"))
 
 
 @pytest.mark.long
