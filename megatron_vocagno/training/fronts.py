@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_vocagno.batch.front import NO_FRONT, Front
-from megatron_vocagno.config import Student, Teacher
+from megatron_vocagno.config import Run, Student, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset, TokenizerInfo
 from megatron_vocagno.corpus.front import describe_front, front_of
 from megatron_vocagno.errors import RunError
@@ -43,17 +43,24 @@ def _front(ids: tuple[int, ...], by_document: bool, model: str) -> Front:
     return Front(ids, by_document)
 
 
-def describe_fronts(data: AlignedDataset, student: Front, teacher: Front | None, cached: bool) -> Iterator[str]:
+def describe_fronts(run: Run, data: AlignedDataset, student: Front, teacher: Front) -> Iterator[str]:
     """One line per model: the tokens that it reads in front of text and after each document.
 
-    teacher: prefix of the loaded teacher, None if no teacher is loaded. cached: whether the teacher's losses are cached.
+    student, teacher: their prefixes. That of the teacher is ignored if no teacher is loaded.
     """
     yield _line("student", data.student_tokenizer, student.ids, student.each_document)
-    if cached:
-        ids = data.scoring.front if data.scoring is not None else ()
-        yield _line("teacher", data.teacher_tokenizer, ids, False, "window")
-    elif teacher is not None:
-        yield _line("teacher", data.teacher_tokenizer, teacher.ids, teacher.each_document)
+    if run.cached:
+        ids, unit = data.scoring.front if data.scoring is not None else (), "window"
+    elif run.loaded_teacher is not None:
+        ids, unit = teacher.ids, "row"
+    else:
+        return
+    tokenizer = data.teacher_tokenizer
+    if ids:
+        yield _line("teacher", tokenizer, ids, teacher.each_document, unit)
+    else:
+        why = "teacher.bos is 'none'" if run.teacher[0].bos == "none" else "its tokenizer puts nothing in front of a text"
+        yield f"the teacher reads {tokenizer.eos_token} ({tokenizer.eos_id}) in front of each document, because {why}"
 
 
 def _line(model: str, tokenizer: TokenizerInfo, ids: Sequence[int], each_document: bool, unit: str = "row") -> str:

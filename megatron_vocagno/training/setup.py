@@ -114,7 +114,7 @@ def _setup_locked(
     by_document, vocab_size = run.data.by_document, teacher.vocab_size if teacher else 0
     front = run_on_all_ranks(lambda: student_front(run.student, data, config.vocab_size, by_document), UserError)
     front_of_teacher = run_on_all_ranks(lambda: teacher_front(run.loaded_teacher, data, vocab_size, by_document), UserError)
-    front_lines = list(describe_fronts(data, front, front_of_teacher if teacher else None, run.cached))
+    front_lines = list(describe_fronts(run, data, front, front_of_teacher))
     require_same_on_all_ranks({"tokenizers": "; ".join(front_lines)})
     limit = teacher.max_positions if teacher else None
     sources = TeacherSources(run.guidance, run.training.seed, run.cached_teachers, limit, front_of_teacher)

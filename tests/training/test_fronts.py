@@ -12,12 +12,15 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from megatron_vocagno.batch.front import Front
+from megatron_vocagno.batch.front import NO_FRONT, Front
 from megatron_vocagno.batch.loader import IGNORE, Batches, Layout, TrainRows
 from megatron_vocagno.batch.pack import TeacherIds
+from megatron_vocagno.config import Guidance
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.export import export
 from megatron_vocagno.preprocess.score import ScoringOptions, score
+from megatron_vocagno.run_file import load_run
+from megatron_vocagno.training.fronts import describe_fronts
 from tests.runs import SMALL_TEACHER_ROWS, STUDENT, Case, metrics, spawn, write_teacher
 from tests.tokenizers_with_bos import with_front
 
@@ -83,6 +86,23 @@ def test_a_checkpoint_without_a_front_is_not_resumed_with_one(fronted: Case) -> 
     assert spawn(1, fronted.command("resumed", ["student.bos=none", "training.steps=3"])).returncode == 0
 
 
+@pytest.mark.parametrize("placement", ["replicated", "cached"])
+def test_a_teacher_without_a_front_reads_the_end_of_text_and_a_run_says_why(case: Case, tmp_path: Path, placement: str) -> None:
+    """`before` of the stored losses is that id, too."""
+    data = AlignedDataset.open(shutil.copytree(case.valid, tmp_path / "data"))
+    score(data.path, ScoringOptions(case.teacher, "float32", context=64, stride=32))
+    data = AlignedDataset.open(data.path)
+    eos = data.teacher_tokenizer
+    assert data.scoring is not None and (data.scoring.front, data.scoring.before) == ((), eos.eos_id)
+    run = load_run(Path(case.command("described")[0]), [f"teacher.placement={placement}"])
+    student, teacher = describe_fronts(run, data, NO_FRONT, NO_FRONT)
+    assert "the student reads nothing in front of each row, " in student
+    why = "because its tokenizer puts nothing in front of a text"
+    assert teacher == f"the teacher reads {eos.eos_token} ({eos.eos_id}) in front of each document, {why}"
+    no_teacher = run.model_copy(update={"guidance": Guidance(objective="clm")})
+    assert len(list(describe_fronts(no_teacher, data, NO_FRONT, NO_FRONT))) == 1
+
+
 @pytest.mark.slow
 def test_cached_losses_with_another_front_than_the_run_asks_for_are_refused(fronted: Case, tmp_path: Path) -> None:
     data = shutil.copytree(fronted.valid, tmp_path / "data")
@@ -93,7 +113,7 @@ def test_cached_losses_with_another_front_than_the_run_asks_for_are_refused(fron
     assert "was scored with nothing in front of each window, but teacher.bos = 'auto' means <s> (1)" in refused.stdout
     taken = spawn(1, fronted.command("cached", [*asked, "teacher.bos=none"]))
     assert taken.returncode == 0, taken.stdout[-3000:]
-    assert "the teacher reads nothing in front of each window" in taken.stdout
+    assert "the teacher reads </s> (0) in front of each document, because teacher.bos is 'none'\n" in taken.stdout
 
 
 @pytest.mark.slow
