@@ -15,6 +15,7 @@ from megatron_vocagno.engine.processes import Processes
 from megatron_vocagno.engine.scoring import ReplicatedScorer, Scorer, ShardedScorer
 from megatron_vocagno.errors import ModelError, RunError
 from megatron_vocagno.model import teacher as model
+from megatron_vocagno.model.gguf import naming_file
 from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import Teacher, TeacherFolder, find_teacher, open_teacher, teacher_folder
 
@@ -28,7 +29,8 @@ def check_teacher(config: TeacherConfig | None, data: AlignedDataset) -> None:
     """
     if config is not None:
         assert config.path is not None
-        data.require_tokenizer("teacher", teacher_folder(config.path))
+        with naming_file(config.path):
+            data.require_tokenizer("teacher", teacher_folder(config.path))
 
 
 def load_teacher(config: TeacherConfig | None, data: AlignedDataset, processes: Processes) -> Teacher | ShardedTeacher | None:

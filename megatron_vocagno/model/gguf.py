@@ -13,8 +13,10 @@ A conversion needs the package gguf, which the extra `megatron-vocagno[gguf]` in
 import json
 import logging
 import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from megatron_vocagno.compat import gguf_remedy
-from megatron_vocagno.errors import ModelError, lfs_pointer, missing_path_hint
+from megatron_vocagno.errors import ModelError, UserError, lfs_pointer, missing_path_hint
 from megatron_vocagno.files import sha256, wait_for_lock
 from megatron_vocagno.model.fingerprint import CONVERSION, CONVERTED, teacher_fingerprint
 from megatron_vocagno.model.folder import quiet, skeleton, to_hugging_face
@@ -73,6 +75,23 @@ def place_of_conversion(gguf_path: str | os.PathLike[str], cache: str | os.PathL
     source = _gguf_file(gguf_path)
     root = Path(cache or os.environ.get("MEGATRON_VOCAGNO_CACHE") or "~/.cache/megatron_vocagno").expanduser()
     return root / "teachers" / f"{sha256(source)}-{CONVERSION}"
+
+
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the block name a GGUF file instead of its converted folder, which the user has not chosen.
+
+    path: a model. If it is not a GGUF file, nothing changes.
+    """
+    try:
+        yield
+    except UserError as error:
+        source = Path(path).expanduser()
+        if source.suffix != ".gguf" or not source.is_file():
+            raise
+        folder = re.escape(str(place_of_conversion(source)))
+        message = re.sub(rf"{folder}/([\w.]*\w)", lambda found: f"{source} ({found[1]} of its conversion)", str(error))
+        raise type(error)(re.sub(folder, lambda _: str(source), message), error.path) from error
 
 
 def dequantize(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> Path:

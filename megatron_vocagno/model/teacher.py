@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from megatron_vocagno.errors import ModelError
 from megatron_vocagno.model.attention import Attention, check_documents, resolve_attention, teacher_arguments
 from megatron_vocagno.model.folder import PretrainedWeights, model_folder, quiet, read_config
-from megatron_vocagno.model.gguf import cached_folder
+from megatron_vocagno.model.gguf import cached_folder, naming_file
 from megatron_vocagno.model.headers import readable
 from megatron_vocagno.model.proof import ProbeResult, probe
 from megatron_vocagno.model.quantized import Quantization, quantize
@@ -151,7 +151,8 @@ def find_teacher(
     Raises ModelError.
     """
     folder = teacher_folder(path)
-    config = check_weights(PretrainedWeights(folder), read_config(folder))
+    with naming_file(path):
+        config = check_weights(PretrainedWeights(folder), read_config(folder))
     implementation = resolve_attention(config.get_text_config(), attention, dtype, device)
     return TeacherFolder(folder, config, dtype, torch.device(device), implementation)
 
@@ -182,6 +183,8 @@ def open_teacher(
     quantization: Quantization = "none",
 ) -> Teacher:
     """A teacher that is known to score as its own logits do, see find_teacher and load_teacher. Raises ModelError."""
-    teacher = load_teacher(find_teacher(path, dtype, device, attention), quantization)
+    found = find_teacher(path, dtype, device, attention)
+    with naming_file(path):
+        teacher = load_teacher(found, quantization)
     teacher.probe().check(teacher.config.model_type)
     return teacher

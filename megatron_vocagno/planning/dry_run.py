@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from megatron_vocagno import hub
 from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Guidance, Parallel, Run, Teacher
+from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.cached import check_cached
 from megatron_vocagno.engine.distilling import check_vocabularies
@@ -26,7 +27,7 @@ from megatron_vocagno.engine.settings_file import notes as settings_notes
 from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot, on_this_machine
-from megatron_vocagno.model.gguf import place_of_conversion
+from megatron_vocagno.model.gguf import naming_file, place_of_conversion
 from megatron_vocagno.planning.comparison import Workload, configured_layout
 from megatron_vocagno.planning.layouts import stages
 from megatron_vocagno.planning.report import table, text
@@ -82,13 +83,17 @@ def _check_models(request: PlanRequest) -> list[str]:
                 )
         check_vocabularies(run.guidance, data)
     check_cached(run.cached_teachers, request.datasets)
-    compared = [
-        data.require_tokenizer("student" if field.startswith("student") else "teacher", folder)
-        for data in request.datasets
-        for field, path in run.weights.items()
-        if (folder := _tokenizer_folder(path)) is not None
-    ]
+    compared = [_compare(data, field, path) for data in request.datasets for field, path in run.weights.items()]
     return [f"note: {note}" for note in compared if note]
+
+
+def _compare(data: AlignedDataset, field: str, model: Path) -> str | None:
+    """See AlignedDataset.require_tokenizer. field: of the run file, which names the model"""
+    folder = _tokenizer_folder(model)
+    if folder is None:
+        return None
+    with naming_file(model):
+        return data.require_tokenizer("student" if field.startswith("student") else "teacher", folder)
 
 
 def _tokenizer_folder(model: Path) -> Path | None:

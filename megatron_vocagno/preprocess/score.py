@@ -24,6 +24,7 @@ from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import read_config
+from megatron_vocagno.model.gguf import naming_file
 from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.preprocess.build_folder import locked
@@ -61,6 +62,10 @@ class ScoringOptions:
 
         Raises CorpusError, ModelError or DatasetError if the teacher, `context` or `stride` does not fit the dataset.
         """
+        with naming_file(self.teacher):
+            return self._scoring(data)
+
+    def _scoring(self, data: AlignedDataset) -> Scoring:
         folder = teacher_folder(self.teacher)
         config = read_config(folder).get_text_config()
         tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vocagno.config import Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.engine.placement import check_teacher
+from megatron_vocagno.errors import DatasetError
 from megatron_vocagno.model.gguf import cached_folder
+from megatron_vocagno.planning.dry_run import _compare
 from tests.corpus.conftest import write_jsonl
 from tests.model.test_gguf import VOCAB, write_gguf
 from tests.tokenizers_for_tests import mistral_tokenizer_path
@@ -35,6 +39,31 @@ def test_a_dataset_for_a_gguf_teacher_is_built_scored_and_its_own(
     assert one.totals.teacher_tokens > 40
     assert score_teacher.main([str(one.path), "--teacher", str(gguf), "--dtype", "float32"]) == 0
     assert "nats per token" in capsys.readouterr().out
+
+
+def test_an_error_about_a_gguf_teacher_names_its_file(gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not the folder in the cache."""
+    corpus, student = write_jsonl(tmp_path / "corpus.jsonl", ["the hats, 12 of them."] * 4), str(mistral_tokenizer_path())
+    other = tmp_path / "other"
+    options = [str(corpus), "--out", str(other), "--workers", "1", "--student", student, "--teacher"]
+    assert build_dataset.main([*options, student]) == 0
+    capsys.readouterr()
+    assert score_teacher.main([str(other), "--teacher", str(gguf), "--dtype", "float32"]) == 2
+    told = capsys.readouterr().err
+    assert str(gguf) in told and str(cached_folder(gguf)) not in told
+    # a model of 38 tokens is refused before its tokenizer is compared
+    data = AlignedDataset.open(other)
+    for refuse in (
+        lambda: check_teacher(Teacher(path=gguf), data),
+        lambda: _compare(data, "teacher.path", gguf),
+    ):
+        with pytest.raises(DatasetError, match=rf"another tokenizer than that of the teacher model, {gguf}[., ]") as refused:
+            refuse()
+        assert str(cached_folder(gguf)) not in str(refused.value)
+    (cached_folder(gguf) / "tokenizer.json").write_text("{")
+    assert build_dataset.main([*options, str(gguf)]) == 2
+    told = capsys.readouterr().err
+    assert f"{gguf} (tokenizer.json of its conversion)" in told and str(cached_folder(gguf)) not in told
 
 
 def test_a_conversion_reports_the_step_after_the_weights(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -103,6 +105,19 @@ def merge_datasets(args: argparse.Namespace) -> None:
 
 
 # ---- options
+
+
+@contextmanager
+def naming_ggufs(args: argparse.Namespace) -> Iterator[None]:
+    """Errors name the GGUF files of the options instead of their converted folders."""
+    with ExitStack() as stack:
+        for path in (getattr(args, "student", ""), getattr(args, "teacher", "")):
+            if path.endswith(".gguf"):
+                # torch and transformers take seconds to import
+                from megatron_vocagno.model.gguf import naming_file
+
+                stack.enter_context(naming_file(path))
+        yield
 
 
 def settings_of(args: argparse.Namespace) -> BuildConfig:

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     from . import build_commands  # imported after the options were checked, because its imports take most of a second
 
-    getattr(build_commands, args.do)(args)
+    with build_commands.naming_ggufs(args):
+        getattr(build_commands, args.do)(args)
 
 
 # ---- arguments
