@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from megatron_vocagno.errors import EncoderError, EncoderMismatchError
 
 Backend = Literal["auto", "gigatoken", "huggingface"]
+REASON_CHARACTERS = 120
+"""Longest reason of gigatoken in a message."""
 
 # A byte-level tokenizer of gigatoken caches each word in a table that doubles. In a process above RESIDENT_LIMIT it is opened
 # again after TEXT_BEFORE_REOPENING characters: this costs 0.8 s, or some 4 ms per megabyte of text, and saves 50 MB. (A tokenizer
@@ -182,7 +184,9 @@ class GigatokenEncoder:
         try:
             tokenizer = gigatoken.Tokenizer.from_json(self.plain)
         except Exception as error:  # its native code raises different classes for an unknown tokenizer
-            raise EncoderError(f"gigatoken cannot read it: {str(error).splitlines()[0]}") from None
+            reason = str(error).splitlines()[0]  # it may contain the complete pattern that splits words
+            shown = reason if len(reason) <= REASON_CHARACTERS else f"{reason[: REASON_CHARACTERS - 1]}…"
+            raise EncoderError(f"gigatoken cannot read it: {shown}") from None
         self.text_read = 0  # characters
         self.caches_words = isinstance(tokenizer.backend, gigatoken.gigatoken_rs.BPETokenizer)
         trim_memory()

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from inline_snapshot import snapshot
 from megatron_vocagno.corpus.encoders import open_encoder
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.tokens import open_tokenizer
+from megatron_vocagno.errors import EncoderError
 from tests.errors.telling import told
 from tests.runs import REPOSITORY
 from tests.tokenizers_for_tests import mistral_tokenizer_path
@@ -172,6 +174,17 @@ def test_a_sentencepiece_model_that_would_lose_bytes(tmp_path: Path, part: str, 
     (tmp_path / "x.model").write_bytes(proto.SerializeToString())
     with told(message, DIR=tmp_path):
         open_tokenizer(tmp_path / "x.model")
+
+
+def test_a_long_reason_of_gigatoken_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: bytes) -> None:
+        raise ValueError(reason)
+
+    monkeypatch.setattr("gigatoken.Tokenizer", SimpleNamespace(from_json=refuse))
+    for length, end in ((103, "x" * 103), (104, "x" * 102 + "…"), (600, "x" * 102 + "…")):
+        reason = "unknown pattern: " + "x" * length
+        with pytest.raises(EncoderError, match=f"^gigatoken cannot read it: unknown pattern: {end}$"):
+            open_encoder(json.dumps(RAW).encode(), "gigatoken")
 
 
 def test_gigatoken_that_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
