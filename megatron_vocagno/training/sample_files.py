@@ -25,7 +25,7 @@ from safetensors.numpy import save
 from megatron_vocagno.batch.pack import Float32, Int32, MappingStatus, UInt8
 from megatron_vocagno.batch.whole_chunks import opens_chunk
 from megatron_vocagno.config import Guidance
-from megatron_vocagno.errors import RunError
+from megatron_vocagno.errors import RunError, missing_path_hint
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 from megatron_vocagno.run_file import with_current_names
 
@@ -122,7 +122,9 @@ def write_step(output: Path, step: SampleStep) -> None:
 
 
 def read_rows(output: Path) -> SampleRows:
-    """Raises RunError if the file is missing or damaged, or if another release wrote it."""
+    """Raises RunError if the folder or the file is missing or damaged, or if another release wrote it."""
+    if not output.is_dir():
+        raise RunError(f"no run at {output}: the folder does not exist{missing_path_hint(output)}")
     named = ("target", "document", "token", "first", "last", "mapping", "teacher")
     tensors, metadata = _read(output / FOLDER / ROWS_FILE, named, ("dataset", "fingerprint"))
     return SampleRows(

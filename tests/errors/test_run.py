@@ -291,6 +291,7 @@ DIR/samples contains 2 rows of VALID (OTHER), this run has 2 of VALID (HASH).
         DIR=tmp_path,
     ):
         sample_files.read_rows(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(sample_files, "VERSION", "2")
     with told(
         snapshot(
@@ -300,10 +301,20 @@ DIR/samples contains 2 rows of VALID (OTHER), this run has 2 of VALID (HASH).
     ):
         sample_files.read_rows(tmp_path)
     with told(
-        snapshot("DIR/none/samples/rows.safetensors is missing: a run writes it if logging.samples is set"),
+        snapshot("DIR/checkpoints/samples/rows.safetensors is missing: a run writes it if logging.samples is set"),
         DIR=tmp_path,
     ):
-        sample_files.read_rows(tmp_path / "none")
+        sample_files.read_rows(tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    with told(
+        snapshot("""\
+no run at sampels: the folder does not exist
+  The absolute path is DIR/sampels: relative paths start at the folder in which you run the command.
+  Did you mean samples?\
+"""),
+        DIR=tmp_path.resolve(),
+    ):
+        sample_files.read_rows(Path("sampels"))
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,9 @@ def test_a_mistake_ends_it_under_torchrun_too(mistake: list[str], tmp_path: Path
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
     command += ["examples/pretrain_vocagno.py", *mistake, "--deepspeed_config=ds_configs/cpu.json"]
     variables = environment(RUN_FOREVER_TRIES="2", RUN_FOREVER_SECONDS="0", TMPDIR=str(tmp_path))
-    ended = subprocess.run([SUPERVISOR, tmp_path / "out", *command], cwd=REPOSITORY, env=variables, capture_output=True, text=True)
+    ended = subprocess.run(
+        [SUPERVISOR, tmp_path / "out", *command], cwd=REPOSITORY, env=variables, capture_output=True, text=True
+    )
     assert ended.returncode == 2, ended.stderr
     assert "error: " in ended.stderr and "run_forever: " not in ended.stderr
     assert not any(tmp_path.glob("tmp.*"))
