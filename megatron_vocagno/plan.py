@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from megatron_vocagno.command import Parser, run_command, started_as
 from megatron_vocagno.planning.options import add_plan_options
 
-EXAMPLE = """examples/recipes/qwen2.5-math-instruct.toml \\
-    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 --gpu h100 \\
-    --student-config examples/plan/TinyLlama-1.1B.json \\
-    --teacher-config examples/plan/Qwen2.5-Math-7B.json"""
+EXAMPLE = """run.toml --deepspeed_config ds_config.json --gpus 32 --gpu h100 \\
+    --student-config student/config.json --teacher-config teacher/config.json"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

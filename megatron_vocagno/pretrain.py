@@ -36,8 +36,8 @@ LAUNCHED, SINGLE = (
 )
 PROG = f"deepspeed {LAUNCHED}"
 DRY_RUN = started_as("vocagno-pretrain", f"python {SINGLE}")
-EXAMPLE = f"""deepspeed --num_gpus 2 {LAUNCHED} examples/quickstart.toml \\
-    --deepspeed_config ds_configs/cpu_pp2.json --set training.steps=10"""
+EXAMPLE = f"""deepspeed --num_gpus 2 {LAUNCHED} run.toml \\
+    --deepspeed_config ds_config.json --set training.steps=10"""
 EXIT_CODES = (
     "0 finished, or stopped on request and saved (SIGTERM, SIGUSR1, training.max_minutes), "
     "1 another run is using the output folder, 2 an error that you can fix, 130 Ctrl-C"
@@ -94,7 +94,10 @@ def _pretrain(options: argparse.Namespace) -> int:
             print(run.model_dump_json(indent=2))
             return 0
         if options.deepspeed_config is None:
-            raise RunError("--deepspeed_config is missing: it sets batch sizes, precision and the optimizer (see ds_configs/)")
+            raise RunError(
+                "--deepspeed_config is missing: it sets batch sizes, precision and the optimizer "
+                "(see ds_configs/ in the repository)"
+            )
     except RunError as error:
         if options.print_config or os.environ.get("WORLD_SIZE", "1") == "1":
             raise
@@ -179,10 +182,9 @@ def dry_run_parser() -> Parser:
         f"{DRY_RUN} --dry-run",
         "RUN.toml --deepspeed_config FILE --gpus N",
         "Check what needs no data, weights or GPU, and plan the run.",
-        f"{DRY_RUN} --dry-run examples/recipes/qwen2.5-math-instruct.toml \\\n"
-        "    --deepspeed_config ds_configs/gpu_zero1_bf16.json --gpus 32 \\\n"
-        "    --student-config examples/plan/TinyLlama-1.1B.json \\\n"
-        "    --teacher-config examples/plan/Qwen2.5-Math-7B.json",
+        f"{DRY_RUN} --dry-run run.toml \\\n"
+        "    --deepspeed_config ds_config.json --gpus 32 \\\n"
+        "    --student-config student/config.json --teacher-config teacher/config.json",
     )
     parser.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)  # already given
     add_plan_options(parser)

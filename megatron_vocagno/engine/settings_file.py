@@ -217,7 +217,9 @@ def _check_names(path: Path, settings: dict[str, Any]) -> None:
         raise RunError(f"{path}: DeepSpeed does not know '{name}', and would ignore it{_nearest(name)}")
     for name in SECTIONS:
         if not isinstance(settings.get(name) or {}, dict):
-            raise RunError(f'{path}: {name} is {settings[name]!r}: expected a section {{"...": ...}}, as in ds_configs/')
+            raise RunError(
+                f'{path}: {name} is {settings[name]!r}: expected a section {{"...": ...}}, as in ds_configs/ of the repository'
+            )
     for section, names in FIELDS.items():
         given: Any = settings
         for part in section.split("."):

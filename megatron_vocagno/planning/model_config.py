@@ -82,4 +82,4 @@ def _cached(name: Path, whose: str) -> Path:
 
 
 def _remedy(whose: str) -> str:
-    return f"  Give its config.json with --{whose}-config. examples/plan has those of the recipes."
+    return f"  Give its config.json with --{whose}-config. examples/plan in the repository has those of the recipes."

@@ -86,7 +86,7 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path) -> None:
         snapshot(
             """\
 no configuration of the teacher at DIR/nowhere: there is no config.json. The name counts as a path, because a Hub id has the form org/name or org/name@revision.
-  Give its config.json with --teacher-config. examples/plan has those of the recipes.\
+  Give its config.json with --teacher-config. examples/plan in the repository has those of the recipes.\
 """
         ),
         DIR=tmp_path,
@@ -96,7 +96,7 @@ no configuration of the teacher at DIR/nowhere: there is no config.json. The nam
         snapshot(
             """\
 no configuration of the student at org/name: org/name is missing or incomplete in the Hub's cache CACHE, and the Hub was not contacted. Download it on a machine with a network: hf download org/name --exclude '*.bin'.
-  Give its config.json with --student-config. examples/plan has those of the recipes.\
+  Give its config.json with --student-config. examples/plan in the repository has those of the recipes.\
 """
         ),
         CACHE=HF_HUB_CACHE,

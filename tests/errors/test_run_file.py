@@ -254,7 +254,9 @@ def test_the_command_says_one_error_and_its_exit_code(tmp_path: Path, capsys: py
     )
     assert main([str(run_file(tmp_path))]) == 2
     assert capsys.readouterr().err == (
-        snapshot("error: --deepspeed_config is missing: it sets batch sizes, precision and the optimizer (see ds_configs/)\n")
+        snapshot(
+            "error: --deepspeed_config is missing: it sets batch sizes, precision and the optimizer (see ds_configs/ in the repository)\n"
+        )
     )
 
 

@@ -56,9 +56,13 @@ DIR/ds.json: optimizer.params.lr is -1.0: expected the highest learning rate, a 
     (
         {"zero_optimization": 1},
         0,
-        snapshot('DIR/ds.json: zero_optimization is 1: expected a section {"...": ...}, as in ds_configs/'),
+        snapshot('DIR/ds.json: zero_optimization is 1: expected a section {"...": ...}, as in ds_configs/ of the repository'),
     ),
-    ({"bf16": True}, 0, snapshot('DIR/ds.json: bf16 is True: expected a section {"...": ...}, as in ds_configs/')),
+    (
+        {"bf16": True},
+        0,
+        snapshot('DIR/ds.json: bf16 is True: expected a section {"...": ...}, as in ds_configs/ of the repository'),
+    ),
     (
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         0,
