@@ -63,27 +63,33 @@ def _config_from_folder(path: str | os.PathLike[str]) -> PretrainedConfig:
 
 
 def _config_from_keys(spec: Mapping[str, Any], vocab_size: int | None) -> PretrainedConfig:
+    """spec: the keys of `student.config`, which the messages name."""
     keys = dict(spec)
     model_type = keys.pop("model_type", None)
+    if model_type is None:
+        near = difflib.get_close_matches("model_type", keys, n=1)
+        meant = f" (is '{near[0]}' a misspelling of it?)" if near else ""
+        raise ModelError(f"student.config has no 'model_type'{meant}; supported types: {', '.join(SUPPORTED)}")
     _check_supported(model_type)
     config_class = CONFIG_MAPPING[model_type]
     known = {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map) | LEGACY_KEYS
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
-            raise ModelError(f"no field '{key}' in a {model_type} model" + (f"; did you mean '{near[0]}'?" if near else ""))
+            meant = f"; did you mean '{near[0]}'?" if near else ""
+            raise ModelError(f"student.config: no field '{key}' in a {model_type} model{meant}")
     if "vocab_size" not in keys:
         if vocab_size is None:
             raise ModelError("the student model has no vocab_size, and there is no tokenizer to take it from")
         keys["vocab_size"] = vocab_size
     for key in COUNTS & keys.keys():
         if isinstance(keys[key], int) and keys[key] < 1:
-            raise ModelError(f"a {model_type} model with {key} = {keys[key]!r}: expected a whole number above 0")
+            raise ModelError(f"student.config: a {model_type} model with {key} = {keys[key]!r}: expected a whole number above 0")
     try:
         return _checked(config_class(**keys))
     # transformers raises various error classes for wrong types and values; all have a readable message
     except Exception as error:
-        raise ModelError(f"not a valid {model_type} model: {error}") from error
+        raise ModelError(f"student.config: not a valid {model_type} model: {error}") from error
 
 
 def _checked(config: PretrainedConfig) -> PretrainedConfig:
@@ -94,9 +100,7 @@ def _checked(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def _check_supported(model_type: str | None) -> None:
-    if model_type is None:
-        raise ModelError(f"the student's configuration has no 'model_type'; supported types: {', '.join(SUPPORTED)}")
+def _check_supported(model_type: str) -> None:
     if model_type not in SUPPORTED:
         raise ModelError(f"student models of type {model_type!r} are not supported; supported types: {', '.join(SUPPORTED)}")
 

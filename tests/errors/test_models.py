@@ -96,21 +96,33 @@ STUDENTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"model_type": None},
+        snapshot("student.config has no 'model_type'; supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"),
+    ),
+    (
+        {"model_type": None, "model_typ": "llama"},
         snapshot(
-            "the student's configuration has no 'model_type'; supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
+            "student.config has no 'model_type' (is 'model_typ' a misspelling of it?); supported types: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text"
         ),
     ),
-    ({"num_hiden_layers": 2}, snapshot("no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?")),
-    ({"num_hidden_layers": 0}, snapshot("a llama model with num_hidden_layers = 0: expected a whole number above 0")),
+    (
+        {"num_hiden_layers": 2},
+        snapshot("student.config: no field 'num_hiden_layers' in a llama model; did you mean 'num_hidden_layers'?"),
+    ),
+    (
+        {"num_hidden_layers": 0},
+        snapshot("student.config: a llama model with num_hidden_layers = 0: expected a whole number above 0"),
+    ),
     (
         {"num_key_value_heads": 3, "num_attention_heads": 4},
-        snapshot("not a valid llama model: num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
+        snapshot("student.config: not a valid llama model: num_attention_heads = 4 is not a multiple of num_key_value_heads = 3"),
     ),
     (
         {"hidden_size": "many"},
         snapshot(
-            "not a valid llama model: Validation error for field 'hidden_size':\n"
-            "    TypeError: Field 'hidden_size' expected int, got str (value: 'many')"
+            """\
+student.config: not a valid llama model: Validation error for field 'hidden_size':
+    TypeError: Field 'hidden_size' expected int, got str (value: 'many')\
+"""
         ),
     ),
     (
