@@ -163,7 +163,8 @@ def run_command(
     except ModuleNotFoundError as error:
         if error.name not in TRAINING:
             raise
-        return report_error(UserError(f"this command needs {error.name}: pip install 'megatron-vocagno[train]'"))
+        extras = "train,gguf" if any(word.endswith(".gguf") for word in sys.argv) else "train"
+        return report_error(UserError(f"this command needs {error.name}: pip install 'megatron-vocagno[{extras}]'"))
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             # the interpreter flushes its buffer at exit, which would raise the error again

@@ -77,6 +77,19 @@ def place_of_conversion(gguf_path: str | os.PathLike[str], cache: str | os.PathL
     return root / "teachers" / f"{sha256(source)}-{CONVERSION}"
 
 
+def check_conversion(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The paths of a GGUF file and of its new folder.
+
+    Raises ModelError: not a GGUF file, out_dir exists, or gguf is not installed. It is found before the file is read.
+    """
+    source, out = _gguf_file(gguf_path), Path(out_dir).expanduser()
+    if out.exists():
+        raise ModelError(f"cannot write {out}: it exists. Remove it, or write to another folder")
+    if remedy := gguf_remedy():
+        raise ModelError(f"{source} is a GGUF file, and reading it needs {remedy}")
+    return source, out
+
+
 @contextmanager
 def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of the block name a GGUF file instead of its converted folder, which the user has not chosen.
@@ -101,11 +114,7 @@ def dequantize(gguf_path: str | os.PathLike[str], out_dir: str | os.PathLike[str
 
     Raises ModelError: not a GGUF file, a file that transformers cannot read, out_dir exists, or gguf is not installed.
     """
-    source, out = _gguf_file(gguf_path), Path(out_dir).expanduser()
-    if out.exists():
-        raise ModelError(f"cannot write {out}: it exists. Remove it, or write to another folder")
-    if remedy := gguf_remedy():
-        raise ModelError(f"{source} is a GGUF file, and reading it needs {remedy}")
+    source, out = check_conversion(gguf_path, out_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary) / "folder"

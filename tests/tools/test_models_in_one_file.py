@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from megatron_vocagno.model.gguf import cached_folder
 from megatron_vocagno.planning.dry_run import _compare
 from tests.corpus.conftest import write_jsonl
 from tests.model.test_gguf import VOCAB, write_gguf
+from tests.runs import REPOSITORY
 from tests.tokenizers_for_tests import mistral_tokenizer_path
 from tools.convert import gguf_to_safetensors
 from tools.preprocess import build_dataset, score_teacher
@@ -64,6 +67,33 @@ def test_an_error_about_a_gguf_teacher_names_its_file(gguf: Path, tmp_path: Path
     assert build_dataset.main([*options, str(gguf)]) == 2
     told = capsys.readouterr().err
     assert f"{gguf} (tokenizer.json of its conversion)" in told and str(cached_folder(gguf)) not in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["preprocess.build_dataset", "preprocess.score_teacher", "convert.gguf_to_safetensors"])
+def test_a_gguf_file_needs_both_extras_and_says_so_first(command: str, gguf: Path, tmp_path: Path) -> None:
+    """In an installation without extras."""
+    corpus, student = write_jsonl(tmp_path / "corpus.jsonl", ["the hats"]), str(mistral_tokenizer_path())
+    words = {
+        "preprocess.build_dataset": [str(corpus), "--student", student, "--teacher", str(gguf), f"--out={tmp_path / 'out'}"],
+        "preprocess.score_teacher": [str(tmp_path / "data"), "--teacher", str(gguf)],
+        "convert.gguf_to_safetensors": [str(gguf), "--out", str(tmp_path / "out")],
+    }[command]
+    program = f"import sys; sys.modules['torch'] = None; from tools.{command} import main; sys.exit(main())"
+    finished = subprocess.run([sys.executable, "-c", program, *words], cwd=REPOSITORY, capture_output=True, text=True)
+    told = "error: this command needs torch: pip install 'megatron-vocagno[train,gguf]'\n"
+    assert (finished.returncode, finished.stdout, finished.stderr) == (2, "", told)
+
+
+def test_a_conversion_that_cannot_be_is_refused_before_its_time_is_estimated(
+    gguf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gguf_to_safetensors.main([str(gguf), "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"error: cannot write {tmp_path}: it exists. Remove it, or write to another folder\n")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert gguf_to_safetensors.main([str(gguf), "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.endswith("reading it needs gguf: pip install 'megatron-vocagno[gguf]'\n")
 
 
 def test_a_conversion_reports_the_step_after_the_weights(gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

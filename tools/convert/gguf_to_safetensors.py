@@ -32,20 +32,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(options: argparse.Namespace) -> None:
-    if options.gguf.is_file() and not options.quiet:
-        megabytes = options.gguf.stat().st_size / 1e6
-        about = f"about {duration(megabytes / MB_PER_SECOND)} for its weights, and 10 s per 50,000 tokens of its vocabulary"
-        print(f"{options.gguf}: {megabytes:,.0f} MB, {about}", flush=True)
-        log = logging.getLogger("megatron_vocagno.model.gguf")
-        log.addHandler(logging.StreamHandler(sys.stdout))
-        log.setLevel(logging.INFO)
     if options.quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # transformers' progress bar, which would write many lines
     # imported after the options were checked, because torch and transformers take seconds to import
     import torch
 
-    from megatron_vocagno.model.gguf import dequantize
+    from megatron_vocagno.model.gguf import check_conversion, dequantize
 
+    source, _ = check_conversion(options.gguf, options.out)
+    if not options.quiet:
+        megabytes = source.stat().st_size / 1e6
+        about = f"about {duration(megabytes / MB_PER_SECOND)} for its weights, and 10 s per 50,000 tokens of its vocabulary"
+        print(f"{options.gguf}: {megabytes:,.0f} MB, {about}", flush=True)
+        log = logging.getLogger("megatron_vocagno.model.gguf")
+        log.addHandler(logging.StreamHandler(sys.stdout))
+        log.setLevel(logging.INFO)
     folder = dequantize(options.gguf, options.out, getattr(torch, options.dtype))
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:,.0f} MB, {options.dtype}")
