@@ -113,11 +113,13 @@ def _check_sums(settings: DeepSpeedConfig, micro_batches: int) -> None:
         )
 
 
-def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int) -> Layout:
+def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int, option: str = "deepspeed --num_gpus") -> Layout:
     """How a global batch is distributed over `world` processes.
 
     With `train_batch_size`, the global batch is the same for every number of GPUs. With `gradient_accumulation_steps`, it grows
     with their number. For example, 512 rows with 4 rows per micro-batch on 16 data-parallel ranks are 8 micro-batches per rank.
+
+    option: sets `world`, for messages
 
     Raises RunError if neither is given, if both contradict each other, if the number of processes is not a multiple of the
     stages, or if the batch cannot be divided.
@@ -126,7 +128,7 @@ def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int) ->
     if world % stages:
         raise RunError(
             f"{_count(world, 'process', 'processes')} cannot form pipelines of {pipeline_stages} stages "
-            "(parallel.pipeline_stages): start a multiple of that number, for example with deepspeed --num_gpus"
+            f"(parallel.pipeline_stages): use a multiple of that number, for example {option} {-(-world // stages) * stages}"
         )
     data_parallel = world // stages
     rows = _number(settings, "train_micro_batch_size_per_gpu")

@@ -45,7 +45,7 @@ def dry_run(options: argparse.Namespace) -> tuple[str, int]:
     request = read_request(options)
     run, workload = request.run, request.workload
     check_sections(options.deepspeed_config, workload.settings)
-    layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages)
+    layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages, "--gpus")
     compared = _check_models(request)
     resolved = [*_resolved(run, workload, layout), *_stages(run.parallel, workload.student.sizes)]
     parts = ["\n".join(resolved), _shapes(workload)]

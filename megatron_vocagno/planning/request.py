@@ -144,7 +144,7 @@ def _assumptions(options: argparse.Namespace, data: Data, datasets: Sequence[Ali
 def _global_batch(settings: DeepSpeedConfig, gpus: int, stages: int) -> tuple[int, str]:
     """Rows of a global batch, and the reason if the run cannot start on this many GPUs."""
     try:
-        return batch_layout(settings, gpus, stages).rows, ""
+        return batch_layout(settings, gpus, stages, "--gpus").rows, ""
     except RunError as error:
         if "train_batch_size" not in settings or "train_micro_batch_size_per_gpu" not in settings:
             raise

@@ -200,7 +200,7 @@ train_batch_size is 4, but 2 rows per micro-batch (train_micro_batch_size_per_gp
         3,
         2,
         snapshot(
-            "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): start a multiple of that number, for example with deepspeed --num_gpus"
+            "3 processes cannot form pipelines of 2 stages (parallel.pipeline_stages): use a multiple of that number, for example deepspeed --num_gpus 4"
         ),
     ),
 ]
