@@ -377,8 +377,28 @@ def test_quiet_leaves_the_result(dataset: AlignedDataset, capsys: pytest.Capture
         assert build_dataset.main([*words, how]) == 0
         told[how] = capsys.readouterr().out
     assert "shard 1/1: 0000 3 documents" in told["--verbose"] and re.search(r" in \d+s\n", told["--verbose"])
-    assert "shard" not in told["--quiet"].replace("in 1 shards", "") and "note:" not in told["--quiet"]
-    assert "3 in 1 shards" in told["--quiet"] and "3 in 1 shards" in told["--verbose"]
+    assert "shard" not in told["--quiet"].replace("in 1 shard", "") and "note:" not in told["--quiet"]
+    assert "3 in 1 shard" in told["--quiet"] and "3 in 1 shard" in told["--verbose"]
+
+
+def test_one_shard_is_not_plural(dataset: AlignedDataset, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    corpus, tokenizers = dataset.path.parent / "corpus.jsonl", dataset.path / "tokenizers"
+    words = [
+        str(corpus),
+        "--student",
+        str(tokenizers / "student"),
+        "--teacher",
+        str(tokenizers / "teacher"),
+        "--max-documents",
+        "1",
+    ]
+    assert build_dataset.main(["plan", *words]) == 0
+    assert build_dataset.main([*words, "--out", str(tmp_path / "one"), "--workers", "1"]) == 0
+    assert build_dataset.main(["verify", str(tmp_path / "one"), "--workers", "1"]) == 0
+    told = capsys.readouterr().out
+    for line in ("1 shard, about ", "0000 1 document, ", "1 in 1 shard (0 reused)", "1 document in 1 shard is intact\n"):
+        assert line in told
+    assert not re.search(r"\b1 (shards|documents|files)\b", told)
 
 
 def test_a_quiet_run_prints_only_problems_and_the_result(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

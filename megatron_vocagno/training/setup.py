@@ -30,7 +30,7 @@ from megatron_vocagno.engine.scoring import Scorer
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, precision
 from megatron_vocagno.engine.settings_file import notes
 from megatron_vocagno.engine.text_losses import TextLossMeter
-from megatron_vocagno.errors import RunError, UserError
+from megatron_vocagno.errors import RunError, UserError, counted
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
@@ -263,16 +263,18 @@ def _not_compared(weights: Mapping[str, Path], data: AlignedDataset) -> Iterator
 def _first_line(run: Run, layout: Layout, steps: int, position: Position) -> str:
     start_or_resume = f"resuming after step {position.step}" if position.step else "starting"
     return (
-        f"{start_or_resume}: {run.guidance.objective}, {steps} steps of {layout.rows} rows of {run.data.row_length} tokens "
-        f"({layout.data_parallel} data-parallel x {max(1, run.parallel.pipeline_stages)} stages, "
-        f"{layout.micro_batches} micro-batches)"
+        f"{start_or_resume}: {run.guidance.objective}, {counted(steps, 'step')} of "
+        f"{counted(layout.rows, 'row')} of {run.data.row_length:,} tokens "
+        f"({layout.data_parallel} data-parallel x {counted(max(1, run.parallel.pipeline_stages), 'stage')}, "
+        f"{counted(layout.micro_batches, 'micro-batch', 'micro-batches')})"
     )
 
 
 def _describe_sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:
     """A line per dataset: its share of the rows and the size of its epoch."""
     for data, part, share in zip(datasets, rows.parts, rows.mixture.shares, strict=True):
-        epoch = f"{len(data)} documents make {part.rows_in_epoch} rows per epoch"
+        makes = "makes" if len(data) == 1 else "make"
+        epoch = f"{counted(len(data), 'document')} {makes} {counted(part.rows_in_epoch, 'row')} per epoch"
         yield f"{float(100 * share):.3g} % of the rows from {data.path}: {epoch}"
         if part.rows_in_epoch < layout.rows * share:
             yield f"note: a step reads {float(layout.rows * share):.0f} of its rows, so every step repeats its text"

@@ -141,7 +141,9 @@ def test_a_run_reports_its_shares_and_does_not_resume_on_another_blend(small_cas
     first = AlignedDataset.open(case.train)
     for ds, share in ((first, 0.75), (second, 0.25)):
         n = TrainRows(ds, S, seed=0, front=Front((real.MISTRAL_BOS,))).rows_in_epoch
-        assert f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds)} documents make {n} rows per epoch" in finished.stdout
+        assert (
+            f"{100 * share:.0f} % of the rows from {ds.path}: {len(ds):,} documents make {n:,} rows per epoch" in finished.stdout
+        )
         steps = [line for line in metrics(case.out("blend")) if "loss/train" in line]
         assert [line[f"data/epochs/{ds.path}"] for line in steps] == [step * 8 * share / n for step in (1, 2)]
 

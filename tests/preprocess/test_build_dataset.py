@@ -175,7 +175,7 @@ def test_what_is_quarantined_can_be_read_again(run, tmp_path):
     assert "shard 1/1: 0000 FAILED\n" in out, "the reason is told once"
     assert run(file, "--on-bad-line=quarantine")[0] == 2  # more than one in a thousand
     code, out, _ = run(file, "--on-bad-line=quarantine", "--max-bad-fraction=0.5")
-    assert code == 0 and "3 left out" in out and "5 in 1 shards (1 reused)" in out
+    assert code == 0 and "3 left out" in out and "5 in 1 shard (1 reused)" in out
     rows = [json.loads(row) for row in (tmp_path / "out/shards/0000/quarantine.jsonl").read_bytes().splitlines()]
     assert [base64.b64decode(row["raw_base64"]) for row in rows] == bad
     data = file.read_bytes()
@@ -203,7 +203,7 @@ def test_a_file_that_is_cut_off_is_told(run, texts, tmp_path):
     code, _, err = run(file, "--on-bad-line=skip")
     assert code == 2 and "1 of " in err and "--max-bad-fraction" in err
     code, out, _ = run(file, "--on-bad-line=skip", "--max-bad-fraction=1")
-    assert code == 0 and "1 files cut off or damaged" in out and "0 left out" in out
+    assert code == 0 and "1 file cut off or damaged" in out and "0 left out" in out
 
 
 # ---- mistakes

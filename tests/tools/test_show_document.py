@@ -199,3 +199,11 @@ def test_a_document_is_found_by_its_id(with_ids, capsys):
 def test_a_folder_without_a_dataset_is_said(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     assert "is not a dataset: the folder has no dataset.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+@pytest.mark.parametrize("other", [["--id", "x"], ["--random"]])
+def test_a_number_and_another_choice_are_refused(number, other, small, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([str(small.dataset.path), number, *other])
+    assert left.value.code == 2 and "not allowed with argument INDEX" in capsys.readouterr().err

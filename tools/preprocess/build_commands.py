@@ -15,7 +15,7 @@ from megatron_vocagno.corpus.dataset import local_folder, merge
 from megatron_vocagno.corpus.manifest import Manifest, read_manifest
 from megatron_vocagno.corpus.places import Place, place
 from megatron_vocagno.corpus.verify import shard_checks, verify_frame, verify_shard
-from megatron_vocagno.errors import CorpusError, DatasetError, tool
+from megatron_vocagno.errors import CorpusError, DatasetError, counted, tool
 from megatron_vocagno.preprocess.build import build, finish
 from megatron_vocagno.preprocess.inputs import find
 from megatron_vocagno.preprocess.jobs import JobRunner
@@ -59,7 +59,9 @@ def show_plan(args: argparse.Namespace) -> None:
     made = plan(
         find(args.inputs, lambda note: print(f"note: {note}")), settings_of(args), int(args.shard_mb * 2**20), args.max_documents
     )
-    table = Table(title=f"{len(made.shards):,} shards, about {made.text_bytes / 1e6:,.1f} MB of text", title_justify="left")
+    table = Table(
+        title=f"{counted(len(made.shards), 'shard')}, about {made.text_bytes / 1e6:,.1f} MB of text", title_justify="left"
+    )
     for name in ("shard", "from", "to", "files", "about MB of text"):
         table.add_column(name, justify="left" if name in ("from", "to") else "right", overflow="fold")
     for i, pieces in enumerate(made.shards):
@@ -81,7 +83,9 @@ def finalize(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     manifest = verify_dataset(place(args.dataset), args.workers, args.quiet)
-    print(f"{args.dataset}: {manifest.totals.documents:,} documents in {len(manifest.shards):,} shards are intact")
+    documents = manifest.totals.documents
+    shards, verb = counted(len(manifest.shards), "shard"), "is" if documents == 1 else "are"
+    print(f"{args.dataset}: {counted(documents, 'document')} in {shards} {verb} intact")
 
 
 def verify_dataset(dataset: Place, workers: int, quiet: bool = False) -> Manifest:
@@ -101,7 +105,7 @@ def verify_dataset(dataset: Place, workers: int, quiet: bool = False) -> Manifes
 
 def merge_datasets(args: argparse.Namespace) -> None:
     dataset = merge(args.datasets, args.out)
-    print(f"{dataset.path}: {len(dataset):,} documents of {len(args.datasets)} datasets")
+    print(f"{dataset.path}: {counted(len(dataset), 'document')} of {counted(len(args.datasets), 'dataset')}")
 
 
 # ---- options

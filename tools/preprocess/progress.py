@@ -12,6 +12,7 @@ from rich.text import Text
 from megatron_vocagno.command import duration
 from megatron_vocagno.corpus.manifest import Manifest
 from megatron_vocagno.corpus.places import Place
+from megatron_vocagno.errors import counted
 from megatron_vocagno.preprocess.plan import Plan
 from megatron_vocagno.preprocess.shards import ShardJob, ShardJobProgress, ShardResult
 from megatron_vocagno.preprocess.workers import JobFailure
@@ -72,7 +73,7 @@ class BuildProgress(WorkProgress):
         self.bad += totals.bad_lines + totals.broken_inputs
         began = self.began.pop(job.index, None)
         took = f" in {duration(time.monotonic() - began)}" if began is not None and self.verbose else ""
-        return f"{totals.documents:,} documents, {totals.text_bytes / 1e6:.1f} MB{took}"
+        return f"{counted(totals.documents, 'document')}, {totals.text_bytes / 1e6:.1f} MB{took}"
 
     def within(self, progress: ShardJobProgress) -> None:
         """Receive the progress within a shard."""
@@ -113,8 +114,9 @@ def summary(out: Place, manifest: Manifest, reused: int) -> Table:
     t = manifest.totals
     mapped = max(t.mapped_tokens, 1)
     table = Table(title=Text(str(out)), title_justify="left", show_header=False)
+    quarantined = counted(t.mismatched_documents, "document")
     rows = {
-        "documents": f"{t.documents:,} in {len(manifest.shards):,} shards ({reused:,} reused)",
+        "documents": f"{t.documents:,} in {counted(len(manifest.shards), 'shard')} ({reused:,} reused)",
         "text": f"{t.text_bytes:,} bytes of UTF-8",
         "student tokens": f"{t.student_tokens:,}, {t.student_tokens / t.text_bytes:.3f} per byte",
         "teacher tokens": f"{t.teacher_tokens:,}, {t.teacher_tokens / t.text_bytes:.3f} per byte",
@@ -124,8 +126,8 @@ def summary(out: Place, manifest: Manifest, reused: int) -> Table:
         "span width": ", ".join(f"{w if w < 8 else '8+'}: {share(n, mapped)}" for w, n in enumerate(t.span_widths) if w and n),
         "empty documents": f"{t.empty_documents:,} dropped",
         "bad records": f"{t.bad_lines:,} left out",
-        "broken inputs": f"{t.broken_inputs:,} files cut off or damaged",
-        "length mismatches": f"{t.mismatched_documents:,} documents quarantined, {t.offset_documents:,} placed by offsets",
+        "broken inputs": f"{counted(t.broken_inputs, 'file')} cut off or damaged",
+        "length mismatches": f"{quarantined} quarantined, {t.offset_documents:,} placed by offsets",
     }
     for name, value in rows.items():
         table.add_row(name, value)

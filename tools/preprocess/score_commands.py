@@ -11,7 +11,7 @@ import torch
 
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
-from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.errors import CorpusError, counted
 from megatron_vocagno.hub import is_id
 from megatron_vocagno.model.folder import pinned
 from megatron_vocagno.preprocess.jobs import JobRunner
@@ -52,7 +52,8 @@ def print_result(path: Path, manifest: Manifest, progress: ScoreProgress) -> Non
         if (warning := near_chance(manifest.teacher_losses, manifest.teacher.vocab_size)) is not None:
             Terminal().print(warning, soft_wrap=True, markup=False, highlight=False)
     else:
-        Terminal().print(f"{progress.done:,} shards are done, others are not yet: the last process to end records all losses")
+        done = f"{counted(progress.done, 'shard')} {'is' if progress.done == 1 else 'are'} done"
+        Terminal().print(f"{done}, others are not yet: the last process to end records all losses")
 
 
 def part_of(part: Slice, rank: int, world: int) -> Slice | None:

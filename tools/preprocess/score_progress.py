@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from megatron_vocagno.corpus.manifest import TeacherLosses
+from megatron_vocagno.errors import counted
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreJobProgress, ScoreResult
 from megatron_vocagno.preprocess.workers import JobFailure
 from megatron_vocagno.training.first_batch import NEAR_CHANCE
@@ -36,7 +37,9 @@ class ScoreProgress(WorkProgress):
         self.bar.update(self.task, total=self.tokens, description=f"shard 0/{self.shards}")
         self.start()
         if not self.shown:
-            self.line(f"{self.shards} shards with {self.tokens:,} teacher tokens; finished shards are kept if you interrupt")
+            self.line(
+                f"{counted(self.shards, 'shard')} with {self.tokens:,} teacher tokens; finished shards are kept if you interrupt"
+            )
 
     def shard(self, result: ScoreResult | JobFailure[ScoreJob]) -> None:
         self.done += 1
@@ -82,7 +85,7 @@ def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table
     scoring, totals = losses.scoring, losses.totals
     table = Table(title=Text(f"{path}: losses of {scoring.name}"), title_justify="left", show_header=False)
     rows = {
-        "tokens": f"{totals.tokens:,} in {len(losses.shards):,} shards ({progress.reused:,} were scored before)",
+        "tokens": f"{totals.tokens:,} in {counted(len(losses.shards), 'shard')} ({progress.reused:,} were scored before)",
         "mean loss": f"{totals.mean:.4f} nats per token",
         "not finite": f"{totals.nan:,} NaN, {totals.infinite:,} infinite",
         "context": f"{scoring.context:,} tokens, windows every {scoring.stride:,}",

@@ -33,7 +33,7 @@ def show_document(args: argparse.Namespace) -> None:
 
     console = Terminal(highlight=False)
     dataset = AlignedDataset.open(args.dataset)
-    document = chosen(dataset, args.index, args.id, args.random)
+    document = chosen(dataset, args.index or 0, args.id, args.random)
     for line in shown(Interlinear(dataset), document, args.start, args.stop, console.width):
         console.print(line, soft_wrap=True)
 
@@ -48,7 +48,7 @@ def parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of the dataset")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("index", nargs="?", type=number, default=0, metavar="INDEX", help="number of the document (default: 0)")
+    which.add_argument("index", nargs="?", type=number, metavar="INDEX", help="number of the document (default: 0)")
     which.add_argument("--id", help="id of the document, in a dataset that was built with --id-key")
     which.add_argument("--random", action="store_true", help="a random document; the first line shows its number")
     parser.add_argument("--start", type=int, default=0, metavar="N", help="first student token (default: 0)")
