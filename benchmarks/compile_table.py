@@ -73,9 +73,10 @@ def selection_cases(lanes: int) -> Iterator[str]:
                 yield ", ".join(filter(None, (name, aggregate, unmapped, "require_positive" if positive else "")))
     for scope, (rows, width) in (("microbatch", (8, 2048)), ("microbatch", (15, 4095)), ("sequence", (7, 2047))):
         for weighting in get_args(Weighting):
-            rule = Rule(scope=scope, unit="chunk", weighting=weighting)  # type: ignore[arg-type]
-            select_tokens(*_selection_inputs(rows, width), rule)
-            yield f"{rows} rows of {width:,}, chunks, {weighting}"
+            for strength in (0.25, 0.125) if weighting == "control_variate" else (0.25,):
+                rule = Rule(scope=scope, unit="chunk", weighting=weighting, strength=strength)  # type: ignore[arg-type]
+                select_tokens(*_selection_inputs(rows, width), rule)
+                yield f"{rows} rows of {width:,}, chunks, {weighting}, strength {strength}"
 
 
 def launches_for(target: str) -> list[tuple[str, Launch]]:

@@ -38,6 +38,8 @@ class GuidedTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher = teacher
         self.rule = rule or Rule()
+        if self.data_collator.unit != self.rule.unit:
+            raise ValueError(f"the rule has unit {self.rule.unit!r}: pass TextCollator(..., unit={self.rule.unit!r})")
         self.stats: list[Tensor] = []
 
     def compute_loss(

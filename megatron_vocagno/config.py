@@ -173,11 +173,14 @@ class Guidance(Section):
     `control_variate`: 1 - `strength` * min(r, `clip`), where r is the student's probability divided by the teacher's.
     """
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
-    """Nats, for `weighting = "threshold"`. The share of units below it is logged in every guided run."""
+    """Nats, for `weighting = "threshold"`, and for the curve `guidance/share_below` of every guided run."""
     strength: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.25
     """Factor of the likelihood ratio, for `weighting = "control_variate"`."""
     clip: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
-    """Upper bound of the likelihood ratio, for `weighting = "control_variate"`. `strength` * `clip` is at most 1."""
+    """Upper bound of the likelihood ratio, for `weighting = "control_variate"`, where `strength` * `clip` is at most 1.
+
+    Also for the curve `guidance/likelihood_ratio` of every guided run.
+    """
     aggregate: Aggregate = "max"
     """How the losses of the teacher tokens that cover a student token become one number. Only for `unit = "token"`."""
     keep: Annotated[float, Field(gt=0, le=1)] = 0.4
@@ -254,7 +257,7 @@ class Guidance(Section):
             )
         if self.equal_parts is not None and self.unit == "chunk":
             raise ValueError("equal_parts replaces the alignment, and unit 'chunk' needs it")
-        if self.strength * self.clip > 1 + 1e-9:
+        if self.weighting == "control_variate" and self.strength * self.clip > 1 + 1e-9:
             raise ValueError(
                 f"strength * clip is {self.strength} * {self.clip} = {self.strength * self.clip:g}: at most 1 is allowed, "
                 "because the smallest weight is 1 - strength * clip"
@@ -271,7 +274,8 @@ class Guidance(Section):
 
 _OF_GUIDES = ("aggregate", "require_positive", "combine", "threshold", "strength", "clip")
 _OF_SELECTION = ("keep", "scope", "unmapped")
-_OF_WEIGHTING = {"top_k": ("keep", "scope"), "threshold": ("threshold",), "control_variate": ("strength", "clip")}
+_OF_WEIGHTING = {"top_k": ("keep", "scope"), "control_variate": ("strength",)}
+"""`threshold` and `clip` are also those of two curves of every guided run."""
 
 
 def _no_effect(names: set[str], why: str) -> Iterator[str]:

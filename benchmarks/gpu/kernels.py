@@ -228,7 +228,9 @@ def _same_weights(inputs: list[Tensor], scope: str, device: torch.device, triton
     student_BS, teacher_BU, first_BS, _, valid_BS = inputs
     first_BS = first_BS.sort(1).values
     ascending = [student_BS, teacher_BU, first_BS, first_BS + 2, valid_BS]
-    rule = Rule(scope=scope, unit="chunk", weighting="control_variate")  # type: ignore[arg-type]
+    # a strength of 0.125 leaves every chunk a weight
+    strength = 0.25 if scope == "microbatch" else 0.125
+    rule = Rule(scope=scope, unit="chunk", weighting="control_variate", strength=strength)  # type: ignore[arg-type]
     want = selection.select_tokens(*ascending, rule)
     got = triton_backend.select_tokens(*(x.to(device) for x in ascending), rule)
     assert torch.equal(got.weight_BS.cpu() == 0, want.weight_BS == 0), "other tokens have weight"

@@ -29,8 +29,9 @@ class WholeChunks:
     def read(self, pieces: list[DocumentSpan]) -> TeacherSide:
         side = self.source.read(pieces)
         mapped = side.first < side.last
-        lacking = mapped & ((side.first < 0) | (side.last > len(side.starts_document)))
+        lacking = (side.first < 0) | (side.last > len(side.starts_document))
         lacking |= self._cut_by_start(pieces[0], len(mapped)) | self._cut_by_end(pieces[-1], len(mapped))
+        lacking &= mapped
         return replace(side, cut=_spread(lacking, opens_chunk(side.first, side.last)) & mapped)
 
     def _cut_by_start(self, piece: DocumentSpan, targets: int) -> Bools:

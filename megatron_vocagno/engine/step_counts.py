@@ -26,7 +26,7 @@ class StepCounts:
     """Counts over all ranks, except `capacities`."""
 
     kept: int
-    """Tokens that will have weight 1: the divisor of the loss. At least 1."""
+    """The planned sum of the weights, see planned_kept: the divisor of the loss. At least 1."""
     targets: int
     teacher_tokens: int
     """Targets of the teacher."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_vocagno.objective.ranking import over_ranks
 from megatron_vocagno.objective.rule import Aggregate, Rule, Scope, Selection, Unit, Unmapped, Weighting
 from megatron_vocagno.objective.selection import select_tokens
+from megatron_vocagno.objective.statistics import STATS
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def guided_loss(
     valid_BS           [B, S] bool. A False token (padding, ignored target) has weight 0 and is not counted
     keep ... clip      the fields of Rule; the defaults are the paper's values
     normalizer         the denominator, if it is known in advance, for example planned_kept of a whole step. By default it is the
-                       sum of the weights of this rank. For scope 'global' it is the sum over all ranks, and the loss is the sum
-                       of the ranks' losses
+                       sum of the weights of this rank, or without a ranking the number of its tokens that can have weight. For
+                       scope 'global' it is the sum over all ranks, and the loss is the sum of the ranks' losses
     returns            the loss, the weights and the guide [B, S], and sums that `summarize` turns into shares and means
 
     If all weights are 0, the loss and its gradient are 0. A NaN or infinite loss of weight 0 reaches neither of them.
@@ -85,8 +86,17 @@ def guided_loss(
     rule = Rule(keep, aggregate, scope, unmapped, require_positive, group, unit, weighting, threshold, strength, clip)
     selection = select_tokens(student_loss_BS, teacher_loss_BU, first_BS, last_BS, valid_BS, rule)
     if normalizer is None:
-        normalizer = over_ranks(selection.weight_BS.sum(), rule.ranks)
+        normalizer = _normalizer(selection, rule)
     return GuidedLoss(**vars(selection), loss=weighted_loss(student_loss_BS, selection.weight_BS, normalizer))
+
+
+def _normalizer(selection: Selection, rule: Rule) -> Tensor:
+    """The default denominator: see guided_loss."""
+    total = selection.weight_BS.sum()
+    if rule.weighting != "top_k":
+        sums = dict(zip(STATS, selection.stats, strict=True))
+        total = sums["mapped"] + (sums["unmapped"] if rule.unmapped == "include" else 0)
+    return over_ranks(total, rule.group if rule.scope == "global" else None)
 
 
 def weighted_loss(student_loss_BS: Tensor, weight_BS: Tensor, normalizer: float | Tensor) -> Tensor:

@@ -53,7 +53,8 @@ class Rule:
     strength: float = 0.25
     """b of weighting 'control_variate': w = 1 - b * min(r, c). Above 0."""
     clip: float = 4.0
-    """c of weighting 'control_variate'. Above 0, and strength * clip is at most 1, so that no weight is negative."""
+    """c of weighting 'control_variate', for which strength * clip is at most 1, so that no weight is negative. Also of the
+    statistics."""
 
     def __post_init__(self) -> None:
         choices = {"aggregate": Aggregate, "scope": Scope, "unmapped": Unmapped, "unit": Unit, "weighting": Weighting}
@@ -61,25 +62,28 @@ class Rule:
             if (value := getattr(self, name)) not in get_args(known):
                 raise ValueError(f"Rule: {name} = {value!r}: expected one of {', '.join(get_args(known))}")
         share(self.keep)
-        check_numbers(self.threshold, self.strength, self.clip)
+        self._check_numbers()
         if self.require_positive and self.weighting != "top_k":
             raise ValueError(f"Rule: require_positive applies only to weighting 'top_k' (weighting is {self.weighting!r})")
+
+    def _check_numbers(self) -> None:
+        if not 0 <= self.threshold < math.inf:
+            raise ValueError(
+                f"Rule: threshold = {self.threshold}: expected nats, at least 0: an excess above -threshold has weight"
+            )
+        for name in ("strength", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"Rule: {name} = {getattr(self, name)}: expected a number above 0")
+        if self.weighting == "control_variate" and (product := self.strength * self.clip) > 1 + 1e-9:
+            raise ValueError(
+                f"Rule: strength = {self.strength}, clip = {self.clip}: expected a product of at most 1, because the smallest "
+                f"weight is 1 - strength * clip = {1 - product:g}"
+            )
 
     @property
     def ranks(self) -> dist.ProcessGroup | None:
         """The ranks whose tokens are ranked together."""
         return self.group if self.scope == "global" and self.weighting == "top_k" else None
-
-
-def check_numbers(threshold: float, strength: float, clip: float) -> None:
-    """Raises ValueError unless the weights of both weightings are between 0 and 1."""
-    if not 0 <= threshold < math.inf:
-        raise ValueError(f"threshold = {threshold}: expected nats, at least 0: an excess above -threshold has weight")
-    if not (0 < strength < math.inf and 0 < clip < math.inf and strength * clip <= 1 + 1e-9):
-        raise ValueError(
-            f"strength = {strength}, clip = {clip}: expected both above 0 and their product at most 1, because the smallest "
-            f"weight is 1 - strength * clip = {1 - strength * clip:g}"
-        )
 
 
 PAPER = Rule()

@@ -870,7 +870,7 @@ def _select_row(
             cut_key, missing, smallest = _above_zero(key_S, cut_key, missing)
             above = _many(key_S > cut_key)
     else:
-        cut_key = cut_key.to(tl.uint32)
+        cut_key = tl.full((), cut_key, tl.uint32)
         above = _many(key_S > cut_key)
         missing = above * 0
         smallest = tl.full((), 0xFFFFFFFF, tl.uint32)

@@ -6,10 +6,11 @@
     threshold            w = 1 if D > -t, else 0
     control_variate      w = 1 - b * min(r, c)
 
-If the text follows the teacher, the mean of r is 1, for every student. Two facts follow. The share of text with D <= -t is at
-most exp(-t) (Markov's inequality), so `threshold` drops at most that share of what the teacher stands for. And with c = inf, the
-gradient of w * L_S has the same mean as the gradient of L_S, because b * r * L_S has a gradient of mean 0 (a control variate).
-Its variance is smaller, because text that the student already finds likely has a small weight.
+If the text follows the teacher, and no possible chunk is the beginning of another one, the mean of r is 1 for every student. Two
+facts follow. The share of chunks with D <= -t is at most exp(-t) (Markov's inequality). And with c = inf, the gradient of w * L_S
+has the same mean as the gradient of L_S, because b * r * L_S has a gradient of mean 0 (a control variate). Its variance is
+smaller, because text that the student already finds likely has a small weight. If chunks can be beginnings of other chunks in the
+student's tokens, both facts are approximate.
 
 The weight of a token depends on no other chunk. It is therefore the same in every layout and every scope.
 """

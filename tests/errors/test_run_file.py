@@ -92,7 +92,7 @@ DIR/run.toml with --set guidance.equal_parts=4 --set guidance.unit=chunk:
   'guidance': equal_parts replaces the alignment, and unit 'chunk' needs it\
 """),
     "guidance.strength=0.5": snapshot("""\
-DIR/run.toml with --set guidance.strength=0.5:
+DIR/run.toml with --set guidance.strength=0.5 --set guidance.weighting=control_variate:
   'guidance': strength * clip is 0.5 * 4.0 = 2: at most 1 is allowed, because the smallest weight is 1 - strength * clip\
 """),
 }
@@ -133,7 +133,7 @@ DIR/run.toml with --set guidance.objective=random --set guidance.equal_parts=4:
         ["guidance.objective=clm", "guidance.weighting=threshold"],
         ["guidance.require_positive=true", "guidance.weighting=threshold"],
         ["guidance.equal_parts=4", "guidance.unit=chunk"],
-        ["guidance.strength=0.5"],
+        ["guidance.strength=0.5", "guidance.weighting=control_variate"],
     ):
         with told(WEIGHTS[changes[0]], DIR=tmp_path):
             load_run(path, changes)
@@ -273,6 +273,14 @@ def test_the_command_says_one_error_and_its_exit_code(tmp_path: Path, capsys: py
             ["guidance.objective=random", "guidance.keep=0.4", "guidance.combine=mean"],
             ["note: guidance.combine has no effect: guidance.objective = 'random' selects tokens without a teacher."],
         ),
+        (
+            ["guidance.weighting=threshold", "guidance.unit=chunk", "guidance.keep=0.4", "guidance.aggregate=mean"],
+            [
+                "note: guidance.keep has no effect: guidance.weighting is 'threshold'.",
+                "note: guidance.aggregate has no effect: guidance.unit is 'chunk'.",
+            ],
+        ),
+        (["guidance.threshold=3.0", "guidance.clip=8.0"], []),
     ],
 )
 def test_a_note_names_fields_that_the_objective_ignores(tmp_path: Path, overrides: list[str], notes: list[str]) -> None:

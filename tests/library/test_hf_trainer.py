@@ -71,6 +71,10 @@ def test_a_rule_of_chunks_gives_the_weights_of_plain_python(
 ) -> None:
     """The text is cut at a length that divides a chunk."""
     trainer.rule = Rule(unit="chunk", weighting="control_variate")
+    with pytest.raises(ValueError, match="the rule has unit 'chunk'"):
+        GuidedTrainer(
+            trainer.model, trainer.args, data_collator=trainer.data_collator, teacher=trainer.teacher, rule=trainer.rule
+        )
     texts, met = [{"text": text} for text in real.multilingual_texts()], 0
     for length in range(3, 24):
         batch = TextCollator(*tokenizers, length=length, unit="chunk")(texts)

@@ -159,6 +159,16 @@ def test_text_of_the_teacher_is_below_the_threshold_no_more_often_than_the_bound
     assert met > 3
 
 
+def test_chunks_that_begin_other_chunks_make_the_ratio_larger() -> None:
+    """Both models are the same distribution over the words a, ab and abb, but the student writes letters: docs/method.md."""
+    # an a is certain, then b follows in two words of three, and another b in one of two
+    student_BS = torch.tensor([[0.0, 0.0, math.log(3 / 2), 0.0, math.log(3 / 2), math.log(2)]])
+    first = torch.tensor([[0, 1, 1, 2, 2, 2]])
+    teacher_BU = torch.full((1, 3), math.log(3))
+    got = guided_loss(student_BS, teacher_BU, first, first + 1, first >= 0, unit="chunk", weighting="control_variate")
+    assert summarize(got)["likelihood_ratio"] == pytest.approx((3 + 2 + 1) / 3)
+
+
 def test_a_threshold_of_zero_keeps_what_require_positive_keeps() -> None:
     rng, met = random.Random(0), 0
     for _ in range(100):

@@ -163,9 +163,10 @@ LAUNCHES = [
 ]
 
 
+@pytest.mark.parametrize("strength", [0.25, 0.125])  # with a strength of 0.125, every excess has weight: another cut
 @pytest.mark.parametrize(("scope", "unit", "weighting", "batch"), LAUNCHES)
 def test_a_selection_waits_for_nothing_and_launches_these_kernels(
-    scope: str, unit: str, weighting: str, batch: tuple[int, int]
+    scope: str, unit: str, weighting: str, batch: tuple[int, int], strength: float
 ) -> None:
     """Reading a value from the device (item, nonzero, a mask as index) is an error of fake tensors."""
     with on_a_gpu() as launches:
@@ -176,7 +177,7 @@ def test_a_selection_waits_for_nothing_and_launches_these_kernels(
             int_BS,
             int_BS,
             int_BS.bool(),
-            Rule(scope=scope, unit=unit, weighting=weighting),  # type: ignore[arg-type]
+            Rule(scope=scope, unit=unit, weighting=weighting, strength=strength),  # type: ignore[arg-type]
             capacity=1000,
         )
     kernels = OF_SELECTION[scope if weighting == "top_k" or scope == "sequence" else "any, without a ranking"]
