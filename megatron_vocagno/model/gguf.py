@@ -95,6 +95,8 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of the block name a GGUF file instead of its converted folder, which the user has not chosen.
 
     path: a model. If it is not a GGUF file, nothing changes.
+
+    Raises UserError: the error of the block, with the name of the file.
     """
     try:
         yield

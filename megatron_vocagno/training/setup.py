@@ -83,6 +83,7 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
 
     None if a stop was requested while the run waited for its output folder.
     """
+    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     files = run_on_all_ranks(lambda: _open_files(run, settings, processes), UserError)
     opened = [*files.datasets, *([files.valid] if files.valid is not None else [])]
     facts = run_on_all_ranks(lambda: facts_of_files(opened, run.cached_teachers, files.config, run.weights), UserError, OSError)
@@ -91,7 +92,7 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
     if not _acquire(lock, processes, stop_signal):
         return None
     try:
-        return _setup_locked(run, settings, processes, stop_signal, quiet, files, lock)
+        return _setup_locked(run, settings, processes, stop_signal, quiet, layout, files, lock)
     except BaseException:
         lock.close()
         raise
@@ -103,11 +104,11 @@ def _setup_locked(
     processes: Processes,
     stop_signal: StopSignal,
     quiet: bool,
+    layout: Layout,
     files: _Files,
     lock: RunLock,
 ) -> RunState:
     """The rest of setup_run, which needs the lock of the output folder."""
-    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
     datasets, valid, config = files.datasets, files.valid, files.config
     data = datasets[0]  # all datasets have the same tokenizers
     teacher = load_teacher(run.loaded_teacher, data, processes)

@@ -286,6 +286,9 @@ def test_the_command_writes_the_page_and_explains_what_it_lacks(run, rows, sourc
     assert out.read_text(encoding="utf-8") == source
     assert f"{out.stat().st_size:,} bytes" in capsys.readouterr().out
     assert main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert "the folder does not exist" in capsys.readouterr().err
+    (tmp_path / "none").mkdir()
+    assert main(["--run", str(tmp_path / "none"), "--out", str(out)]) == 2
     assert "if logging.samples is set" in capsys.readouterr().err
     write_rows(tmp_path / "early", rows)
     assert main(["--run", str(tmp_path / "early"), "--out", str(out)]) == 2
