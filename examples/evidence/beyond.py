@@ -2,8 +2,11 @@
 
 It repeats the third experiment (`continued`) with other rules, for two initial students and two sets of texts. The second student
 was trained for three times as long, so it is closer to the end of its learning. The two sets share no piece of mathematics or
-code, and their word problems have other names, numbers and errors. A seed determines the order of rows and the draws of `random`.
-A difference between two arms has the same student, texts and seed on both sides.
+code. Their word problems, and those of their tests, are drawn from the same templates and numbers, with other names, things and
+errors. The rules and their constants were found on the first set of texts, so the other set is the test of them.
+
+A seed determines the order of rows and the draws of `random`. A difference between two arms has the same student, texts and seed
+on both sides.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ MAIN: tuple[tuple[str, ...], ...] = (
     ("control-variate",),
 )
 """Arms, and the fields that change them. The weights of `threshold` and `control-variate` have means of about 0.8 and 0.7."""
-ONCE: tuple[tuple[str, ...], ...] = (("oracle",), ("token-threshold",))
+ONCE: tuple[tuple[str, ...], ...] = (("oracle",), ("token-threshold",), ("constant-variate",))
 """Arms that run at the first seed only."""
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 1.5e-3, 2e-3)
 LOGGED = ("weight", "likelihood_ratio", "share_below")
 """Metrics of the run that become scores: means over the steps since the last checkpoint."""
 

@@ -70,6 +70,10 @@ class Files:
         return cls(folder.with_name(folder.name + OTHER) if OTHER in setting else folder, start)
 
     @property
+    def other(self) -> bool:
+        return self.folder.name.endswith(OTHER)
+
+    @property
     def student(self) -> Path:
         return self.start / "model"
 
@@ -105,7 +109,7 @@ def spec_of(experiment: str, setting: str, arm: str, seed: int, rate: float, opt
     """more: fields that change the arm, for example `guidance.keep=0.8`."""
     files, steps = Files.of(options.root, setting, options.quick), steps_of(options)
     every = steps // CHECKPOINTS
-    data = "oracle" if arm == "oracle" else "dataset"
+    data = {"oracle": "oracle", "constant-variate": "constant"}.get(arm, "dataset")
     blend = [
         f"{{path = {json.dumps(str(files.folder / f'train-{source}' / data))}, weight = {share}}}"
         for source, share in SHARES.items()
@@ -124,7 +128,7 @@ def spec_of(experiment: str, setting: str, arm: str, seed: int, rate: float, opt
         f"logging.every={every}",
         f"logging.samples={SAMPLE_ROWS}",
     ]
-    if arm != "oracle" and "teacher" in tomllib.loads((ARMS / f"{arm}.toml").read_text(encoding="utf-8")):
+    if data == "dataset" and "teacher" in tomllib.loads((ARMS / f"{arm}.toml").read_text(encoding="utf-8")):
         overrides.append(f"teacher.path={smollm2.teacher(options.root)}")
     batch = {"train_batch_size": ROWS_A_STEP, "train_micro_batch_size_per_gpu": ROWS_A_STEP} | warm_student.BF16
     variant = "".join(f"-{field.partition('=')[2]}" for field in more)
@@ -191,7 +195,8 @@ class Judges:
         data = AlignedDataset.open(files.texts(f"mixed-{part}").dataset).student_tokenizer
         tokenizer: Tokenizer = Tokenizer.from_file(str(data.path / "tokenizer.json"))
         byte_lengths = np.load(data.path / "byte_lengths.npy")
-        return cls(texts, Quiz.of(invent_problems(PROBLEMS, part, seed=1), tokenizer, data.eos_id, byte_lengths))
+        problems = invent_problems(PROBLEMS, part, seed=3 if files.other else 1)
+        return cls(texts, Quiz.of(problems, tokenizer, data.eos_id, byte_lengths))
 
     def scores(self, student: PreTrainedModel) -> dict[str, float]:
         """Bits per byte as DOMAIN, DOMAIN_easy, DOMAIN_hard and JUDGE (mathematics), and the scores of the problems."""

@@ -3,6 +3,7 @@
     ROOT/data/continued/NAME/texts.jsonl   {"id", "text", "runs"}: runs of [kind, bytes]
     ROOT/data/continued/NAME/dataset       aligned and scored
     ROOT/data/continued/NAME/oracle        with the losses of the oracle
+    ROOT/data/continued/NAME/constant      with the same loss for every teacher token
     ROOT/data/continued-other/NAME/        the same of other texts
 
 NAME            from the files of part      content
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from examples.demo.corpus import Text
 from examples.evidence.corpus import Domain, Part, long_lines, read_part
 from examples.evidence.junk import Kind, insert_junk
-from examples.evidence.oracle import write_oracle
+from examples.evidence.oracle import write_constant, write_oracle
 from examples.evidence.problems import Problem, invent_problems
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from tools.preprocess import build_dataset, score_teacher
@@ -76,6 +77,10 @@ class Texts:
         return self.folder / "oracle"
 
     @property
+    def constant(self) -> Path:
+        return self.folder / "constant"
+
+    @property
     def whole(self) -> Path:
         """Exists when all other files are complete."""
         return self.folder / "whole"
@@ -100,6 +105,7 @@ def make(texts: Texts, corpus: Path, student: Path, teacher: Path, divisor: int 
     write_oracle(
         texts.dataset, texts.oracle, lambda i: np.isin(kinds_of(read[i], data.teacher(i), data.teacher_byte_lengths), NOISE)
     )
+    write_constant(texts.dataset, texts.constant)
     texts.whole.touch()
 
 

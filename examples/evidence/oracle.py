@@ -1,4 +1,8 @@
-"""The losses of a teacher without errors, for known noise. With arms/oracle.toml they keep all clean tokens."""
+"""The losses of invented teachers: one without errors, for known noise, and one that knows nothing.
+
+With arms/oracle.toml, the first one keeps all clean tokens. The second one has the same loss on each of its tokens. It is a
+control: a rule that is as good with it uses only the losses of the student.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +26,27 @@ def write_oracle(dataset: Path, out: Path, wrong: Callable[[int], NDArray[np.boo
 
     wrong: function from the number of a document to [M], whether each of its teacher tokens is wrong, including the last
     """
+    _write(dataset, out, "oracle", lambda document: np.where(wrong(document), np.inf, -np.inf))
+
+
+def write_constant(dataset: Path, out: Path) -> None:
+    """Write a copy of a scored dataset in which every teacher token has the teacher's mean loss."""
+    data = AlignedDataset.open(dataset)
+    losses = np.concatenate([data.teacher_losses(document) for document in range(len(data))])
+    mean = float(losses.mean(dtype=np.float64))
+    _write(dataset, out, "constant", lambda document: np.full(int(data.teacher_lengths[document]), mean))
+
+
+def _write(dataset: Path, out: Path, name: str, losses_of: Callable[[int], NDArray[np.float64]]) -> None:
+    """losses_of: function from the number of a document to the [M] losses of its teacher tokens, nats."""
     if (out / WHOLE).exists():
         return
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(dataset, out)
     data = AlignedDataset.open(out)
     scoring = Scoring(
-        teacher="none: the noise is known",
-        name="oracle",
+        teacher="none: the losses are invented",
+        name=name,
         dtype="float32",
         weights="as-is",
         context=1,
@@ -38,11 +55,10 @@ def write_oracle(dataset: Path, out: Path, wrong: Callable[[int], NDArray[np.boo
     )
     document = 0
     for shard in data.manifest.shards:
-        marks = [wrong(document + i) for i in range(shard.totals.documents)]
-        document += len(marks)
-        if marks:
-            losses = np.where(np.concatenate(marks), np.inf, -np.inf).astype(np.float16)
-            lengths = np.array([len(mark) for mark in marks], np.int64)
-            write_losses(out / shard.path, shard, scoring, losses, lengths, LossTotals())
+        losses = [losses_of(document + i) for i in range(shard.totals.documents)]
+        document += len(losses)
+        if losses:
+            lengths = np.array([len(each) for each in losses], np.int64)
+            write_losses(out / shard.path, shard, scoring, np.concatenate(losses).astype(np.float16), lengths, LossTotals())
     record_losses(out, data.manifest, gather(out, data.manifest.shards))
     (out / WHOLE).touch()

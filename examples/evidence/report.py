@@ -32,7 +32,9 @@ from megatron_vocagno.errors import UserError
 PAGE = HERE.parent.parent / "docs" / "evidence.md"
 CONCLUSIONS = HERE / "conclusions"
 NOTHING = "–"
-OF_ANOTHER_SHARE = {"keep-0.2": "random-0.2", "keep-0.6": "random-0.6", "keep-0.8": "random-0.8"}
+OF_ANOTHER_SHARE = {"keep-0.2": "random-0.2", "keep-0.6": "random-0.6"} | dict.fromkeys(
+    ("keep-0.8", "chunk-keep-0.8", "student-0.8", "threshold", "control-variate"), "random-0.8"
+)
 """The control that keeps the same share as an arm, if it is not `random`. Not every experiment has it."""
 
 
@@ -158,9 +160,11 @@ class Results:
     def differences(
         self, experiment: str, settings: Sequence[str], scores: Mapping[str, str], reference: str = "clm", form: str = ".3f"
     ) -> str:
-        """A table of the paired differences of each arm to a reference, over the seeds of several settings together.
+        """A table of the paired differences of each arm to a reference.
 
-        A cell is the mean difference ± half of its 95 % confidence interval, and the pairs with the more frequent sign.
+        A cell is the mean difference ± half of its 95 % confidence interval, and the pairs with the more frequent sign. The
+        interval is over seeds if there is one setting. Runs of one setting are not independent of each other, so with several
+        settings it is over the means of the settings.
 
         scores: score -> title of its column
         """
@@ -168,14 +172,12 @@ class Results:
         for arm in dict.fromkeys(arm for setting in settings for arm in self._arms(experiment, setting) if arm != reference):
             cells = []
             for score in scores:
-                pairs = [
-                    value - base[seed]
-                    for setting in settings
-                    for base in [final(self._of(experiment, setting, reference), score)]
-                    for seed, value in final(self._of(experiment, setting, arm), score).items()
-                    if seed in base
-                ]
-                cells.append(_interval(pairs, form))
+                pairs = []
+                for setting in settings:
+                    base = final(self._of(experiment, setting, reference), score)
+                    values = final(self._of(experiment, setting, arm), score)
+                    pairs.append([value - base[seed] for seed, value in values.items() if seed in base])
+                cells.append(_interval([of_setting for of_setting in pairs if of_setting], form))
             if any(cell != NOTHING for cell in cells):
                 lines.append([f"`{arm}`", *cells])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -260,13 +262,15 @@ def _over_steps(rows: Sequence[Row], score: str) -> dict[float, Sample]:
     return {step: sample([values[step] for values in by_seed.values() if step in values]) for step in steps}
 
 
-def _interval(differences: Sequence[float], form: str) -> str:
+def _interval(differences: Sequence[Sequence[float]], form: str) -> str:
+    """differences: of each setting, by seed."""
     if not differences:
         return NOTHING
-    found, half = sample(differences), interval(sample(differences))
+    found = sample(differences[0] if len(differences) == 1 else [sample(of_setting).mean for of_setting in differences])
+    half, every = interval(found), [d for of_setting in differences for d in of_setting]
     spread = "" if half is None else f" ± {half:{form}}"
-    same, sign = max((sum(d > 0 for d in differences), "+"), (sum(d < 0 for d in differences), "−"))
-    return f"{found.mean:+{form}}{spread} ({same} of {found.n} {sign})".replace("-", "−")
+    same, sign = max((sum(d > 0 for d in every), "+"), (sum(d < 0 for d in every), "−"))
+    return f"{found.mean:+{form}}{spread} ({same} of {len(every)} {sign})".replace("-", "−")
 
 
 def _shown(values: Mapping[int, float], form: str) -> str:
