@@ -13,7 +13,8 @@ Infinite losses are legal. If both losses are infinite (d = inf - inf), the toke
 
 B rows, S student positions, U teacher positions, N = B * S tokens, G selection groups of T tokens. Losses are float32, in nats.
 `loss_BS[b, i]`, `first_BS[b, i]` and `valid_BS[b, i]` belong to the token that position i predicts. This file is the method in
-torch. `selection_triton` is the GPU backend, with the same results. Equal inputs give bitwise equal weights.
+torch. `selection_triton` is the GPU backend, with the same results. Equal inputs give bitwise equal weights, and with weighting
+'control_variate' equal up to the rounding of an exponential.
 """
 
 from __future__ import annotations

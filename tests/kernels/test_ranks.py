@@ -72,7 +72,9 @@ def test_two_ranks_choose_as_one(backend: Backend, tmp_path: Path) -> None:
         whole = guided_loss(leaf, teacher, first, last, valid, scope="microbatch", **settings)
         whole.loss.backward()
         losses, weights, stats, gradients, tokens = zip(*parts, strict=True)
-        assert torch.equal(torch.cat(weights), whole.weight_BS)
+        # an exponential may be rounded differently at another place of a vector
+        assert torch.allclose(torch.cat(weights), whole.weight_BS, rtol=0, atol=2e-7)
+        assert torch.equal(torch.cat(weights) == 0, whole.weight_BS == 0)
         assert torch.allclose(sum(losses), whole.loss) and torch.allclose(torch.cat(gradients), leaf.grad)
         for tokens_C, weight_BS in zip(tokens, weights, strict=True):
             assert torch.equal(tokens_C[: int((weight_BS != 0).sum())], weight_BS.flatten().nonzero().squeeze(1))
