@@ -61,7 +61,7 @@ def rank_main(rank: int, folder: Path, backend: Backend, count: int) -> None:
 def test_two_ranks_choose_as_one(backend: Backend, tmp_path: Path) -> None:
     if backend.device.type == "cuda":
         pytest.skip("two ranks on one GPU: gloo would transfer the counts over the host")
-    count = 12 if INTERPRETED else 60
+    count = 20 if INTERPRETED else 60
     set_forkserver_preload([__name__])  # one import for all ranks
     mp.start_processes(rank_main, (tmp_path, backend, count), RANKS, start_method="forkserver")  # type: ignore[no-untyped-call]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
