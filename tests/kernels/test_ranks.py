@@ -21,7 +21,7 @@ RANKS = 2
 
 def make_cases(count: int) -> list[dict]:
     """Quantized losses: ties within and across ranks. Shares of eligible tokens that differ from rank to rank."""
-    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    rng, generator = random.Random(2), torch.Generator().manual_seed(1)
     cases = []
     for _ in range(count):
         levels, rows, width = rng.choice([1, 2, 16, 10_000]), rng.randint(1, 3), rng.choice([1, 5, 32])
@@ -61,7 +61,7 @@ def rank_main(rank: int, folder: Path, backend: Backend, count: int) -> None:
 def test_two_ranks_choose_as_one(backend: Backend, tmp_path: Path) -> None:
     if backend.device.type == "cuda":
         pytest.skip("two ranks on one GPU: gloo would transfer the counts over the host")
-    count = 20 if INTERPRETED else 60
+    count = 12 if INTERPRETED else 60
     set_forkserver_preload([__name__])  # one import for all ranks
     mp.start_processes(rank_main, (tmp_path, backend, count), RANKS, start_method="forkserver")  # type: ignore[no-untyped-call]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
@@ -92,4 +92,4 @@ def test_two_ranks_choose_as_one(backend: Backend, tmp_path: Path) -> None:
         met["uneven"] += counts[0] != counts[1]
         met["one rank has none"] += 0 in counts and any(counts)
         met["nothing kept"] += not kept.any()
-    assert min(met.values()) > (0 if INTERPRETED else 2), met
+    assert min(met.values()) > (0 if INTERPRETED else 3), met
