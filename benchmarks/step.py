@@ -10,7 +10,6 @@
 | the same: (B) SmolLM2-135M, whose body dominates                                  | ≤ 0.92    | ≤ 0.75      |
 | the floor in (A): both bodies and the necessary products of the head              | ≤ 1.05    |             |
 | with cached teacher losses: a plain step with dense logits                        | ≤ 0.85    | ≤ 0.70      |
-| the same with weights of chunks for nearly all tokens                             | ≤ 1.00    | ≤ 0.70      |
 | TRL's GOLD trainer in (A), off-policy, positional ULD (`benchmarks.trl_gold`)     | ≥ 6 × less| ≤ 0.4       |
 
 The student is a Llama of 4 layers, d = 256, 32,000 tokens, float32, with random weights. It reads rows of 512 positions of
@@ -47,7 +46,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import step_memory
 from benchmarks.page import GOALS, PAGE, WRITE, Figure, circumstances, markdown, show, write_section
-from benchmarks.step_arms import Case, Step, cached, chunks, clm, floor, guided, inputs_of, naive
+from benchmarks.step_arms import Case, Step, cached, clm, floor, guided, inputs_of, naive
 from benchmarks.trl_gold import Gold
 from megatron_vocagno.command import Parser, run_command
 from megatron_vocagno.corpus.tokens import open_tokenizer
@@ -240,7 +239,7 @@ def contest(arms: Mapping[str, Arm], steps: int) -> dict[str, Cost]:
 
 
 def measure_a(case: Case, trl: str | None) -> list[Figure]:
-    arms: dict[str, Arm] = {arm.__name__: Apart(arm, case) for arm in (guided, naive, floor, cached, chunks, clm)}
+    arms: dict[str, Arm] = {arm.__name__: Apart(arm, case) for arm in (guided, naive, floor, cached, clm)}
     if trl:
         arms["gold"] = Gold(trl, case.student, case.teacher, row_texts(case), case.rows, case.steps)
     costs = contest(arms, case.steps)
@@ -250,7 +249,6 @@ def measure_a(case: Case, trl: str | None) -> list[Figure]:
         time_against("(A) guided step, relative to the floor", ours, costs["floor"], 1.05),
         Figure("(A) floor, relative to the naive sum: time", f"{costs['floor'].ratio(costs['naive']):.2f} ×"),
         *against("(A) step with cached teacher losses, relative to a plain step", costs["cached"], costs["clm"], 0.85, 0.70),
-        *against("(A) the same with weights of chunks for nearly all tokens", costs["chunks"], costs["clm"], 1.0, 0.70),
     ]
     return figures + (gold_against(costs["gold"], ours) if trl else [])
 

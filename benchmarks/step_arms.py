@@ -2,7 +2,6 @@
 
     guided   the project's step: teacher's losses, student's losses, selection, weighted loss, backward, AdamW
     cached   the same with given teacher losses
-    chunks   as cached, with weights of chunks by a control variate. With these models nearly every token has weight
     naive    the teacher's dense logits and their cross-entropy, then `clm`
     clm      plain language modeling with dense logits: transformers' own model, F.cross_entropy, AdamW
     floor    not a training step, but the products that every such step must compute: both bodies, forward and (student's)
@@ -36,7 +35,7 @@ from megatron_vocagno.objective.linear_ce import SelectedTokens
 from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.selection import planned_kept, select_tokens
 
-TOP, CHUNKS = Rule(keep=0.4), Rule(unit="chunk", weighting="control_variate")
+KEEP = 0.4
 TILE = 2048
 """Columns of the floor's products."""
 
@@ -67,7 +66,7 @@ class Inputs:
     teacher_input_BU: Tensor
     teacher_target_BU: Tensor
     kept: int
-    """Number of tokens that will have weight by the rule TOP."""
+    """Number of tokens that will have weight."""
 
 
 def inputs_of(case: Case) -> list[Inputs]:
@@ -82,7 +81,7 @@ def _inputs(batch: Batch) -> Inputs:
         batch,
         pad_sequence(inputs, batch_first=True),
         pad_sequence(targets, batch_first=True, padding_value=IGNORE),
-        planned_kept(batch.row_mapped, batch.row_unmapped, TOP),
+        planned_kept(batch.row_mapped, batch.row_unmapped, Rule(keep=KEEP)),
     )
 
 
@@ -116,17 +115,9 @@ def guided(case: Case) -> Step:
 
 
 def cached(case: Case) -> Step:
-    return _cached(case, TOP)
-
-
-def chunks(case: Case) -> Step:
-    return _cached(case, CHUNKS)
-
-
-def _cached(case: Case, rule: Rule) -> Step:
     inputs = inputs_of(case)
     losses = _teacher_losses(_teacher(case), inputs)
-    learn = _learner(case, rule)
+    learn = _learner(case)
     return lambda k: learn(inputs[k], losses[k])
 
 
@@ -140,13 +131,12 @@ def _student(case: Case) -> Student:
     return student
 
 
-def _learner(case: Case, rule: Rule = TOP) -> Callable[[Inputs, Tensor], None]:
+def _learner(case: Case) -> Callable[[Inputs, Tensor], None]:
     student = _student(case)
     optimizer = _optimizer(student)
 
     def learn(inputs: Inputs, teacher_loss_BU: Tensor) -> None:
         batch, selected = inputs.batch, SelectedTokens()
-        planned = planned_kept(batch.row_mapped, batch.row_unmapped, rule)
         loss_BS = student(batch.input_BS, batch.target_BS, selected)
         selection = select_tokens(
             loss_BS.detach(),
@@ -154,12 +144,12 @@ def _learner(case: Case, rule: Rule = TOP) -> Callable[[Inputs, Tensor], None]:
             batch.first_BS,
             batch.last_BS,
             batch.target_BS != IGNORE,
-            rule,
-            capacity=planned,
+            Rule(keep=KEEP),
+            capacity=inputs.kept,
         )
         selected.set(selection.tokens_C)
         optimizer.zero_grad()
-        weighted_loss(loss_BS, selection.weight_BS, planned).backward()
+        weighted_loss(loss_BS, selection.weight_BS, inputs.kept).backward()
         optimizer.step()
 
     return learn
