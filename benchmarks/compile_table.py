@@ -76,7 +76,7 @@ def selection_cases(lanes: int) -> Iterator[str]:
             for strength in (0.25, 0.125) if weighting == "control_variate" else (0.25,):
                 rule = Rule(scope=scope, unit="chunk", weighting=weighting, strength=strength)  # type: ignore[arg-type]
                 select_tokens(*_selection_inputs(rows, width), rule)
-                yield f"{rows} rows of {width:,}, chunks, {weighting}, strength {strength}"
+                yield f"{'odd, ' if width % 16 else ''}{rows} rows of {width:,}, chunks, {weighting}, strength {strength}"
 
 
 def launches_for(target: str) -> list[tuple[str, Launch]]:

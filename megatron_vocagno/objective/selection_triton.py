@@ -259,6 +259,7 @@ def _all_tokens(batch: _Batch, rule: Rule, cut: Callable[[Tensor, Rule], _Cut]) 
         WEIGHTING=rule.weighting,
         INCLUDE=rule.unmapped == "include",
         BLOCK=BLOCK,
+        num_warps=8 * 32 // LANES,
     )
     return out
 
