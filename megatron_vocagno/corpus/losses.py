@@ -12,6 +12,7 @@ they are.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,7 @@ from megatron_vocagno.files import beside, sync, try_lock
 LOSS = "teacher_loss"
 LOSS_RECORD = f"{LOSS}.json"
 LOSS_FILES = (f"{LOSS}.bin", f"{LOSS}.idx", LOSS_RECORD)
-TEMPORARY = re.compile(rf"(\.{LOSS}\.[0-9a-f]+)(\.bin|\.idx)?")
+TEMPORARY = re.compile(rf"(\.{LOSS}\.[0-9a-f]+)(\.bin|\.idx|\.json)?")
 LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -81,11 +82,17 @@ def write_losses(
         files = {f"{LOSS}{end}": hash_file(Path(f"{temporary}{end}")) for end in (".bin", ".idx")}
         for end in (".bin", ".idx"):
             Path(f"{temporary}{end}").replace(folder / f"{LOSS}{end}")
-    sync(folder)
-    counted = count(losses)
-    totals = counted.model_copy(update={"positions": forwards.positions, "padding": forwards.padding})
-    record = ShardLosses(scoring=scoring, ids=_ids_of(shard), totals=totals, files=files)
-    write_durably(folder / LOSS_RECORD, to_json(record))
+        sync(folder)
+        counted = count(losses)
+        totals = counted.model_copy(update={"positions": forwards.positions, "padding": forwards.padding})
+        record = ShardLosses(scoring=scoring, ids=_ids_of(shard), totals=totals, files=files)
+        written = Path(f"{temporary}.json")
+        with written.open("xb") as stream:
+            stream.write(to_json(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+        written.replace(folder / LOSS_RECORD)
+        sync(folder)
     return record
 
 

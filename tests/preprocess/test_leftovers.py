@@ -70,7 +70,7 @@ def test_losses_on_their_way_stay_while_their_writer_lives(tmp_path: Path):
     shard = tmp_path / "shards" / "0000"
     shard.mkdir(parents=True)
     live, dead, own = f".teacher_loss.{NAME}", f".teacher_loss.{'a1' * 16}", ".teacher_loss.mine"
-    for name in (live, f"{live}.bin", dead, f"{dead}.bin", f"{dead}.idx", own, "teacher_loss.bin"):
+    for name in (live, f"{live}.bin", dead, f"{dead}.bin", f"{dead}.idx", f"{dead}.json", own, "teacher_loss.bin"):
         (shard / name).touch()
     manifest: Any = SimpleNamespace(shards=[SimpleNamespace(path="shards/0000")])
     with (shard / live).open("ab") as writer:
