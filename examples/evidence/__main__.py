@@ -59,7 +59,10 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, Sequence[str], Seq
         "python -m examples.evidence --quick\npython -m examples.evidence run mechanism --seeds 3",
     )
     parser.add_argument(
-        "what", nargs="*", metavar="WHAT", help=f"any of {', '.join(ACTIONS)}, {', '.join(EXPERIMENTS)} (default: all but tune)"
+        "what",
+        nargs="*",
+        metavar="WHAT",
+        help=f"any of {', '.join(ACTIONS)}, {', '.join(EXPERIMENTS)} (default: all but tune and {EXPERIMENTS[-1]})",
     )
     parser.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="seeds of the main arms (default: 3)")
     parser.add_argument("--quick", action="store_true", help="few steps and arms, to check that everything runs")
@@ -77,7 +80,7 @@ def _parse(arguments: Sequence[str] | None) -> tuple[Options, Sequence[str], Seq
         if word not in (*ACTIONS, *EXPERIMENTS):
             parser.error(f"{word!r} is not one of {', '.join((*ACTIONS, *EXPERIMENTS))}")
     actions = [word for word in ACTIONS if word in options.what] or [word for word in ACTIONS if word != "tune"]
-    names = [word for word in EXPERIMENTS if word in options.what] or EXPERIMENTS
+    names = [word for word in EXPERIMENTS if word in options.what] or EXPERIMENTS[:-1]
     return Options(options.root, options.seeds, options.quick, options.workers), actions, names, options.results
 
 

@@ -60,7 +60,8 @@ def tuning(options: Options) -> Sequence[Spec]:
 def _spec(setting: str, arm: Sequence[str], seed: int, options: Options) -> Spec:
     name, *more = arm
     variant = "".join(f"-{field.partition('=')[2]}" for field in more)
-    return spec_of("beyond", setting, name, seed, learning_rate("beyond", name + variant), options, *more)
+    rate = RATES[1] if options.quick else learning_rate("beyond", name + variant)
+    return spec_of("beyond", setting, name, seed, rate, options, *more)
 
 
 prepare = continued.prepare

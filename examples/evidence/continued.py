@@ -162,7 +162,8 @@ def prepare_setting(setting: str, corpus: Path, options: Options) -> None:
         times = warm_student.LONG if start.name.endswith(LONG) else 1
         warm_student.prepare(start, corpus, teacher, options.workers, options.quick, times)
     names = [f"train-{source}" for source in SHARES] + [f"{one}-{part}" for one in ("mixed", *DOMAINS)]
-    missing = [files.texts(name) for name in names if not files.texts(name).whole.exists()]
+    all_texts = [files.texts(name) for name in names]
+    missing = [texts for texts in all_texts if not (texts.whole.exists() and texts.constant.exists())]
     divisor, number = 20 if options.quick else 1, int(OTHER in setting)
     work(
         [

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_vocagno.errors import UserError
+
 FILE = Path(__file__).parent / "learning_rates.json"
 SEED = 100
 """The seed of the runs that choose."""
@@ -19,7 +21,10 @@ FALLBACK = "guided"
 
 
 def learning_rate(experiment: str, arm: str, file: Path = FILE) -> float:
-    rates: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))[experiment]
+    """Raises UserError if no rate of the experiment was chosen yet."""
+    rates: dict[str, float] | None = json.loads(file.read_text(encoding="utf-8")).get(experiment)
+    if rates is None:
+        raise UserError(f"{file} has no rates of {experiment}: choose them first, python -m examples.evidence tune {experiment}")
     return rates.get(arm, rates[FALLBACK])
 
 

@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 ARMS = HERE / "arms"
 BASE, SETTINGS = HERE / "base.toml", HERE / "settings.json"
 EXPERIMENTS = ("mechanism", "noise", "continued", "beyond")
+"""The last one takes hours, and runs only if it is named."""
 SPEC, SCORES = "spec.json", "scores.jsonl"
 
 

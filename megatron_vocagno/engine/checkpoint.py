@@ -13,14 +13,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 from deepspeed import comm as dist
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
-from megatron_vocagno.config import Checkpoint
+from megatron_vocagno.config import Checkpoint, Run
 from megatron_vocagno.engine.collectives import ErrorCollector, all_gather, run_on_all_ranks, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
@@ -203,7 +204,7 @@ class CheckpointManager:
         if manifest.layout != self.layout:
             report(f"note: from here on with {self.layout} (was {manifest.layout})")
         before = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
-        for change in changes(with_current_names(before)[0], run):
+        for change in changes(_with_defaults(with_current_names(before)[0]), run):
             report(f"note: from here on {change}")
         return manifest.position
 
@@ -261,3 +262,11 @@ def _fingerprint(config: PretrainedConfig) -> str:
     ignored = ("transformers_version", "_name_or_path", "dtype")
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
+
+
+def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """A run's fields with the defaults of those that its release did not have, so that they are not reported as changes."""
+    try:
+        return Run.model_validate(fields).model_dump(mode="json")
+    except ValidationError:  # of another release: its own words are compared
+        return fields

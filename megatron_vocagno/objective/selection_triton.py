@@ -143,7 +143,6 @@ def _warps(tokens: int, most_threads: int) -> int:
 def _weighting(rule: Rule) -> dict[str, float]:
     """Numbers of a weighting, as arguments of the kernels."""
     return {
-        "cut_key": _key_of(weighting.cut(rule)) if rule.weighting != "top_k" else _NONE.value,
         "minus_threshold": -rule.threshold,
         "strength": rule.strength,
         "clip": rule.clip,
@@ -152,8 +151,9 @@ def _weighting(rule: Rule) -> dict[str, float]:
     }
 
 
-def _key_of(excess: float) -> int:
-    """The key above which an excess has weight. For -inf, also the key of -inf is above it."""
+def _cut_key(rule: Rule) -> int:
+    """The key above which an excess has weight without a ranking. If all have weight, the key of -inf is above it too."""
+    excess = weighting.cut(rule) if rule.weighting != "top_k" else math.inf
     if excess == -math.inf:
         return _UNMAPPED.value
     (bits,) = struct.unpack("<I", struct.pack("<f", excess + 0.0))  # -0 becomes +0
@@ -180,6 +180,7 @@ def _rows_at_once(batch: _Batch, rule: Rule) -> Selection:
         batch.capacity,
         part.numerator,
         part.denominator,
+        _cut_key(rule),
         **_weighting(rule),
         AGGREGATE=rule.aggregate,
         CHUNK=rule.unit == "chunk",
@@ -279,7 +280,7 @@ def _cut_of_weighting(key_N: Tensor, rule: Rule) -> _Cut:
         cut.lowest_1,
         len(key_N),
         blocks,
-        _key_of(weighting.cut(rule)),
+        _cut_key(rule),
         INCLUDE=rule.unmapped == "include",
         BLOCKS=min(16, triton.next_power_of_2(blocks)),
         BLOCK=BLOCK,
@@ -724,16 +725,13 @@ def _write_weights(
     ties,  # number of keys equal to the threshold before these tokens
     weighted,  # number of tokens with weight before these tokens
     lowest,  # the threshold to be counted here. NaN: it is counted elsewhere
-    minus_threshold,
-    strength,
-    clip,
-    lowest_excess,
-    lowest_weight,
+    numbers,  # minus_threshold, strength, clip, lowest_excess, lowest_weight: see _weighting
     WEIGHTING: tl.constexpr,
     INCLUDE: tl.constexpr,
 ):
     """Write weights, positions and sums of the tokens i of a list. Returns the numbers of ties and of tokens with weight."""
     cut_key, missing, total = cut
+    minus_threshold, strength, clip, lowest_excess, lowest_weight = numbers
     first, inside_T = list_ * size, i_T < size
     key_T = tl.load(key + first + i_T, mask=inside_T, other=0)
     tie_T = key_T == cut_key
@@ -777,7 +775,6 @@ def _weights(
     N,
     P,
     capacity,
-    cut_key,
     minus_threshold,
     strength,
     clip,
@@ -793,6 +790,7 @@ def _weights(
     cut = (tl.load(at).to(tl.uint32), tl.load(at + 1), tl.load(at + 2))
     ties, weighted = tl.load(before + p), tl.load(before + P + p)
     lowest = tl.where(p == 0, tl.load(lowest), float("nan"))
+    numbers = (minus_threshold, strength, clip, lowest_excess, lowest_weight)
     stats += p * _SUMS
     _write_weights(
         student,
@@ -811,11 +809,7 @@ def _weights(
         ties,
         weighted,
         lowest,
-        minus_threshold,
-        strength,
-        clip,
-        lowest_excess,
-        lowest_weight,
+        numbers,
         WEIGHTING,
         INCLUDE,
     )
@@ -879,6 +873,7 @@ def _select_row(
     if INCLUDE:
         total += _many(key_S == _UNMAPPED)
     cut = (cut_key, missing, total)
+    numbers = (minus_threshold, strength, clip, lowest_excess, lowest_weight)
     stats += b * steps * _SUMS
     ties = 0
     weighted = 0
@@ -902,11 +897,7 @@ def _select_row(
             ties,
             weighted,
             lowest,
-            minus_threshold,
-            strength,
-            clip,
-            lowest_excess,
-            lowest_weight,
+            numbers,
             WEIGHTING,
             INCLUDE,
         )

@@ -93,9 +93,11 @@ def test_a_run_does_not_load_the_compiler_of_torch(case: Case) -> None:
 
 
 def as_an_earlier_release_named_it(checkpoint: Path) -> None:
-    """Rename a field of run.json, as if an earlier release had written the checkpoint."""
+    """Rename a field of run.json, and remove new ones, as if an earlier release had written the checkpoint."""
     run, manifest = (json.loads((checkpoint / name).read_text()) for name in (RUN, MANIFEST))
     run["guidance"]["chunks"] = run["guidance"].pop("equal_parts")
+    for name in ("unit", "weighting", "threshold", "strength", "clip"):
+        del run["guidance"][name]
     (checkpoint / RUN).write_text(json.dumps(run))
     manifest["files"][RUN] = {"bytes": (checkpoint / RUN).stat().st_size, "sha256": sha256(checkpoint / RUN)}
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
