@@ -123,11 +123,13 @@ def _strike(run: Supervised, aim: str, chance: random.Random) -> Kill | None:
     if aim == "save":
         run.wait_for(lambda: bool(set(run.unfinished()) - debris))
         time.sleep(chance.uniform(0, 0.05))
-    elif aim == "step":
-        run.wait_for(lambda: run.steps() > before)
-        time.sleep(chance.uniform(0, 1))
     else:
-        time.sleep(chance.uniform(0, 12))
+        # a limit in steps, so that a fast run does not finish first
+        limit, seconds = (before + 1, 1) if aim == "step" else (before, 12)
+        if aim == "step":
+            run.wait_for(lambda: run.steps() > before)
+        end = time.monotonic() + chance.uniform(0, seconds)
+        run.wait_for(lambda: time.monotonic() > end or run.steps() > limit)
     if run.process.poll() is not None:
         return None
     rank = chance.randrange(2)
