@@ -7,16 +7,20 @@ errors. The rules and their constants were found on the first set of texts, so t
 
 A seed determines the order of rows and the draws of `random`. A difference between two arms has the same student, texts and seed
 on both sides.
+
+Three more questions, with the same rules: facts of which most are wrong (`mechanism`), a student from scratch (`noise`), and a
+student that was pretrained on 2 T tokens: SmolLM2-135M-Instruct, which continues with the mixture under Gemma-3-270M.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from examples.evidence import continued
-from examples.evidence.continued import LONG, OTHER, SETTING, TUNING, spec_of
+from examples.evidence import continued, mechanism, noise
+from examples.evidence.continued import LONG, OTHER, SETTING, SMOLLM2, TUNING, spec_of
 from examples.evidence.learning_rates import SEED, learning_rate
-from examples.evidence.running import Options, Run, Spec
+from examples.evidence.lessons import Setting
+from examples.evidence.running import Options, Run, Spec, experiment
 from megatron_vocagno.training.monitor import read_metrics
 
 JUDGE, HIGHER_IS_BETTER = continued.JUDGE, continued.HIGHER_IS_BETTER
@@ -36,6 +40,11 @@ MAIN: tuple[tuple[str, ...], ...] = (
 """Arms, and the fields that change them. The weights of `threshold` and `control-variate` have means of about 0.8 and 0.7."""
 ONCE: tuple[tuple[str, ...], ...] = (("oracle",), ("token-threshold",), ("constant-variate",))
 """Arms that run at the first seed only."""
+RULES = ("chunk-keep-0.8", "threshold", "control-variate")
+ELSEWHERE = ("clm", "guided", *RULES)
+"""Arms of the other questions. Their rates are those of the experiments that they come from."""
+SEEDS_ELSEWHERE = 3
+OF_SMOLLM2, SEEDS_OF_SMOLLM2, RATE_OF_SMOLLM2 = ("clm", "control-variate"), 2, 5e-5
 RATES = (5e-4, 1e-3, 1.5e-3, 2e-3)
 LOGGED = ("weight", "likelihood_ratio", "share_below")
 """Metrics of the run that become scores: means over the steps since the last checkpoint."""
@@ -45,7 +54,14 @@ def runs(options: Options) -> Sequence[Spec]:
     if options.quick:
         return [_spec(SETTING, arm, 1, options) for arm in (("clm",), ("control-variate",))]
     arms = [(seed, arm) for seed in range(1, options.seeds + 1) for arm in (*MAIN, *(ONCE if seed == 1 else ()))]
-    return [_spec(setting, arm, seed, options) for seed, arm in arms for setting in SETTINGS]
+    specs = [_spec(setting, arm, seed, options) for seed, arm in arms for setting in SETTINGS]
+    for seed in range(1, min(options.seeds, SEEDS_ELSEWHERE) + 1):
+        for arm in ELSEWHERE:
+            specs += [mechanism.spec_of(Setting(kind, 0.6), arm, seed, options) for kind in ("random", "systematic")]
+            specs.append(noise.spec_of(noise.SETTING, arm, seed, learning_rate("noise", arm), options))
+    for seed in range(1, SEEDS_OF_SMOLLM2 + 1):
+        specs += [spec_of("beyond", SETTING + SMOLLM2, arm, seed, RATE_OF_SMOLLM2, options) for arm in OF_SMOLLM2]
+    return specs
 
 
 def tuning(options: Options) -> Sequence[Spec]:
@@ -64,7 +80,10 @@ def _spec(setting: str, arm: Sequence[str], seed: int, options: Options) -> Spec
     return spec_of("beyond", setting, name, seed, rate, options, *more)
 
 
-prepare = continued.prepare
+def prepare(specs: Sequence[Spec], options: Options) -> None:
+    for name in dict.fromkeys(spec.experiment for spec in specs):
+        of_name = [spec for spec in specs if spec.experiment == name]
+        (continued if name == "beyond" else experiment(name)).prepare(of_name, options)
 
 
 def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
@@ -81,4 +100,5 @@ def score(run: Run) -> Iterator[tuple[int, dict[str, float]]]:
 
 
 def words(options: Options) -> dict[str, str]:
-    return continued.words(options)
+    smollm2 = {"smollm2_steps": f"{continued.steps_of(options, SMOLLM2)}", "smollm2_rate": f"{RATE_OF_SMOLLM2:g}"}
+    return continued.words(options) | smollm2

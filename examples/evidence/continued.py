@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from examples.evidence import smollm2, warm_student
+from examples.evidence import gemma, smollm2, warm_student
 from examples.evidence.corpus import Domain, Part, write_corpus
 from examples.evidence.costs import parameters
 from examples.evidence.held_out import HeldOut
@@ -31,9 +31,8 @@ from examples.evidence.learning_rates import SEED, learning_rate
 from examples.evidence.mixture import DOMAINS, END, SHARES, WRONG, Texts, kinds_in, kinds_of, make
 from examples.evidence.problems import invent_problems
 from examples.evidence.quiz import OPERATIONS, Quiz
-from examples.evidence.running import ARMS, Options, Run, Spec
+from examples.evidence.running import Options, Run, Spec, has_teacher
 from examples.evidence.students import open_student
-from megatron_vocagno.compat import tomllib
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.training.sample_files import read_rows, read_steps
 
@@ -46,12 +45,14 @@ tokens are inside one teacher token."""
 SETTING, TUNING = "mixture", "tune-mixture"
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 ROW, ROWS_A_STEP, STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 4, 200, 4, 40
+STEPS_OF_SMOLLM2 = 240
+"""A run takes about 50 minutes of one core."""
 PROBLEMS = 200
 """Problems per test."""
 
 
-OTHER, LONG = "-other", "-long"
-"""In the name of a setting: other texts, and a student that was trained for longer."""
+OTHER, LONG, SMOLLM2 = "-other", "-long", "-smollm2"
+"""In the name of a setting: other texts, a student that was trained for longer, and SmolLM2 as the student of Gemma."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,19 @@ class Files:
     @classmethod
     def of(cls, root: Path, setting: str, quick: bool = False) -> Files:
         folder = root / "data" / ("continued-quick" if quick else "continued")
+        if SMOLLM2 in setting:
+            folder = folder.with_name(folder.name + SMOLLM2)
         start = folder / ("student-long" if LONG in setting else "student")
         return cls(folder.with_name(folder.name + OTHER) if OTHER in setting else folder, start)
 
     @property
     def other(self) -> bool:
         return self.folder.name.endswith(OTHER)
+
+    @property
+    def teacher(self) -> Path:
+        root = self.folder.parents[1]
+        return gemma.teacher(root) if self.folder.name.endswith(SMOLLM2) else smollm2.teacher(root)
 
     @property
     def student(self) -> Path:
@@ -107,7 +115,7 @@ def tuning(options: Options) -> Sequence[Spec]:
 
 def spec_of(experiment: str, setting: str, arm: str, seed: int, rate: float, options: Options, *more: str) -> Spec:
     """more: fields that change the arm, for example `guidance.keep=0.8`."""
-    files, steps = Files.of(options.root, setting, options.quick), steps_of(options)
+    files, steps = Files.of(options.root, setting, options.quick), steps_of(options, setting)
     every = steps // CHECKPOINTS
     data = {"oracle": "oracle", "constant-variate": "constant"}.get(arm, "dataset")
     blend = [
@@ -128,15 +136,19 @@ def spec_of(experiment: str, setting: str, arm: str, seed: int, rate: float, opt
         f"logging.every={every}",
         f"logging.samples={SAMPLE_ROWS}",
     ]
-    if data == "dataset" and "teacher" in tomllib.loads((ARMS / f"{arm}.toml").read_text(encoding="utf-8")):
-        overrides.append(f"teacher.path={smollm2.teacher(options.root)}")
-    batch = {"train_batch_size": ROWS_A_STEP, "train_micro_batch_size_per_gpu": ROWS_A_STEP} | warm_student.BF16
+    if data == "dataset" and has_teacher(arm):
+        overrides.append(f"teacher.path={files.teacher}")
+    batch = {"train_batch_size": ROWS_A_STEP, "train_micro_batch_size_per_gpu": ROWS_A_STEP}
+    if SMOLLM2 not in setting:  # whose matrices are slower in bfloat16 on a CPU without AMX
+        batch |= warm_student.BF16
     variant = "".join(f"-{field.partition('=')[2]}" for field in more)
     return Spec(experiment, setting, arm, seed, rate, (*overrides, *more), variant, batch)
 
 
-def steps_of(options: Options) -> int:
-    return 8 if options.quick else STEPS
+def steps_of(options: Options, setting: str = SETTING) -> int:
+    if options.quick:
+        return 8
+    return STEPS_OF_SMOLLM2 if SMOLLM2 in setting else STEPS
 
 
 def part_of(setting: str) -> Part:
@@ -156,11 +168,15 @@ def prepare(specs: Sequence[Spec], options: Options) -> None:
 
 
 def prepare_setting(setting: str, corpus: Path, options: Options) -> None:
-    files, teacher, part = Files.of(options.root, setting, options.quick), smollm2.teacher(options.root), part_of(setting)
-    # the first student's tokenizer is that of all texts
-    for start in dict.fromkeys([files.start.with_name("student"), files.start]):
-        times = warm_student.LONG if start.name.endswith(LONG) else 1
-        warm_student.prepare(start, corpus, teacher, options.workers, options.quick, times)
+    files, part = Files.of(options.root, setting, options.quick), part_of(setting)
+    if SMOLLM2 in setting:
+        work([Job("gemma", files.folder / "gemma.log", partial(gemma.write_teacher, options.root))], 1)
+        smollm2.link_student(options.root, files.student, files.tokenizer)
+    else:
+        # the first student's tokenizer is that of all texts
+        for start in dict.fromkeys([files.start.with_name("student"), files.start]):
+            times = warm_student.LONG if start.name.endswith(LONG) else 1
+            warm_student.prepare(start, corpus, files.teacher, options.workers, options.quick, times)
     names = [f"train-{source}" for source in SHARES] + [f"{one}-{part}" for one in ("mixed", *DOMAINS)]
     all_texts = [files.texts(name) for name in names]
     missing = [texts for texts in all_texts if not (texts.whole.exists() and texts.constant.exists())]
@@ -170,7 +186,7 @@ def prepare_setting(setting: str, corpus: Path, options: Options) -> None:
             Job(
                 texts.folder.name,
                 files.folder / f"{texts.folder.name}.log",
-                partial(make, texts, corpus, files.tokenizer, teacher, divisor, number),
+                partial(make, texts, corpus, files.tokenizer, files.teacher, divisor, number),
             )
             for texts in missing
         ],

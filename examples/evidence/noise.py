@@ -18,7 +18,7 @@ from examples.evidence.held_out import HeldOut
 from examples.evidence.junk import JUNK, Kind, Labels
 from examples.evidence.learning_rates import SEED, learning_rate
 from examples.evidence.noisy_text import TextSet, labels_of, prepare_sets
-from examples.evidence.running import Options, Run, Spec
+from examples.evidence.running import Options, Run, Spec, has_teacher
 from examples.evidence.smollm2 import teacher
 from examples.evidence.students import open_student
 from megatron_vocagno.corpus.dataset import AlignedDataset
@@ -28,7 +28,6 @@ JUDGE, HIGHER_IS_BETTER = "bits_per_byte", False
 
 ARMS = ("clm", "random", "random-0.6", "student", "guided", "keep-0.6", "oracle")
 """Names as in the tables. random-0.6 keeps the same share as keep-0.6."""
-GUIDED = ("guided", "keep-0.6")
 SETTING, TUNING = "half-junk", "tune-half-junk"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 ROW, ROWS_A_STEP, STEPS, QUICK_STEPS, CHECKPOINTS, SAMPLE_ROWS = 256, 2, 320, 8, 4, 40
@@ -79,7 +78,7 @@ def spec_of(setting: str, name: str, seed: int, rate: float, options: Options) -
         f"logging.every={every}",
         f"logging.samples={SAMPLE_ROWS}",
     ]
-    if arm in GUIDED:
+    if has_teacher(arm) and arm != "oracle":
         overrides.append(f"teacher.path={teacher(options.root)}")
     if variant:
         overrides.append("guidance.keep=0.6")

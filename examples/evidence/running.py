@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from benchmarks.page import circumstances
 from examples.evidence.costs import Costs
 from examples.evidence.jobs import Job, work
+from megatron_vocagno.compat import tomllib
 from megatron_vocagno.engine.manifest import checkpoint_folders, step_of
 from megatron_vocagno.files import write_durably
 from megatron_vocagno.pretrain import main
@@ -123,6 +124,11 @@ class Experiment(Protocol):
 def experiment(name: str) -> Experiment:
     module: Any = importlib.import_module(f"examples.evidence.{name}")
     return module  # type: ignore[no-any-return]
+
+
+def has_teacher(arm: str) -> bool:
+    """Whether the run file of an arm has a section for the teacher."""
+    return "teacher" in tomllib.loads((ARMS / f"{arm}.toml").read_text(encoding="utf-8"))
 
 
 def run_all(specs: Sequence[Spec], options: Options) -> None:

@@ -1,4 +1,4 @@
-"""The teacher of the experiments on real text: SmolLM2-135M-Instruct, from an installed package."""
+"""SmolLM2-135M-Instruct, from an installed package: the teacher of the experiments on real text, and once the student."""
 
 from __future__ import annotations
 
@@ -26,3 +26,11 @@ def write_teacher(root: Path) -> None:
         raise SystemExit(f"error: the package {PACKAGE!r} is not installed; `make evidence` installs what it needs")
     if code := gguf_to_safetensors.main([str(Path(spec.origin).parent / FILE), "--out", str(teacher(root))]):
         raise SystemExit(code)
+
+
+def link_student(root: Path, *names: Path) -> None:
+    """Make names of the same folder."""
+    for name in names:
+        name.parent.mkdir(parents=True, exist_ok=True)
+        if not name.is_symlink():
+            name.symlink_to(teacher(root).resolve())
