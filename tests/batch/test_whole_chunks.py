@@ -14,7 +14,7 @@ from tests.batch.test_pack import Invented
 def chunk_of_tokens(data: Invented, document: int) -> list[tuple[int, int]]:
     """For each student token of a document, the bytes of its chunk."""
     student, teacher = (ends.tolist() for ends in data.documents[document])
-    common = [0, *sorted(set(student) & set(teacher))]
+    common = sorted({0} | set(student) & set(teacher))
     starts = [0, *student[:-1]]
     return [(max(c for c in common if c <= a), min(c for c in common if c >= b)) for a, b in zip(starts, student, strict=True)]
 
@@ -80,3 +80,42 @@ def test_with_several_teachers_a_chunk_ends_where_all_have_a_boundary() -> None:
                 assert np.array_equal(row.teacher_losses[row.first[i]], want, equal_nan=True) and row.last[i] == row.first[i] + 1
                 met += len(members) > 1
     assert met > 50
+
+
+def behind_no_text(ends: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """With up to two tokens without bytes at the start, as of a dummy prefix."""
+    return np.concatenate([np.zeros(random.integers(0, 3), np.int64), ends])
+
+
+def test_tokens_without_text_and_a_teacher_that_reads_less_than_the_row() -> None:
+    met = {"whole": 0, "beyond the teacher": 0, "no text": 0}
+    for seed, limit in ((1, 1000), (2, 1000), (3, 25), (4, 12)):
+        random = np.random.default_rng(seed)
+        made = Scored.at_random(seed, 40, 0.3)
+        data = Scored([(behind_no_text(student, random), behind_no_text(teacher, random)) for student, teacher in made.documents])
+        order = random.permutation(40).astype(np.int32)
+        chunks = [chunk_of_tokens(data, document) for document in range(40)]
+        source = TeacherIds(data, limit)
+        rows, plain = Rows(data, order, 40, WholeChunks(source, data)), Rows(data, order, 40, source)
+        for k in range(len(rows)):
+            mapping, of_source = rows[k].mapping, plain[k].mapping
+            places = [(piece.document, token) for piece in rows.pieces(k) for token in range(piece.start, piece.stop)][1:]
+            members: dict[tuple[int, tuple[int, int]], list[int]] = {}
+            for i, (document, token) in enumerate(places):
+                if token < len(chunks[document]) and of_source[i] != MappingStatus.NO_TEXT:
+                    members.setdefault((document, chunks[document][token]), []).append(i)
+                else:
+                    assert mapping[i] == of_source[i] != MappingStatus.MAPPED
+                    met["no text"] += mapping[i] == MappingStatus.NO_TEXT
+            for (document, chunk), inside in members.items():
+                begin, ends = 0, data.documents[document][0].tolist()
+                count = 0
+                for end, of_token in zip(ends, chunks[document], strict=True):
+                    count += of_token == chunk and begin < end
+                    begin = end
+                reasons = of_source[inside]
+                whole = len(inside) == count and (reasons == MappingStatus.MAPPED).all()
+                assert ((mapping[inside] == MappingStatus.MAPPED) == whole).all(), (seed, k, chunk)
+                met["whole"] += whole
+                met["beyond the teacher"] += not whole and MappingStatus.MAPPED in reasons and len(inside) == count
+    assert min(met.values()) > 10, met
