@@ -44,6 +44,7 @@ setup(
         "tomli>=2.0; python_version < '3.11'",
         "tokenizers>=0.23.2",
         "huggingface_hub>=1.33",
+        "httpx2>=2.0,<3",
         "safetensors>=0.8",
         "rich>=13.8",
         # places by URL, compressed files, parquet, the page of the report

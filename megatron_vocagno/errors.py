@@ -47,6 +47,14 @@ class CorpusError(UserError):
     """An input, a tokenizer or a dataset that cannot be used as requested."""
 
 
+class ServerError(UserError):
+    """A server that does not give a teacher's losses, or gives those of another model or text."""
+
+
+class ServerLostError(ServerError):
+    """The teacher is no longer served: no server answers, or another model does."""
+
+
 class DatasetError(CorpusError):
     """A dataset that is missing, damaged, of another version, or made with another tokenizer than the caller needs."""
 

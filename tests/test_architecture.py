@@ -26,7 +26,8 @@ DIRECTION = {
     "batch": {"config", "errors"},
     "model": {"objective", "config", "hub", "errors", "files", "compat"},
     "integrations": {"corpus", "batch", "objective"},
-    "preprocess": {"corpus", "model", "batch", "config", "hub", "errors", "files", "compat"},
+    "serving": {"corpus", "errors"},
+    "preprocess": {"serving", "corpus", "model", "batch", "config", "hub", "errors", "files", "compat"},
     "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},
     "planning": {"engine", "model", "batch", "corpus", "objective", "config", "run_file", "hub", "command", "errors"},
     "training": {
@@ -50,6 +51,7 @@ DOORS = {
     "backports": ["compat.py"],
     "upath": ["corpus/places.py"],
     "ray": ["preprocess/ray_engine.py"],
+    "httpx2": ["serving/client.py"],
     "sentencepiece": ["corpus"],
     "tensorboard": ["training/tensorboard.py"],
     "rich": [],

@@ -8,6 +8,7 @@ fingerprint is the checksum that the file would have without them.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -89,10 +90,56 @@ class ShardRecord(Record):
     files: dict[str, FileRecord]
 
 
+SERVED = "served:"
+"""Begins the fingerprint of a teacher whose weights were not at hand. No weights have such a fingerprint."""
+CANARY_TOLERANCE = 0.05
+"""Nats per token. Rounding in bfloat16 changes a canary by 0.03 to 0.04."""
+
+
+class Canary(Record):
+    """The losses of a fixed text by a served teacher. They tell whether the same model still answers.
+
+    Two canaries are equal if they differ by at most CANARY_TOLERANCE in the mean: a server's losses depend on which requests it
+    reads together.
+    """
+
+    losses: tuple[float, ...]  # nats
+
+    def distance(self, other: Canary) -> float:
+        """The mean difference, nats. Infinite if the lengths differ or a loss is not finite."""
+        if len(self.losses) != len(other.losses):
+            return math.inf
+        mean = sum(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True)) / max(1, len(self.losses))
+        return mean if math.isfinite(mean) else math.inf
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Canary) and self.distance(other) <= CANARY_TOLERANCE
+
+    def __hash__(self) -> int:
+        return hash(len(self.losses))
+
+    def __str__(self) -> str:
+        return f"{sum(self.losses) / max(1, len(self.losses)):.3f} nats per token"
+
+
+class Served(Record):
+    """The server that computed losses, as it describes itself; 'unknown' is what it does not tell."""
+
+    engine: str
+    version: str
+    model: str  # the name under which it was served
+    quantization: str
+    kv_cache_dtype: str
+    canary: Canary
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self)
+
+
 class Scoring(Record):
     """The settings by which the teacher's losses were computed."""
 
-    teacher: str  # fingerprint of its weights
+    teacher: str  # fingerprint of its weights; SERVED and a hash if only a server has them
     name: str  # of its folder or file, for messages
     dtype: str
     weights: Literal["as-is", "int8", "fp8"]
@@ -100,6 +147,7 @@ class Scoring(Record):
     stride: int  # tokens from window to window
     before: int  # the id from which a document's first token is predicted: the last id of `front`, or the teacher's EOS
     front: tuple[int, ...] = ()  # ids at the beginning of each window: those that the teacher's tokenizer puts before a text
+    served: Served | None = None  # None: the teacher ran in the process that scored
 
     @property
     def quantization(self) -> Literal["none", "int8", "fp8"]:
@@ -107,10 +155,12 @@ class Scoring(Record):
         return "none" if self.weights == "as-is" else self.weights
 
     @model_serializer(mode="wrap")
-    def _without_front_as_ever(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, object]:
         fields: dict[str, object] = dump(self)
         if not self.front:
             del fields["front"]
+        if self.served is None:
+            del fields["served"]
         return fields
 
 

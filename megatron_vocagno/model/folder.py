@@ -29,6 +29,8 @@ COMPANION_FILES = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
 )
 
+DESCRIPTION = ("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+
 
 def model_folder(path: str | os.PathLike[str]) -> Path:
     """The folder at `path`, or the snapshot of a Hub id. It is checked to have a config.json and all of its safetensors files.
@@ -45,6 +47,24 @@ def model_folder(path: str | os.PathLike[str]) -> Path:
             f"{source} lists {len(missing)} files that do not exist, for example {missing[0]}. Was the download complete?"
         )
     return folder
+
+
+def described_folder(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """A folder with the configuration and the tokenizer of a model, and whether it has the weights. Downloads no weights.
+
+    Raises ModelError: the path does not exist, has no config.json, or the Hub does not provide the model.
+    """
+    if hub.is_id(path):
+        if (whole := cached_snapshot(path)) is not None:
+            return whole, True
+        try:
+            return hub.snapshot(path, DESCRIPTION), False
+        except HubError as error:
+            raise ModelError(f"no model at {path}: {error}", path) from error
+    folder = Path(path).expanduser()
+    if not (folder / "config.json").is_file() or weight_files(folder):
+        return model_folder(folder), True
+    return folder, False
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:

@@ -19,19 +19,22 @@ from megatron_vocagno import hub
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.front import front_of
-from megatron_vocagno.corpus.losses import gather, record_losses, remove_leftover_losses, unscored
-from megatron_vocagno.corpus.manifest import Manifest, Scoring, read_manifest
-from megatron_vocagno.errors import ChangedError, CorpusError, ModelError
+from megatron_vocagno.corpus.losses import gather, read_losses, record_losses, remove_leftover_losses, unscored
+from megatron_vocagno.corpus.manifest import SERVED, Manifest, Scoring, read_manifest
+from megatron_vocagno.errors import ChangedError, CorpusError, ModelError, ServerError, ServerLostError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import read_config
+from megatron_vocagno.model.folder import described_folder, read_config
 from megatron_vocagno.model.gguf import naming_file
 from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.score_served import ServedShard, ask_servers, canary_prompt, served_fingerprint
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
 from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
+from megatron_vocagno.serving.client import Servers
+from megatron_vocagno.serving.engines import UNKNOWN
 
 log = logging.getLogger(__name__)
 CONTEXT = 4096
@@ -47,26 +50,29 @@ class ScoringOptions:
     teacher          a folder, a GGUF file, or a pinned Hub id
     context, stride  None: the smaller of `CONTEXT` and the teacher's longest input, and half of it
     bos              as `teacher.bos` of a run file
+    servers          where the teacher is served. None: it runs in this process
+    dtype            None: bfloat16, or the type that the server tells
     """
 
     teacher: Path
-    dtype: DType = "bfloat16"
+    dtype: DType | None = None
     quantization: Quantization = "none"
     context: int | None = None
     stride: int | None = None
     tokens_per_batch: int = 16_384
     bos: Bos = "auto"
+    servers: Servers | None = None
 
     def scoring(self, data: AlignedDataset) -> Scoring:
-        """The record of the scoring of a dataset.
+        """The record of the scoring of a dataset. Asks the servers if there are any.
 
-        Raises CorpusError, ModelError or DatasetError if the teacher, `context` or `stride` does not fit the dataset.
+        Raises CorpusError, ModelError, DatasetError or ServerError if the teacher, `context` or `stride` does not fit.
         """
         with naming_file(self.teacher):
             return self._scoring(data)
 
     def _scoring(self, data: AlignedDataset) -> Scoring:
-        folder = teacher_folder(self.teacher)
+        folder, has_weights = (teacher_folder(self.teacher), True) if self.servers is None else described_folder(self.teacher)
         config = read_config(folder).get_text_config()
         tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
         if rows < tokens:
@@ -81,20 +87,39 @@ class ScoringOptions:
         context = self.context or min(CONTEXT, (longest or CONTEXT) - len(front))
         stride = self.stride or max(1, context // 2)
         if longest is not None and context + len(front) > longest:
-            before = f", {len(front)} of them in front of the text" if front else ""
-            raise CorpusError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{before}")
+            in_front = f", {len(front)} of them in front of the text" if front else ""
+            raise CorpusError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{in_front}")
         if stride > context:
             raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be skipped")
-        return Scoring(
-            teacher=teacher_fingerprint(self.teacher),
+        before = front[-1] if front else data.teacher_tokenizer.eos_id
+        scoring = Scoring(
+            teacher=teacher_fingerprint(folder if self.servers else self.teacher) if has_weights else SERVED,
             name=hub.short_name(self.teacher),
-            dtype=self.dtype,
+            dtype=self.dtype or "bfloat16",
             weights="as-is" if self.quantization == "none" else self.quantization,
             context=context,
             stride=stride,
-            before=front[-1] if front else data.teacher_tokenizer.eos_id,
+            before=before,
             front=front,
         )
+        return scoring if self.servers is None else self._by_server(scoring, self.servers, data, folder)
+
+    def _by_server(self, scoring: Scoring, servers: Servers, data: AlignedDataset, folder: Path) -> Scoring:
+        """The record of a scoring by servers. They are asked for their settings, and for a canary."""
+        # a window's prompt has the token before it, and a server always makes one more
+        needed = len(scoring.front) + scoring.context + 2
+        served, dtype = ask_servers(servers, self.canary(scoring, data), needed, self.teacher, folder)
+        if self.dtype is not None and dtype not in (self.dtype, UNKNOWN):
+            raise ServerError(f"{servers.urls[0]} computes in {dtype}, and --dtype is {self.dtype}")
+        fingerprint = scoring.teacher
+        if fingerprint == SERVED:
+            fingerprint = served_fingerprint(folder / "config.json", served.model)
+        return scoring.model_copy(update={"teacher": fingerprint, "dtype": self.dtype or dtype, "served": served})
+
+    @staticmethod
+    def canary(scoring: Scoring, data: AlignedDataset) -> tuple[int, ...]:
+        """The ids of the canary's prompt."""
+        return canary_prompt(data.teacher_tokenizer.path, scoring.front or (scoring.before,))
 
 
 def score(
@@ -114,27 +139,41 @@ def score(
     on_plan   called with the jobs
     on_shard  called with each result or failure
 
-    Raises CorpusError, ModelError or OSError. Scored shards are kept, and the next call continues with the others.
+    Raises CorpusError, ModelError, ServerError or OSError. Scored shards are kept, and the next call continues with the others.
     """
     root = local_folder(path)
     manifest = read_manifest(root)
     recorded = manifest.teacher_losses
     # opened without its losses: a damaged or missing file of losses is made again
-    scoring = options.scoring(AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None})))
+    data = AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None}))
+    scoring = options.scoring(data)
+    served = None
+    if options.servers is not None:
+        served = ServedShard(options.servers, options.canary(scoring, data))
+        scoring = _as_recorded(scoring, root, manifest)
     if recorded is not None and recorded.scoring != scoring and not replace:
         raise ChangedError(f"{path} was scored with other settings:\n{difference(recorded.scoring, scoring)}")
     with locked(root, part):
         if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
             manifest = record_losses(root, manifest, None)  # they are about to change
         jobs = [
-            ScoreJob(i, root / shard.path, shard, scoring, options.teacher, options.tokens_per_batch, replace)
+            ScoreJob(i, root / shard.path, shard, scoring, options.teacher, options.tokens_per_batch, replace, served)
             for i, shard in enumerate(manifest.shards)
             if shard.totals.documents
         ]
         selected = part.of(jobs) if part else jobs
         on_plan(selected)
-        run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError), on_shard, "scored")
+        run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError, ServerLostError), on_shard, "scored")
         return _record_if_complete(root, manifest)
+
+
+def _as_recorded(scoring: Scoring, root: Path, manifest: Manifest) -> Scoring:
+    """The equal record of a scored shard if there is one, so that all shards have the same canary to the last digit."""
+    for shard in manifest.shards:
+        found = read_losses(root / shard.path, shard)
+        if found is not None and found.scoring == scoring:
+            return found.scoring
+    return scoring
 
 
 def finish(path: Path) -> Manifest:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +24,18 @@ from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
 from megatron_vocagno.errors import ChangedError
 from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.preprocess.score_served import ServedShard, served_losses
 from megatron_vocagno.preprocess.windows import Int64, Windows, plan_windows
 from megatron_vocagno.preprocess.workers import report
 
 
 @dataclass(frozen=True)
 class ScoreJob:
-    """A shard to score. replace: overwrite losses that were computed with other settings."""
+    """A shard to score.
+
+    replace  overwrite losses that were computed with other settings
+    served   where the teacher is served. None: it runs in this process
+    """
 
     index: int
     folder: Path
@@ -39,6 +44,7 @@ class ScoreJob:
     teacher: Path
     tokens_per_batch: int
     replace: bool = False
+    served: ServedShard | None = None
 
     @property
     def name(self) -> str:
@@ -57,31 +63,42 @@ class ScoreResult:
 
 @dataclass(frozen=True)
 class ScoreJobProgress:
-    """The progress of one shard: tokens that are scored."""
+    """The progress of one shard: tokens that are scored. state: of the requests to a server"""
 
     index: int
     tokens: int
+    state: str = ""
 
 
 def score_shard(job: ScoreJob) -> ScoreResult:
     """Compute the losses of a shard, or reuse them if they exist.
 
-    Raises ChangedError if they were computed with other settings, ModelError for a teacher that cannot be opened, and OSError.
+    Raises ChangedError if they were computed with other settings, ModelError for a teacher that cannot be opened, ServerError and
+    OSError.
     """
     found = read_losses(job.folder, job.record)
     if found is not None and found.scoring == job.scoring:
         return ScoreResult(job, found)
     if found is not None and not job.replace:
         raise ChangedError(f"{job.folder} was scored with other settings:\n{difference(found.scoring, job.scoring)}")
-    teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
     pair = PairReader(job.folder / "teacher")
-    begin = time.perf_counter()
-    losses, forwards = score_documents(teacher, pair.flat(), pair.lengths, job)
+    if job.served is None:
+        teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
+        begin = time.perf_counter()
+        losses, forwards = score_documents(teacher, pair.flat(), pair.lengths, job)
+    else:
+        begin = time.perf_counter()
+        on_progress = partial(_report, job.index)
+        losses, forwards = served_losses(job.served, job.scoring, pair.flat(), pair.lengths, on_progress)
     return ScoreResult(
         job,
         write_losses(job.folder, job.record, job.scoring, rounded(losses), pair.lengths.astype(np.int64), forwards),
         time.perf_counter() - begin,
     )
+
+
+def _report(index: int, tokens: int, state: str) -> None:
+    report(ScoreJobProgress(index, tokens, state))
 
 
 def difference(then: Scoring, now: Scoring) -> str:

@@ -20,6 +20,7 @@ from megatron_vocagno.preprocess.score import ScoringOptions, finish
 from megatron_vocagno.preprocess.score import score as score_dataset
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
 from megatron_vocagno.preprocess.workers import run_local
+from megatron_vocagno.serving.client import Servers
 
 from .console import Terminal, absolute
 from .score_progress import ScoreProgress, near_chance, summary
@@ -35,7 +36,8 @@ def score(args: argparse.Namespace) -> None:
     read_manifest(path)  # an error must come before anything is written
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
-    asked = ScoringOptions(teacher, args.dtype, args.quantization, args.context, args.stride, args.tokens_per_batch, args.bos)
+    windows = (args.context, args.stride, args.tokens_per_batch, args.bos)
+    asked = ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args))
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         manifest = score_dataset(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
     print_result(path, manifest, progress)
@@ -61,6 +63,16 @@ def part_of(part: Slice, rank: int, world: int) -> Slice | None:
     if (part.n, world) == (1, 1):
         return None
     return Slice(part.i + part.n * rank, part.n * world)
+
+
+def servers_of(args: argparse.Namespace) -> Servers | None:
+    if args.server is None:
+        return None
+    for option, default in (("engine", "local"), ("workers", 1), ("quantization", "none")):
+        if getattr(args, option) != default:
+            raise CorpusError(f"--{option} {getattr(args, option)} is for a teacher in this process, and --server is set")
+    key = os.environ.get("MEGATRON_VOCAGNO_SERVER_KEY")
+    return Servers(args.server, args.served_model, args.in_flight, args.timeout, args.tries, key)
 
 
 def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[ScoreResult, ScoreJob]:

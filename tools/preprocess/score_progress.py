@@ -30,6 +30,7 @@ class ScoreProgress(WorkProgress):
         self.tokens = self.scored = 0
         self.seconds_of_forwards = 0.0
         self.at_work: dict[int, int] = {}
+        self.state = ""
 
     def plan(self, jobs: Sequence[ScoreJob]) -> None:
         self.shards = len(jobs)
@@ -65,6 +66,7 @@ class ScoreProgress(WorkProgress):
     def within(self, progress: ScoreJobProgress) -> None:
         """Receive the progress within a shard."""
         self.at_work[progress.index] = progress.tokens
+        self.state = f", {progress.state}" if progress.state else ""
         self._show()
 
     def _done(self) -> int:
@@ -73,7 +75,10 @@ class ScoreProgress(WorkProgress):
     def _show(self) -> None:
         done = self._done()
         self.show(
-            f"shard {self.done}/{self.shards}", done, self.tokens, f"{done:,} tokens, {done / self.seconds:,.0f} per second"
+            f"shard {self.done}/{self.shards}",
+            done,
+            self.tokens,
+            f"{done:,} tokens, {done / self.seconds:,.0f} per second{self.state}",
         )
 
     def line(self, text: str) -> None:
@@ -93,6 +98,9 @@ def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table
         "padding": f"{totals.padding / max(1, totals.positions):.2%} of all positions",
         "precision": f"{scoring.dtype}, quantization {scoring.quantization}",
     }
+    if scoring.served is not None:
+        rows["precision"] = f"{scoring.dtype}, quantization {scoring.served.quantization}"
+        rows["server"] = f"{scoring.served.engine} {scoring.served.version}, {scoring.served.model}"
     if progress.seconds_of_forwards:
         speed = progress.scored / progress.seconds_of_forwards
         rows["speed"] = f"{speed:,.0f} tokens per second and process, in the shards of this process"

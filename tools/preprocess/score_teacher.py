@@ -3,6 +3,7 @@
     python -m tools.preprocess.score_teacher DATASET --teacher T
     torchrun --nproc_per_node 8 -m tools.preprocess.score_teacher DATASET --teacher T        one process per GPU
     python -m tools.preprocess.score_teacher DATASET --teacher T --engine ray                one task per GPU of the cluster
+    python -m tools.preprocess.score_teacher DATASET --teacher T --server http://node7:8000  vLLM or SGLang runs the teacher
 
 After an interruption, run the same command again: it scores the missing shards. With --shards 3/64 it scores the 3rd of 64 parts,
 as one task of a job array. The last task to end records the losses in dataset.json. You can also record them with
@@ -60,7 +61,7 @@ def parser() -> Parser:
         "--teacher", required=True, type=Path, metavar="T", help="a folder with safetensors, a GGUF file, or a Hub id (required)"
     )
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="type of the forward (default: bfloat16)"
+        "--dtype", choices=["bfloat16", "float16", "float32"], help="type of the forward (default: bfloat16, or the server's)"
     )
     kinds = ["none", "int8", "fp8"]
     parser.add_argument("--quantization", choices=kinds, default="none", help="of the decoder's weights (default: none)")
@@ -97,6 +98,17 @@ def parser() -> Parser:
     where.add_argument("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
     where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
     where.add_argument("--shards", type=slice_of, metavar="I/N", help="score the I-th of N parts, I from 1 (default: all)")
+    server = parser.add_argument_group("a teacher that a server runs")
+    server.add_argument(
+        "--server", type=urls_of, metavar="URL[,URL]", help="vLLM's or SGLang's server, or several of the same teacher"
+    )
+    server.add_argument("--served-model", metavar="NAME", help="the teacher's name there (default: the only one)")
+    server.add_argument("--in-flight", type=positive_int, metavar="N", default=64, help="open requests at a time (default: 64)")
+    server.add_argument("--timeout", type=positive_int, metavar="S", default=600, help="seconds of a request (default: 600)")
+    server.add_argument("--tries", type=positive_int, metavar="N", default=8, help="tries of a request (default: 8)")
+    server.add_argument(
+        "--check", type=positive_int, metavar="N", help="compare N windows with the teacher in this process, before scoring"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
@@ -110,6 +122,15 @@ def finalize_parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder whose shards are all scored")
     return parser
+
+
+def urls_of(text: str) -> tuple[str, ...]:
+    """A type for argparse: the base URLs, without /v1."""
+    urls = tuple(url.rstrip("/").removesuffix("/v1") for url in text.split(","))
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise argparse.ArgumentTypeError(f"{url!r} is not a URL, for example http://localhost:8000")
+    return urls
 
 
 def quantization_of(text: str) -> str:

@@ -1,0 +1,149 @@
+"""Requests over HTTP to servers that give the same answers.
+
+At most `in_flight` requests are open at a time. Each goes to the server with the fewest open requests. A request is sent again if
+the connection fails or times out, or if the server answers 408, 425, 429 or 5xx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import httpx2
+from typing_extensions import Self
+
+from megatron_vocagno.errors import ServerError, ServerLostError
+
+Json = Any
+SENT_AGAIN = frozenset({408, 425, 429, *range(500, 600)})
+ABSENT = (403, 404, 405)
+"""Statuses of a path that a server does not have, or that it does not allow."""
+LONGEST_PAUSE = 60.0
+"""Seconds."""
+SHOWN = 500
+"""Characters of an answer that a message shows."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Where the teacher is served, and how to ask.
+
+    urls       base URLs, without /v1. All serve the same teacher
+    model      the name under which it is served. None: the only one that the server has
+    in_flight  open requests at a time, over all URLs
+    timeout    seconds until a request without an answer is sent again
+    tries      how often a request is sent at most
+    key        sent as a bearer token
+    """
+
+    urls: tuple[str, ...]
+    model: str | None = None
+    in_flight: int = 64
+    timeout: float = 600.0
+    tries: int = 8
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The content of an answer with status 200, and the URL of the server that gave it."""
+
+    url: str
+    content: Json
+
+
+class Client:
+    """Sends requests from one event loop. `open` requests are being answered, and `retries` were sent again."""
+
+    def __init__(self, servers: Servers) -> None:
+        self.servers = servers
+        self.open = dict.fromkeys(servers.urls, 0)
+        self.retries = 0
+        headers = {"Authorization": f"Bearer {servers.key}"} if servers.key else {}
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=servers.in_flight)
+        # no proxy of the environment: it may change a prompt, and the servers are named by the user
+        self._http = httpx2.AsyncClient(headers=headers, timeout=servers.timeout, limits=limits, trust_env=False)
+        self._free = asyncio.Semaphore(servers.in_flight)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._http.aclose()
+
+    async def get(self, url: str, path: str) -> Json | None:
+        """The answer of one server, or None if it does not have this path or does not allow it. Raises ServerError."""
+        _, answer = await self._send("GET", path, None, [url], (200, *ABSENT))
+        return None if answer.status_code in ABSENT else _content(answer)
+
+    async def has(self, url: str, path: str) -> bool:
+        """Whether a server has an endpoint for POST. An empty request is sent, which the endpoint refuses. Raises ServerError."""
+        _, answer = await self._send("POST", path, {}, [url], (200, 400, 422, *ABSENT))
+        return answer.status_code not in ABSENT
+
+    async def post(self, path: str, body: Json, url: str | None = None) -> Answer:
+        """The answer of a server. url: None means any of them. Raises ServerError."""
+        async with self._free:
+            asked, answer = await self._send("POST", path, body, self.servers.urls if url is None else [url])
+        return Answer(asked, _content(answer))
+
+    async def _send(
+        self, method: str, path: str, body: Json, urls: Sequence[str], expected: Sequence[int] = (200,)
+    ) -> tuple[str, httpx2.Response]:
+        """The first answer with an expected status, and the URL that it came from."""
+        url = cause = ""
+        for attempt in range(1, self.servers.tries + 1):
+            url = self._next(urls, url)
+            self.open[url] += 1
+            try:
+                answer = await self._http.request(method, url + path, json=body)
+            except httpx2.TransportError as error:
+                cause, pause = f"{type(error).__name__}: {error}".removesuffix(": "), None
+            else:
+                if answer.status_code in expected:
+                    return url, answer
+                cause = f"{answer.status_code} {answer.text[:SHOWN]}"
+                if answer.status_code not in SENT_AGAIN:
+                    raise ServerError(f"{method} {url}{path} was refused: {cause}{_advice(answer.status_code)}")
+                pause = _pause(answer)
+            finally:
+                self.open[url] -= 1
+            if attempt < self.servers.tries:
+                self.retries += 1
+                backoff = min(LONGEST_PAUSE, 2.0 ** (attempt - 1)) * (0.5 + random.random())
+                await asyncio.sleep(backoff if pause is None else pause)
+        raise ServerLostError(
+            f"{method} {url}{path}: no answer in {self.servers.tries} tries of at most {self.servers.timeout:g} seconds. "
+            f"The last one: {cause}. Is the server running, and does it have enough memory?"
+        )
+
+    def _next(self, urls: Sequence[str], failed: str) -> str:
+        """The server with the fewest open requests. After a failure, another one if there is one."""
+        return min(urls, key=lambda url: (url == failed, self.open[url]))
+
+
+def _content(answer: httpx2.Response) -> Json:
+    try:
+        return answer.json()
+    except ValueError:
+        raise ServerError(
+            f"{answer.request.method} {answer.request.url} answered with something else than JSON: {answer.text[:SHOWN]}"
+        ) from None
+
+
+def _pause(answer: httpx2.Response) -> float | None:
+    """Seconds that the server asks to wait for, at most LONGEST_PAUSE."""
+    try:
+        return min(LONGEST_PAUSE, max(0.0, float(answer.headers.get("Retry-After", ""))))
+    except ValueError:
+        return None
+
+
+def _advice(status: int) -> str:
+    return ". Set MEGATRON_VOCAGNO_SERVER_KEY to the key of the server" if status == 401 else ""

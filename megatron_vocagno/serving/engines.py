@@ -1,0 +1,216 @@
+"""What vLLM and SGLang are asked, and what they answer. Both can tell the probability of each token of a prompt.
+
+Other engines answer the same requests with status 200, but without these probabilities, or leave out parts of the prompt. Each
+answer is therefore compared with what was sent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_vocagno.errors import ServerError
+from megatron_vocagno.serving.client import Answer, Client, Json
+
+Losses = NDArray[np.float32]
+UNKNOWN = "unknown"
+"""What the server does not tell."""
+CLAMPED = -9999.0
+"""vLLM answers this log-probability instead of -inf, which JSON does not have."""
+WITHOUT_LOSSES = {
+    "llamacpp": "llama.cpp's server",
+    "library": "Ollama",
+    "lmdeploy": "LMDeploy",
+    "tensorrt_llm": "TensorRT-LLM",
+    "tgi": "Text Generation Inference",
+}
+"""Other engines, by the owner that they name in /v1/models."""
+NEEDED = "A teacher needs vLLM's or SGLang's server"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a server says of itself. UNKNOWN or None: it does not say it.
+
+    model         the name under which it serves the teacher
+    root          the folder or Hub id of the weights
+    longest       tokens of the longest request, prompt and answer together
+    """
+
+    engine: str
+    version: str
+    model: str
+    root: str | None
+    longest: int | None
+    dtype: str = UNKNOWN
+    quantization: str = UNKNOWN
+    kv_cache_dtype: str = UNKNOWN
+
+
+class Engine(Protocol):
+    """How the losses of a prompt are asked for.
+
+    request  the path, and the content of the request. model: the name under which the teacher is served. ids: the prompt. known:
+             the losses of the first tokens are not needed
+    losses   [len(ids) - known], float32, nats, of ids[known:], each after all tokens before it. Raises ServerError
+    """
+
+    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]: ...
+
+    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses: ...
+
+
+async def recognize(client: Client, url: str) -> tuple[Engine, Description]:
+    """The engine of a server, and what it says of itself. Raises ServerError if it cannot give losses, or not of the model."""
+    models = await client.get(url, "/v1/models")
+    if models is None or not isinstance(models.get("data"), list) or not models["data"]:
+        raise ServerError(f"{url}/v1/models lists no models. {NEEDED}. Is {url} its address, without /v1?")
+    owner = str(models["data"][0].get("owned_by"))
+    if owner in WITHOUT_LOSSES:
+        raise ServerError(f"{url} is {WITHOUT_LOSSES[owner]}, which does not give the losses of a prompt. {NEEDED}")
+    card = _model(models["data"], client.servers.model, url)
+    if owner == "sglang":
+        return SGLang(), await _describe_sglang(client, url, card)
+    tokens = await client.has(url, VLLMTokens.PATH)
+    return VLLMTokens() if tokens else VLLM(), await _describe_vllm(client, url, card)
+
+
+def _model(cards: Sequence[Json], name: str | None, url: str) -> Json:
+    served = {str(card["id"]): card for card in cards}
+    bases = [one for one, card in served.items() if not card.get("parent")]
+    if name is None and len(bases) != 1:
+        raise ServerError(f"{url} serves {', '.join(served)}: choose the teacher with --served-model")
+    chosen = bases[0] if name is None else name
+    if chosen not in served:
+        raise ServerError(f"{url} does not serve {chosen}. It serves {', '.join(served)}: see --served-model")
+    if parent := served[chosen].get("parent"):
+        raise ServerError(
+            f"{url}: {chosen} is a LoRA adapter of {parent}. Its losses cannot be attributed to the weights of --teacher: "
+            "merge the adapter into the weights, and serve them"
+        )
+    return served[chosen]
+
+
+# ---- vLLM
+
+
+class VLLM:
+    """Its OpenAI-compatible completions, which accept token ids and have a field for the losses of the prompt."""
+
+    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
+        fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "n": 1, "stream": False}
+        return "/v1/completions", fields | {"model": model, "prompt": list(ids), "add_special_tokens": False}
+
+    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses:
+        content = answer.content
+        [choice, *_] = content.get("choices") or [{}]
+        told = content.get("prompt_logprobs") or choice.get("prompt_logprobs")
+        if not isinstance(told, list):
+            raise ServerError(f"{answer.url} answered without prompt_logprobs. {NEEDED}; a proxy may also have removed them")
+        read = (content.get("usage") or {}).get("prompt_tokens", len(told))
+        if len(told) != len(ids) or read != len(ids) or told[0] is not None:
+            raise _changed(answer.url, f"{len(ids):,} tokens were sent, {read:,} were read, {len(told):,} were answered")
+        try:
+            return _checked(
+                [one[str(token)]["logprob"] for token, one in zip(ids[known:], told[known:], strict=True)], answer.url
+            )
+        except (KeyError, TypeError):
+            other = next(i for i in range(known, len(ids)) if not isinstance(told[i], dict) or str(ids[i]) not in told[i])
+            raise _changed(answer.url, f"token {other:,} was {ids[other]}, and its answer is {str(told[other])[:100]}") from None
+
+
+class VLLMTokens(VLLM):
+    """Its endpoint for token ids, which does not turn them into text. It takes less than half of the server's time in Python."""
+
+    PATH = "/inference/v1/generate"
+
+    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
+        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
+        return self.PATH, {"model": model, "token_ids": list(ids), "sampling_params": sampling}
+
+
+async def _describe_vllm(client: Client, url: str, card: Json) -> Description:
+    version = (await client.get(url, "/version") or {}).get("version", UNKNOWN)
+    told = (await client.get(url, "/server_info?config_format=json") or {}).get("vllm_config")
+    settings = told if isinstance(told, dict) else {}
+    model, cache = settings.get("model_config") or {}, settings.get("cache_config") or {}
+    if (mode := model.get("logprobs_mode", "raw_logprobs")) != "raw_logprobs":
+        raise ServerError(f"{url} has --logprobs-mode {mode}: start it with --logprobs-mode raw_logprobs")
+    return Description(
+        "vllm",
+        str(version),
+        str(card["id"]),
+        card.get("root"),
+        card.get("max_model_len"),
+        str(model.get("dtype", UNKNOWN)).removeprefix("torch."),
+        str(model.get("quantization") or "none") if model else UNKNOWN,
+        str(cache.get("cache_dtype", UNKNOWN)),
+    )
+
+
+# ---- SGLang
+
+
+class SGLang:
+    """Its own endpoint, which leaves out the tokens that are only context."""
+
+    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
+        fields = {"return_logprob": True, "logprob_start_len": known - 1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
+        return "/generate", fields | {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+
+    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses:
+        content = answer.content[0] if isinstance(answer.content, list) and answer.content else answer.content
+        meta = content.get("meta_info") if isinstance(content, dict) else None
+        told = (meta or {}).get("input_token_logprobs")
+        if not isinstance(told, list):
+            raise ServerError(f"{answer.url} answered without input_token_logprobs. {NEEDED}; a proxy may have removed them")
+        assert meta is not None
+        read = meta.get("prompt_tokens", len(ids))
+        if len(told) != len(ids) - known + 1 or read != len(ids):
+            expected = f"{len(ids) - known + 1:,} of them were asked for"
+            raise _changed(
+                answer.url, f"{len(ids):,} tokens were sent, {read:,} were read, {expected}, {len(told):,} were answered"
+            )
+        # the first one is the last token of the context, whose loss is not computed
+        for i, (one, token) in enumerate(zip(told, ids[known - 1 :], strict=True)):
+            if one[1] != token or (one[0] is None) != (i == 0):
+                raise _changed(answer.url, f"token {known - 1 + i:,} was {token}, and its answer is {str(one)[:100]}")
+        return _checked([one[0] for one in told[1:]], answer.url)
+
+
+async def _describe_sglang(client: Client, url: str, card: Json) -> Description:
+    # the second names are those of earlier releases
+    info = await client.get(url, "/model_info") or await client.get(url, "/get_model_info") or {}
+    told = await client.get(url, "/server_info") or await client.get(url, "/get_server_info") or {}
+    return Description(
+        "sglang",
+        str(told.get("version", UNKNOWN)),
+        str(card["id"]),
+        told.get("model_path") or info.get("model_path"),
+        card.get("max_model_len") or told.get("context_length"),
+        str(told.get("dtype", UNKNOWN)),
+        str(told.get("quantization") or "none") if told else UNKNOWN,
+        str(told.get("kv_cache_dtype", UNKNOWN)),
+    )
+
+
+# ---- both
+
+
+def _changed(url: str, what: str) -> ServerError:
+    return ServerError(
+        f"{url} read another prompt than the one that was sent: {what}. Does a proxy add a BOS, or does the server truncate?"
+    )
+
+
+def _checked(log_probabilities: Sequence[float], url: str) -> Losses:
+    """Losses of log-probabilities. Raises ServerError if they are not log-probabilities."""
+    values = np.array(log_probabilities, np.float64)
+    if (values > 1e-3).any():
+        raise ServerError(f"{url} answered a log-probability of {values.max():g}: start vLLM with --logprobs-mode raw_logprobs")
+    return np.where(values == CLAMPED, math.inf, -values).astype(np.float32)

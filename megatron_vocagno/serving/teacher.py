@@ -1,0 +1,107 @@
+"""A teacher that servers run: what is proved before its losses are used, and the losses of many prompts.
+
+The canary is a fixed text. Its losses are asked for at the start of a scoring, before each shard, and of each server. If they
+change by more than rounding, another model answers, or the same one with other weights, an adapter or another quantization.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_vocagno.corpus.manifest import CANARY_TOLERANCE, Canary
+from megatron_vocagno.errors import ServerError, ServerLostError
+from megatron_vocagno.serving.client import Client, Servers
+from megatron_vocagno.serving.engines import Description, Engine, Losses, recognize
+
+CANARY = (
+    "The derivative of x squared is 2x, and the integral of 2x is x squared plus a constant. In 1969 people walked on the Moon; "
+    "Neil Armstrong was the first. def mean(values): return sum(values) / len(values)  # fails if there are none\n"
+    "Wer im Glashaus sitzt, soll nicht mit Steinen werfen. If 17 of 40 seats are taken, 23 are free, and 23 / 40 = 57.5 %."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids: the tokens that the teacher reads. known: the losses of the first tokens are not needed, at least of the first one."""
+
+    ids: Sequence[int]
+    known: int
+
+
+class ServedTeacher:
+    """Asks servers of one teacher. For one event loop."""
+
+    def __init__(self, client: Client, engine: Engine, description: Description) -> None:
+        self.client, self.engine, self.description = client, engine, description
+
+    @classmethod
+    async def open(cls, client: Client) -> ServedTeacher:
+        """Raises ServerError if a server cannot give losses, or if two servers do not serve the same."""
+        found = [await recognize(client, url) for url in client.servers.urls]
+        for url, (engine, description) in zip(client.servers.urls, found, strict=True):
+            if (type(engine), description) != (type(found[0][0]), found[0][1]):
+                raise ServerError(
+                    "two servers are not alike, so their losses cannot be mixed:\n"
+                    f"  {client.servers.urls[0]}: {type(found[0][0]).__name__}, {found[0][1]}\n"
+                    f"  {url}: {type(engine).__name__}, {description}"
+                )
+        return cls(client, *found[0])
+
+    async def losses(self, prompt: Prompt, url: str | None = None) -> Losses:
+        """[len(ids) - known], float32, nats. url: None means any server. Raises ServerError."""
+        path, content = self.engine.request(self.description.model, prompt.ids, prompt.known)
+        return self.engine.losses(await self.client.post(path, content, url), prompt.ids, prompt.known)
+
+    async def canary(self, prompt: Prompt, before: Canary | None = None) -> Canary:
+        """The canary of the first server. Raises ServerLostError if another one differs, or if one differs from `before`."""
+        found = [Canary(losses=tuple((await self.losses(prompt, url)).tolist())) for url in self.client.servers.urls]
+        reference, where = (found[0], f"of {self.client.servers.urls[0]}") if before is None else (before, "of before")
+        for url, canary in zip(self.client.servers.urls, found, strict=True):
+            if canary != reference:
+                raise ServerLostError(
+                    f"{url}: another model answers. Its losses of a fixed text differ by {canary.distance(reference):.2f} nats "
+                    f"per token from those {where}; up to {CANARY_TOLERANCE} is rounding. Means: {canary}, {where} {reference}"
+                )
+        return found[0]
+
+    async def of_many(self, prompts: Sequence[Prompt], on_answer: Callable[[int, Losses], object]) -> None:
+        """Ask for the losses of all prompts, the longest first, and call `on_answer` with each index and result.
+
+        Raises ServerError of the first prompt that fails, and then asks for no more.
+        """
+        order = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))
+        tasks = [asyncio.create_task(self._work(order, prompts, on_answer)) for _ in range(self.client.servers.in_flight)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _work(self, order: Iterator[int], prompts: Sequence[Prompt], on_answer: Callable[[int, Losses], object]) -> None:
+        for i in order:
+            on_answer(i, await self.losses(prompts[i]))
+
+
+def introduce(servers: Servers, canary: Prompt, needed: int) -> tuple[Description, Canary]:
+    """What the servers say of themselves, and their canary. Waits for the answers.
+
+    needed: tokens of the longest request, prompt and answer together
+
+    Raises ServerError: see engines.recognize, and if a prompt would be too long.
+    """
+
+    async def ask() -> tuple[Description, Canary]:
+        async with Client(servers) as client:
+            teacher = await ServedTeacher.open(client)
+            longest = teacher.description.longest
+            if longest is not None and longest < needed:
+                raise ServerError(
+                    f"{servers.urls[0]} accepts {longest:,} tokens, and the windows of this --context need {needed:,}. Start it "
+                    f"with --max-model-len {needed} (SGLang: --context-length {needed}), or use a smaller --context"
+                )
+            return teacher.description, await teacher.canary(canary)
+
+    return asyncio.run(ask())

@@ -1,0 +1,245 @@
+"""Losses from a server are those of the teacher in this process, and nothing else passes for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.corpus.indexed import PairReader
+from megatron_vocagno.corpus.manifest import SERVED, Canary, TeacherLosses
+from megatron_vocagno.corpus.verify import verify
+from megatron_vocagno.errors import ChangedError, CorpusError, ServerError, ServerLostError, UserError
+from megatron_vocagno.model.fingerprint import teacher_fingerprint
+from megatron_vocagno.preprocess.score import ScoringOptions, score
+from megatron_vocagno.preprocess.windows import plan_windows
+from megatron_vocagno.serving import client
+from megatron_vocagno.serving.client import Servers
+from tests.runs import REPOSITORY
+from tests.serving.conftest import Serve, start
+
+Copy = Callable[..., Path]
+
+
+def losses_of(folder: Path) -> dict[str, bytes]:
+    files = [*folder.rglob("teacher_loss.bin"), *folder.rglob("teacher_loss.idx")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def recorded(folder: Path) -> TeacherLosses:
+    found = AlignedDataset.open(folder).manifest.teacher_losses
+    assert found is not None
+    return found
+
+
+def by(asked: ScoringOptions, *urls: str, **settings: object) -> ScoringOptions:
+    return replace(asked, servers=Servers(urls, timeout=60, in_flight=8, tries=6, **settings))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory, unscored: AlignedDataset, asked: ScoringOptions) -> Path:
+    """Scored in this process, one window at a time."""
+    folder = shutil.copytree(unscored.path, tmp_path_factory.mktemp("local") / "dataset")
+    score(folder, asked)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.05)
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm+tokens", "sglang", "vllm+500=3+429=2"])
+def test_the_files_are_those_of_a_teacher_in_this_process(
+    name: str, serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    score(folder, by(asked, serve(name)))
+    assert losses_of(folder) == losses_of(local)
+    verify(folder)
+    ours, theirs = recorded(folder), recorded(local)
+    assert ours.totals == theirs.totals.model_copy(update={"positions": ours.totals.positions, "padding": 0})
+    assert ours.scoring.served is not None and ours.scoring.served.engine == name.partition("+")[0]
+    without = ours.scoring.model_copy(update={"served": None, "dtype": "float32"})
+    assert without == theirs.scoring and ours.scoring != theirs.scoring
+
+
+def test_several_servers_share_the_windows(
+    serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    urls = [serve("vllm") for _ in range(3)]
+    folder = copy(unscored)
+    score(folder, by(asked, *urls))
+    assert losses_of(folder) == losses_of(local)
+    counts = [requests(url) for url in urls]
+    assert min(counts) > max(counts) / 3
+
+
+def requests(url: str) -> int:
+    return int(httpx2.get(f"{url}/asked", trust_env=False).text)
+
+
+REFUSED = {
+    "vllm+longest=49": r"accepts 49 tokens, and the windows of this --context need 50\.[\s\S]*--max-model-len 50",
+    "vllm+other-root": r"serves the weights at \S+, and --teacher is \S+",
+    "vllm+truncates": r"read another prompt than the one that was sent: \d+ tokens were sent, 20 were read, 20 were answered",
+    "vllm+adds-bos": r"read another prompt than the one that was sent: (\d+) tokens were sent, \d+ were read, \d+ were answered",
+    "sglang+adds-bos": r"read another prompt than the one that was sent: \d+ tokens were sent",
+    "sglang+truncates": r"read another prompt",
+    "vllm+other-ids": r"read another prompt than the one that was sent: token 1 was \d+, and its answer is \{'5'",
+    "vllm+without": "answered without prompt_logprobs",
+    "vllm+info+processed": "--logprobs-mode processed_logprobs: start it with --logprobs-mode raw_logprobs",
+    "vllm+logits": r"answered a log-probability of \S+: start vLLM with --logprobs-mode raw_logprobs",
+    "vllm+info+bf16": "computes in bfloat16, and --dtype is float32",
+    "vllm+key": "401 [^.]*Unauthorized[^.]*. Set MEGATRON_VOCAGNO_SERVER_KEY",
+    "vllm+two": "serves teacher, another: choose the teacher with --served-model",
+    "llamacpp": "is llama.cpp's server, which does not give the losses of a prompt",
+    "openai": "answered without prompt_logprobs",
+    "vllm+500=9": r"no answer in 6 tries of at most 60 seconds. The last one: 500 [^.]*out of memory",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_teacher_is_refused_before_anything_is_scored(
+    name: str, serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    with pytest.raises(ServerError, match=REFUSED[name]):
+        score(folder, by(asked, serve(name)))
+    assert not losses_of(folder)
+
+
+def test_names(serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
+    folder = copy(unscored)
+    with pytest.raises(ServerError, match=r"does not serve student\. It serves teacher, another"):
+        score(folder, by(asked, serve("vllm+two"), model="student"))
+    with pytest.raises(ServerError, match="adapter is a LoRA adapter of teacher"):
+        score(folder, by(asked, serve("vllm+adapter"), model="adapter"))
+    score(folder, by(asked, serve("vllm+two+adapter+key"), model="teacher", key="secret"))
+
+
+def test_nothing_listens(unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
+    with pytest.raises(ServerLostError, match=r"no answer in 6 tries[\s\S]*ConnectError"):
+        score(copy(unscored), by(asked, "http://127.0.0.1:9"))
+
+
+def test_servers_that_differ_are_not_mixed(serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
+    folder = copy(unscored)
+    with pytest.raises(ServerError, match="two servers are not alike"):
+        score(folder, by(asked, serve("vllm"), serve("sglang")))
+    with pytest.raises(ServerLostError, match="another model answers"):
+        score(folder, by(asked, serve("vllm"), serve("vllm+changes-after=0")))
+
+
+def test_a_model_that_changes_between_shards_is_noticed(
+    serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    windows = windows_of(unscored, asked)[0]
+    # after all of the first shard: its canary, and one at the start
+    with pytest.raises(ServerLostError, match=r"another model answers\. Its losses of a fixed text differ by \d"):
+        score(folder, by(asked, serve(f"vllm+changes-after={windows + 2}")))
+    done = losses_of(folder)
+    assert len(done) == 2 and done.items() <= losses_of(local).items()
+    # the same scoring by the old model goes on, by another one it does not
+    with pytest.raises(ChangedError, match=r"served: engine vllm, [\s\S]*canary \d+\.\d+ nats per token then, [\s\S]* now"):
+        score(folder, by(asked, serve("vllm+changes-after=0")))
+    score(folder, by(asked, serve("vllm")))
+    assert losses_of(folder) == losses_of(local)
+
+
+def windows_of(data: AlignedDataset, asked: ScoringOptions) -> list[int]:
+    """The number of windows of each shard."""
+    assert asked.context and asked.stride
+    lengths = [PairReader(data.path / shard.path / "teacher").lengths.astype("int64") for shard in data.manifest.shards]
+    return [len(plan_windows(one, asked.context, asked.stride).document) for one in lengths]
+
+
+def test_a_request_that_is_refused_ends_its_shard_with_the_servers_words(
+    serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    with pytest.raises(CorpusError, match=r"shards could not be scored[\s\S]*400 [^.]*out of vocabulary"):
+        score(folder, by(asked, serve("vllm+refuses-after=9")))
+    assert not losses_of(folder)
+
+
+def test_a_request_without_an_answer_is_sent_again(
+    serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder, url = copy(unscored), serve("sglang+stalls=2")
+    impatient = replace(by(asked, url), servers=Servers((url,), timeout=1, in_flight=4, tries=4))
+    score(folder, impatient)
+    assert losses_of(folder) == losses_of(local)
+
+
+def test_a_server_that_dies_leaves_the_finished_shards(
+    teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, serve: Serve, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    first = windows_of(unscored, asked)[0]
+    process, port = start([teacher])
+    with pytest.raises(ServerLostError, match="no answer in 6 tries"):
+        score(folder, by(asked, f"http://127.0.0.1:{port}/vllm+dies-after={first + 6}"))
+    assert process.wait(30) == 1
+    assert len(losses_of(folder)) == 2
+    score(folder, by(asked, serve("vllm")))
+    assert losses_of(folder) == losses_of(local)
+
+
+def test_weights_that_only_the_server_has(
+    serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy, tmp_path: Path
+) -> None:
+    """Their fingerprint equals no weights', and no other name's."""
+    description = tmp_path / "description"
+    description.mkdir()
+    for file in teacher.iterdir():
+        if file.suffix != ".safetensors":
+            (description / file.name).write_bytes(file.read_bytes())
+    folder = copy(unscored)
+    with pytest.raises(UserError, match="no weights in"):
+        score(folder, replace(asked, teacher=description))
+    with pytest.raises(ServerError, match="serves the weights at"):
+        score(folder, replace(by(asked, serve("vllm")), teacher=description))
+    score(folder, replace(by(asked, serve("vllm+elsewhere")), teacher=description))
+    assert losses_of(folder) == losses_of(local)
+    assert recorded(folder).scoring.teacher.startswith(SERVED)
+    assert recorded(local).scoring.teacher == teacher_fingerprint(teacher)
+    with pytest.raises(ChangedError, match=r"teacher: served:\w+ then, \w+ now"):
+        score(folder, by(asked, serve("vllm")))
+
+
+def test_canaries_are_equal_up_to_rounding() -> None:
+    one = Canary(losses=(1.0, 2.0))
+    assert one == Canary(losses=(1.04, 2.05)) and one != Canary(losses=(1.2, 2.0))
+    assert one != Canary(losses=(1.0,)) and one != Canary(losses=(1.0, float("nan")))
+
+
+@pytest.mark.long
+def test_killed_ten_times_it_ends_as_if_it_had_not_been(
+    serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder, url = copy(unscored), serve("vllm")
+    command = [sys.executable, "-m", "tools.preprocess.score_teacher", str(folder), "--teacher", str(teacher), "--server", url]
+    command += ["--context", str(asked.context), "--stride", str(asked.stride), "--dtype", "float32", "--in-flight", "2"]
+    for kill in range(10):
+        before = requests(url)
+        process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and requests(url) < before + 1 + 7 * kill:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert ended.returncode == 0, ended.stderr
+    assert losses_of(folder) == losses_of(local)
+    assert not list(folder.rglob(".teacher_loss*"))
