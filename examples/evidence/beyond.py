@@ -38,8 +38,10 @@ MAIN: tuple[tuple[str, ...], ...] = (
     ("control-variate",),
 )
 """Arms, and the fields that change them. The weights of `threshold` and `control-variate` have means of about 0.8 and 0.7."""
-ONCE: tuple[tuple[str, ...], ...] = (("oracle",), ("token-threshold",), ("constant-variate",))
-"""Arms that run at the first seed only."""
+CONTROLS, SEEDS_OF_CONTROLS = ("random", "guided", "keep-0.8"), 3
+"""Arms that are known to lose to plain training run with fewer seeds."""
+ONCE = {"oracle": "clm", "token-threshold": "threshold", "constant-variate": "control-variate"}
+"""Arms that run at the first seed only, and the arm whose learning rate they have."""
 RULES = ("chunk-keep-0.8", "threshold", "control-variate")
 ELSEWHERE = ("clm", "guided", *RULES)
 """Arms of the other questions. Their rates are those of the experiments that they come from."""
@@ -53,8 +55,11 @@ LOGGED = ("weight", "likelihood_ratio", "share_below")
 def runs(options: Options) -> Sequence[Spec]:
     if options.quick:
         return [_spec(SETTING, arm, 1, options) for arm in (("clm",), ("control-variate",))]
-    arms = [(seed, arm) for seed in range(1, options.seeds + 1) for arm in (*MAIN, *(ONCE if seed == 1 else ()))]
-    specs = [_spec(setting, arm, seed, options) for seed, arm in arms for setting in SETTINGS]
+    specs = []
+    for seed in range(1, options.seeds + 1):
+        arms = [arm for arm in MAIN if seed <= SEEDS_OF_CONTROLS or arm[0] not in CONTROLS]
+        arms += [(arm,) for arm in ONCE if seed == 1]
+        specs += [_spec(setting, arm, seed, options) for arm in arms for setting in SETTINGS]
     for seed in range(1, min(options.seeds, SEEDS_ELSEWHERE) + 1):
         for arm in ELSEWHERE:
             specs += [mechanism.spec_of(Setting(kind, 0.6), arm, seed, options) for kind in ("random", "systematic")]
@@ -68,7 +73,7 @@ def tuning(options: Options) -> Sequence[Spec]:
     return [
         spec_of("beyond", setting, arm, SEED, rate, options, *more)
         for setting in (TUNING, TUNING + LONG)
-        for arm, *more in (*MAIN, *ONCE)
+        for arm, *more in MAIN
         for rate in RATES
     ]
 
@@ -76,7 +81,7 @@ def tuning(options: Options) -> Sequence[Spec]:
 def _spec(setting: str, arm: Sequence[str], seed: int, options: Options) -> Spec:
     name, *more = arm
     variant = "".join(f"-{field.partition('=')[2]}" for field in more)
-    rate = RATES[1] if options.quick else learning_rate("beyond", name + variant)
+    rate = RATES[1] if options.quick else learning_rate("beyond", ONCE.get(name, name) + variant)
     return spec_of("beyond", setting, name, seed, rate, options, *more)
 
 
