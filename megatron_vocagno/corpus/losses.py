@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +95,29 @@ def write_losses(
         written.replace(folder / LOSS_RECORD)
         sync(folder)
     return record
+
+
+def link_losses(source: Path, folder: Path, shard: ShardRecord) -> ShardLosses:
+    """Give a shard the losses of another shard with the same teacher tokens: hard links, or copies where there are none.
+
+    They are on the disk when this returns. Raises DatasetError if the other shard's files are not those of its record.
+    """
+    (folder / LOSS_RECORD).unlink(missing_ok=True)
+    with _at_work(beside(folder / LOSS)) as temporary:
+        for name in LOSS_FILES:  # the record is the last one
+            written = Path(f"{temporary}{name.removeprefix(LOSS)}")
+            try:
+                written.hardlink_to(source / name)
+            except OSError:  # another file system, or one without links
+                shutil.copyfile(source / name, written)
+                with written.open("rb") as stream:
+                    os.fsync(stream.fileno())
+            written.replace(folder / name)
+        sync(folder)
+    found = read_losses(folder, shard)
+    if found is None:
+        raise DatasetError(f"{source / LOSS_RECORD} does not describe the losses beside it, or they are of other tokens")
+    return found
 
 
 @contextmanager

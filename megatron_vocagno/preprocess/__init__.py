@@ -31,6 +31,7 @@ Jobs of building and scoring:
 A teacher's losses:
 
 - `windows`       lengths of documents -> windows of context
+- `reuse`         losses of another dataset for the same teacher tokens
 - `score_served`  the losses of a shard from a server
 - `score_shard`   `score_shard`, the idempotent function that every engine runs
 - `score`         a dataset: its shards, and dataset.json when all are scored

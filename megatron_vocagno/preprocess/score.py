@@ -30,6 +30,7 @@ from megatron_vocagno.model.teacher import teacher_folder
 from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
+from megatron_vocagno.preprocess.reuse import open_scored
 from megatron_vocagno.preprocess.score_served import ServedShard, ask_servers, canary_prompt, served_fingerprint
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
 from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
@@ -124,18 +125,21 @@ class ScoringOptions:
 
 def score(
     path: Path,
-    options: ScoringOptions,
+    options: ScoringOptions | None,
     engine: JobRunner[ScoreResult, ScoreJob] = in_this_process,
     part: Slice | None = None,
     replace: bool = False,
+    reuse: Path | None = None,
     on_plan: Callable[[Sequence[ScoreJob]], object] = lambda jobs: None,
     on_shard: Callable[[ScoreResult | JobFailure[ScoreJob]], object] = lambda result: None,
 ) -> Manifest:
     """Score a dataset. Returns its manifest, which contains the losses if all shards are scored.
 
+    options   None: all losses are taken from `reuse`, and the settings are those of its scoring
     engine    runs `score_shard` over jobs: `run_local` or `run_ray`, with the other arguments bound
     part      score only this slice of the shards
     replace   score shards again that were scored with other settings
+    reuse     a dataset that was scored with the same settings. Losses of the same teacher tokens are taken from it
     on_plan   called with the jobs
     on_shard  called with each result or failure
 
@@ -146,18 +150,25 @@ def score(
     recorded = manifest.teacher_losses
     # opened without its losses: a damaged or missing file of losses is made again
     data = AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None}))
-    scoring = options.scoring(data)
-    served = None
-    if options.servers is not None:
-        served = ServedShard(options.servers, options.canary(scoring, data))
-        scoring = _as_recorded(scoring, root, manifest)
+    scoring, served = _prepare(data, options, reuse)
+    scoring = _as_recorded(scoring, root, manifest)
     if recorded is not None and recorded.scoring != scoring and not replace:
         raise ChangedError(f"{path} was scored with other settings:\n{difference(recorded.scoring, scoring)}")
     with locked(root, part):
         if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
             manifest = record_losses(root, manifest, None)  # they are about to change
         jobs = [
-            ScoreJob(i, root / shard.path, shard, scoring, options.teacher, options.tokens_per_batch, replace, served)
+            ScoreJob(
+                i,
+                root / shard.path,
+                shard,
+                scoring,
+                options.teacher if options else None,
+                options.tokens_per_batch if options else 0,
+                replace,
+                served,
+                reuse,
+            )
             for i, shard in enumerate(manifest.shards)
             if shard.totals.documents
         ]
@@ -165,6 +176,26 @@ def score(
         on_plan(selected)
         run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError, ServerLostError), on_shard, "scored")
         return _record_if_complete(root, manifest)
+
+
+def _prepare(data: AlignedDataset, options: ScoringOptions | None, reuse: Path | None) -> tuple[Scoring, ServedShard | None]:
+    """The settings of a scoring, and what its shards need of a served teacher."""
+    open_scored.cache_clear()  # an earlier call may have read other losses
+    scored = None if reuse is None else open_scored(reuse)
+    if scored is not None:
+        scored.require_same_tokenizer(data)
+    if options is None:
+        assert scored is not None, "either a teacher or a scored dataset is needed"
+        return scored.scoring, None
+    scoring = options.scoring(data)
+    if scored is not None:
+        if scored.scoring != scoring:
+            settings = difference(scored.scoring, scoring, "there", "here").rpartition("\n")[0]
+            raise ChangedError(f"--reuse {reuse} was scored with other settings:\n{settings}\n  Use the same options as there.")
+        scoring = scored.scoring
+    if options.servers is None:
+        return scoring, None
+    return scoring, ServedShard(options.servers, options.canary(scoring, data))
 
 
 def _as_recorded(scoring: Scoring, root: Path, manifest: Manifest) -> Scoring:

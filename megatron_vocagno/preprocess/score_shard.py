@@ -19,11 +19,12 @@ from torch import Tensor
 from megatron_vocagno.batch.forwards import plan_forwards
 from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.corpus.indexed import PairReader
-from megatron_vocagno.corpus.losses import ShardLosses, read_losses, rounded, write_losses
+from megatron_vocagno.corpus.losses import ShardLosses, link_losses, read_losses, rounded, write_losses
 from megatron_vocagno.corpus.manifest import LossTotals, Scoring, ShardRecord
-from megatron_vocagno.errors import ChangedError
+from megatron_vocagno.errors import ChangedError, CorpusError
 from megatron_vocagno.model.quantized import Quantization
 from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.preprocess.reuse import ScoredDocuments, open_scored
 from megatron_vocagno.preprocess.score_served import ServedShard, served_losses
 from megatron_vocagno.preprocess.windows import Int64, Windows, plan_windows
 from megatron_vocagno.preprocess.workers import report
@@ -35,16 +36,19 @@ class ScoreJob:
 
     replace  overwrite losses that were computed with other settings
     served   where the teacher is served. None: it runs in this process
+    reuse    a scored dataset, whose losses are taken where it has the same teacher tokens
+    teacher  None: all losses are taken from `reuse`
     """
 
     index: int
     folder: Path
     record: ShardRecord
     scoring: Scoring
-    teacher: Path
+    teacher: Path | None
     tokens_per_batch: int
     replace: bool = False
     served: ServedShard | None = None
+    reuse: Path | None = None
 
     @property
     def name(self) -> str:
@@ -54,11 +58,16 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class ScoreResult:
-    """The losses of a shard. seconds: time of the forwards, 0 if the losses existed already."""
+    """The losses of a shard.
+
+    seconds  time of the forwards, 0 if the losses existed already
+    taken    tokens whose losses are those of the dataset `reuse`
+    """
 
     job: ScoreJob
     losses: ShardLosses
     seconds: float = 0.0
+    taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,30 +90,55 @@ def score_shard(job: ScoreJob) -> ScoreResult:
         return ScoreResult(job, found)
     if found is not None and not job.replace:
         raise ChangedError(f"{job.folder} was scored with other settings:\n{difference(found.scoring, job.scoring)}")
+    scored = None if job.reuse is None else open_scored(job.reuse)
+    if scored is not None and (folder := scored.shard_like(job.record)) is not None:
+        return ScoreResult(job, link_losses(folder, job.folder, job.record), taken=job.record.totals.teacher_tokens)
     pair = PairReader(job.folder / "teacher")
-    if job.served is None:
-        teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
-        begin = time.perf_counter()
-        losses, forwards = score_documents(teacher, pair.flat(), pair.lengths, job)
+    ids, lengths, begin = pair.flat(), pair.lengths, time.perf_counter()
+    if scored is None:
+        nats, forwards = _computed(ids, lengths, job)
+        losses, taken = rounded(nats), 0
     else:
-        begin = time.perf_counter()
-        on_progress = partial(_report, job.index)
-        losses, forwards = served_losses(job.served, job.scoring, pair.flat(), pair.lengths, on_progress)
-    return ScoreResult(
-        job,
-        write_losses(job.folder, job.record, job.scoring, rounded(losses), pair.lengths.astype(np.int64), forwards),
-        time.perf_counter() - begin,
-    )
+        losses, forwards, taken = _taken(scored, ids, lengths, job)
+    written = write_losses(job.folder, job.record, job.scoring, losses, lengths.astype(np.int64), forwards)
+    return ScoreResult(job, written, time.perf_counter() - begin, taken)
+
+
+def _taken(
+    scored: ScoredDocuments, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
+) -> tuple[NDArray[np.float16], LossTotals, int]:
+    """The losses of a shard's tokens; those of documents that are not scored yet are computed. And how many were taken."""
+    losses, known = scored.losses(ids, lengths)
+    if known.all():
+        return losses, LossTotals(positions=len(ids)), len(ids)
+    if job.teacher is None:
+        raise CorpusError(
+            f"{int((~known).sum()):,} of {len(known):,} documents of {job.folder} are not in {job.reuse}: "
+            "give --teacher to score these"
+        )
+    new_T = np.repeat(~known, lengths)
+    nats, forwards = _computed(ids[new_T], lengths[~known], job)
+    losses[new_T] = rounded(nats)
+    taken = int((~new_T).sum())
+    return losses, forwards.model_copy(update={"positions": forwards.positions + taken}), taken
+
+
+def _computed(ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob) -> tuple[NDArray[np.float32], LossTotals]:
+    """By the server, or by the teacher in this process: see score_documents."""
+    if job.served is not None:
+        return served_losses(job.served, job.scoring, ids, lengths, partial(_report, job.index))
+    assert job.teacher is not None
+    return score_documents(open_once(job.teacher, job.scoring.dtype, job.scoring.quantization), ids, lengths, job)
 
 
 def _report(index: int, tokens: int, state: str) -> None:
     report(ScoreJobProgress(index, tokens, state))
 
 
-def difference(then: Scoring, now: Scoring) -> str:
+def difference(then: Scoring, now: Scoring, one: str = "then", other: str = "now") -> str:
     """A line for each field in which two scorings differ, and the advice."""
     fields = [
-        f"  {field}: {getattr(then, field)} then, {getattr(now, field)} now"
+        f"  {field}: {getattr(then, field)} {one}, {getattr(now, field)} {other}"
         for field in type(then).model_fields
         if getattr(then, field) != getattr(now, field)
     ]

@@ -34,12 +34,11 @@ def score(args: argparse.Namespace) -> None:
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards or Slice(), rank, world)
     read_manifest(path)  # an error must come before anything is written
-    [teacher] = pinned([args.teacher], path / PINS)
-    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
-    windows = (args.context, args.stride, args.tokens_per_batch, args.bos)
-    asked = ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args))
+    asked = options_of(args, path)
+    reuse = None if args.reuse is None else absolute(local_folder(args.reuse))
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
-        manifest = score_dataset(path, asked, engine_of(args, progress), part, args.replace, progress.plan, progress.shard)
+        engine = engine_of(args, progress)
+        manifest = score_dataset(path, asked, engine, part, args.replace, reuse, progress.plan, progress.shard)
     print_result(path, manifest, progress)
 
 
@@ -63,6 +62,16 @@ def part_of(part: Slice, rank: int, world: int) -> Slice | None:
     if (part.n, world) == (1, 1):
         return None
     return Slice(part.i + part.n * rank, part.n * world)
+
+
+def options_of(args: argparse.Namespace, path: Path) -> ScoringOptions | None:
+    """None without --teacher."""
+    if args.teacher is None:
+        return None
+    [teacher] = pinned([args.teacher], path / PINS)
+    teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
+    windows = (args.context, args.stride, args.tokens_per_batch, args.bos)
+    return ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args))
 
 
 def servers_of(args: argparse.Namespace) -> Servers | None:

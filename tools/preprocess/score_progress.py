@@ -27,7 +27,7 @@ class ScoreProgress(WorkProgress):
         super().__init__(console, "planning", verbose, plain=bool(name))
         self.name = name
         self.shards = self.done = self.reused = 0
-        self.tokens = self.scored = 0
+        self.tokens = self.scored = self.taken = 0
         self.seconds_of_forwards = 0.0
         self.at_work: dict[int, int] = {}
         self.state = ""
@@ -48,11 +48,16 @@ class ScoreProgress(WorkProgress):
         if isinstance(result, JobFailure):
             # the error at the end contains the reasons again
             how = f"FAILED: {result.reason}" if self.done < self.shards else "FAILED"
+        elif result.taken == result.losses.totals.tokens:
+            self.tokens -= result.losses.totals.tokens
+            self.taken += result.taken
+            how = "taken from the other dataset"
         elif result.seconds:
+            self.taken += result.taken
             totals = result.losses.totals
-            self.scored += totals.tokens
+            self.scored += totals.tokens - result.taken
             self.seconds_of_forwards += result.seconds
-            rate = totals.tokens / result.seconds
+            rate = (totals.tokens - result.taken) / result.seconds
             left = self.left(self._done(), self.tokens)
             how = f"{totals.tokens:,} tokens, {rate:,.0f} per second, {totals.mean:.3f} nats per token{left}"
         else:
@@ -101,6 +106,8 @@ def summary(path: Path, losses: TeacherLosses, progress: ScoreProgress) -> Table
     if scoring.served is not None:
         rows["precision"] = f"{scoring.dtype}, quantization {scoring.served.quantization}"
         rows["server"] = f"{scoring.served.engine} {scoring.served.version}, {scoring.served.model}"
+    if progress.taken:
+        rows["taken over"] = f"{progress.taken:,} tokens were scored in the other dataset"
     if progress.seconds_of_forwards:
         speed = progress.scored / progress.seconds_of_forwards
         rows["speed"] = f"{speed:,.0f} tokens per second and process, in the shards of this process"

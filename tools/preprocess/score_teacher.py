@@ -4,6 +4,7 @@
     torchrun --nproc_per_node 8 -m tools.preprocess.score_teacher DATASET --teacher T        one process per GPU
     python -m tools.preprocess.score_teacher DATASET --teacher T --engine ray                one task per GPU of the cluster
     python -m tools.preprocess.score_teacher DATASET --teacher T --server http://node7:8000  vLLM or SGLang runs the teacher
+    python -m tools.preprocess.score_teacher DATASET --reuse OTHER                           the same texts, for another student
 
 After an interruption, run the same command again: it scores the missing shards. With --shards 3/64 it scores the 3rd of 64 parts,
 as one task of a job array. The last task to end records the losses in dataset.json. You can also record them with
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = finalize_parser().parse_args(argv[1:])
         return run_command(lambda: run("finalize", args))
     args = parser().parse_args(argv)
+    if args.teacher is None and args.reuse is None:
+        parser().error("the following arguments are required: --teacher (or --reuse)")
     return run_command(lambda: run("score", args), "scored shards are kept; run the same command again to continue")
 
 
@@ -58,7 +61,10 @@ def parser() -> Parser:
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, from build_dataset")
     parser.add_argument(
-        "--teacher", required=True, type=Path, metavar="T", help="a folder with safetensors, a GGUF file, or a Hub id (required)"
+        "--teacher", type=Path, metavar="T", help="a folder with safetensors, a GGUF file, or a Hub id (required without --reuse)"
+    )
+    parser.add_argument(
+        "--reuse", metavar="DATASET", help="a scored dataset: take its losses for the same teacher tokens, whatever its student"
     )
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float16", "float32"], help="type of the forward (default: bfloat16, or the server's)"
