@@ -33,6 +33,7 @@ A teacher's losses:
 - `windows`       lengths of documents -> windows of context
 - `reuse`         losses of another dataset for the same teacher tokens
 - `score_served`  the losses of a shard from a server
+- `score_check`   a server's losses and those of this process, compared
 - `score_shard`   `score_shard`, the idempotent function that every engine runs
 - `score`         a dataset: its shards, and dataset.json when all are scored
 """

@@ -31,6 +31,7 @@ from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.reuse import open_scored
+from megatron_vocagno.preprocess.score_check import Difference, check_server
 from megatron_vocagno.preprocess.score_served import ServedShard, ask_servers, canary_prompt, served_fingerprint
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
 from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
@@ -130,7 +131,9 @@ def score(
     part: Slice | None = None,
     replace: bool = False,
     reuse: Path | None = None,
+    check: int = 0,
     on_plan: Callable[[Sequence[ScoreJob]], object] = lambda jobs: None,
+    on_check: Callable[[Difference], object] = lambda difference: None,
     on_shard: Callable[[ScoreResult | JobFailure[ScoreJob]], object] = lambda result: None,
 ) -> Manifest:
     """Score a dataset. Returns its manifest, which contains the losses if all shards are scored.
@@ -140,7 +143,9 @@ def score(
     part      score only this slice of the shards
     replace   score shards again that were scored with other settings
     reuse     a dataset that was scored with the same settings. Losses of the same teacher tokens are taken from it
+    check     compare so many windows of a served teacher with the teacher in this process first
     on_plan   called with the jobs
+    on_check  called with the result of the comparison
     on_shard  called with each result or failure
 
     Raises CorpusError, ModelError, ServerError or OSError. Scored shards are kept, and the next call continues with the others.
@@ -173,6 +178,8 @@ def score(
             if shard.totals.documents
         ]
         selected = part.of(jobs) if part else jobs
+        if check and jobs:
+            on_check(check_server(data, jobs[0], check))
         on_plan(selected)
         run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError, ServerLostError), on_shard, "scored")
         return _record_if_complete(root, manifest)

@@ -1,13 +1,16 @@
 """A server in the shape of vLLM's and SGLang's, in a process of its own: a real teacher gives the losses.
 
     python -m tests.serving.fake_server TEACHER OTHER_TEACHER     # prints its port, and serves until its standard input ends
+    python -m tests.serving.fake_server TEACHER --port 8000 …     # in place of `vllm serve`, with its options
 
 Each first part of a path is a server of its own, with its own faults: http://127.0.0.1:PORT/vllm+truncates has the API of vLLM
-and truncates prompts. GET /NAME/asked gives the number of its requests for losses.
+and truncates prompts. A path without such a part is that of a vLLM without faults. GET /NAME/asked gives the number of its
+requests for losses.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -16,7 +19,7 @@ import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -63,9 +66,9 @@ class Refusal(Exception):
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, folders: list[Path]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folders = folders
+    def __init__(self, folders: list[Path], port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.folders, self.longest = folders, LONGEST
         self.teachers: list[Teacher] = [open_teacher(folder, torch.float32, "cpu") for folder in folders]
         self.fakes: dict[str, Fake] = {}
         self.lock = threading.Lock()
@@ -93,6 +96,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def respond(self, body: dict[str, Any]) -> None:
         name, _, path = self.path.lstrip("/").partition("/")
+        if name.partition("+")[0].partition("-")[0] not in OWNERS:
+            name, path = "vllm", self.path.lstrip("/")
         with self.server.lock:
             fake = self.server.fakes.setdefault(name, Fake(name))
         headers: dict[str, str] = {}
@@ -113,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, fake: Fake, path: str, body: dict[str, Any]) -> Any:
         if path == "/asked":
             return fake.asked
+        if path == "/health":
+            return {}
         if fake.has("key") and path.startswith("/v1") and self.headers.get("Authorization") != "Bearer secret":
             raise Refusal(401, "Unauthorized")
         if path == "/v1/models":
@@ -128,7 +135,7 @@ class Handler(BaseHTTPRequestHandler):
     def models(self, fake: Fake) -> list[dict[str, Any]]:
         root = "/models/elsewhere" if fake.has("elsewhere") else str(self.server.folders[int(fake.has("other-root"))])
         card = {"id": "teacher", "owned_by": OWNERS[fake.engine], "root": root}
-        card["max_model_len"] = fake.faults.get("longest", LONGEST)  # type: ignore[assignment]
+        card["max_model_len"] = fake.faults.get("longest", self.server.longest)  # type: ignore[assignment]
         cards = [card]
         if fake.has("adapter"):
             cards.append(card | {"id": "adapter", "parent": "teacher"})
@@ -207,8 +214,26 @@ class Handler(BaseHTTPRequestHandler):
         return {"text": "x", "meta_info": {"prompt_tokens": len(ids), "input_token_logprobs": told}}
 
 
+def serve_in_place_of_vllm() -> NoReturn:
+    """Refuses options that vLLM does not have."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--no-enable-prefix-caching", action="store_true", required=True)
+    for option in ("port", "tensor-parallel-size", "max-model-len", "max-num-batched-tokens", "api-server-count"):
+        parser.add_argument(f"--{option}", type=int, required=True)
+    options = parser.parse_args()
+    if not (options.model / "config.json").exists():
+        sys.exit(f"{options.model} is not a model")
+    server = Server([options.model], options.port)
+    server.longest = options.max_model_len
+    server.serve_forever()
+    sys.exit()
+
+
 def main() -> None:
     torch.set_num_threads(1)
+    if "--port" in sys.argv:
+        serve_in_place_of_vllm()
     server = Server([Path(argument) for argument in sys.argv[1:]])
     print(server.server_address[1], flush=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -22,6 +22,7 @@ from megatron_vocagno.corpus.verify import verify
 from megatron_vocagno.errors import ChangedError, CorpusError, ServerError, ServerLostError, UserError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.preprocess.score import ScoringOptions, score
+from megatron_vocagno.preprocess.score_check import Difference
 from megatron_vocagno.preprocess.windows import plan_windows
 from megatron_vocagno.serving import client
 from megatron_vocagno.serving.client import Servers
@@ -223,6 +224,44 @@ def test_canaries_are_equal_up_to_rounding() -> None:
     one = Canary(losses=(1.0, 2.0))
     assert one == Canary(losses=(1.04, 2.05)) and one != Canary(losses=(1.2, 2.0))
     assert one != Canary(losses=(1.0,)) and one != Canary(losses=(1.0, float("nan")))
+
+
+def test_the_served_losses_are_compared_with_those_of_this_process(
+    serve: Serve, teacher: Path, other_teacher: Path, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy
+) -> None:
+    found: list[Difference] = []
+    score(copy(unscored, "right"), by(asked, serve("vllm")), check=5, on_check=found.append)
+    assert found[0].windows == 5 and found[0].tokens > 100 and found[0].mean == found[0].largest == 0
+    folder = copy(unscored, "wrong")
+    with pytest.raises(
+        ServerError, match=r"does not give the losses of \S+ in float32\. 5 windows with \d+ tokens: mean difference"
+    ):
+        score(folder, replace(by(asked, serve("vllm+elsewhere")), teacher=other_teacher), check=5)
+    assert not losses_of(folder)
+
+
+def command(folder: Path, teacher: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "tools.preprocess.score_teacher", str(folder), "--teacher", str(teacher), *options]
+    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(
+    serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    windows = ("--context", str(asked.context), "--stride", str(asked.stride))
+    urls = ",".join(f"{serve('vllm+info')}{end}" for end in ("", "/v1", "/"))
+    ended = command(folder, teacher, "--server", urls, *windows, "--check", "3", "--verbose")
+    assert ended.returncode == 0, ended.stderr
+    assert losses_of(folder) == losses_of(local)
+    assert "served and own losses of 3 windows with" in ended.stderr + ended.stdout
+    assert "vllm 0.32.0, teacher" in ended.stdout and recorded(folder).scoring.dtype == "float32"
+    again = command(folder, teacher, "--server", "localhost:8000")
+    assert again.returncode == 2 and "'localhost:8000' is not a URL, for example http://localhost:8000" in again.stderr
+    both = command(folder, teacher, "--server", urls, "--workers", "2")
+    assert both.returncode == 2 and "--workers 2 is for a teacher in this process, and --server is set" in both.stderr
+    alone = command(folder, teacher, "--check", "3")
+    assert alone.returncode == 2 and "--check compares a server with this process: it needs --server" in alone.stderr
 
 
 @pytest.mark.long

@@ -38,7 +38,8 @@ def score(args: argparse.Namespace) -> None:
     reuse = None if args.reuse is None else absolute(local_folder(args.reuse))
     with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
         engine = engine_of(args, progress)
-        manifest = score_dataset(path, asked, engine, part, args.replace, reuse, progress.plan, progress.shard)
+        told = (progress.plan, progress.check, progress.shard)
+        manifest = score_dataset(path, asked, engine, part, args.replace, reuse, args.check or 0, *told)
     print_result(path, manifest, progress)
 
 
@@ -76,6 +77,8 @@ def options_of(args: argparse.Namespace, path: Path) -> ScoringOptions | None:
 
 def servers_of(args: argparse.Namespace) -> Servers | None:
     if args.server is None:
+        if args.check is not None:
+            raise CorpusError("--check compares a server with this process: it needs --server")
         return None
     for option, default in (("engine", "local"), ("workers", 1), ("quantization", "none")):
         if getattr(args, option) != default:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from megatron_vocagno.corpus.manifest import TeacherLosses
 from megatron_vocagno.errors import counted
+from megatron_vocagno.preprocess.score_check import Difference
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreJobProgress, ScoreResult
 from megatron_vocagno.preprocess.workers import JobFailure
 from megatron_vocagno.training.first_batch import NEAR_CHANCE
@@ -41,6 +42,9 @@ class ScoreProgress(WorkProgress):
             self.line(
                 f"{counted(self.shards, 'shard')} with {self.tokens:,} teacher tokens; finished shards are kept if you interrupt"
             )
+
+    def check(self, difference: Difference) -> None:
+        self.line(f"served and own losses of {difference}")
 
     def shard(self, result: ScoreResult | JobFailure[ScoreJob]) -> None:
         self.done += 1

@@ -11,8 +11,11 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from megatron_vocagno.errors import UserError
+from megatron_vocagno.preprocess.plan import Slice
 from tests.examples.launch.conftest import RUN, group, has_done, losses, wait_for
 from tests.runs import REPOSITORY, Case, environment, free_port
+from tools.preprocess import score_teacher
 
 FOLDER = REPOSITORY / "examples" / "launch" / "kubernetes"
 OLDEST, NEWEST = "1.31", "1.37"
@@ -22,8 +25,8 @@ def manifests() -> list[dict[str, Any]]:
     return [document for path in sorted(FOLDER.glob("*.yaml")) for document in yaml.safe_load_all(path.read_text())]
 
 
-def job() -> dict[str, Any]:
-    (found,) = (manifest for manifest in manifests() if manifest["kind"] == "Job")
+def job(name: str = "pretrain") -> dict[str, Any]:
+    (found,) = (manifest for manifest in manifests() if manifest["kind"] == "Job" and manifest["metadata"]["name"] == name)
     return found
 
 
@@ -67,6 +70,26 @@ def test_the_parts_of_the_job_fit_together() -> None:
     assert {mount["name"] for mount in container()["volumeMounts"]} == {volume["name"] for volume in volumes}
     claimed = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume}
     assert claimed == {manifest["metadata"]["name"] for manifest in manifests() if manifest["kind"] == "PersistentVolumeClaim"}
+
+
+def test_the_parts_of_the_scoring_job_fit_together() -> None:
+    spec = job("score")["spec"]
+    [vllm], [scoring] = (spec["template"]["spec"][kind] for kind in ("initContainers", "containers"))
+    env = {variable["name"]: variable.get("value") for variable in scoring["env"]}
+    assert spec["completions"] == spec["parallelism"] == int(env["PARTS"])
+    # without this it would have to end before the scoring starts
+    assert vllm["restartPolicy"] == "Always"
+    flags = dict(argument.split("=") for argument in vllm["args"] if "=" in argument)
+    assert int(flags["--tensor-parallel-size"]) == vllm["resources"]["limits"]["nvidia.com/gpu"]
+    words = scoring["args"][0].replace('"$((INDEX + 1))/$PARTS"', "2/4").split()[1:]
+    options = score_teacher.parser().parse_args(words[1:])
+    assert words[0] == "vocagno-score" and str(options.teacher) == vllm["args"][0] and options.shards == Slice(2, 4)
+    assert options.server == (f"http://127.0.0.1:{vllm['startupProbe']['httpGet']['port']}",)
+    assert int(flags["--max-model-len"]) == options.context + 8
+    (rule,) = (rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
+    assert rule["containerName"] == scoring["name"] and rule["values"] == [UserError.exit_code]
+    volumes = {volume["name"] for volume in spec["template"]["spec"]["volumes"]}
+    assert {mount["name"] for one in (vllm, scoring) for mount in one["volumeMounts"]} == volumes
 
 
 @contextmanager

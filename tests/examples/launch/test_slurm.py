@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +19,7 @@ from tests.corpus.conftest import contents
 from tests.datasets import build_dataset
 from tests.examples.launch import fake_slurm, player
 from tests.examples.launch.conftest import RUN, documented, group, has_done, losses, wait_for
-from tests.runs import REPOSITORY, Case, environment
+from tests.runs import REPOSITORY, Case, environment, free_port
 
 SCRIPTS = REPOSITORY / "examples" / "launch" / "slurm"
 TRAIN = str(SCRIPTS / "train.sbatch")
@@ -130,7 +132,30 @@ def test_an_array_scores_a_dataset(case: Case, small: Path, slurm: Path, submit:
     assert losses is not None and AlignedDataset.open(small).manifest.teacher_losses is None
 
 
-@pytest.mark.parametrize("script", ["preprocess", "score"])
+def test_an_array_scores_with_a_server_in_each_task(case: Case, small: Path, slurm: Path, submit: Submit) -> None:
+    data = shutil.copytree(small, slurm.parent / "dataset")
+    script, port = SCRIPTS / "score_served.sbatch", free_port()
+    words = f"--array=1-1 --gpus-per-node=1 --cpus-per-task=1 {script} {data} --teacher {case.teacher}"
+    here = {"VLLM": f"{sys.executable} -m tests.serving.fake_server", "PORT": str(port), "CONTEXT": "128"}
+    assert ended(submit(f"sbatch {words}", **here), slurm) == [[[0]]], log(slurm)
+    losses = AlignedDataset.open(data).manifest.teacher_losses
+    assert losses is not None and losses.scoring.served is not None and losses.scoring.context == 128
+    with socket.socket() as probe:  # the server has ended
+        assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [("--teacher /nowhere", 1, "vLLM ended before it could answer"), ("", 2, "--teacher is missing")],
+)
+def test_a_server_that_cannot_start_ends_the_task(options: str, code: int, words: str, slurm: Path, submit: Submit) -> None:
+    here = {"VLLM": f"{sys.executable} -m tests.serving.fake_server", "PORT": str(free_port())}
+    script = f"sbatch --gpus-per-node=1 --cpus-per-task=1 {SCRIPTS / 'score_served.sbatch'} DATA {options}"
+    assert ended(submit(script, **here), slurm) == [[[code]]]
+    assert words in log(slurm)
+
+
+@pytest.mark.parametrize("script", ["preprocess", "score", "score_served"])
 def test_an_array_that_does_not_start_at_one_is_refused(script: str, slurm: Path, submit: Submit) -> None:
     assert ended(submit(f"sbatch --array=3 {SCRIPTS / script}.sbatch x"), slurm) == [[[2]]]
     assert "the array must be 1-N" in log(slurm)
