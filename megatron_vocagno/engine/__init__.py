@@ -9,6 +9,7 @@ pipeline        the student as a pipeline module
 loss            per-token losses -> the loss of a micro-batch, with the selection
 distilling      the engine of the baselines that compare distributions
 placement       load the teacher, on every rank or sharded, and make its scorer
+lockstep        a sharded teacher for ranks that score texts independently
 scoring         run the teacher on the rows of a step
 cached          the teacher's side of rows; checks of losses that are stored with the dataset
 step_counts     counts that all ranks know before a step: tokens, unmapped tokens by reason, the divisor of the loss

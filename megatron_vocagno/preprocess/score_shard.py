@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -79,8 +80,16 @@ class ScoreJobProgress:
     state: str = ""
 
 
-def score_shard(job: ScoreJob) -> ScoreResult:
+class ScoringTeacher(Protocol):
+    """The interface that scoring needs of a teacher."""
+
+    def loss(self, input_BU: Tensor, target_BU: Tensor) -> Tensor: ...
+
+
+def score_shard(job: ScoreJob, teacher: ScoringTeacher | None = None) -> ScoreResult:
     """Compute the losses of a shard, or reuse them if they exist.
+
+    teacher: None means that it is opened, once per process
 
     Raises ChangedError if they were computed with other settings, ModelError for a teacher that cannot be opened, ServerError and
     OSError.
@@ -96,16 +105,20 @@ def score_shard(job: ScoreJob) -> ScoreResult:
     pair = PairReader(job.folder / "teacher")
     ids, lengths, begin = pair.flat(), pair.lengths, time.perf_counter()
     if scored is None:
-        nats, forwards = _computed(ids, lengths, job)
+        nats, forwards = _computed(ids, lengths, job, teacher)
         losses, taken = rounded(nats), 0
     else:
-        losses, forwards, taken = _taken(scored, ids, lengths, job)
+        losses, forwards, taken = _taken(scored, ids, lengths, job, teacher)
     written = write_losses(job.folder, job.record, job.scoring, losses, lengths.astype(np.int64), forwards)
     return ScoreResult(job, written, time.perf_counter() - begin, taken)
 
 
 def _taken(
-    scored: ScoredDocuments, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
+    scored: ScoredDocuments,
+    ids: NDArray[np.integer],
+    lengths: NDArray[np.int32],
+    job: ScoreJob,
+    teacher: ScoringTeacher | None,
 ) -> tuple[NDArray[np.float16], LossTotals, int]:
     """The losses of a shard's tokens; those of documents that are not scored yet are computed. And how many were taken."""
     losses, known = scored.losses(ids, lengths)
@@ -117,18 +130,22 @@ def _taken(
             "give --teacher to score these"
         )
     new_T = np.repeat(~known, lengths)
-    nats, forwards = _computed(ids[new_T], lengths[~known], job)
+    nats, forwards = _computed(ids[new_T], lengths[~known], job, teacher)
     losses[new_T] = rounded(nats)
     taken = int((~new_T).sum())
     return losses, forwards.model_copy(update={"positions": forwards.positions + taken}), taken
 
 
-def _computed(ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob) -> tuple[NDArray[np.float32], LossTotals]:
+def _computed(
+    ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob, teacher: ScoringTeacher | None
+) -> tuple[NDArray[np.float32], LossTotals]:
     """By the server, or by the teacher in this process: see score_documents."""
     if job.served is not None:
         return served_losses(job.served, job.scoring, ids, lengths, partial(_report, job.index))
-    assert job.teacher is not None
-    return score_documents(open_once(job.teacher, job.scoring.dtype, job.scoring.quantization), ids, lengths, job)
+    if teacher is None:
+        assert job.teacher is not None
+        teacher = open_once(job.teacher, job.scoring.dtype, job.scoring.quantization)
+    return score_documents(teacher, ids, lengths, job)
 
 
 def _report(index: int, tokens: int, state: str) -> None:
@@ -146,7 +163,7 @@ def difference(then: Scoring, now: Scoring, one: str = "then", other: str = "now
 
 
 def score_documents(
-    teacher: Teacher, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
+    teacher: ScoringTeacher, ids: NDArray[np.integer], lengths: NDArray[np.int32], job: ScoreJob
 ) -> tuple[NDArray[np.float32], LossTotals]:
     """float32 [T], the loss of each token, and the numbers of positions and padding of the forwards.
 
@@ -159,7 +176,7 @@ def score_documents(
     widths_W = lead_W + windows.widths
     forwards = plan_forwards(widths_W, job.tokens_per_batch)
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    device = teacher.head.weight.device
+    device = own_device()
     computed, done = list[Tensor](), 0
     for rows in forwards:
         batch = _batch(windows, lead_W, rows, starts)

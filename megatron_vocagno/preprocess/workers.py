@@ -29,7 +29,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 from megatron_vocagno.compat import add_note
-from megatron_vocagno.errors import CorpusError
+from megatron_vocagno.errors import CorpusError, UserError
 
 STRIKES = 3  # deaths of workers after which a job is given up
 FALSE_STARTS = 10  # deaths in sequence, without any worker becoming ready, after which no more workers are started
@@ -49,7 +49,7 @@ Stop: TypeAlias = tuple[type[Exception], ...]
 class JobFailure(Generic[J]):
     """A job that could not be done.
 
-    reason  the message of a CorpusError, the traceback of another exception, or how the workers died
+    reason  the message of a UserError, the traceback of another exception, or how the workers died
     """
 
     job: J
@@ -136,7 +136,7 @@ def run_job(task: Callable[[J], R], job: J, stop: Stop) -> Answer:
         raise
     except stop as error:
         return "stopped", error
-    except CorpusError as error:
+    except UserError as error:
         return "failed", str(error)
     except BaseException:  # a panic of Rust code is not an Exception
         return "failed", traceback.format_exc()

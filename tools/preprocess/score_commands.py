@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import torch
 
 from megatron_vocagno.corpus.dataset import local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
-from megatron_vocagno.errors import CorpusError, counted
+from megatron_vocagno.errors import CorpusError, ModelError, counted
 from megatron_vocagno.hub import is_id
 from megatron_vocagno.model.folder import pinned
+from megatron_vocagno.model.teacher import find_teacher
 from megatron_vocagno.preprocess.jobs import JobRunner
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, finish
 from megatron_vocagno.preprocess.score import score as score_dataset
-from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
+from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, ScoringTeacher
 from megatron_vocagno.preprocess.workers import run_local
 from megatron_vocagno.serving.client import Servers
 
@@ -36,8 +39,8 @@ def score(args: argparse.Namespace) -> None:
     read_manifest(path)  # an error must come before anything is written
     asked = options_of(args, path)
     reuse = None if args.reuse is None else absolute(local_folder(args.reuse))
-    with ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose) as progress:
-        engine = engine_of(args, progress)
+    progress = ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose)
+    with progress, engine_of(args, asked, progress) as engine:
         told = (progress.plan, progress.check, progress.shard)
         manifest = score_dataset(path, asked, engine, part, args.replace, reuse, args.check or 0, *told)
     print_result(path, manifest, progress)
@@ -87,14 +90,44 @@ def servers_of(args: argparse.Namespace) -> Servers | None:
     return Servers(args.server, args.served_model, args.in_flight, args.timeout, args.tries, key)
 
 
-def engine_of(args: argparse.Namespace, progress: ScoreProgress) -> JobRunner[ScoreResult, ScoreJob]:
-    if args.engine == "ray":
+@contextmanager
+def engine_of(
+    args: argparse.Namespace, asked: ScoringOptions | None, progress: ScoreProgress
+) -> Iterator[JobRunner[ScoreResult, ScoreJob]]:
+    """What runs the jobs of this process."""
+    if args.placement == "zero3":
+        if asked is None or asked.servers is not None or args.engine != "local" or args.workers > 1:
+            raise CorpusError("--placement zero3 needs --teacher, and neither --server, --engine ray nor --workers")
+        with shared_teacher(asked) as teacher:
+            yield lambda task, jobs, stop: run_local(partial(task, teacher=teacher), jobs, 1, stop, progress.within)
+    elif args.engine == "ray":
         from megatron_vocagno.preprocess.ray_engine import run_ray
 
-        return partial(run_ray, address=args.ray_address, on_gpus=True)
-    if args.workers > 1 and torch.cuda.is_available():
+        yield partial(run_ray, address=args.ray_address, on_gpus=True)
+    elif args.workers > 1 and torch.cuda.is_available():
         raise CorpusError(
             f"--workers {args.workers}: the processes would share one GPU. Start one process per GPU: "
             f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {__package__}.score_teacher …"
         )
-    return partial(run_local, workers=args.workers, on_progress=progress.within)
+    else:
+        yield partial(run_local, workers=args.workers, on_progress=progress.within)
+
+
+@contextmanager
+def shared_teacher(asked: ScoringOptions) -> Iterator[ScoringTeacher]:
+    """The teacher with its weights divided over all processes. At the end, a process waits for the others, and helps them."""
+    # imported only here, because DeepSpeed takes seconds to import
+    from megatron_vocagno.engine import processes
+    from megatron_vocagno.engine.collectives import run_on_all_ranks
+    from megatron_vocagno.engine.lockstep import LockstepTeacher
+    from megatron_vocagno.engine.placement import open_sharded
+
+    here = processes.start()
+    dtype = getattr(torch, asked.dtype or "bfloat16")
+    folder = run_on_all_ranks(lambda: find_teacher(asked.teacher, dtype, here.device), ModelError)
+    teacher = LockstepTeacher(open_sharded(folder, asked.quantization), here.device)
+    try:
+        yield teacher
+    finally:
+        teacher.finish()
+        processes.stop()

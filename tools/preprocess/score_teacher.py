@@ -2,6 +2,7 @@
 
     python -m tools.preprocess.score_teacher DATASET --teacher T
     torchrun --nproc_per_node 8 -m tools.preprocess.score_teacher DATASET --teacher T        one process per GPU
+    torchrun … -m tools.preprocess.score_teacher DATASET --teacher T --placement zero3       a teacher larger than a GPU
     python -m tools.preprocess.score_teacher DATASET --teacher T --engine ray                one task per GPU of the cluster
     python -m tools.preprocess.score_teacher DATASET --teacher T --server http://node7:8000  vLLM or SGLang runs the teacher
     python -m tools.preprocess.score_teacher DATASET --reuse OTHER                           the same texts, for another student
@@ -101,6 +102,12 @@ def parser() -> Parser:
     add_verbosity(parser, "a line per shard on a terminal too, and one every 5 seconds")
     where = parser.add_argument_group("execution")
     where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
+    where.add_argument(
+        "--placement",
+        choices=["replicated", "zero3"],
+        default="replicated",
+        help="each process holds the teacher, or all share its weights (default: replicated)",
+    )
     where.add_argument("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
     where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
     where.add_argument("--shards", type=slice_of, metavar="I/N", help="score the I-th of N parts, I from 1 (default: all)")
