@@ -46,7 +46,7 @@ DOORS = {
     "tokenizers": ["corpus/encoders.py"],
     "gigatoken": ["corpus/encoders.py"],
     "numba": ["preprocess/aligner_numba.py"],
-    "pyarrow": ["preprocess/parquet.py"],
+    "pyarrow": ["preprocess/parquet.py", "preprocess/loss_table.py"],
     "isal": ["preprocess/streams.py"],
     "backports": ["compat.py"],
     "upath": ["corpus/places.py"],

@@ -35,5 +35,6 @@ A teacher's losses:
 - `score_served`  the losses of a shard from a server
 - `score_check`   a server's losses and those of this process, compared
 - `score_shard`   `score_shard`, the idempotent function that every engine runs
+- `loss_table`    the losses of a dataset as parquet files
 - `score`         a dataset: its shards, and dataset.json when all are scored
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_vocagno.corpus.dataset import local_folder
+from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
 from megatron_vocagno.errors import CorpusError, ModelError, counted
 from megatron_vocagno.hub import is_id
@@ -32,8 +32,29 @@ PINS = f"{BUILD}/pins.json"
 """File in a dataset with the commits of the Hub ids that scored it, so that all tasks of an array read the same weights."""
 
 
+def score_texts(args: argparse.Namespace) -> None:
+    """Build a dataset of the teacher's own tokens, score it, and write its losses as tables."""
+    from . import build_commands, build_dataset
+
+    dataset = args.out / "dataset"
+    tokenizer = ("--student", str(args.teacher), "--teacher", str(args.teacher))
+    keys = [word for key in args.text_key or () for word in ("--text-key", key)]
+    keys += [word for key in args.id_key or () for word in ("--id-key", key)]
+    words = [*args.dataset, *tokenizer, *keys, "--out", str(dataset), "--workers", str(args.workers), "--quiet"]
+    build_commands.build_dataset(build_dataset.build_parser().parse_args(words))
+    args.dataset = [str(dataset)]
+    score(args)
+    data = AlignedDataset.open(dataset)
+    if data.scoring is not None:
+        # imported only here: see loss_table
+        from megatron_vocagno.preprocess.loss_table import write_tables
+
+        files = write_tables(data, args.out / "losses")
+        Terminal().print(f"{counted(len(files), 'file')} with {len(data):,} documents: {args.out / 'losses'}", soft_wrap=True)
+
+
 def score(args: argparse.Namespace) -> None:
-    path = absolute(local_folder(args.dataset))
+    path = absolute(local_folder(args.dataset[0]))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards or Slice(), rank, world)
     read_manifest(path)  # an error must come before anything is written

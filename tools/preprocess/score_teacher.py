@@ -6,6 +6,7 @@
     python -m tools.preprocess.score_teacher DATASET --teacher T --engine ray                one task per GPU of the cluster
     python -m tools.preprocess.score_teacher DATASET --teacher T --server http://node7:8000  vLLM or SGLang runs the teacher
     python -m tools.preprocess.score_teacher DATASET --reuse OTHER                           the same texts, for another student
+    python -m tools.preprocess.score_teacher TEXTS --teacher T --out DIR                     texts alone, into parquet files
 
 After an interruption, run the same command again: it scores the missing shards. With --shards 3/64 it scores the 3rd of 64 parts,
 as one task of a job array. The last task to end records the losses in dataset.json. You can also record them with
@@ -39,9 +40,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = finalize_parser().parse_args(argv[1:])
         return run_command(lambda: run("finalize", args))
     args = parser().parse_args(argv)
-    if args.teacher is None and args.reuse is None:
+    if args.teacher is None and (args.reuse is None or args.out is not None):
         parser().error("the following arguments are required: --teacher (or --reuse)")
-    return run_command(lambda: run("score", args), "scored shards are kept; run the same command again to continue")
+    if args.out is None and len(args.dataset) > 1:
+        parser().error(f"one DATASET is expected, not {len(args.dataset)}; texts are scored with --out")
+    return run_command(
+        lambda: run("score" if args.out is None else "score_texts", args),
+        "scored shards are kept; run the same command again to continue",
+    )
 
 
 def run(command: str, args: argparse.Namespace) -> None:
@@ -60,7 +66,9 @@ def parser() -> Parser:
         f"{PROG} data/mine --teacher models/teacher\n"
         f"torchrun --nproc_per_node 8 -m {__package__}.score_teacher data/mine --teacher models/teacher",
     )
-    parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, from build_dataset")
+    parser.add_argument(
+        "dataset", nargs="+", metavar="DATASET", help="folder of a dataset, from build_dataset; with --out, files of texts"
+    )
     parser.add_argument(
         "--teacher", type=Path, metavar="T", help="a folder with safetensors, a GGUF file, or a Hub id (required without --reuse)"
     )
@@ -122,6 +130,12 @@ def parser() -> Parser:
     server.add_argument(
         "--check", type=positive_int, metavar="N", help="compare N windows with the teacher in this process, before scoring"
     )
+    texts = parser.add_argument_group("texts without a student")
+    texts.add_argument(
+        "--out", type=Path, metavar="DIR", help="score files of texts: parquet files with ids, byte ends and losses (DIR/losses)"
+    )
+    texts.add_argument("--text-key", action="append", metavar="KEY", help="key or column of the text (default: text)")
+    texts.add_argument("--id-key", action="append", metavar="KEY", help="the same for an id (default: none)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser
 
