@@ -44,7 +44,7 @@ QUICK = {  # command -> its first words; they tell their help without torch
     "megatron_vocagno.plan": [""],
     "megatron_vocagno.export": [""],
     "tools.preprocess.build_dataset": ["", "plan", "finalize", "verify", "merge"],
-    "tools.preprocess.score_teacher": ["", "finalize"],
+    "tools.preprocess.score_teacher": ["", "texts", "finalize"],
     "tools.preprocess.show_document": [""],
     "tools.preprocess.report": [""],
     "tools.convert.gguf_to_safetensors": [""],
@@ -55,7 +55,10 @@ OTHERS += [f"benchmarks.{name}" for name in ("preprocess", "loader", "selection"
 HELPS = [(name, word) for name, words in QUICK.items() for word in words] + [(name, "") for name in OTHERS]
 SCREEN = 40, 100
 """Lines, columns."""
-UNITS = r"\b(steps|minutes|tokens?|positions|documents?|processes|MB|share|GPUs?|seeds?|runs|turns|the I-th of N|texts?)\b"
+UNITS = (
+    r"\b(steps|seconds|minutes|tokens?|positions|documents?|processes|requests?|tries|windows|MB|share|GPUs?|seeds?|runs|turns|"
+    r"the I-th of N|texts?)\b"
+)
 
 
 class Parsed(Exception):

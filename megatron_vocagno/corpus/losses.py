@@ -100,7 +100,7 @@ def write_losses(
 def link_losses(source: Path, folder: Path, shard: ShardRecord) -> ShardLosses:
     """Give a shard the losses of another shard with the same teacher tokens: hard links, or copies where there are none.
 
-    They are on the disk when this returns. Raises DatasetError if the other shard's files are not those of its record.
+    They are on the disk when this returns. The other shard's files must be those of its record.
     """
     (folder / LOSS_RECORD).unlink(missing_ok=True)
     with _at_work(beside(folder / LOSS)) as temporary:
@@ -115,8 +115,7 @@ def link_losses(source: Path, folder: Path, shard: ShardRecord) -> ShardLosses:
             written.replace(folder / name)
         sync(folder)
     found = read_losses(folder, shard)
-    if found is None:
-        raise DatasetError(f"{source / LOSS_RECORD} does not describe the losses beside it, or they are of other tokens")
+    assert found is not None, f"{source / LOSS_RECORD} does not describe its folder"
     return found
 
 

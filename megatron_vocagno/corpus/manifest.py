@@ -97,7 +97,7 @@ CANARY_TOLERANCE = 0.05
 
 
 class Canary(Record):
-    """The losses of a fixed text by a served teacher. They tell whether the same model still answers.
+    """The losses of a fixed text by a served teacher. They show whether the same model still answers.
 
     Two canaries are equal if they differ by at most CANARY_TOLERANCE in the mean: a server's losses depend on which requests it
     reads together.
@@ -123,7 +123,7 @@ class Canary(Record):
 
 
 class Served(Record):
-    """The server that computed losses, as it describes itself; 'unknown' is what it does not tell."""
+    """The server that computed losses, as it describes itself. 'unknown': it does not report this."""
 
     engine: str
     version: str

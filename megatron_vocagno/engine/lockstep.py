@@ -1,7 +1,7 @@
 """A sharded teacher for ranks that work independently: each rank reads its own texts, and a forward gathers weights from all.
 
-Before a forward, each rank says that it has one. A rank without work runs an empty forward whenever another rank has one, until
-no rank has work.
+Before a forward, the ranks count those that have one. A rank without work runs an empty forward whenever another rank has one,
+until no rank has work.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class ScoringOptions:
     context, stride  None: the smaller of `CONTEXT` and the teacher's longest input, and half of it
     bos              as `teacher.bos` of a run file
     servers          where the teacher is served. None: it runs in this process
-    dtype            None: bfloat16, or the type that the server tells
+    dtype            None: bfloat16, or the type that the server reports
     """
 
     teacher: Path
@@ -66,7 +66,7 @@ class ScoringOptions:
     servers: Servers | None = None
 
     def scoring(self, data: AlignedDataset) -> Scoring:
-        """The record of the scoring of a dataset. Asks the servers if there are any.
+        """The record of the scoring of a dataset. If there are servers, it waits for their answers.
 
         Raises CorpusError, ModelError, DatasetError or ServerError if the teacher, `context` or `stride` does not fit.
         """
@@ -107,7 +107,7 @@ class ScoringOptions:
         return scoring if self.servers is None else self._by_server(scoring, self.servers, data, folder)
 
     def _by_server(self, scoring: Scoring, servers: Servers, data: AlignedDataset, folder: Path) -> Scoring:
-        """The record of a scoring by servers. They are asked for their settings, and for a canary."""
+        """The record of a scoring by servers, with their settings and a canary."""
         # a window's prompt has the token before it, and a server always makes one more
         needed = len(scoring.front) + scoring.context + 2
         served, dtype = ask_servers(servers, self.canary(scoring, data), needed, self.teacher, folder)
@@ -143,7 +143,7 @@ def score(
     part      score only this slice of the shards
     replace   score shards again that were scored with other settings
     reuse     a dataset that was scored with the same settings. Losses of the same teacher tokens are taken from it
-    check     compare so many windows of a served teacher with the teacher in this process first
+    check     first compare this number of windows of a served teacher with the teacher in this process
     on_plan   called with the jobs
     on_check  called with the result of the comparison
     on_shard  called with each result or failure

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServedShard:
-    """What a shard needs of a served teacher. canary: the ids of the prompt"""
+    """A served teacher, as a shard needs it. canary: the ids of the prompt"""
 
     servers: Servers
     canary: tuple[int, ...]
@@ -68,7 +68,7 @@ def _require_root(description: Description, servers: Servers, teacher: Path, fol
     """Compare the place of the served weights with --teacher, as far as both can be compared here."""
     root = description.root
     if root is None or root == description.model:
-        return  # the name of a model, for servers that do not tell the place
+        return  # the name of a model, of a server that does not report the place
     if hub.is_id(teacher) and hub.is_id(root):
         same = os.fspath(teacher).partition("@")[0] == root.partition("@")[0]
     elif Path(root).exists():
@@ -93,7 +93,7 @@ def served_losses(
     lengths: NDArray[np.int32],
     on_progress: Callable[[int, str], object],
 ) -> tuple[NDArray[np.float32], LossTotals]:
-    """As score_shard.score_documents, by servers. The canary is asked for first.
+    """As score_shard.score_documents, by servers. The canary comes first.
 
     on_progress  called with the number of tokens that have losses, and the state of the requests
 
@@ -124,7 +124,7 @@ def served_losses(
 
 
 class _Prompts(Sequence[Prompt]):
-    """The prompt of each window, made when it is asked for."""
+    """The prompt of each window, made when it is read."""
 
     def __init__(self, windows: Windows, starts: NDArray[np.int64], ids: NDArray[np.integer], scoring: Scoring) -> None:
         self.windows, self.starts, self.ids, self.scoring = windows, starts, ids, scoring

@@ -120,7 +120,7 @@ def _taken(
     job: ScoreJob,
     teacher: ScoringTeacher | None,
 ) -> tuple[NDArray[np.float16], LossTotals, int]:
-    """The losses of a shard's tokens; those of documents that are not scored yet are computed. And how many were taken."""
+    """The losses of a shard's tokens, the forwards, and the number of losses that were taken. Missing losses are computed."""
     losses, known = scored.losses(ids, lengths)
     if known.all():
         return losses, LossTotals(positions=len(ids)), len(ids)

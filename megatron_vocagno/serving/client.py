@@ -30,7 +30,7 @@ SHOWN = 500
 
 @dataclass(frozen=True)
 class Servers:
-    """Where the teacher is served, and how to ask.
+    """The servers of a teacher, and how requests are sent.
 
     urls       base URLs, without /v1. All serve the same teacher
     model      the name under which it is served. None: the only one that the server has
@@ -138,7 +138,7 @@ def _content(answer: httpx2.Response) -> Json:
 
 
 def _pause(answer: httpx2.Response) -> float | None:
-    """Seconds that the server asks to wait for, at most LONGEST_PAUSE."""
+    """The pause in seconds that the server requests, at most LONGEST_PAUSE."""
     try:
         return min(LONGEST_PAUSE, max(0.0, float(answer.headers.get("Retry-After", ""))))
     except ValueError:

@@ -1,4 +1,4 @@
-"""What vLLM and SGLang are asked, and what they answer. Both can tell the probability of each token of a prompt.
+"""Requests to vLLM and SGLang, and their answers. Both can report the probability of each token of a prompt.
 
 Other engines answer the same requests with status 200, but without these probabilities, or leave out parts of the prompt. Each
 answer is therefore compared with what was sent.
@@ -19,7 +19,7 @@ from megatron_vocagno.serving.client import Answer, Client, Json
 
 Losses = NDArray[np.float32]
 UNKNOWN = "unknown"
-"""What the server does not tell."""
+"""A setting that the server does not report."""
 CLAMPED = -9999.0
 """vLLM answers this log-probability instead of -inf, which JSON does not have."""
 WITHOUT_LOSSES = {
@@ -35,7 +35,7 @@ NEEDED = "A teacher needs vLLM's or SGLang's server"
 
 @dataclass(frozen=True)
 class Description:
-    """What a server says of itself. UNKNOWN or None: it does not say it.
+    """A server as it describes itself. UNKNOWN or None: it does not report this.
 
     model         the name under which it serves the teacher
     root          the folder or Hub id of the weights
@@ -53,7 +53,7 @@ class Description:
 
 
 class Engine(Protocol):
-    """How the losses of a prompt are asked for.
+    """How the losses of a prompt are requested.
 
     request  the path, and the content of the request. model: the name under which the teacher is served. ids: the prompt. known:
              the losses of the first tokens are not needed
@@ -66,7 +66,7 @@ class Engine(Protocol):
 
 
 async def recognize(client: Client, url: str) -> tuple[Engine, Description]:
-    """The engine of a server, and what it says of itself. Raises ServerError if it cannot give losses, or not of the model."""
+    """The engine of a server, and its description. Raises ServerError if it cannot give losses, or not of the model."""
     models = await client.get(url, "/v1/models")
     if models is None or not isinstance(models.get("data"), list) or not models["data"]:
         raise ServerError(f"{url}/v1/models lists no models. {NEEDED}. Is {url} its address, without /v1?")
@@ -172,7 +172,7 @@ class SGLang:
         assert meta is not None
         read = meta.get("prompt_tokens", len(ids))
         if len(told) != len(ids) - known + 1 or read != len(ids):
-            expected = f"{len(ids) - known + 1:,} of them were asked for"
+            expected = f"{len(ids) - known + 1:,} of them were requested"
             raise _changed(
                 answer.url, f"{len(ids):,} tokens were sent, {read:,} were read, {expected}, {len(told):,} were answered"
             )

@@ -1,6 +1,6 @@
 """A teacher that servers run: what is proved before its losses are used, and the losses of many prompts.
 
-The canary is a fixed text. Its losses are asked for at the start of a scoring, before each shard, and of each server. If they
+The canary is a fixed text. Its losses are requested at the start of a scoring and before each shard, from each server. If they
 change by more than rounding, another model answers, or the same one with other weights, an adapter or another quantization.
 """
 
@@ -31,7 +31,7 @@ class Prompt:
 
 
 class ServedTeacher:
-    """Asks servers of one teacher. For one event loop."""
+    """Requests losses from the servers of one teacher. For one event loop."""
 
     def __init__(self, client: Client, engine: Engine, description: Description) -> None:
         self.client, self.engine, self.description = client, engine, description
@@ -69,7 +69,7 @@ class ServedTeacher:
     async def of_many(self, prompts: Sequence[Prompt], on_answer: Callable[[int, Losses], object]) -> None:
         """Ask for the losses of all prompts, the longest first, and call `on_answer` with each index and result.
 
-        Raises ServerError of the first prompt that fails, and then asks for no more.
+        Raises ServerError of the first prompt that fails, and then sends no more.
         """
         order = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))
         tasks = [asyncio.create_task(self._work(order, prompts, on_answer)) for _ in range(self.client.servers.in_flight)]
@@ -86,7 +86,7 @@ class ServedTeacher:
 
 
 def introduce(servers: Servers, canary: Prompt, needed: int) -> tuple[Description, Canary]:
-    """What the servers say of themselves, and their canary. Waits for the answers.
+    """The description of the servers, and their canary. Waits for the answers.
 
     needed: tokens of the longest request, prompt and answer together
 

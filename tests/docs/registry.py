@@ -150,13 +150,32 @@ DATA = (
 )
 
 SCORING = (
+    Rule(rf"{SCORE}SECOND --reuse FIRST$", There("tests/preprocess/scoring/test_reuse.py", ("reuse",))),
+    Rule(
+        rf"{SCORE}DATASET --teacher FOLDER --server ",
+        There("tests/serving/test_served_scoring.py::test_the_command", ("--teacher", "--server")),
+    ),
+    Rule(rf"{SCORE}texts ", Here((("'texts/*.jsonl'", "corpus.jsonl"), (" --id-key url", "")))),
     Rule(SCORE, Here()),
+    Rule(
+        r"torchrun .*score_teacher DATASET --teacher T --placement zero3$",
+        There("tests/preprocess/scoring/test_sharded.py", ("tools.preprocess.score_teacher", "--placement", "zero3")),
+    ),
+    Rule(r"torchrun … --placement zero3$", There("tests/preprocess/scoring/test_sharded.py", ("--placement", "zero3"))),
+    Rule(
+        r"vllm serve FOLDER |python -m sglang\.launch_server ",
+        Checked(checks.shell_reads, "a server of another project, which needs an environment of its own"),
+    ),
     Rule(r"torchrun --nproc_per_node 8 -m tools\.preprocess\.score_teacher ", Here()),
     Rule(r"score_teacher finalize DATASET$", Here((("score_teacher", "python -m tools.preprocess.score_teacher"),))),
     Rule(r"score_teacher ", Checked(parse, "in short", (("score_teacher", "python -m tools.preprocess.score_teacher"),))),
     Rule(
         r"deepspeed --module tools\.preprocess\.score_teacher …$",
         Checked(parse, "torchrun starts the same", (("…", "DATASET --teacher T"),)),
+    ),
+    Rule(
+        r"… --server URL$",
+        Checked(parse, "in short", (("…", "python -m tools.preprocess.score_teacher DATASET --teacher T"), ("URL", "http://h"))),
     ),
     Rule(r"… --", Checked(parse, "in short", (("…", "python -m tools.preprocess.score_teacher DATASET --teacher T"),))),
 )
@@ -205,6 +224,13 @@ CLUSTERS = (
     Rule(
         r"sbatch --array=1-16 .*score\.sbatch",
         There("tests/examples/launch/test_slurm.py::test_an_array_scores_a_dataset", ("--array=1-16",)),
+    ),
+    Rule(
+        r"sbatch --array=1-4 .*score_served\.sbatch",
+        There(
+            "tests/examples/launch/test_slurm.py::test_an_array_scores_with_a_server_in_each_task",
+            ("score_served.sbatch", "--teacher"),
+        ),
     ),
     Rule(
         r"sbatch --nodes=4 .*train\.sbatch",

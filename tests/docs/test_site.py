@@ -72,6 +72,7 @@ PLACES = {
 TOUR = ["corpus/spans.py", "batch/pack.py", "objective/selection.py", "objective/linear_ce.py", "training/loop.py"]
 # options of external commands that pages name
 FOREIGN_FLAGS = {
+    *("--enable-scale-out", "--model-path"),
     "--num_gpus", "--hostfile", "--master_addr", "--master_port", "--module", "--local_rank", "--nproc_per_node",  # launchers
     "--array", "--cpus-per-task", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--parsable", "--dependency",  # Slurm
     "--signal", "--kill-on-bad-exit", "--wait",

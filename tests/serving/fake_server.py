@@ -103,9 +103,11 @@ class Handler(BaseHTTPRequestHandler):
         headers: dict[str, str] = {}
         try:
             status, content = 200, self.answer(fake, "/" + path, body)
+            if fake.has("html"):
+                content = "<html>"
         except Refusal as refusal:
             status, content, headers = refusal.status, {"error": {"message": str(refusal)}}, refusal.headers
-        data = json.dumps(content).encode()
+        data = content.encode() if content == "<html>" else json.dumps(content).encode()
         try:
             self.send_response(status)
             for one, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
@@ -122,6 +124,8 @@ class Handler(BaseHTTPRequestHandler):
             return {}
         if fake.has("key") and path.startswith("/v1") and self.headers.get("Authorization") != "Bearer secret":
             raise Refusal(401, "Unauthorized")
+        if path == "/v1/models" and fake.has("empty"):
+            return {"data": []}
         if path == "/v1/models":
             return {"data": self.models(fake)}
         if fake.engine == "vllm":
@@ -210,6 +214,8 @@ class Handler(BaseHTTPRequestHandler):
         targets[:, :start] = -100
         with self.server.lock:
             losses = self.server.teachers[self.which(fake)].loss(rows[:, :-1], targets)[0].tolist()
+        if fake.has("without"):
+            return {"text": "x", "meta_info": {"prompt_tokens": len(ids)}}
         told = [[None, ids[start], None], *([-loss, t, None] for loss, t in zip(losses[start:], ids[start + 1 :], strict=True))]
         return {"text": "x", "meta_info": {"prompt_tokens": len(ids), "input_token_logprobs": told}}
 

@@ -98,7 +98,10 @@ REFUSED = {
     "sglang+adds-bos": r"read another prompt than the one that was sent: \d+ tokens were sent",
     "sglang+truncates": r"read another prompt",
     "vllm+other-ids": r"read another prompt than the one that was sent: token 1 was \d+, and its answer is \{'5'",
-    "vllm+without": "answered without prompt_logprobs",
+    "vllm+without": r"answered without prompt_logprobs\. [\s\S]*a proxy may also have removed them",
+    "sglang+without": "answered without input_token_logprobs",
+    "vllm+html": "answered with something else than JSON: <html>",
+    "vllm+empty": r"/v1/models lists no models\. A teacher needs vLLM",
     "vllm+info+processed": "--logprobs-mode processed_logprobs: start it with --logprobs-mode raw_logprobs",
     "vllm+logits": r"answered a log-probability of \S+: start vLLM with --logprobs-mode raw_logprobs",
     "vllm+info+bf16": "computes in bfloat16, and --dtype is float32",
@@ -106,7 +109,7 @@ REFUSED = {
     "vllm+two": "serves teacher, another: choose the teacher with --served-model",
     "llamacpp": "is llama.cpp's server, which does not give the losses of a prompt",
     "openai": "answered without prompt_logprobs",
-    "vllm+500=9": r"no answer in 6 tries of at most 60 seconds. The last one: 500 [^.]*out of memory",
+    "vllm+500=9": r"no answer in 6 tries of at most 60 seconds\. The last one: 500 [\s\S]*and does it have enough memory",
 }
 
 
@@ -122,9 +125,11 @@ def test_what_is_no_teacher_is_refused_before_anything_is_scored(
 
 def test_names(serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
     folder = copy(unscored)
-    with pytest.raises(ServerError, match=r"does not serve student\. It serves teacher, another"):
+    with pytest.raises(ServerError, match=r"does not serve student\. It serves teacher, another: see --served-model"):
         score(folder, by(asked, serve("vllm+two"), model="student"))
-    with pytest.raises(ServerError, match="adapter is a LoRA adapter of teacher"):
+    with pytest.raises(
+        ServerError, match=r"adapter is a LoRA adapter of teacher\. Its losses cannot be attributed to the weights of --teacher"
+    ):
         score(folder, by(asked, serve("vllm+adapter"), model="adapter"))
     score(folder, by(asked, serve("vllm+two+adapter+key"), model="teacher", key="secret"))
 
@@ -136,7 +141,7 @@ def test_nothing_listens(unscored: AlignedDataset, asked: ScoringOptions, copy: 
 
 def test_servers_that_differ_are_not_mixed(serve: Serve, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy) -> None:
     folder = copy(unscored)
-    with pytest.raises(ServerError, match="two servers are not alike"):
+    with pytest.raises(ServerError, match="two servers are not alike, so their losses cannot be mixed"):
         score(folder, by(asked, serve("vllm"), serve("sglang")))
     with pytest.raises(ServerLostError, match="another model answers"):
         score(folder, by(asked, serve("vllm"), serve("vllm+changes-after=0")))
@@ -260,6 +265,8 @@ def test_the_command(
     assert again.returncode == 2 and "'localhost:8000' is not a URL, for example http://localhost:8000" in again.stderr
     both = command(folder, teacher, "--server", urls, "--workers", "2")
     assert both.returncode == 2 and "--workers 2 is for a teacher in this process, and --server is set" in both.stderr
+    shared = command(folder, teacher, "--server", urls, "--placement", "zero3")
+    assert shared.returncode == 2 and "--placement zero3 needs --teacher, and neither --server" in shared.stderr
     alone = command(folder, teacher, "--check", "3")
     assert alone.returncode == 2 and "--check compares a server with this process: it needs --server" in alone.stderr
 

@@ -40,9 +40,9 @@ def score_texts(args: argparse.Namespace) -> None:
     tokenizer = ("--student", str(args.teacher), "--teacher", str(args.teacher))
     keys = [word for key in args.text_key or () for word in ("--text-key", key)]
     keys += [word for key in args.id_key or () for word in ("--id-key", key)]
-    words = [*args.dataset, *tokenizer, *keys, "--out", str(dataset), "--workers", str(args.workers), "--quiet"]
+    words = [*args.texts, *tokenizer, *keys, "--out", str(dataset), "--workers", str(args.workers), "--quiet"]
     build_commands.build_dataset(build_dataset.build_parser().parse_args(words))
-    args.dataset = [str(dataset)]
+    args.dataset = str(dataset)
     score(args)
     data = AlignedDataset.open(dataset)
     if data.scoring is not None:
@@ -54,7 +54,7 @@ def score_texts(args: argparse.Namespace) -> None:
 
 
 def score(args: argparse.Namespace) -> None:
-    path = absolute(local_folder(args.dataset[0]))
+    path = absolute(local_folder(args.dataset))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards or Slice(), rank, world)
     read_manifest(path)  # an error must come before anything is written
@@ -115,7 +115,7 @@ def servers_of(args: argparse.Namespace) -> Servers | None:
 def engine_of(
     args: argparse.Namespace, asked: ScoringOptions | None, progress: ScoreProgress
 ) -> Iterator[JobRunner[ScoreResult, ScoreJob]]:
-    """What runs the jobs of this process."""
+    """The engine for the jobs of this process."""
     if args.placement == "zero3":
         if asked is None or asked.servers is not None or args.engine != "local" or args.workers > 1:
             raise CorpusError("--placement zero3 needs --teacher, and neither --server, --engine ray nor --workers")

@@ -2,7 +2,7 @@
 
     python -m tools.preprocess.score_teacher DATASET --teacher T
     torchrun --nproc_per_node 8 -m tools.preprocess.score_teacher DATASET --teacher T        one process per GPU
-    torchrun … -m tools.preprocess.score_teacher DATASET --teacher T --placement zero3       a teacher larger than a GPU
+    torchrun --nproc_per_node 8 -m tools.preprocess.score_teacher DATASET --teacher T --placement zero3
     python -m tools.preprocess.score_teacher DATASET --teacher T --engine ray                one task per GPU of the cluster
     python -m tools.preprocess.score_teacher DATASET --teacher T --server http://node7:8000  vLLM or SGLang runs the teacher
     python -m tools.preprocess.score_teacher DATASET --reuse OTHER                           the same texts, for another student
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_vocagno.config import Bos
 
 PROG = tool("preprocess.score_teacher")
+KEPT = "scored shards are kept; run the same command again to continue"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,15 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv and argv[0] == "finalize":
         args = finalize_parser().parse_args(argv[1:])
         return run_command(lambda: run("finalize", args))
+    if argv[:1] == ["texts"] or any(word.partition("=")[0] == "--out" for word in argv):
+        args = texts_parser().parse_args(argv[1:] if argv[0] == "texts" else argv)
+        return run_command(lambda: run("score_texts", args), KEPT)
     args = parser().parse_args(argv)
-    if args.teacher is None and (args.reuse is None or args.out is not None):
+    if args.teacher is None and args.reuse is None:
         parser().error("the following arguments are required: --teacher (or --reuse)")
-    if args.out is None and len(args.dataset) > 1:
-        parser().error(f"one DATASET is expected, not {len(args.dataset)}; texts are scored with --out")
-    return run_command(
-        lambda: run("score" if args.out is None else "score_texts", args),
-        "scored shards are kept; run the same command again to continue",
-    )
+    return run_command(lambda: run("score", args), KEPT)
 
 
 def run(command: str, args: argparse.Namespace) -> None:
@@ -61,83 +60,72 @@ def parser() -> Parser:
     parser = Parser(
         PROG,
         "DATASET --teacher T",
-        'Compute the teacher\'s loss of every token of a dataset, for `placement = "cached"`. Run it again to continue.\n'
-        "After a job array, `finalize DATASET` records the losses if the last task could not.",
-        f"{PROG} data/mine --teacher models/teacher\n"
+        "Compute the teacher's loss of every token of a dataset. Run it again to continue.\n"
+        "Other uses, each with a --help: finalize (after a job array), texts (texts without a student).",
         f"torchrun --nproc_per_node 8 -m {__package__}.score_teacher data/mine --teacher models/teacher",
     )
-    parser.add_argument(
-        "dataset", nargs="+", metavar="DATASET", help="folder of a dataset, from build_dataset; with --out, files of texts"
+    parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, from build_dataset")
+    teacher = "a folder with safetensors, a GGUF file, a Hub id"
+    parser.add_argument("--teacher", type=Path, metavar="T", help=f"{teacher} (or --reuse)")
+    parser.add_argument("--reuse", metavar="DATASET", help="a scored dataset of the same texts: take its losses")
+    add_scoring(parser)
+    add = parser.add_argument_group("on several machines").add_argument
+    add("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
+    add("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
+    add("--shards", type=slice_of, metavar="I/N", help="score the I-th of N parts, I from 1 (default: all)")
+    return parser
+
+
+def texts_parser() -> Parser:
+    parser = Parser(
+        f"{PROG} texts",
+        "TEXTS... --teacher T --out DIR",
+        "Compute the loss of every token of texts, without a student: parquet files with ids, byte ends and losses.",
+        f"{PROG} texts texts.jsonl --teacher models/teacher --out scored",
     )
+    parser.set_defaults(reuse=None, engine="local", shards=None)
+    parser.add_argument("texts", nargs="+", metavar="TEXTS", help="files, folders, globs, @list.txt; local or URLs (s3://…)")
     parser.add_argument(
-        "--teacher", type=Path, metavar="T", help="a folder with safetensors, a GGUF file, or a Hub id (required without --reuse)"
+        "--teacher", required=True, type=Path, metavar="T", help="a folder with safetensors, or a Hub id (required)"
     )
-    parser.add_argument(
-        "--reuse", metavar="DATASET", help="a scored dataset: take its losses for the same teacher tokens, whatever its student"
-    )
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="type of the forward (default: bfloat16, or the server's)"
-    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the result (required)")
+    parser.add_argument("--text-key", action="append", metavar="KEY", help="key or column of the text (default: text)")
+    parser.add_argument("--id-key", action="append", metavar="KEY", help="the same for an id (default: none)")
+    add_scoring(parser)
+    return parser
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """The options of both."""
+    add = parser.add_argument
+    types = ["bfloat16", "float16", "float32"]
+    add("--dtype", choices=types, metavar="TYPE", help=f"{', '.join(types)} (default: bfloat16, or the server's)")
     kinds = ["none", "int8", "fp8"]
-    parser.add_argument("--quantization", choices=kinds, default="none", help="of the decoder's weights (default: none)")
+    add("--quantization", choices=kinds, metavar="TO", default="none", help="of the weights: int8, fp8 (default: none)")
     # the old name of the option
-    parser.add_argument(
-        "--weights", dest="quantization", type=quantization_of, choices=kinds, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )
-    parser.add_argument(
+    add("--weights", dest="quantization", type=quantization_of, choices=kinds, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    add(
         "--context", type=positive_int, metavar="N", help="tokens of a window (default: 4096, or the most that the teacher reads)"
     )
-    parser.add_argument(
-        "--stride", type=positive_int, metavar="N", help="tokens from window to window (default: half of --context)"
-    )
-    parser.add_argument(
-        "--bos",
-        type=bos_of,
-        metavar="auto|none|ID",
-        default="auto",
-        help="prefix of each window (default: auto, the ids that the teacher's tokenizer puts in front of a text)",
-    )
-    parser.add_argument(
-        "--tokens-per-batch",
-        type=positive_int,
-        metavar="N",
-        default=16_384,
-        help="tokens of one forward, padding included (default: 16384)",
-    )
-    parser.add_argument(
-        "--force", "--replace", dest="replace", action="store_true", help="score shards again that were scored with other options"
-    )
+    add("--stride", type=positive_int, metavar="N", help="tokens from window to window (default: half of --context)")
+    bos = "prefix of each window (default: auto, as the teacher's tokenizer)"
+    add("--bos", type=bos_of, metavar="auto|none|ID", default="auto", help=bos)
+    batch = "tokens of one forward, padding included (default: 16384)"
+    add("--tokens-per-batch", type=positive_int, metavar="N", default=16_384, help=batch)
+    again = "score shards again that were scored with other options"
+    add("--force", "--replace", dest="replace", action="store_true", help=again)
     add_verbosity(parser, "a line per shard on a terminal too, and one every 5 seconds")
-    where = parser.add_argument_group("execution")
-    where.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine, or a cluster (default: local)")
-    where.add_argument(
-        "--placement",
-        choices=["replicated", "zero3"],
-        default="replicated",
-        help="each process holds the teacher, or all share its weights (default: replicated)",
-    )
-    where.add_argument("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
-    where.add_argument("--ray-address", default="auto", metavar="HOST:PORT", help="address of the Ray cluster (default: auto)")
-    where.add_argument("--shards", type=slice_of, metavar="I/N", help="score the I-th of N parts, I from 1 (default: all)")
-    server = parser.add_argument_group("a teacher that a server runs")
-    server.add_argument(
-        "--server", type=urls_of, metavar="URL[,URL]", help="vLLM's or SGLang's server, or several of the same teacher"
-    )
-    server.add_argument("--served-model", metavar="NAME", help="the teacher's name there (default: the only one)")
-    server.add_argument("--in-flight", type=positive_int, metavar="N", default=64, help="open requests at a time (default: 64)")
-    server.add_argument("--timeout", type=positive_int, metavar="S", default=600, help="seconds of a request (default: 600)")
-    server.add_argument("--tries", type=positive_int, metavar="N", default=8, help="tries of a request (default: 8)")
-    server.add_argument(
-        "--check", type=positive_int, metavar="N", help="compare N windows with the teacher in this process, before scoring"
-    )
-    texts = parser.add_argument_group("texts without a student")
-    texts.add_argument(
-        "--out", type=Path, metavar="DIR", help="score files of texts: parquet files with ids, byte ends and losses (DIR/losses)"
-    )
-    texts.add_argument("--text-key", action="append", metavar="KEY", help="key or column of the text (default: text)")
-    texts.add_argument("--id-key", action="append", metavar="KEY", help="the same for an id (default: none)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parser
+    shared = "zero3: all processes share the weights (default: replicated)"
+    add("--placement", choices=["replicated", "zero3"], default="replicated", metavar="WHERE", help=shared)
+    add("--workers", type=positive_int, metavar="N", default=1, help="processes, without a GPU (default: 1)")
+    add("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    add = parser.add_argument_group("a teacher that a server runs").add_argument
+    add("--server", type=urls_of, metavar="URL[,URL]", help="vLLM's or SGLang's server, or several of the same teacher")
+    add("--served-model", metavar="NAME", help="the teacher's name there (default: the only one)")
+    add("--in-flight", type=positive_int, metavar="N", default=64, help="open requests at a time (default: 64)")
+    add("--timeout", type=positive_int, metavar="S", default=600, help="seconds of a request (default: 600)")
+    add("--tries", type=positive_int, metavar="N", default=8, help="tries of a request (default: 8)")
+    add("--check", type=positive_int, metavar="N", help="first compare N windows with the teacher here (default: none)")
 
 
 def finalize_parser() -> Parser:
