@@ -3,6 +3,7 @@
 Folders, in the order of the data:
 
 preprocess/    text -> an aligned dataset on disk, and the losses of a teacher
+serving/       losses from a server that runs the teacher
 corpus/        the dataset that training reads: tokenizers, alignment, files
 batch/         the dataset -> packed rows
 objective/     losses -> weights -> the loss, in pure functions and kernels

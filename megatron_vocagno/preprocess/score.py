@@ -74,7 +74,10 @@ class ScoringOptions:
             return self._scoring(data)
 
     def _scoring(self, data: AlignedDataset) -> Scoring:
-        folder, has_weights = (teacher_folder(self.teacher), True) if self.servers is None else described_folder(self.teacher)
+        if self.servers is None or self.teacher.suffix == ".gguf":
+            folder, has_weights = teacher_folder(self.teacher), True
+        else:
+            folder, has_weights = described_folder(self.teacher)
         config = read_config(folder).get_text_config()
         tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
         if rows < tokens:
@@ -95,7 +98,7 @@ class ScoringOptions:
             raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be skipped")
         before = front[-1] if front else data.teacher_tokenizer.eos_id
         scoring = Scoring(
-            teacher=teacher_fingerprint(folder if self.servers else self.teacher) if has_weights else SERVED,
+            teacher=teacher_fingerprint(self.teacher) if has_weights else SERVED,
             name=hub.short_name(self.teacher),
             dtype=self.dtype or "bfloat16",
             weights="as-is" if self.quantization == "none" else self.quantization,

@@ -72,7 +72,7 @@ def _require_root(description: Description, servers: Servers, teacher: Path, fol
     if hub.is_id(teacher) and hub.is_id(root):
         same = os.fspath(teacher).partition("@")[0] == root.partition("@")[0]
     elif Path(root).exists():
-        same = Path(root).resolve() == folder.resolve()
+        same = Path(root).resolve() in (folder.resolve(), teacher.resolve())
     else:
         log.warning("note: %s serves the weights at %s, which is not a place of this machine", servers.urls[0], root)
         return

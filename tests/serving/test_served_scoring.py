@@ -15,11 +15,13 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from megatron_vocagno.config import Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.indexed import PairReader
 from megatron_vocagno.corpus.manifest import SERVED, Canary, TeacherLosses
 from megatron_vocagno.corpus.verify import verify
-from megatron_vocagno.errors import ChangedError, CorpusError, ServerError, ServerLostError, UserError
+from megatron_vocagno.engine.cached import open_scored
+from megatron_vocagno.errors import ChangedError, CorpusError, RunError, ServerError, ServerLostError, UserError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.preprocess.score_check import Difference
@@ -28,6 +30,7 @@ from megatron_vocagno.serving import client
 from megatron_vocagno.serving.client import Servers
 from tests.runs import REPOSITORY
 from tests.serving.conftest import Serve, start
+from tools.preprocess import score_teacher
 
 Copy = Callable[..., Path]
 
@@ -62,12 +65,13 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["vllm", "vllm+tokens", "sglang", "vllm+500=3+429=2"])
 def test_the_files_are_those_of_a_teacher_in_this_process(
-    name: str, serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+    name: str, serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
 ) -> None:
     folder = copy(unscored)
     score(folder, by(asked, serve(name)))
     assert losses_of(folder) == losses_of(local)
     verify(folder)
+    assert open_scored(Teacher(path=teacher, placement="cached"), [AlignedDataset.open(folder)])
     ours, theirs = recorded(folder), recorded(local)
     assert ours.totals == theirs.totals.model_copy(update={"positions": ours.totals.positions, "padding": 0})
     assert ours.scoring.served is not None and ours.scoring.served.engine == name.partition("+")[0]
@@ -223,6 +227,12 @@ def test_weights_that_only_the_server_has(
     assert recorded(local).scoring.teacher == teacher_fingerprint(teacher)
     with pytest.raises(ChangedError, match=r"teacher: served:\w+ then, \w+ now"):
         score(folder, by(asked, serve("vllm")))
+    # a run that names no weights reads them, and one that names weights does not
+    data = [AlignedDataset.open(folder)]
+    assert open_scored(Teacher(placement="cached"), data) == data
+    assert open_scored(Teacher(path=Path("/gone/description"), placement="cached"), data) == data
+    with pytest.raises(RunError, match=r"holds the losses of description \(served:\w+\), teacher.path is"):
+        open_scored(Teacher(path=teacher, placement="cached"), data)
 
 
 def test_canaries_are_equal_up_to_rounding() -> None:
@@ -245,30 +255,33 @@ def test_the_served_losses_are_compared_with_those_of_this_process(
     assert not losses_of(folder)
 
 
-def command(folder: Path, teacher: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "tools.preprocess.score_teacher", str(folder), "--teacher", str(teacher), *options]
-    return subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
-
-
 def test_the_command(
-    serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+    serve: Serve,
+    teacher: Path,
+    unscored: AlignedDataset,
+    local: Path,
+    asked: ScoringOptions,
+    copy: Copy,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = copy(unscored)
-    windows = ("--context", str(asked.context), "--stride", str(asked.stride))
+    words = [str(folder), "--teacher", str(teacher), "--context", str(asked.context), "--stride", str(asked.stride)]
     urls = ",".join(f"{serve('vllm+info')}{end}" for end in ("", "/v1", "/"))
-    ended = command(folder, teacher, "--server", urls, *windows, "--check", "3", "--verbose")
-    assert ended.returncode == 0, ended.stderr
+    assert score_teacher.main([*words, "--server", urls, "--check", "3", "--verbose"]) == 0
+    said = capsys.readouterr()
     assert losses_of(folder) == losses_of(local)
-    assert "served and own losses of 3 windows with" in ended.stderr + ended.stdout
-    assert "vllm 0.32.0, teacher" in ended.stdout and recorded(folder).scoring.dtype == "float32"
-    again = command(folder, teacher, "--server", "localhost:8000")
-    assert again.returncode == 2 and "'localhost:8000' is not a URL, for example http://localhost:8000" in again.stderr
-    both = command(folder, teacher, "--server", urls, "--workers", "2")
-    assert both.returncode == 2 and "--workers 2 is for a teacher in this process, and --server is set" in both.stderr
-    shared = command(folder, teacher, "--server", urls, "--placement", "zero3")
-    assert shared.returncode == 2 and "--placement zero3 needs --teacher, and neither --server" in shared.stderr
-    alone = command(folder, teacher, "--check", "3")
-    assert alone.returncode == 2 and "--check compares a server with this process: it needs --server" in alone.stderr
+    assert "served and own losses of 3 windows with" in said.err + said.out
+    assert "vllm 0.32.0, teacher" in said.out and recorded(folder).scoring.dtype == "float32"
+    for more, error in (
+        (["--server", urls, "--workers", "2"], "--workers 2 is for a teacher in this process, and --server is set"),
+        (["--server", urls, "--placement", "zero3"], "--placement zero3 needs --teacher, and neither --server"),
+        (["--check", "3"], "--check compares a server with this process: it needs --server"),
+    ):
+        assert score_teacher.main([*words, *more]) == 2
+        assert error in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score_teacher.main([*words, "--server", "localhost:8000"])
+    assert "'localhost:8000' is not a URL, for example http://localhost:8000" in capsys.readouterr().err
 
 
 @pytest.mark.long
