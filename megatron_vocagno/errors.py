@@ -52,7 +52,9 @@ class ServerError(UserError):
 
 
 class ServerLostError(ServerError):
-    """The teacher is no longer served: no server answers, or another model does."""
+    """The teacher is no longer served: no server answers, or another model does. A later start may succeed."""
+
+    exit_code = 1
 
 
 class DatasetError(CorpusError):

@@ -166,7 +166,7 @@ def gather(root: Path, shards: Sequence[ShardRecord]) -> TeacherLosses | None:
         found = read_losses(root / shard.path, shard)
         if found is None or found.scoring != (scoring or found.scoring):
             return None
-        scoring = found.scoring
+        scoring = scoring or found.scoring
         totals += found.totals
         files.append(found.files | {LOSS_RECORD: hash_file(root / shard.path / LOSS_RECORD)})
     return None if scoring is None else TeacherLosses(scoring=scoring, totals=totals, shards=tuple(files))

@@ -6,6 +6,8 @@ until no rank has work.
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 from deepspeed import comm as dist
 from torch import Tensor
@@ -21,9 +23,16 @@ class LockstepTeacher:
         self.teacher, self.device = teacher, device
 
     def loss(self, input_BU: Tensor, target_BU: Tensor, segment_BU: Tensor | None = None) -> Tensor:
-        """[B, U] float32, nats: see model.teacher.Teacher.loss. Collective, together with the other ranks' `loss` or `finish`."""
+        """[B, U] float32, nats: see model.teacher.Teacher.loss. Collective, together with the other ranks' `loss` or `finish`.
+
+        Exits if the forward fails, for example because memory is full. The launcher then ends the other ranks.
+        """
         self._working(1)
-        return self.teacher.loss(input_BU, target_BU, segment_BU)
+        try:
+            return self.teacher.loss(input_BU, target_BU, segment_BU)
+        except BaseException as error:
+            traceback.print_exc()
+            raise SystemExit(1) from error
 
     def finish(self) -> None:
         """Take part in the forwards of other ranks until all have called this."""

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from megatron_vocagno import hub
 from megatron_vocagno.config import Bos
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.front import front_of
-from megatron_vocagno.corpus.losses import gather, read_losses, record_losses, remove_leftover_losses, unscored
-from megatron_vocagno.corpus.manifest import SERVED, Manifest, Scoring, read_manifest
+from megatron_vocagno.corpus.losses import gather, record_losses, remove_leftover_losses, unscored
+from megatron_vocagno.corpus.manifest import BUILD, SERVED, Manifest, Scoring, read_manifest, to_json, write_durably
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError, ServerError, ServerLostError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.model.folder import described_folder, read_config
@@ -89,10 +91,12 @@ class ScoringOptions:
             log.warning("note: %s", note)
         front = front_of(self.bos, [folder, data.teacher_tokenizer.path], "--bos", rows)
         longest = getattr(config, "max_position_embeddings", None)
-        context = self.context or min(CONTEXT, (longest or CONTEXT) - len(front))
+        # a server reads the token before a window too, and always makes one more
+        around = len(front) + (0 if self.servers is None else 2)
+        context = self.context or min(CONTEXT, (longest or CONTEXT) - around)
         stride = self.stride or max(1, context // 2)
-        if longest is not None and context + len(front) > longest:
-            in_front = f", {len(front)} of them in front of the text" if front else ""
+        if longest is not None and context + around > longest:
+            in_front = f", {around} of them in front of the text{' and for the server' if self.servers else ''}" if around else ""
             raise CorpusError(f"--context {context:,}: the teacher {self.teacher} reads {longest:,} tokens{in_front}")
         if stride > context:
             raise CorpusError(f"--stride {stride:,} is more than --context {context:,}: tokens between windows would be skipped")
@@ -107,13 +111,12 @@ class ScoringOptions:
             before=before,
             front=front,
         )
-        return scoring if self.servers is None else self._by_server(scoring, self.servers, data, folder)
+        return scoring if self.servers is None else self._by_server(scoring, self.servers, data, folder, rows)
 
-    def _by_server(self, scoring: Scoring, servers: Servers, data: AlignedDataset, folder: Path) -> Scoring:
+    def _by_server(self, scoring: Scoring, servers: Servers, data: AlignedDataset, folder: Path, vocabulary: int) -> Scoring:
         """The record of a scoring by servers, with their settings and a canary."""
-        # a window's prompt has the token before it, and a server always makes one more
         needed = len(scoring.front) + scoring.context + 2
-        served, dtype = ask_servers(servers, self.canary(scoring, data), needed, self.teacher, folder)
+        served, dtype = ask_servers(servers, self.canary(scoring, data), needed, vocabulary, self.teacher, folder)
         if self.dtype is not None and dtype not in (self.dtype, UNKNOWN):
             raise ServerError(f"{servers.urls[0]} computes in {dtype}, and --dtype is {self.dtype}")
         fingerprint = scoring.teacher
@@ -159,7 +162,8 @@ def score(
     # opened without its losses: a damaged or missing file of losses is made again
     data = AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None}))
     scoring, served = _prepare(data, options, reuse)
-    scoring = _as_recorded(scoring, root, manifest)
+    if scoring.served is not None:
+        scoring = _first_record(scoring, root / BUILD / "served.json")
     if recorded is not None and recorded.scoring != scoring and not replace:
         raise ChangedError(f"{path} was scored with other settings:\n{difference(recorded.scoring, scoring)}")
     with locked(root, part):
@@ -208,12 +212,25 @@ def _prepare(data: AlignedDataset, options: ScoringOptions | None, reuse: Path |
     return scoring, ServedShard(options.servers, options.canary(scoring, data))
 
 
-def _as_recorded(scoring: Scoring, root: Path, manifest: Manifest) -> Scoring:
-    """The equal record of a scored shard if there is one, so that all shards have the same canary to the last digit."""
-    for shard in manifest.shards:
-        found = read_losses(root / shard.path, shard)
-        if found is not None and found.scoring == scoring:
-            return found.scoring
+def _first_record(scoring: Scoring, file: Path) -> Scoring:
+    """The equal record of the first process that scored by these servers, so that all shards have one canary to the last digit.
+
+    If there is none, or another one, this becomes the record.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with file.open("xb") as stream:
+            stream.write(to_json(scoring))
+            return scoring
+    except FileExistsError:
+        pass
+    try:
+        found = Scoring.model_validate_json(file.read_bytes())
+    except ValidationError:  # another process is writing it, or has been killed
+        found = None
+    if found == scoring:
+        return found
+    write_durably(file, to_json(scoring))
     return scoring
 
 

@@ -23,8 +23,8 @@ from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.errors import ServerError
 from megatron_vocagno.preprocess.windows import Windows, plan_windows
 from megatron_vocagno.serving.client import Client, Servers
-from megatron_vocagno.serving.engines import Description, Losses
-from megatron_vocagno.serving.teacher import CANARY, Prompt, ServedTeacher, introduce
+from megatron_vocagno.serving.engines import Description, Losses, Prompt
+from megatron_vocagno.serving.teacher import CANARY, ServedTeacher, introduce
 
 log = logging.getLogger(__name__)
 
@@ -43,15 +43,18 @@ def canary_prompt(tokenizer: Path, lead: Sequence[int]) -> tuple[int, ...]:
     return (*lead, *tokens.ids.tolist())
 
 
-def ask_servers(servers: Servers, canary: Sequence[int], needed: int, teacher: Path, folder: Path) -> tuple[Served, str]:
+def ask_servers(
+    servers: Servers, canary: Sequence[int], needed: int, vocabulary: int, teacher: Path, folder: Path
+) -> tuple[Served, str]:
     """What to record of the servers, and the type of their forward.
 
-    needed   tokens of the longest request, prompt and answer together
-    teacher  the value of --teacher; `folder` is where its configuration was found
+    needed      tokens of the longest request, prompt and answer together
+    vocabulary  the teacher's number of ids
+    teacher     the value of --teacher. Its configuration is in `folder`
 
     Raises ServerError: see serving.teacher, and if the weights are those of another folder.
     """
-    description, losses = introduce(servers, Prompt(canary, 1), needed)
+    description, losses = introduce(servers, Prompt(canary, 1, vocabulary), max(needed, len(canary) + 1))
     _require_root(description, servers, teacher, folder)
     served = Served(
         engine=description.engine,
@@ -67,8 +70,8 @@ def ask_servers(servers: Servers, canary: Sequence[int], needed: int, teacher: P
 def _require_root(description: Description, servers: Servers, teacher: Path, folder: Path) -> None:
     """Compare the place of the served weights with --teacher, as far as both can be compared here."""
     root = description.root
-    if root is None or root == description.model:
-        return  # the name of a model, of a server that does not report the place
+    if root is None:
+        return
     if hub.is_id(teacher) and hub.is_id(root):
         same = os.fspath(teacher).partition("@")[0] == root.partition("@")[0]
     elif Path(root).exists():
@@ -115,7 +118,7 @@ def served_losses(
 
     async def ask(canary: Canary) -> None:
         async with Client(shard.servers) as client:
-            teacher = await ServedTeacher.open(client)
+            teacher = await ServedTeacher.open(client, all_needed=False)
             await teacher.canary(Prompt(shard.canary, 1), canary)
             await teacher.of_many(prompts, lambda i, answered: add(i, answered, client))
 

@@ -1,6 +1,7 @@
 """Requests over HTTP to servers that give the same answers.
 
-At most `in_flight` requests are open at a time. Each goes to the server with the fewest open requests. A request is sent again if
+At most `in_flight` requests are open at a time. Each goes to the server with the fewest failures since its last answer, and of
+these to the one with the fewest open requests. A request is sent again if
 the connection fails or times out, or if the server answers 408, 425, 429 or 5xx.
 """
 
@@ -57,12 +58,19 @@ class Answer:
 
 
 class Client:
-    """Sends requests from one event loop. `open` requests are being answered, and `retries` were sent again."""
+    """Sends requests from one event loop.
+
+    urls     the servers; a caller may leave out one that does not answer
+    open     requests that are being answered, by URL
+    retries  requests that were sent again
+    """
 
     def __init__(self, servers: Servers) -> None:
         self.servers = servers
+        self.urls: Sequence[str] = servers.urls
         self.open = dict.fromkeys(servers.urls, 0)
         self.retries = 0
+        self._failures = dict.fromkeys(servers.urls, 0)
         headers = {"Authorization": f"Bearer {servers.key}"} if servers.key else {}
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=servers.in_flight)
         # no proxy of the environment: it may change a prompt, and the servers are named by the user
@@ -90,7 +98,7 @@ class Client:
     async def post(self, path: str, body: Json, url: str | None = None) -> Answer:
         """The answer of a server. url: None means any of them. Raises ServerError."""
         async with self._free:
-            asked, answer = await self._send("POST", path, body, self.servers.urls if url is None else [url])
+            asked, answer = await self._send("POST", path, body, self.urls if url is None else [url])
         return Answer(asked, _content(answer))
 
     async def _send(
@@ -99,14 +107,15 @@ class Client:
         """The first answer with an expected status, and the URL that it came from."""
         url = cause = ""
         for attempt in range(1, self.servers.tries + 1):
-            url = self._next(urls, url)
+            url = min(urls, key=lambda one: (self._failures[one], self.open[one]))
             self.open[url] += 1
             try:
                 answer = await self._http.request(method, url + path, json=body)
             except httpx2.TransportError as error:
-                cause, pause = f"{type(error).__name__}: {error}".removesuffix(": "), None
+                cause, pause = f"{type(error).__name__}: {error}".removesuffix(": "), 0.0
             else:
                 if answer.status_code in expected:
+                    self._failures[url] = 0
                     return url, answer
                 cause = f"{answer.status_code} {answer.text[:SHOWN]}"
                 if answer.status_code not in SENT_AGAIN:
@@ -114,18 +123,15 @@ class Client:
                 pause = _pause(answer)
             finally:
                 self.open[url] -= 1
+            self._failures[url] += 1
             if attempt < self.servers.tries:
                 self.retries += 1
                 backoff = min(LONGEST_PAUSE, 2.0 ** (attempt - 1)) * (0.5 + random.random())
-                await asyncio.sleep(backoff if pause is None else pause)
+                await asyncio.sleep(max(backoff, pause))
         raise ServerLostError(
             f"{method} {url}{path}: no answer in {self.servers.tries} tries of at most {self.servers.timeout:g} seconds. "
             f"The last one: {cause}. Is the server running, and does it have enough memory?"
         )
-
-    def _next(self, urls: Sequence[str], failed: str) -> str:
-        """The server with the fewest open requests. After a failure, another one if there is one."""
-        return min(urls, key=lambda url: (url == failed, self.open[url]))
 
 
 def _content(answer: httpx2.Response) -> Json:
@@ -137,12 +143,12 @@ def _content(answer: httpx2.Response) -> Json:
         ) from None
 
 
-def _pause(answer: httpx2.Response) -> float | None:
-    """The pause in seconds that the server requests, at most LONGEST_PAUSE."""
+def _pause(answer: httpx2.Response) -> float:
+    """The pause in seconds that the server requests, at most LONGEST_PAUSE. 0 if it requests none."""
     try:
         return min(LONGEST_PAUSE, max(0.0, float(answer.headers.get("Retry-After", ""))))
     except ValueError:
-        return None
+        return 0.0
 
 
 def _advice(status: int) -> str:

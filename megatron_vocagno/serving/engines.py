@@ -30,7 +30,23 @@ WITHOUT_LOSSES = {
     "tgi": "Text Generation Inference",
 }
 """Other engines, by the owner that they name in /v1/models."""
+SGLANG_RESERVES = 6
+"""Tokens of its context that SGLang keeps free."""
 NEEDED = "A teacher needs vLLM's or SGLang's server"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text for the teacher.
+
+    ids         the tokens that it reads
+    known       the losses of the first tokens are not needed, at least of the first one
+    vocabulary  the teacher's number of ids, if the answer must prove that it has probabilities
+    """
+
+    ids: Sequence[int]
+    known: int
+    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,14 +71,13 @@ class Description:
 class Engine(Protocol):
     """How the losses of a prompt are requested.
 
-    request  the path, and the content of the request. model: the name under which the teacher is served. ids: the prompt. known:
-             the losses of the first tokens are not needed
+    request  the path, and the content of the request. model: the name under which the teacher is served
     losses   [len(ids) - known], float32, nats, of ids[known:], each after all tokens before it. Raises ServerError
     """
 
-    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]: ...
+    def request(self, model: str, prompt: Prompt) -> tuple[str, Json]: ...
 
-    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses: ...
+    def losses(self, answer: Answer, prompt: Prompt) -> Losses: ...
 
 
 async def recognize(client: Client, url: str) -> tuple[Engine, Description]:
@@ -102,12 +117,12 @@ def _model(cards: Sequence[Json], name: str | None, url: str) -> Json:
 class VLLM:
     """Its OpenAI-compatible completions, which accept token ids and have a field for the losses of the prompt."""
 
-    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
-        fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "n": 1, "stream": False}
-        return "/v1/completions", fields | {"model": model, "prompt": list(ids), "add_special_tokens": False}
+    def request(self, model: str, prompt: Prompt) -> tuple[str, Json]:
+        fields = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": _top(prompt), "n": 1, "stream": False}
+        return "/v1/completions", fields | {"model": model, "prompt": list(prompt.ids), "add_special_tokens": False}
 
-    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses:
-        content = answer.content
+    def losses(self, answer: Answer, prompt: Prompt) -> Losses:
+        content, ids, known = answer.content, prompt.ids, prompt.known
         [choice, *_] = content.get("choices") or [{}]
         told = content.get("prompt_logprobs") or choice.get("prompt_logprobs")
         if not isinstance(told, list):
@@ -115,6 +130,8 @@ class VLLM:
         read = (content.get("usage") or {}).get("prompt_tokens", len(told))
         if len(told) != len(ids) or read != len(ids) or told[0] is not None:
             raise _changed(answer.url, f"{len(ids):,} tokens were sent, {read:,} were read, {len(told):,} were answered")
+        if prompt.vocabulary is not None:
+            _require_probabilities(told[1:], prompt.vocabulary, answer.url)
         try:
             return _checked(
                 [one[str(token)]["logprob"] for token, one in zip(ids[known:], told[known:], strict=True)], answer.url
@@ -129,9 +146,25 @@ class VLLMTokens(VLLM):
 
     PATH = "/inference/v1/generate"
 
-    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
-        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False}
-        return self.PATH, {"model": model, "token_ids": list(ids), "sampling_params": sampling}
+    def request(self, model: str, prompt: Prompt) -> tuple[str, Json]:
+        sampling = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": _top(prompt), "detokenize": False}
+        return self.PATH, {"model": model, "token_ids": list(prompt.ids), "sampling_params": sampling}
+
+
+def _top(prompt: Prompt) -> int:
+    """How many of the most likely tokens are reported at each position."""
+    return int(prompt.vocabulary is not None)
+
+
+def _require_probabilities(told: Sequence[Json], vocabulary: int, url: str) -> None:
+    """The most likely of V tokens has a probability of at least 1 / V. Raw logits need not be like this."""
+    for one in told:
+        highest = max(entry["logprob"] for entry in one.values()) if isinstance(one, dict) and one else 0.0
+        if not -math.log(vocabulary) - 1e-3 <= highest <= 1e-3:
+            raise ServerError(
+                f"{url}: the most likely of {vocabulary:,} tokens has a log-probability of {highest:g}, which is impossible. "
+                "Start vLLM with --logprobs-mode raw_logprobs"
+            )
 
 
 async def _describe_vllm(client: Client, url: str, card: Json) -> Description:
@@ -159,11 +192,17 @@ async def _describe_vllm(client: Client, url: str, card: Json) -> Description:
 class SGLang:
     """Its own endpoint, which leaves out the tokens that are only context."""
 
-    def request(self, model: str, ids: Sequence[int], known: int) -> tuple[str, Json]:
-        fields = {"return_logprob": True, "logprob_start_len": known - 1, "top_logprobs_num": 0, "return_text_in_logprobs": False}
-        return "/generate", fields | {"input_ids": list(ids), "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+    def request(self, model: str, prompt: Prompt) -> tuple[str, Json]:
+        fields = {
+            "return_logprob": True,
+            "logprob_start_len": prompt.known - 1,
+            "top_logprobs_num": 0,
+            "return_text_in_logprobs": False,
+        }
+        return "/generate", fields | {"input_ids": list(prompt.ids), "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
 
-    def losses(self, answer: Answer, ids: Sequence[int], known: int) -> Losses:
+    def losses(self, answer: Answer, prompt: Prompt) -> Losses:
+        ids, known = prompt.ids, prompt.known
         content = answer.content[0] if isinstance(answer.content, list) and answer.content else answer.content
         meta = content.get("meta_info") if isinstance(content, dict) else None
         told = (meta or {}).get("input_token_logprobs")
@@ -178,21 +217,23 @@ class SGLang:
             )
         # the first one is the last token of the context, whose loss is not computed
         for i, (one, token) in enumerate(zip(told, ids[known - 1 :], strict=True)):
-            if one[1] != token or (one[0] is None) != (i == 0):
+            # SGLang reports the last id of the vocabulary as 0, and a loss that is not finite as null
+            if one[1] not in (token, 0) or (i == 0 and one[0] is not None):
                 raise _changed(answer.url, f"token {known - 1 + i:,} was {token}, and its answer is {str(one)[:100]}")
-        return _checked([one[0] for one in told[1:]], answer.url)
+        return _checked([math.nan if one[0] is None else one[0] for one in told[1:]], answer.url)
 
 
 async def _describe_sglang(client: Client, url: str, card: Json) -> Description:
     # the second names are those of earlier releases
     info = await client.get(url, "/model_info") or await client.get(url, "/get_model_info") or {}
     told = await client.get(url, "/server_info") or await client.get(url, "/get_server_info") or {}
+    longest = card.get("max_model_len") or told.get("context_length")
     return Description(
         "sglang",
         str(told.get("version", UNKNOWN)),
         str(card["id"]),
         told.get("model_path") or info.get("model_path"),
-        card.get("max_model_len") or told.get("context_length"),
+        None if longest is None else longest - SGLANG_RESERVES,
         str(told.get("dtype", UNKNOWN)),
         str(told.get("quantization") or "none") if told else UNKNOWN,
         str(told.get("kv_cache_dtype", UNKNOWN)),

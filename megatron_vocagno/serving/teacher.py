@@ -7,27 +7,21 @@ change by more than rounding, another model answers, or the same one with other 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from megatron_vocagno.corpus.manifest import CANARY_TOLERANCE, Canary
 from megatron_vocagno.errors import ServerError, ServerLostError
 from megatron_vocagno.serving.client import Client, Servers
-from megatron_vocagno.serving.engines import Description, Engine, Losses, recognize
+from megatron_vocagno.serving.engines import SGLANG_RESERVES, Description, Engine, Losses, Prompt, recognize
 
+log = logging.getLogger(__name__)
 CANARY = (
     "The derivative of x squared is 2x, and the integral of 2x is x squared plus a constant. In 1969 people walked on the Moon; "
     "Neil Armstrong was the first. def mean(values): return sum(values) / len(values)  # fails if there are none\n"
     "Wer im Glashaus sitzt, soll nicht mit Steinen werfen. If 17 of 40 seats are taken, 23 are free, and 23 / 40 = 57.5 %."
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """ids: the tokens that the teacher reads. known: the losses of the first tokens are not needed, at least of the first one."""
-
-    ids: Sequence[int]
-    known: int
 
 
 class ServedTeacher:
@@ -37,28 +31,41 @@ class ServedTeacher:
         self.client, self.engine, self.description = client, engine, description
 
     @classmethod
-    async def open(cls, client: Client) -> ServedTeacher:
-        """Raises ServerError if a server cannot give losses, or if two servers do not serve the same."""
-        found = [await recognize(client, url) for url in client.servers.urls]
-        for url, (engine, description) in zip(client.servers.urls, found, strict=True):
+    async def open(cls, client: Client, all_needed: bool = True) -> ServedTeacher:
+        """all_needed: whether a server without an answer is an error. If not, it is left out, unless it is the last one.
+
+        Raises ServerError if a server cannot give losses, or if two servers do not serve the same.
+        """
+        answered: dict[str, tuple[Engine, Description]] = {}
+        for url in client.servers.urls:
+            try:
+                answered[url] = await recognize(client, url)
+            except ServerLostError as error:
+                if all_needed or (not answered and url == client.servers.urls[-1]):
+                    raise
+                log.warning("note: continuing without %s: %s", url, error)
+        client.urls, found = list(answered), list(answered.values())
+        for url, (engine, description) in answered.items():
             if (type(engine), description) != (type(found[0][0]), found[0][1]):
                 raise ServerError(
                     "two servers are not alike, so their losses cannot be mixed:\n"
-                    f"  {client.servers.urls[0]}: {type(found[0][0]).__name__}, {found[0][1]}\n"
+                    f"  {client.urls[0]}: {type(found[0][0]).__name__}, {found[0][1]}\n"
                     f"  {url}: {type(engine).__name__}, {description}"
                 )
         return cls(client, *found[0])
 
     async def losses(self, prompt: Prompt, url: str | None = None) -> Losses:
         """[len(ids) - known], float32, nats. url: None means any server. Raises ServerError."""
-        path, content = self.engine.request(self.description.model, prompt.ids, prompt.known)
-        return self.engine.losses(await self.client.post(path, content, url), prompt.ids, prompt.known)
+        path, content = self.engine.request(self.description.model, prompt)
+        return self.engine.losses(await self.client.post(path, content, url), prompt)
 
     async def canary(self, prompt: Prompt, before: Canary | None = None) -> Canary:
         """The canary of the first server. Raises ServerLostError if another one differs, or if one differs from `before`."""
-        found = [Canary(losses=tuple((await self.losses(prompt, url)).tolist())) for url in self.client.servers.urls]
-        reference, where = (found[0], f"of {self.client.servers.urls[0]}") if before is None else (before, "of before")
-        for url, canary in zip(self.client.servers.urls, found, strict=True):
+        found = [Canary(losses=tuple((await self.losses(prompt, url)).tolist())) for url in self.client.urls]
+        reference, where = (found[0], f"of {self.client.urls[0]}") if before is None else (before, "of before")
+        for url, canary in zip(self.client.urls, found, strict=True):
+            if not all(map(math.isfinite, canary.losses)):
+                raise ServerError(f"{url}: the teacher has losses of a plain text that are not finite: {canary}")
             if canary != reference:
                 raise ServerLostError(
                     f"{url}: another model answers. Its losses of a fixed text differ by {canary.distance(reference):.2f} nats "
@@ -99,8 +106,9 @@ def introduce(servers: Servers, canary: Prompt, needed: int) -> tuple[Descriptio
             longest = teacher.description.longest
             if longest is not None and longest < needed:
                 raise ServerError(
-                    f"{servers.urls[0]} accepts {longest:,} tokens, and the windows of this --context need {needed:,}. Start it "
-                    f"with --max-model-len {needed} (SGLang: --context-length {needed}), or use a smaller --context"
+                    f"{servers.urls[0]} accepts {longest:,} tokens, and this scoring needs {needed:,}. Start it "
+                    f"with --max-model-len {needed} (SGLang: --context-length {needed + SGLANG_RESERVES}), "
+                    "or use a smaller --context"
                 )
             return teacher.description, await teacher.canary(canary)
 

@@ -80,6 +80,14 @@ class Server(ThreadingHTTPServer):
             found: list[float] = self.teachers[which].loss(rows[:, :-1], rows[:, 1:])[0].tolist()
         return found
 
+    def highest(self, ids: list[int]) -> list[float]:
+        """The log-probability of the most likely token at each position of ids[1:]."""
+        teacher = self.teachers[0]
+        with self.lock, torch.no_grad():
+            hidden = teacher.decoder(torch.tensor([ids])[:, :-1]).last_hidden_state
+            found: list[float] = (hidden @ teacher.head.weight.T).log_softmax(-1).amax(-1)[0].tolist()
+        return found
+
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -120,6 +128,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, fake: Fake, path: str, body: dict[str, Any]) -> Any:
         if path == "/asked":
             return fake.asked
+        if "away-after" in fake.faults and fake.asked >= fake.faults["away-after"]:
+            raise Refusal(503, "going away")
         if path == "/health":
             return {}
         if fake.has("key") and path.startswith("/v1") and self.headers.get("Authorization") != "Bearer secret":
@@ -138,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def models(self, fake: Fake) -> list[dict[str, Any]]:
         root = "/models/elsewhere" if fake.has("elsewhere") else str(self.server.folders[int(fake.has("other-root"))])
-        card = {"id": "teacher", "owned_by": OWNERS[fake.engine], "root": root}
+        card = {"id": root if fake.has("named-by-root") else "teacher", "owned_by": OWNERS[fake.engine], "root": root}
         card["max_model_len"] = fake.faults.get("longest", self.server.longest)  # type: ignore[assignment]
         cards = [card]
         if fake.has("adapter"):
@@ -183,7 +193,11 @@ class Handler(BaseHTTPRequestHandler):
         if not sent:
             raise Refusal(400, "a prompt is required")
         sampling = body["sampling_params"] if tokens else body
-        assert sampling["max_tokens"] == 1 and sampling["temperature"] == 0 and body["model"] == "teacher"
+        assert (
+            sampling["max_tokens"] == 1
+            and sampling["temperature"] == 0
+            and body["model"] in ("teacher", *map(str, self.server.folders))
+        )
         assert sampling["detokenize"] is False if tokens else body["add_special_tokens"] is False
         if len(sent) + 1 > LONGEST:
             raise Refusal(400, "This model's maximum context length is 4096 tokens")
@@ -191,7 +205,11 @@ class Handler(BaseHTTPRequestHandler):
         sign = 1 if fake.has("logits") else -1
         losses = self.server.losses(ids, self.which(fake))
         shown = [5 if fake.has("other-ids") else token for token in ids[1:]]
-        told = [None, *({str(t): {"logprob": sign * loss, "rank": 1}} for t, loss in zip(shown, losses, strict=True))]
+        down = 90 if fake.has("low-logits") else 0  # as GPT-2's, which are all negative
+        told = [None, *({str(t): {"logprob": sign * loss - down, "rank": 1}} for t, loss in zip(shown, losses, strict=True))]
+        if sampling["prompt_logprobs"]:  # the most likely token too
+            for one, highest in zip(told[1:], self.server.highest(ids), strict=True):
+                one["-1"] = {"logprob": highest - down, "rank": 1}
         answered = None if fake.has("without") else told
         usage = {"prompt_tokens": len(ids), "completion_tokens": 1}
         if tokens:
@@ -216,6 +234,7 @@ class Handler(BaseHTTPRequestHandler):
             losses = self.server.teachers[self.which(fake)].loss(rows[:, :-1], targets)[0].tolist()
         if fake.has("without"):
             return {"text": "x", "meta_info": {"prompt_tokens": len(ids)}}
+        ids = [0 if token == self.server.teachers[0].vocab_size - 1 else token for token in ids]  # as SGLang reports them
         told = [[None, ids[start], None], *([-loss, t, None] for loss, t in zip(losses[start:], ids[start + 1 :], strict=True))]
         return {"text": "x", "meta_info": {"prompt_tokens": len(ids), "input_token_logprobs": told}}
 

@@ -63,7 +63,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "LONGEST_PAUSE", 0.05)
 
 
-@pytest.mark.parametrize("name", ["vllm", "vllm+tokens", "sglang", "vllm+500=3+429=2"])
+@pytest.mark.parametrize("name", ["vllm+named-by-root", "vllm+tokens", "sglang", "vllm+500=3+429=2"])
 def test_the_files_are_those_of_a_teacher_in_this_process(
     name: str, serve: Serve, teacher: Path, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
 ) -> None:
@@ -90,12 +90,22 @@ def test_several_servers_share_the_windows(
     assert min(counts) > max(counts) / 3
 
 
+def test_a_server_of_several_may_go_away(
+    serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the first shard has begun: requests go to the others, and later shards begin without it."""
+    folder, gone = copy(unscored), serve("vllm+away-after=9")
+    score(folder, by(asked, gone, serve("vllm"), serve("vllm")))
+    assert losses_of(folder) == losses_of(local)
+    assert f"continuing without {gone}" in caplog.text
+
+
 def requests(url: str) -> int:
     return int(httpx2.get(f"{url}/asked", trust_env=False).text)
 
 
 REFUSED = {
-    "vllm+longest=49": r"accepts 49 tokens, and the windows of this --context need 50\.[\s\S]*--max-model-len 50",
+    "vllm+longest=49": r"accepts 49 tokens, and this scoring needs (\d+)\.[\s\S]*--max-model-len \1",
     "vllm+other-root": r"serves the weights at \S+, and --teacher is \S+",
     "vllm+truncates": r"read another prompt than the one that was sent: \d+ tokens were sent, 20 were read, 20 were answered",
     "vllm+adds-bos": r"read another prompt than the one that was sent: (\d+) tokens were sent, \d+ were read, \d+ were answered",
@@ -107,7 +117,9 @@ REFUSED = {
     "vllm+html": "answered with something else than JSON: <html>",
     "vllm+empty": r"/v1/models lists no models\. A teacher needs vLLM",
     "vllm+info+processed": "--logprobs-mode processed_logprobs: start it with --logprobs-mode raw_logprobs",
-    "vllm+logits": r"answered a log-probability of \S+: start vLLM with --logprobs-mode raw_logprobs",
+    "vllm+other-root+named-by-root": r"serves the weights at \S+, and --teacher is \S+: serve that, or name this",
+    "vllm+low-logits": r"tokens has a log-probability of -\d+\S*, which is impossible\. Start vLLM with --logprobs-mode",
+    "vllm+logits": r"log-probability of \S+(: start|, which is impossible\. Start) vLLM with --logprobs-mode raw_logprobs",
     "vllm+info+bf16": "computes in bfloat16, and --dtype is float32",
     "vllm+key": "401 [^.]*Unauthorized[^.]*. Set MEGATRON_VOCAGNO_SERVER_KEY",
     "vllm+two": "serves teacher, another: choose the teacher with --served-model",

@@ -36,13 +36,21 @@ def score_texts(args: argparse.Namespace) -> None:
     """Build a dataset of the teacher's own tokens, score it, and write its losses as tables."""
     from . import build_commands, build_dataset
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise CorpusError(
+            "texts are made into a dataset by one process. For several processes, build the dataset with build_dataset and the "
+            "teacher as the student, and score it under the launcher"
+        )
+    servers_of(args, workers=False)  # an error must come before the work
     dataset = args.out / "dataset"
     tokenizer = ("--student", str(args.teacher), "--teacher", str(args.teacher))
     keys = [word for key in args.text_key or () for word in ("--text-key", key)]
     keys += [word for key in args.id_key or () for word in ("--id-key", key)]
     words = [*args.texts, *tokenizer, *keys, "--out", str(dataset), "--workers", str(args.workers), "--quiet"]
+    words += ["--force"] if args.replace else []
     build_commands.build_dataset(build_dataset.build_parser().parse_args(words))
     args.dataset = str(dataset)
+    args.workers = 1 if args.server else args.workers
     score(args)
     data = AlignedDataset.open(dataset)
     if data.scoring is not None:
@@ -92,6 +100,9 @@ def part_of(part: Slice, rank: int, world: int) -> Slice | None:
 def options_of(args: argparse.Namespace, path: Path) -> ScoringOptions | None:
     """None without --teacher."""
     if args.teacher is None:
+        for option, default in (("server", None), ("check", None), ("quantization", "none")):
+            if getattr(args, option) != default:
+                raise CorpusError(f"--{option} is for a teacher, and there is no --teacher")
         return None
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
@@ -99,12 +110,13 @@ def options_of(args: argparse.Namespace, path: Path) -> ScoringOptions | None:
     return ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args))
 
 
-def servers_of(args: argparse.Namespace) -> Servers | None:
+def servers_of(args: argparse.Namespace, workers: bool = True) -> Servers | None:
+    """workers: whether --workers is the number of processes that score."""
     if args.server is None:
         if args.check is not None:
             raise CorpusError("--check compares a server with this process: it needs --server")
         return None
-    for option, default in (("engine", "local"), ("workers", 1), ("quantization", "none")):
+    for option, default in (("engine", "local"), ("quantization", "none"), *([("workers", 1)] if workers else [])):
         if getattr(args, option) != default:
             raise CorpusError(f"--{option} {getattr(args, option)} is for a teacher in this process, and --server is set")
     key = os.environ.get("MEGATRON_VOCAGNO_SERVER_KEY")
@@ -149,6 +161,11 @@ def shared_teacher(asked: ScoringOptions) -> Iterator[ScoringTeacher]:
     teacher = LockstepTeacher(open_sharded(folder, asked.quantization), here.device)
     try:
         yield teacher
-    finally:
+    except (KeyboardInterrupt, SystemExit):
+        raise  # without the others, which the launcher ends
+    except BaseException:
         teacher.finish()
         processes.stop()
+        raise
+    teacher.finish()
+    processes.stop()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from megatron_vocagno.config import Bos
 
 PROG = tool("preprocess.score_teacher")
+CODES = "0 done, 1 the server does not answer, 2 an error that you can fix, 130 Ctrl-C"
 KEPT = "scored shards are kept; run the same command again to continue"
 
 
@@ -63,6 +64,7 @@ def parser() -> Parser:
         "Compute the teacher's loss of every token of a dataset. Run it again to continue.\n"
         "Other uses, each with a --help: finalize (after a job array), texts (texts without a student).",
         f"torchrun --nproc_per_node 8 -m {__package__}.score_teacher data/mine --teacher models/teacher",
+        CODES,
     )
     parser.add_argument("dataset", metavar="DATASET", help="folder of a dataset, from build_dataset")
     teacher = "a folder with safetensors, a GGUF file, a Hub id"
@@ -82,6 +84,7 @@ def texts_parser() -> Parser:
         "TEXTS... --teacher T --out DIR",
         "Compute the loss of every token of texts, without a student: parquet files with ids, byte ends and losses.",
         f"{PROG} texts texts.jsonl --teacher models/teacher --out scored",
+        CODES,
     )
     parser.set_defaults(reuse=None, engine="local", shards=None)
     parser.add_argument("texts", nargs="+", metavar="TEXTS", help="files, folders, globs, @list.txt; local or URLs (s3://…)")
