@@ -118,6 +118,9 @@ class Canary(Record):
     def __hash__(self) -> int:
         return hash(len(self.losses))
 
+    def __repr__(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return f"{sum(self.losses) / max(1, len(self.losses)):.3f} nats per token"
 

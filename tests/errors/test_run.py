@@ -136,8 +136,8 @@ SCORED holds the losses of teacher (HASH), teacher.path is org/other (whose weig
         snapshot(
             """\
 SCORED and SCORED were not scored in the same way:
-  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=()
-  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=()
+  teacher='HASH' name='teacher' dtype='float16' weights='as-is' context=64 stride=32 before=0 front=() served=None
+  teacher='HASH' name='teacher' dtype='float32' weights='as-is' context=64 stride=32 before=0 front=() served=None
   A run needs losses from one teacher with the same settings. Score one of the datasets again (python -m tools.preprocess.score_teacher … --replace).\
 """
         ),

@@ -204,6 +204,8 @@ class Handler(BaseHTTPRequestHandler):
         ids = self.prompt(fake, sent)
         sign = 1 if fake.has("logits") else -1
         losses = self.server.losses(ids, self.which(fake))
+        if fake.has("nan"):
+            losses[0] = 9999.0  # vLLM's way to say infinite
         shown = [5 if fake.has("other-ids") else token for token in ids[1:]]
         down = 90 if fake.has("low-logits") else 0  # as GPT-2's, which are all negative
         told = [None, *({str(t): {"logprob": sign * loss - down, "rank": 1}} for t, loss in zip(shown, losses, strict=True))]

@@ -105,7 +105,7 @@ def requests(url: str) -> int:
 
 
 REFUSED = {
-    "vllm+longest=49": r"accepts 49 tokens, and this scoring needs (\d+)\.[\s\S]*--max-model-len \1",
+    "vllm+longest=49": r"accepts 49 tokens, and this scoring needs (\d+)\. Start it with --max-model-len \1 ",
     "vllm+other-root": r"serves the weights at \S+, and --teacher is \S+",
     "vllm+truncates": r"read another prompt than the one that was sent: \d+ tokens were sent, 20 were read, 20 were answered",
     "vllm+adds-bos": r"read another prompt than the one that was sent: (\d+) tokens were sent, \d+ were read, \d+ were answered",
@@ -118,8 +118,9 @@ REFUSED = {
     "vllm+empty": r"/v1/models lists no models\. A teacher needs vLLM",
     "vllm+info+processed": "--logprobs-mode processed_logprobs: start it with --logprobs-mode raw_logprobs",
     "vllm+other-root+named-by-root": r"serves the weights at \S+, and --teacher is \S+: serve that, or name this",
-    "vllm+low-logits": r"tokens has a log-probability of -\d+\S*, which is impossible\. Start vLLM with --logprobs-mode",
-    "vllm+logits": r"log-probability of \S+(: start|, which is impossible\. Start) vLLM with --logprobs-mode raw_logprobs",
+    "vllm+low-logits": r"has a log-probability of -\d+\S*, which is impossible\. Start vLLM with --logprobs-mode raw_logprobs",
+    "vllm+nan": "the teacher has losses of a plain text that are not finite",
+    "vllm+logits": r"log-probability of \S+(: start vLLM with --logprobs-mode raw_logprobs|, which is impossible\. Start vLLM)",
     "vllm+info+bf16": "computes in bfloat16, and --dtype is float32",
     "vllm+key": "401 [^.]*Unauthorized[^.]*. Set MEGATRON_VOCAGNO_SERVER_KEY",
     "vllm+two": "serves teacher, another: choose the teacher with --served-model",
@@ -291,6 +292,8 @@ def test_the_command(
     ):
         assert score_teacher.main([*words, *more]) == 2
         assert error in capsys.readouterr().err
+    assert score_teacher.main([str(folder), "--reuse", str(local), "--check", "3"]) == 2
+    assert "--check is for a teacher, and there is no --teacher" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         score_teacher.main([*words, "--server", "localhost:8000"])
     assert "'localhost:8000' is not a URL, for example http://localhost:8000" in capsys.readouterr().err

@@ -135,8 +135,8 @@ def test_an_array_scores_a_dataset(case: Case, small: Path, slurm: Path, submit:
 def test_an_array_scores_with_a_server_in_each_task(case: Case, small: Path, slurm: Path, submit: Submit) -> None:
     data = shutil.copytree(small, slurm.parent / "dataset")
     script, port = SCRIPTS / "score_served.sbatch", free_port()
-    words = f"--array=1-1 --gpus-per-node=1 --cpus-per-task=1 {script} {data} --teacher {case.teacher}"
-    here = {"VLLM": f"{sys.executable} -m tests.serving.fake_server", "PORT": str(port), "CONTEXT": "128"}
+    words = f"--array=1-1 --gpus-per-node=1 --cpus-per-task=1 {script} {data} --teacher {case.teacher} --context=128"
+    here = {"VLLM": f"{sys.executable} -m tests.serving.fake_server", "PORT": str(port)}
     assert ended(submit(f"sbatch {words}", **here), slurm) == [[[0]]], log(slurm)
     losses = AlignedDataset.open(data).manifest.teacher_losses
     assert losses is not None and losses.scoring.served is not None and losses.scoring.context == 128

@@ -55,3 +55,11 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
         with pytest.raises(SystemExit) as ended:
             score_teacher.main(words)
         assert ended.value.code == 2 and re.search(said, capsys.readouterr().err)
+
+
+def test_several_processes_are_refused(
+    tmp_path: Path, teacher_tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert score_teacher.main(["texts", "a", "--teacher", str(teacher_tokenizer), "--out", str(tmp_path / "out")]) == 2
+    assert "build the dataset with build_dataset and the teacher as the student" in " ".join(capsys.readouterr().err.split())
