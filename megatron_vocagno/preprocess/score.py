@@ -162,10 +162,10 @@ def score(
     # opened without its losses: a damaged or missing file of losses is made again
     data = AlignedDataset.of(root, manifest.model_copy(update={"teacher_losses": None}))
     scoring, served = _prepare(data, options, reuse)
-    if scoring.served is not None:
-        scoring = _first_record(scoring, root / BUILD / "served.json")
     if recorded is not None and recorded.scoring != scoring and not replace:
         raise ChangedError(f"{path} was scored with other settings:\n{difference(recorded.scoring, scoring)}")
+    if scoring.served is not None:
+        scoring = _first_record(scoring, root / BUILD / "served.json")
     with locked(root, part):
         if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
             manifest = record_losses(root, manifest, None)  # they are about to change
