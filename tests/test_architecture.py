@@ -57,7 +57,7 @@ DOORS = {
     "rich": [],
     "gguf": ["model/gguf.py"],
     "torchao": ["model/quantized.py"],
-    "triton": ["objective/linear_ce_triton.py", "objective/selection_triton.py"],
+    "triton": ["objective/linear_ce_triton.py", "objective/selection_kernels_triton.py", "objective/selection_triton.py"],
 }
 
 

@@ -28,7 +28,7 @@ from tests.objective.selection_cases import KINDS, SETTINGS, Case, assert_select
 
 KERNELS = (
     *("_update_online_softmax", "_dlogits_tile"),
-    *("_keys", "_threshold", "_count_above", "_histogram", "_count", "_weights", "_select_row"),
+    *("keys", "threshold", "count_above", "histogram", "count", "weights", "select_row"),
 )
 """All that are launched. A check at the end of the part fails if one of them was not."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,13 +45,13 @@ TOLERANCES = (
 
 
 def run(task: Task) -> None:
-    from megatron_vocagno.objective import linear_ce_triton, selection_triton  # Triton may be missing
+    from megatron_vocagno.objective import linear_ce_triton, selection_kernels_triton, selection_triton  # Triton may be missing
 
     device = torch.device(task.device)
     task.note(TOLERANCES)
     with (
         mock.patch.object(linear_ce, "_tile_backend", lambda _: linear_ce_triton),  # also for the interpreter's tensors
-        _counted_launches(selection_triton._keys) as launches,
+        _counted_launches(selection_kernels_triton.keys) as launches,
     ):
         _check_losses(task, device)
         _check_selections(task, device, selection_triton)

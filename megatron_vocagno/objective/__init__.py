@@ -3,7 +3,7 @@
     linear_ce.py    one float32 loss per token from hidden states and a head; no logits are kept
       linear_ce_tiles.py   the work on one tile of the vocabulary, in torch; linear_ce_triton.py  on a GPU
     selection.py    losses of both models -> the weights of the tokens that the student learns from, in one call
-      selection_triton.py  on a GPU
+      selection_triton.py  on a GPU; selection_kernels_triton.py  its kernels
       rule.py         input and result of a selection
       chunks.py       the losses of both models over the stretches of text that both tokenizers cut alike
       ranking.py      the k highest tokens of each group, exactly, also over ranks

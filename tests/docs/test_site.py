@@ -50,7 +50,7 @@ PLACES = {
     "megatron_vocagno/objective/rule.py": ["Aggregate"],
     "megatron_vocagno/objective/selection.py": ["_COMBINE", "gather_guide"],
     "megatron_vocagno/batch/cached.py": ["guides"],
-    "megatron_vocagno/objective/selection_triton.py": ["_aggregate"],
+    "megatron_vocagno/objective/selection_kernels_triton.py": ["_aggregate"],
     "tests/objective/plain.py": ["guide"],
     "tests/objective/test_guide.py": ["HOWS"],
     "tests/objective/selection_cases.py": ["SETTINGS"],

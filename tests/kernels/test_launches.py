@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_vocagno.objective import selection, selection_triton
+from megatron_vocagno.objective import selection, selection_kernels_triton, selection_triton
 from megatron_vocagno.objective.linear_ce_triton import dlogits_tile
 from megatron_vocagno.objective.rule import Rule
 from megatron_vocagno.objective.statistics import STATS
@@ -79,7 +79,7 @@ def test_a_range_that_ends_before_it_begins_is_unmapped(aggregate: str, each_ran
 def test_the_device_is_asked_for_nothing_but_these_launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is allocated and the kernels run. No other operation, no copy, and thus nothing to wait for."""
     seen: list[str] = []
-    jitted = type(selection_triton._keys)
+    jitted = type(selection_kernels_triton.keys)
     kernel_of = jitted.__getitem__
 
     class Watch(TorchDispatchMode):
@@ -99,11 +99,11 @@ def test_the_device_is_asked_for_nothing_but_these_launches(device: torch.device
     case = random_case(random.Random(0), "ties", rows=3, width=20)
     inputs, free = case.tensors(device), {"aten::empty", "aten::empty_like", "aten::view", "aten::detach", "aten::_reshape_alias"}
     for scope, weighting, launches in (
-        ("microbatch", "top_k", ["_keys", "_threshold", "_weights"]),
-        ("microbatch", "threshold", ["_keys", "_count_above", "_weights"]),
-        ("global", "control_variate", ["_keys", "_count_above", "_weights"]),
-        ("sequence", "top_k", ["_select_row"]),
-        ("sequence", "control_variate", ["_select_row"]),
+        ("microbatch", "top_k", ["keys", "threshold", "weights"]),
+        ("microbatch", "threshold", ["keys", "count_above", "weights"]),
+        ("global", "control_variate", ["keys", "count_above", "weights"]),
+        ("sequence", "top_k", ["select_row"]),
+        ("sequence", "control_variate", ["select_row"]),
     ):
         rule = case.rule(scope=scope, unit="chunk", weighting=weighting, require_positive=False)
         for capacity in (None, 7):
