@@ -37,12 +37,11 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.engine.collectives import ErrorCollector, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
-from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
+from megatron_vocagno.engine.manifest import COUNTERS, MASTER, OPTIMIZER, STUDENT
 from megatron_vocagno.errors import SharedError
 from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
 
-MASTER = "master"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The fields of DeepSpeed's loss scaler. They change only with fp16."""
 
