@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 
 def export(run_dir: Path, out: Path, dtype: torch.dtype | None = None, average: int = 1) -> list[Path]:
-    """Write the newest complete checkpoint of a run as a Hugging Face folder. Returns the checkpoints that were read, newest first.
+    """Write the newest complete checkpoint of a run as a Hugging Face folder.
 
     dtype    type of the written weights; None keeps the type in the checkpoint
     average  number of checkpoints whose mean is written
+    returns  the checkpoints that were read, newest first
 
     Raises RunError: there are fewer than `average` complete checkpoints, they are of different runs or students, or `out` is not
     empty.
@@ -123,7 +124,7 @@ def _float32_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     state = {name: tensor.float() for name, tensor in _weights(checkpoint).items()}
     for path in sorted((checkpoint / OPTIMIZER).glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            for key in file.keys():
+            for key in file.keys():  # noqa: SIM118 - a safetensors file cannot be iterated
                 name, _, part = key.rpartition(".")
                 if part == MASTER:
                     state[name] = file.get_tensor(key)

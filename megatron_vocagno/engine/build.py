@@ -146,7 +146,8 @@ def share_of_peak(schedule: Schedule, steps: int, step: int) -> float:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return 1.0
-    shape, decay = schedule.kind, steps - 1 - schedule.warmup_steps
+    shape: str = schedule.kind
+    decay = steps - 1 - schedule.warmup_steps
     if schedule.kind == "wsd":
         shape, decay = schedule.decay_shape, schedule.decay(steps)
     progress = min(1.0, max(0.0, (step - (steps - 1 - decay)) / max(1, decay)))

@@ -104,7 +104,7 @@ class OutlierFilter:
         decision = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.broadcast(decision, src=0)
         *numbers, compared = decision.tolist()
-        self.last = None if math.isnan(compared) else Outlier(*numbers, compared_steps=int(compared))
+        self.last = None if math.isnan(compared) else Outlier(*numbers, int(compared))
         if self.last is not None:
             # reset by ZeRO at the start of its next step
             self.optimizer.overflow = True

@@ -33,9 +33,7 @@ NAMES = (
 """The names of the top level that are accepted: they do not change what is learned, or are the purpose of the file."""
 _OTHER_DATA = "the rows of a step follow from [data] of the run file"
 _NO_EXPERTS = "the student has no experts"
-_OWN_CHECKPOINTS = (
-    "[checkpoint] in the run file sets when checkpoints are written, and their format does not depend on the layout"
-)
+_OWN_CHECKPOINTS = "[checkpoint] in the run file sets when checkpoints are written, in a format of their own"
 _OWN_PIPELINE = "DeepSpeed would ignore it"
 _MASTERS = "the master weights and the optimizer states of a checkpoint are float32"
 _LOSSY = "it rounds what the ranks exchange to 8 bits or less, which was never compared with exact training here"
@@ -69,9 +67,9 @@ REFUSED = {
     "zero_optimization.zero_quantized_weights": _LOSSY,
     "zero_optimization.zero_quantized_nontrainable_weights": _LOSSY,
     "zero_optimization.zero_quantized_gradients": _LOSSY,
-    "zero_optimization.offload_optimizer.super_offload": "it updates weights in another process, which a checkpoint does not read",
+    "zero_optimization.offload_optimizer.super_offload": "another process updates the weights, and a checkpoint does not read it",
 }
-"""Names that would make another run, have no effect, or end it, with the reason. `false`, 0 and `"enabled": false` are accepted."""
+"""Names that would make another run, end it, or have no effect, with the reason. `false` and `"enabled": false` are accepted."""
 REMOVED = (
     *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"),
     *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),

@@ -1,5 +1,6 @@
-"""Steps whose loss or gradient is not finite, or that were skipped as outliers: detect them, name the documents that they read, and
-stop after too many that are not finite.
+"""Steps whose loss or gradient is not finite: detect them, name the documents that they read, and stop after too many.
+
+Outliers, which the engine skips, are described here too.
 """
 
 from __future__ import annotations
