@@ -63,6 +63,7 @@ REFUSED = {
     "bf16.bf16_optimizer_states": _MASTERS,
     "fp16.fp16_master_weights_and_grads": _MASTERS,
     "data_types.buffer_dtype": "the frequencies of the student's RoPE would be rounded",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has it",
     "zero_optimization.zenflow": "it updates most weights only every few steps, and its states are not in a checkpoint",
     "zero_optimization.zero_quantized_weights": _LOSSY,
     "zero_optimization.zero_quantized_nontrainable_weights": _LOSSY,
