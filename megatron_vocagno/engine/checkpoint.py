@@ -203,11 +203,9 @@ class CheckpointManager:
         assert folder is not None
         manifest = run_on_rank0(lambda: read_manifest(folder), RunError, OSError)
         student, run = orjson.loads(self.stored.config.to_json_string()), orjson.loads(self.stored.run)
-        stored = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
-        before = _with_defaults(with_current_names(stored)[0])
         if starts is not None:
             next_rate = read_counters(folder).learning_rate
-            starts.check(manifest, before, run, next_rate, self.state.peak_learning_rate, report)
+            starts.check(manifest, _read_run(folder), run, next_rate, self.state.peak_learning_rate, report)
         check_resumable(folder, manifest, self.start, self.layout, student, data_of(run))
         io_errors = ErrorCollector(OSError, SafetensorError)
         self.state.read(folder, io_errors)
@@ -222,7 +220,7 @@ class CheckpointManager:
         report(f"loaded {folder}")
         if manifest.layout != self.layout:
             report(f"note: from here on with {self.layout} (was {manifest.layout})")
-        for change in changes(before, run):
+        for change in changes(_read_run(folder), run):
             report(f"note: from here on {change}")
         return manifest.position
 
@@ -280,6 +278,12 @@ def _fingerprint(config: PretrainedConfig) -> str:
     ignored = ("transformers_version", "_name_or_path", "dtype")
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """The resolved run of a checkpoint, in the names and with the defaults of this release. Collective over the world."""
+    stored = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
+    return _with_defaults(with_current_names(stored)[0])
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:
