@@ -196,6 +196,9 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
             snapshot("no run file at DIR/b.toml (base of DIR/run.toml, relative to its folder): No such file or directory"),
         ),
         (GOOD.replace("[training]\nsteps = 3", ""), snapshot("DIR/run.toml:\n  'training' is missing")),
+        (GOOD + "schedule = { decay_steps = 2 }", snapshot()),
+        (GOOD + 'schedule = { kind = "wsd", decay_steps = 2, decay_fraction = 0.2 }', snapshot()),
+        (GOOD + 'schedule = { kind = "wsd", decay_from = "runs/a" }', snapshot()),
         (GOOD + "tokens = 9", snapshot("DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'")),
         (
             GOOD.replace("[student.config]", "[student]\npretrained = 'x'\n[student.config]"),
