@@ -88,7 +88,7 @@ def _check_average(run_dir: Path, checkpoints: Sequence[Path], average: int) -> 
             now, before = getattr(newest[1].position, name), getattr(manifest.position, name)
             if now != before:
                 raise RunError(
-                    f"{newest[0]} and {folder} are of different runs ({name} {now} and {before}): their mean would be no model"
+                    f"{newest[0]} and {folder} are of different runs ({name} {now} and {before}): their mean is not a model"
                 )
         if manifest.layout.student != newest[1].layout.student:
             raise RunError(f"{newest[0]} and {folder} have different students (config.json): their weights have no mean")

@@ -6,8 +6,8 @@ mean and std (unbiased) are those of the last `window` steps before it, skipped 
 accepted after a few steps. No step is skipped before max(20, window / 2) steps are known. This is the rule of the
 SkipStepOptimizer of OLMo-core.
 
-The decision is made between the gradient norm and the update. The optimizer is then not called, and DeepSpeed is told that the
-step overflowed, as for a gradient that is not finite: weights, optimizer states and learning-rate schedule stay as they are.
+The decision is made between the gradient norm and the update. The optimizer is then not called, and the step is marked as
+overflowed, as DeepSpeed does for a gradient that is not finite: weights, optimizer states and learning-rate schedule stay as they are.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Outlier:
 def find_outlier(
     loss: float, grad_norm: float, recent: Sequence[tuple[float, float]], window: int, sigma: float
 ) -> Outlier | None:
-    """The step as an outlier, or None if it is none. recent: losses and gradient norms of at most `window` steps before it."""
+    """The outlier, or None if the step is ordinary. recent: losses and gradient norms of at most `window` steps before it."""
     if len(recent) + 1 < max(MIN_STEPS, window // 2):
         return None
     losses, norms = zip(*recent, strict=True)
@@ -75,7 +75,7 @@ class OutlierFilter:
         self.step_loss, self.device = step_loss, device
         self.recent: deque[tuple[float, float]] = deque(maxlen=window)
         self.last: Outlier | None = None
-        """The outlier that the latest step was. None if it was none."""
+        """The outlier that the latest step was. None if the step was made."""
         self._judged = False
         inner = zero_optimizer.optimizer
         update = inner.step

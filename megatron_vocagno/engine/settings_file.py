@@ -1,6 +1,6 @@
 """Read the file of the DeepSpeed configuration, and reject values that DeepSpeed would misread or ignore.
 
-Names that would make another run than the run file says are rejected too, each with its field of the run file or the reason.
+Names that would make another run than the one in the run file are rejected too, each with its field of the run file or the reason.
 DeepSpeed replaces "auto" by its own default (float32, for `bf16.enabled`), ignores names that it does not know, and reports wrong
 values in the terms of its libraries. The errors of this module name the field, its value and a correct value in one sentence.
 """
@@ -30,10 +30,10 @@ NAMES = (
     *("tensorboard", "wandb", "comet", "csv_monitor", "aio", "timers", "log_level", "disable_python_gc"),
     *("dataloader_drop_last", "vocabulary_size"),
 )
-"""The names of the top level that are accepted: they do not change what is learned, or are the purpose of the file."""
+"""The names of the top level that are accepted: they do not change the training, or are the purpose of the file."""
 _OTHER_DATA = "the rows of a step follow from [data] of the run file"
 _NO_EXPERTS = "the student has no experts"
-_OWN_CHECKPOINTS = "[checkpoint] in the run file sets when checkpoints are written, in a format of their own"
+_OWN_CHECKPOINTS = "[checkpoint] in the run file sets when checkpoints are written, with their own format"
 _OWN_PIPELINE = "DeepSpeed would ignore it"
 _MASTERS = "the master weights and the optimizer states of a checkpoint are float32"
 _LOSSY = "it rounds what the ranks exchange to 8 bits or less, which was never compared with exact training here"

@@ -121,7 +121,7 @@ def refuse(case: Case, stable: Path, overrides: list[str]) -> None:
             ({}, [], "would continue with learning rate 0.0003, this run decays from 0.003: the learning rate would jump"),
             ({}, ["training.steps=12"], "To decay in 3 steps from there, set training.steps = 11."),
             ({}, ["guidance.keep=0.5"], "belongs to another run than this one: guidance.keep = 0.5 (was 0.4)"),
-            ({}, ["training.schedule.decay_from=/nowhere"], "/nowhere is not a complete checkpoint: /nowhere/manifest.json is"),
+            ({}, ["training.schedule.decay_from=/nowhere"], "Give a folder OUTPUT/checkpoints/step-N."),
         ]
     ):
         arguments = case.command(f"decay-refused-{i}", [*ends, f"training.schedule.decay_from={folder}", *further], settings)

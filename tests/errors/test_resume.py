@@ -306,7 +306,7 @@ def test_an_average_that_cannot_be(folder: Path, tmp_path: Path) -> None:
             {"seed": 1},
             {},
             snapshot(
-                "DIR/checkpoints/step-00000005 and DIR/checkpoints/step-00000004 are of different runs (seed 1 and 0): their mean would be no model"
+                "DIR/checkpoints/step-00000005 and DIR/checkpoints/step-00000004 are of different runs (seed 1 and 0): their mean is not a model"
             ),
         ),
         (
