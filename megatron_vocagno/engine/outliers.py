@@ -7,7 +7,7 @@ accepted after a few steps. No step is skipped before max(20, window / 2) steps 
 SkipStepOptimizer of OLMo-core.
 
 The decision is made between the gradient norm and the update. The optimizer is then not called, and the step is marked as
-overflowed, as DeepSpeed does for a gradient that is not finite: weights, optimizer states and learning-rate schedule stay as they are.
+overflowed, as DeepSpeed does for a gradient that is not finite: weights, optimizer states and schedule stay as they are.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Read the file of the DeepSpeed configuration, and reject values that DeepSpeed would misread or ignore.
 
-Names that would make another run than the one in the run file are rejected too, each with its field of the run file or the reason.
+Names that would make another run than the one in the run file are rejected too, each with its field there or the reason.
 DeepSpeed replaces "auto" by its own default (float32, for `bf16.enabled`), ignores names that it does not know, and reports wrong
 values in the terms of its libraries. The errors of this module name the field, its value and a correct value in one sentence.
 """
