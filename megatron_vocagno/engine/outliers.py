@@ -35,13 +35,13 @@ MIN_STEPS = 20
 class Outlier:
     """A step that was skipped, and the steps that it was compared with."""
 
+    compared_steps: int
     loss: float
     grad_norm: float
     loss_mean: float
     loss_std: float
     grad_norm_mean: float
     grad_norm_std: float
-    compared_steps: int
 
 
 def find_outlier(
@@ -56,7 +56,7 @@ def find_outlier(
     # a comparison with NaN is false
     if abs(loss - loss_mean) <= sigma * loss_std and abs(grad_norm - norm_mean) <= sigma * norm_std:
         return None
-    return Outlier(loss, grad_norm, loss_mean, loss_std, norm_mean, norm_std, len(recent))
+    return Outlier(len(recent), loss, grad_norm, loss_mean, loss_std, norm_mean, norm_std)
 
 
 class OutlierFilter:
@@ -103,8 +103,8 @@ class OutlierFilter:
         numbers = [math.nan] * 7 if outlier is None else list(vars(outlier).values())
         decision = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.broadcast(decision, src=0)
-        *numbers, compared = decision.tolist()
-        self.last = None if math.isnan(compared) else Outlier(*numbers, int(compared))
+        compared, *numbers = decision.tolist()
+        self.last = None if math.isnan(compared) else Outlier(int(compared), *numbers)
         if self.last is not None:
             # reset by ZeRO at the start of its next step
             self.optimizer.overflow = True
