@@ -8,6 +8,7 @@ clipping and the ZeRO stage. The run file repeats none of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -303,15 +304,52 @@ class Parallel(Section):
 class Schedule(Section):
     """The learning rate over the run, relative to the peak in the DeepSpeed configuration."""
 
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    kind: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up: docs/training.md#learning-rate.
+
+    `cosine`, `linear`: a decay over all further steps.
+    `constant`: the peak.
+    `wsd`: warm-up, stable, decay. The peak, and a decay over the last steps.
+    """
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps of linear warm-up to the peak."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Learning rate of the last step, divided by the peak. `constant` ignores it."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """Shape of the decay of `wsd`. `1-sqrt` falls by the square root of the share of the decay that is done."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Share of the run's steps in which `wsd` decays, rounded up to complete steps."""
+    decay_steps: PositiveInt | None = None
+    """Number of steps in which `wsd` decays, instead of `decay_fraction`."""
+    decay_from: Path | None = None
+    """A checkpoint of another run from which this run starts, only to decay: docs/training.md#a-run-that-only-decays.
+
+    `decay_steps` must be the number of steps after the checkpoint.
+    """
+
+    @model_validator(mode="after")
+    def _of_wsd(self) -> Self:
+        given = [name for name in ("decay_shape", "decay_fraction", "decay_steps", "decay_from") if name in self.model_fields_set]
+        given = [name for name in given if getattr(self, name) != type(self).model_fields[name].default]
+        if given and self.kind != "wsd":
+            raise ValueError(f"{given[0]} applies only to kind 'wsd' (kind is {self.kind!r})")
+        if self.decay_steps is not None and "decay_fraction" in given:
+            raise ValueError("give only one of 'decay_steps' and 'decay_fraction'")
+        if self.decay_from is not None and self.decay_steps is None:
+            raise ValueError("decay_from needs decay_steps, the number of steps after the checkpoint")
+        return self
+
+    def decay(self, steps: int) -> int:
+        """Number of steps in which a run of `steps` steps decays, for `wsd`."""
+        return self.decay_steps or math.ceil(round(self.decay_fraction * steps, 6))
 
     def notes(self, steps: int) -> Iterator[str]:
-        """A note if the warm-up is longer than a run of `steps` steps."""
+        """Notes if the warm-up is longer than a run of `steps` steps, or leaves no room for the decay."""
+        if self.kind == "wsd" and self.decay_from is None and self.warmup_steps + self.decay(steps) > steps >= self.warmup_steps:
+            yield (
+                f"note: training.schedule has {self.warmup_steps:,} steps of warm-up and {self.decay(steps):,} of decay, the run "
+                f"has {steps:,}: the decay begins below the peak."
+            )
         if self.warmup_steps > steps:
             yield (
                 f"note: training.schedule.warmup_steps is {self.warmup_steps:,}, the run has {steps:,} step{'s' * (steps != 1)}: "
@@ -331,6 +369,13 @@ class Training(Section):
     schedule: Schedule = Schedule()
     max_nonfinite_steps: PositiveInt = 5
     """The run stops after this many consecutive steps with a loss or gradient that is not finite."""
+    outlier_sigma: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Skip a step whose loss or gradient norm is more than this many standard deviations from the mean of the last steps.
+
+    For example 6. If it is missing, no step is skipped: docs/training.md#outliers.
+    """
+    outlier_window: Annotated[int, Field(ge=20)] = 128
+    """Number of the last steps whose mean and standard deviation `outlier_sigma` uses."""
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """After this many minutes of wall time, start-up included, the run saves and exits, as on SIGTERM and SIGUSR1."""
 

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -129,6 +132,36 @@ def check_belongings(run: Path, student: Path, eos: int, capsys: pytest.CaptureF
     assert main([str(run), "--out", f"{out}-old"]) == 0
     assert f"note: {checkpoint} has no chat template and no generation settings of {student}" in capsys.readouterr().err
     assert AutoTokenizer.from_pretrained(f"{out}-old").chat_template is None
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_an_average_is_the_mean_of_the_last_checkpoints_float32_weights(
+    small_case: Case, half: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} if half else {}
+    overrides = ["training.steps=4", "checkpoint.every=1", "checkpoint.keep_last=4", "eval.rows=2"]
+    output = small_case.run(f"average-{half}", 1, overrides, settings)
+    sums: dict[str, NDArray[np.float64]] = {}
+    for step in (2, 3, 4):
+        for file in (output / "checkpoints" / f"step-{step:08d}").glob(f"{'optimizer' if half else 'student'}/*.safetensors"):
+            for name, tensor in load_file(file).items():
+                if not half or name.endswith(".master"):
+                    key = name.removesuffix(".master")
+                    sums[key] = sums.get(key, np.float64(0)) + tensor.numpy().astype(np.float64)
+    means = {name: total / 3 for name, total in sums.items()}
+    for dtype in ("float32", None):
+        out = tmp_path / str(dtype)
+        assert main([str(output), "--out", str(out), "--average", "3", *(["--dtype", dtype] if dtype else [])]) == 0
+        assert capsys.readouterr().out == f"mean of 3 checkpoints of {output}, steps 2, 3, 4 -> {out}\n"
+        exported = load_file(out / "model.safetensors")
+        assert exported.keys() == means.keys() and len(exported) > 20
+        expected = torch.bfloat16 if half and dtype is None else torch.float32
+        assert all(tensor.dtype == expected for tensor in exported.values())
+        for name, tensor in exported.items():
+            error = abs(tensor.double().numpy() - means[name])
+            assert (error <= (2**-8 if expected == torch.bfloat16 else 2**-22) * abs(means[name]) + 1e-7).all(), name
+    newest = load_file(output / "checkpoints" / "step-00000004" / "student" / "layer_0001.safetensors")
+    assert any(not torch.equal(tensor.float(), torch.tensor(means[name]).float()) for name, tensor in newest.items())
 
 
 def test_export_refuses_what_it_would_spoil_or_cannot_find(case: Case, tmp_path, capsys) -> None:

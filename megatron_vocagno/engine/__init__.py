@@ -5,6 +5,7 @@ collectives     exchange values and errors between ranks
 settings        the DeepSpeed configuration, checked against the run; settings_file: its file, checked for what DeepSpeed ignores
 build           model + objective -> engine: pipeline, or data-parallel with ZeRO-1/2/3
 engines         the engines, with one interface for the loop
+outliers        skip steps whose loss or gradient norm is an outlier
 pipeline        the student as a pipeline module
 loss            per-token losses -> the loss of a micro-batch, with the selection
 distilling      the engine of the baselines that compare distributions
@@ -15,6 +16,7 @@ cached          the teacher's side of rows; checks of losses that are stored wit
 step_counts     counts that all ranks know before a step: tokens, unmapped tokens by reason, the divisor of the loss
 text_losses     sums of both models' losses over the text of a step
 checkpoint      atomic save, exact resume in any layout
+decay_start     a run that only decays, from a checkpoint of another run
 manifest        the files of a checkpoint, and which checkpoint is complete
 state           weights, optimizer and counters in a form that does not depend on the layout
 """

@@ -6,6 +6,7 @@ The student is the same list of layers in both.
 from __future__ import annotations
 
 import importlib
+import math
 from functools import partial
 
 import deepspeed
@@ -92,9 +93,14 @@ def build_engine(
     except (AssertionError, TypeError, ValueError, NotImplementedError, DeepSpeedConfigError) as error:
         raise RunError(f"DeepSpeed rejects this configuration: {type(error).__name__}: {error}") from error
     by_document = run.data.by_document
+    built: TrainEngine
     if distiller is not None:
-        return DistillingEngine(engine, objective, layout, by_document, distiller)
-    return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
+        built = DistillingEngine(engine, objective, layout, by_document, distiller)
+    else:
+        built = (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
+    if run.training.outlier_sigma is not None:
+        built.skip_outliers(run.training.outlier_window, run.training.outlier_sigma)
+    return built
 
 
 def _import_muon_uncompiled() -> None:
@@ -131,11 +137,22 @@ def _scheduler(schedule: Schedule, steps: int, optimizer: torch.optim.Optimizer)
 
 
 def share_of_peak(schedule: Schedule, steps: int, step: int) -> float:
-    """Learning rate of step `step` (counted from 0) of `steps`, divided by the peak."""
-    if step < schedule.warmup_steps:
+    """Learning rate of step `step` (counted from 0) of `steps`, divided by the peak.
+
+    The decay falls from the peak, at step `steps - 1 - D`, to `min_lr_ratio`, at step `steps - 1`. D is the number of decaying
+    steps: all after the warm-up, or those of `wsd`. A run with `decay_from` has no warm-up.
+    """
+    if step < schedule.warmup_steps and schedule.decay_from is None:
         return (step + 1) / schedule.warmup_steps
     if schedule.kind == "constant":
         return 1.0
-    progress = min(1.0, (step - schedule.warmup_steps) / max(1, steps - 1 - schedule.warmup_steps))
-    fall = progress if schedule.kind == "linear" else (1 - torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
+    shape: str = schedule.kind
+    decay = steps - 1 - schedule.warmup_steps
+    if schedule.kind == "wsd":
+        shape, decay = schedule.decay_shape, schedule.decay(steps)
+    progress = min(1.0, max(0.0, (step - (steps - 1 - decay)) / max(1, decay)))
+    if shape == "1-sqrt":
+        fall = math.sqrt(progress)
+    else:
+        fall = progress if shape == "linear" else (1 - torch.cos(torch.tensor(torch.pi * progress)).item()) / 2
     return 1 - (1 - schedule.min_lr_ratio) * fall

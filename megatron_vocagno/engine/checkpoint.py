@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.config import Checkpoint, Run
 from megatron_vocagno.engine.collectives import ErrorCollector, all_gather, run_on_all_ranks, run_on_rank0
+from megatron_vocagno.engine.decay_start import DecayStart
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import (
     FOLDER,
@@ -50,7 +51,7 @@ from megatron_vocagno.engine.manifest import (
     step_folder,
 )
 from megatron_vocagno.engine.settings import DeepSpeedConfig, precision, zero_stage
-from megatron_vocagno.engine.state import EngineState
+from megatron_vocagno.engine.state import EngineState, read_counters
 from megatron_vocagno.errors import RunError, SharedError
 from megatron_vocagno.files import make_folder, remove_leftovers, sha256, sync, write_durably
 from megatron_vocagno.model.folder import carry_over, on_this_machine
@@ -178,10 +179,12 @@ class CheckpointManager:
             + f"Make room, and run the same command again: it {'resumes from there' if older else 'starts from the beginning'}."
         )
 
-    def resume(self, report: Callable[[str], None]) -> Position:
+    def resume(self, report: Callable[[str], None], decay: DecayStart | None = None) -> Position:
         """Load the newest complete checkpoint into the engine, if there is one. Collective over the world.
 
-        report: gets lines for the user. Returns the position of the checkpoint, or that of a start.
+        report: gets lines for the user. decay: the checkpoint of another run to start from, if this run has none.
+
+        Returns the position of the checkpoint, or that of a start.
 
         Raises SharedError or RunError: the checkpoint belongs to other data, another order of rows, another student or another
         release, or a rank could not read it.
@@ -189,9 +192,20 @@ class CheckpointManager:
         folder = first_complete(run_on_rank0(lambda: checkpoint_folders(self.root), OSError), _find_problem, report)
         if folder is None:
             self._check_nothing_is_lost()
-            return self.start
+            if decay is None:
+                return self.start
+            if problem := _find_problem(decay.folder):
+                raise SharedError(
+                    f"training.schedule.decay_from = {decay.folder} is not a complete checkpoint: {problem}.\n"
+                    "  Give a folder OUTPUT/checkpoints/step-N."
+                )
+        starts, folder = (decay, decay.folder) if folder is None and decay is not None else (None, folder)
+        assert folder is not None
         manifest = run_on_rank0(lambda: read_manifest(folder), RunError, OSError)
         student, run = orjson.loads(self.stored.config.to_json_string()), orjson.loads(self.stored.run)
+        if starts is not None:
+            next_rate = read_counters(folder).learning_rate
+            starts.check(manifest, _read_run(folder), run, next_rate, self.state.peak_learning_rate, report)
         check_resumable(folder, manifest, self.start, self.layout, student, data_of(run))
         io_errors = ErrorCollector(OSError, SafetensorError)
         self.state.read(folder, io_errors)
@@ -200,11 +214,13 @@ class CheckpointManager:
                 f"{folder} could not be loaded (rank {failure.ranks[0]}): {failure.message}\n"
                 "  Its files were complete when they were checked: do all machines see the same files?"
             )
+        if starts is not None:
+            # skipped steps would otherwise delay the decay
+            self.state.schedule_from(manifest.position.step)
         report(f"loaded {folder}")
         if manifest.layout != self.layout:
             report(f"note: from here on with {self.layout} (was {manifest.layout})")
-        before = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
-        for change in changes(_with_defaults(with_current_names(before)[0]), run):
+        for change in changes(_read_run(folder), run):
             report(f"note: from here on {change}")
         return manifest.position
 
@@ -262,6 +278,12 @@ def _fingerprint(config: PretrainedConfig) -> str:
     ignored = ("transformers_version", "_name_or_path", "dtype")
     fields = {name: value for name, value in config.to_dict().items() if name not in ignored}
     return hashlib.sha256(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)).hexdigest()
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """The resolved run of a checkpoint, in the names and with the defaults of this release. Collective over the world."""
+    stored = run_on_rank0(lambda: orjson.loads((folder / RUN).read_bytes()), OSError)
+    return _with_defaults(with_current_names(stored)[0])
 
 
 def _with_defaults(fields: dict[str, Any]) -> dict[str, Any]:

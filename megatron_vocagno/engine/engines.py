@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron_vocagno.batch.loader import IGNORE, Batch, Layout
 from megatron_vocagno.engine.loss import GuidedObjective, LossInputs, PreselectedInputs, to_tensors
+from megatron_vocagno.engine.outliers import Outlier, OutlierFilter
 from megatron_vocagno.engine.step_counts import StepCounts
 from megatron_vocagno.model.attention import document_positions
 from megatron_vocagno.model.student import LayerInput
@@ -37,6 +38,18 @@ class TrainEngine(ABC):
     def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
         """by_document: whether attention stops at document borders."""
         self.engine, self.objective, self.layout, self.by_document = engine, objective, layout, by_document
+        self.outliers: OutlierFilter | None = None
+        self.outlier_steps = 0
+        """Number of steps that were skipped because they were outliers."""
+
+    def skip_outliers(self, window: int, sigma: float) -> None:
+        """From now on, skip steps that are outliers: see outliers.py."""
+        self.outliers = OutlierFilter(window, sigma, self.engine.optimizer, self._step_loss, self.engine.device)
+
+    @property
+    def outlier(self) -> Outlier | None:
+        """The outlier that the last step was. None if the step was made, or if outliers are not skipped."""
+        return self.outliers.last if self.outliers is not None else None
 
     def train(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         """One optimizer step on the micro-batches of this rank. Returns the training loss over all ranks.
@@ -45,6 +58,14 @@ class TrainEngine(ABC):
 
         If one selection covers several micro-batches, all of them are run forward first, to get the losses to select from.
         """
+        if self.outliers is None:
+            return self._train_on(batches, teacher_losses, counts)
+        self.outliers.begin_step()
+        loss = self._train_on(batches, teacher_losses, counts)
+        self.outlier_steps += self.outliers.last is not None
+        return loss
+
+    def _train_on(self, batches: Sequence[Batch], teacher_losses: Sequence[Tensor], counts: StepCounts) -> float:
         inputs = [
             self._loss_inputs(batch, loss_BU, counts.kept, capacity)
             for batch, loss_BU, capacity in zip(batches, teacher_losses, counts.capacities, strict=True)
@@ -71,6 +92,10 @@ class TrainEngine(ABC):
     @abstractmethod
     def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
         """Forward, backward and optimizer step."""
+
+    @abstractmethod
+    def _step_loss(self) -> float:
+        """The training loss over all ranks, between the last backward pass of a step and its update. Collective."""
 
     @abstractmethod
     def evaluate(self, batches: Sequence[Batch]) -> float:
@@ -105,7 +130,7 @@ class TrainEngine(ABC):
     @property
     def skipped_steps(self) -> int:
         """Number of steps that DeepSpeed has skipped because their gradients were not finite."""
-        return int(self.engine.skipped_steps)
+        return int(self.engine.skipped_steps) - self.outlier_steps
 
     def _loss_inputs(self, batch: Batch, teacher_loss_BU: Tensor, divisor: float, capacity: int) -> LossInputs:
         first_BS, last_BS = batch.first_BS, batch.last_BS
@@ -146,6 +171,9 @@ class PipelineEngine(TrainEngine):
     def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
         return float(self.engine.train_batch(self._items(batches, inputs)))
 
+    def _step_loss(self) -> float:
+        return float(self.engine._aggregate_total_loss())
+
     def evaluate(self, batches: Sequence[Batch]) -> float:
         return float(self.engine.eval_batch(self._items(batches, [self._unguided(batch) for batch in batches])))
 
@@ -171,6 +199,8 @@ class DataParallelEngine(TrainEngine):
         self.data_rank = dist.get_rank()
         self.data_group = dist.get_world_group()
         self.pipe_group, self.counts_rows = None, True
+        self._total = torch.zeros((), device=engine.device)
+        """Sum of the losses of this rank's micro-batches in the current step."""
 
     @torch.no_grad()
     def _student_losses(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> list[Tensor]:
@@ -182,13 +212,16 @@ class DataParallelEngine(TrainEngine):
 
     def _train(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> float:
         self.engine.train()
-        total = torch.zeros((), device=self.engine.device)
+        self._total = torch.zeros((), device=self.engine.device)
         for batch, of_batch in zip(batches, inputs, strict=True):
             loss = self._training_loss(batch, of_batch)
+            self._total += loss.detach()
             self.engine.backward(loss)
             self.engine.step()
-            total += loss.detach()
-        return self._mean(total)
+        return self._mean(self._total)
+
+    def _step_loss(self) -> float:
+        return self._mean(self._total.clone())
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> float:

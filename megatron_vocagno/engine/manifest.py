@@ -16,7 +16,8 @@ A checkpoint is complete if it has a manifest and all files match it. Other chec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ MANIFEST = "manifest.json"
 LATEST = "latest"
 STUDENT = "student"
 OPTIMIZER = "optimizer"
+MASTER = "master"
+"""The last part of the name of a master weight in `optimizer/`."""
 COUNTERS = "engine.json"
 TOKENIZER = "tokenizer"
 PRETRAINED = "pretrained"
@@ -95,7 +98,14 @@ class CheckpointManifest(Frozen):
 
 
 def newest_checkpoint(output: Path, report: Callable[[str], None]) -> Path | None:
-    """The newest complete checkpoint of a run. None if there is none. report: gets a line for each checkpoint that is skipped.
+    """The newest complete checkpoint of a run. None if there is none. See newest_checkpoints."""
+    return next(iter(newest_checkpoints(output, 1, report)), None)
+
+
+def newest_checkpoints(output: Path, count: int, report: Callable[[str], None]) -> list[Path]:
+    """The newest `count` complete checkpoints of a run, newest first. Fewer if it has fewer.
+
+    report: gets a line for each checkpoint that is skipped.
 
     Raises VersionError: a checkpoint of another release may be complete. If it were skipped, it would be removed later.
     """
@@ -104,19 +114,26 @@ def newest_checkpoint(output: Path, report: Callable[[str], None]) -> Path | Non
         found = inspect(folder)
         return found if isinstance(found, str) else altered(folder, found.files)
 
-    return first_complete(checkpoint_folders(output / FOLDER), find_problem, report)
+    return list(islice(_complete(checkpoint_folders(output / FOLDER), find_problem, report), count))
 
 
 def first_complete(
     folders: Iterable[Path], find_problem: Callable[[Path], str | None], report: Callable[[str], None]
 ) -> Path | None:
     """The first folder without a problem. None if all have one. Reports the folders before it."""
+    return next(_complete(folders, find_problem, report), None)
+
+
+def _complete(
+    folders: Iterable[Path], find_problem: Callable[[Path], str | None], report: Callable[[str], None]
+) -> Iterator[Path]:
+    """The folders without a problem. Reports the others."""
     for folder in folders:
         problem = find_problem(folder)
         if problem is None:
-            return folder
-        report(f"skipping checkpoint {folder}: {problem}")
-    return None
+            yield folder
+        else:
+            report(f"skipping checkpoint {folder}: {problem}")
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:

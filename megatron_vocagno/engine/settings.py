@@ -19,13 +19,6 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> DeepSpeedCon
     ZeRO stage is not supported, in general or in a pipeline.
     """
     settings = read_file(path)
-    if "scheduler" in settings:
-        raise RunError(f"{path}: 'scheduler' is not read here: set [training.schedule] in the run file")
-    if "tensor_parallel" in settings:
-        raise RunError(
-            f"{path}: 'tensor_parallel' is not supported: the ranks that share a matrix would read different rows.\n"
-            "  Use pipeline stages, or ZeRO-2/3."
-        )
     clipping = settings.get("gradient_clipping", 0)
     if not _is_number(clipping) or clipping < 0:
         raise RunError(f"{path}: gradient_clipping is {clipping!r}: expected the largest gradient norm, or 0 for no limit")

@@ -1,5 +1,6 @@
 """Read the file of the DeepSpeed configuration, and reject values that DeepSpeed would misread or ignore.
 
+Names that would make another run than the one in the run file are rejected too, each with its field there or the reason.
 DeepSpeed replaces "auto" by its own default (float32, for `bf16.enabled`), ignores names that it does not know, and reports wrong
 values in the terms of its libraries. The errors of this module name the field, its value and a correct value in one sentence.
 """
@@ -23,24 +24,53 @@ BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accum
 NAMES = (
     *SECTIONS,
     *BATCHES,
-    *("gradient_clipping", "optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "torch_autocast"),
-    *("communication_data_type", "seq_parallel_communication_data_type", "gradient_allreduce_op", "prescale_gradients"),
-    *("gradient_predivide_factor", "managed_gradient_accumulation", "disable_allgather", "steps_per_print", "dump_state"),
-    *(
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "flops_profiler",
-        "comms_logger",
-        "tensorboard",
-        "wandb",
-        "comet",
-        "csv_monitor",
-    ),
-    *("checkpoint", "compile", "aio", "timers", "log_level", "disable_python_gc", "dataloader_drop_last", "autotuning"),
-    *("data_efficiency", "datastates_ckpt", "expert_parallel", "hybrid_engine", "use_data_before_expert_parallelism"),
-    *("vocabulary_size", "weight_quantization"),
+    *("gradient_clipping", "optimizer", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+    *("communication_data_type", "seq_parallel_communication_data_type", "prescale_gradients", "gradient_predivide_factor"),
+    *("disable_allgather", "steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "flops_profiler"),
+    *("tensorboard", "wandb", "comet", "csv_monitor", "aio", "timers", "log_level", "disable_python_gc"),
+    *("dataloader_drop_last", "vocabulary_size"),
 )
-"""The names that DeepSpeed reads at the top level, without those that settings.py rejects by name."""
+"""The names of the top level that are accepted: they do not change the training, or are the purpose of the file."""
+_OTHER_DATA = "the rows of a step follow from [data] of the run file"
+_NO_EXPERTS = "the student has no experts"
+_OWN_CHECKPOINTS = "[checkpoint] in the run file sets when checkpoints are written, with their own format"
+_OWN_PIPELINE = "DeepSpeed would ignore it"
+_MASTERS = "the master weights and the optimizer states of a checkpoint are float32"
+_LOSSY = "it rounds what the ranks exchange to 8 bits or less, which was never compared with exact training here"
+REFUSED = {
+    "scheduler": "set [training.schedule] in the run file",
+    "sequence_parallel_size": "set parallel.sequence in the run file",
+    "data_parallel_size": "it follows from the number of processes, parallel.pipeline_stages and parallel.sequence",
+    "tensor_parallel": "the ranks that share a matrix would read different rows.\n"
+    "  Use pipeline stages or ZeRO-2/3. For tensor parallelism, train in Megatron-LM: docs/megatron.md",
+    "expert_parallel": _NO_EXPERTS,
+    "use_data_before_expert_parallelism": _NO_EXPERTS,
+    "data_efficiency": f"{_OTHER_DATA}, and its random layerwise dropping of tokens would leave tokens out of layers",
+    "managed_gradient_accumulation": "the loss is divided for a step of train_batch_size rows",
+    "gradient_allreduce_op": "the loss is divided for the mean over the ranks. A sum would multiply gradients by their number",
+    "torch_autocast": "set the precision with bf16 or fp16, which the checks of this file and the checkpoints know",
+    "hybrid_engine": "it generates text between steps, which no run does",
+    "weight_quantization": "it is for inference",
+    "compile": "the student is not compiled",
+    "autotuning": "it is for `deepspeed --autotuning`, which starts other runs. Plan memory with megatron_vocagno.plan",
+    "checkpoint": _OWN_CHECKPOINTS,
+    "datastates_ckpt": _OWN_CHECKPOINTS,
+    "comms_logger": "it does not know all collectives of a run, and would end the process with exit code 0",
+    "pipeline.stages": f"{_OWN_PIPELINE}. Set parallel.pipeline_stages in the run file",
+    "pipeline.partition": f"{_OWN_PIPELINE}. Set parallel.partition in the run file",
+    "pipeline.seed_layers": f"{_OWN_PIPELINE}. Set training.seed in the run file",
+    "bf16.bf16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_optimizer_states": _MASTERS,
+    "fp16.fp16_master_weights_and_grads": _MASTERS,
+    "data_types.buffer_dtype": "the frequencies of the student's RoPE would be rounded",
+    "zero_optimization.legacy_stage1": "DeepSpeed no longer has it",
+    "zero_optimization.zenflow": "it updates most weights only every few steps, and its states are not in a checkpoint",
+    "zero_optimization.zero_quantized_weights": _LOSSY,
+    "zero_optimization.zero_quantized_nontrainable_weights": _LOSSY,
+    "zero_optimization.zero_quantized_gradients": _LOSSY,
+    "zero_optimization.offload_optimizer.super_offload": "another process updates the weights, and a checkpoint does not read it",
+}
+"""Names that would make another run, end it, or have no effect, with the reason. `false` and `"enabled": false` are accepted."""
 REMOVED = (
     *("amp", "compression_training", "curriculum_learning", "eigenvalue", "elasticity", "graph_harvesting", "nebula"),
     *("progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
@@ -64,6 +94,10 @@ FIELDS = {
     "fp16": (
         *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale"),
         *("consecutive_hysteresis", "fp16_master_weights_and_grads"),
+    ),
+    "pipeline": (
+        *("stages", "partition", "seed_layers", "activation_checkpoint_interval", "pipe_partitioned", "grad_partitioned"),
+        "use_reentrant",
     ),
     "data_types": ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"),
     "optimizer.params": (
@@ -212,7 +246,7 @@ def _check_names(path: Path, settings: dict[str, Any]) -> None:
     for name in settings:
         if name in REMOVED:
             raise RunError(f"{path}: this release of DeepSpeed no longer has '{name}': remove it")
-        if name in ("scheduler", "tensor_parallel") or name in NAMES or name.startswith("_"):
+        if name in REFUSED or name in NAMES or name.startswith("_"):
             continue
         raise RunError(f"{path}: DeepSpeed does not know '{name}', and would ignore it{_nearest(name)}")
     for name in SECTIONS:
@@ -220,15 +254,31 @@ def _check_names(path: Path, settings: dict[str, Any]) -> None:
             raise RunError(
                 f'{path}: {name} is {settings[name]!r}: expected a section {{"...": ...}}, as in ds_configs/ of the repository'
             )
+    for place, reason in REFUSED.items():
+        if _is_on(_value_at(settings, place)):
+            raise RunError(f"{path}: '{place}' is not supported: {reason}")
+    if (settings.get("bf16") or {}).get("check_grad_overflow") is False:
+        raise RunError(f"{path}: bf16.check_grad_overflow is false: steps with gradients that are not finite would be made")
     for section, names in FIELDS.items():
-        given: Any = settings
-        for part in section.split("."):
-            given = given.get(part) if isinstance(given, dict) else None
+        given = _value_at(settings, section)
         for name in given if isinstance(given, dict) else ():
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             if name not in names and (near or section not in OPEN):
                 hint = f". Did you mean '{section}.{near[0]}'?" if near else ": remove it"
                 raise RunError(f"{path}: DeepSpeed does not know '{section}.{name}'{hint}")
+
+
+def _value_at(settings: Mapping[str, Any], place: str) -> Any:
+    """The value of a dotted name. None if it is missing."""
+    value: Any = settings
+    for part in place.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a value has an effect: it is not missing, false, 0, "auto", or a section that is not enabled."""
+    return value.get("enabled", True) is not False if isinstance(value, dict) else value not in (None, False, "auto")
 
 
 def _nearest(name: str) -> str:
@@ -256,8 +306,10 @@ def check_sections(path: Path, settings: dict[str, Any]) -> None:
             raise RunError(f"{path}: {section}: {error}") from None
         except ValidationError as error:
             first = error.errors()[0]
+            reason = str(first["msg"]).removeprefix("Value error, ")
+            if not first["loc"]:  # of several fields, with the complete section as its input
+                raise RunError(f"{path}: {section}: {reason}") from None
             place = ".".join((section, *map(str, first["loc"])))
             if first["type"] == "extra_forbidden":
                 raise RunError(f"{path}: DeepSpeed does not know '{place}': remove it") from None
-            reason = str(first["msg"]).removeprefix("Value error, ")
             raise RunError(f"{path}: {place} is {first['input']!r}: {reason[:1].lower()}{reason[1:]}") from None

@@ -37,12 +37,11 @@ from transformers import PretrainedConfig
 
 from megatron_vocagno.engine.collectives import ErrorCollector, run_on_rank0
 from megatron_vocagno.engine.engines import TrainEngine
-from megatron_vocagno.engine.manifest import COUNTERS, OPTIMIZER, STUDENT
+from megatron_vocagno.engine.manifest import COUNTERS, MASTER, OPTIMIZER, STUDENT
 from megatron_vocagno.errors import SharedError
 from megatron_vocagno.model.folder import write_tensors
 from megatron_vocagno.model.student import hf_name
 
-MASTER = "master"
 SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """The fields of DeepSpeed's loss scaler. They change only with fp16."""
 
@@ -69,7 +68,14 @@ class Counters(BaseModel):
     global_steps: int
     global_samples: int
     skipped_steps: int
+    """Steps that DeepSpeed has skipped: outliers, and steps whose gradients were not finite."""
     loss_scaler: dict[str, int | float]
+    learning_rate: float | None = None
+    """Learning rate of the next step. Earlier releases did not record it."""
+    outlier_steps: int = 0
+    """Steps that were skipped because they were outliers."""
+    recent_steps: tuple[tuple[float, float], ...] = ()
+    """Losses and gradient norms of the steps that the next step is compared with. Empty unless outliers are skipped."""
 
 
 class EngineState:
@@ -137,7 +143,7 @@ class EngineState:
 
         Raises SharedError if the states belong to another implementation of the optimizer.
         """
-        counters = run_on_rank0(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
+        counters = read_counters(folder)
         check_implementation(folder, self.optimizer.optimizer, counters)
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
@@ -205,6 +211,9 @@ class EngineState:
             global_samples=self.engine.global_samples,
             skipped_steps=self.engine.skipped_steps,
             loss_scaler={name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
+            learning_rate=self.train_engine.learning_rate,
+            outlier_steps=self.train_engine.outlier_steps,
+            recent_steps=tuple(self.train_engine.outliers.recent) if self.train_engine.outliers is not None else (),
         )
 
     def _make_states(self, counters: Counters) -> None:
@@ -235,12 +244,29 @@ class EngineState:
         for name, value in counters.loss_scaler.items():
             if hasattr(scaler, name):
                 setattr(scaler, name, value)
+        self.train_engine.outlier_steps = counters.outlier_steps
+        if self.train_engine.outliers is not None:
+            self.train_engine.outliers.recent.extend(counters.recent_steps)
+        self.schedule_from(counters.schedule_step)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate that the schedule multiplies."""
+        return float(self.engine.lr_scheduler.base_lrs[0])
+
+    def schedule_from(self, step: int) -> None:
+        """Set the step of the learning-rate schedule."""
         schedule = self.engine.lr_scheduler
-        schedule.last_epoch = counters.schedule_step
+        schedule.last_epoch = step
         rates = [base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule._last_lr = rates
+
+
+def read_counters(folder: Path) -> Counters:
+    """The counters of a checkpoint, on all ranks. Collective over the world. Raises SharedError."""
+    return run_on_rank0(lambda: Counters.model_validate(orjson.loads((folder / COUNTERS).read_bytes())), OSError)
 
 
 def check_implementation(folder: Path, optimizer: object, counters: Counters) -> None:

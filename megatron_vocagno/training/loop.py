@@ -25,7 +25,7 @@ from megatron_vocagno.engine.text_losses import named_text_losses
 from megatron_vocagno.errors import RunError, SharedError, UserError
 from megatron_vocagno.training.consistency import facts_of_command, require_same_on_all_ranks
 from megatron_vocagno.training.monitor import NON_FINITE_FILE, Monitor
-from megatron_vocagno.training.nonfinite import NonFiniteGuard, documents_of
+from megatron_vocagno.training.nonfinite import NonFiniteGuard
 from megatron_vocagno.training.pins import pin_models
 from megatron_vocagno.training.setup import RunState, setup_run
 from megatron_vocagno.training.step_numbers import Clock, Optimizer, step_numbers
@@ -96,9 +96,11 @@ def train(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal
             monitor.step(position.step, numbers | state.epochs(position.rows))
             if before == state.position:
                 state.first_batch.report(position.step, text_losses, monitor)
+            if outlier := state.engine.outlier:
+                documents = state.documents(before.rows, position.rows)
+                monitor.outlier_step(position.step, outlier, state.engine.outlier_steps, documents)
             if broken := guard.check(position.step, numbers):
-                documents = documents_of(state.rows, range(before.rows, position.rows))
-                monitor.non_finite_step(broken, dict(zip(map(str, state.paths), documents, strict=True)))
+                monitor.non_finite_step(broken, state.documents(before.rows, position.rows))
                 guard.stop_at_limit(broken, run.output / NON_FINITE_FILE)
             if _due(position.step, run.eval.every, steps):
                 state.evaluator.evaluate(position.step, monitor)
@@ -139,6 +141,8 @@ def take_step(state: RunState, guidance: Guidance, first_row: int, first: bool) 
     text_losses = named_text_losses(student_nats, sums_N)
     optimizer = Optimizer(learning_rate, engine.skipped_steps, engine.grad_norm)
     numbers = step_numbers(loss, stats, text_losses, counts, seconds, optimizer, guidance, state.scorer)
+    if engine.outliers is not None:
+        numbers["optimizer/outlier_steps"] = engine.outlier_steps
     return numbers | engine.reduce_metrics(counts), text_losses
 
 

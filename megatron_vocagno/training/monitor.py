@@ -23,15 +23,16 @@ from megatron_vocagno.config import Run
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.files import make_folder, remove_leftovers, write_durably
 from megatron_vocagno.training import sample_files
-from megatron_vocagno.training.nonfinite import NonFiniteStep, describe
+from megatron_vocagno.training.nonfinite import NonFiniteStep, describe, describe_outlier
 from megatron_vocagno.training.sample_files import SampleRows, SampleStep
 from megatron_vocagno.training.stop_signal import reason
 
 if TYPE_CHECKING:
+    from megatron_vocagno.engine.outliers import Outlier
     from megatron_vocagno.training.tensorboard import TensorBoardWriter
 
 METRICS_FILE = "metrics.jsonl"
-NON_FINITE_FILE = "not_finite.jsonl"
+NON_FINITE_FILE, OUTLIERS_FILE = "not_finite.jsonl", "outliers.jsonl"
 FINISHED_FILE, STOPPED_FILE = "finished", "stopped"
 RECENT_STEPS = 50
 """The remaining time is estimated from this many recent steps. It follows a change of pace soon, and one slow step has little
@@ -68,7 +69,7 @@ class Monitor:
             make_folder(self.output)
             for name in (FINISHED_FILE, STOPPED_FILE):
                 (self.output / name).unlink(missing_ok=True)
-            for name in (METRICS_FILE, NON_FINITE_FILE):
+            for name in (METRICS_FILE, NON_FINITE_FILE, OUTLIERS_FILE):
                 _remove_after(self.output / name, first_step)
             from megatron_vocagno.training.tensorboard import TensorBoardWriter  # imports torch
 
@@ -127,11 +128,20 @@ class Monitor:
 
     def non_finite_step(self, broken: NonFiniteStep, documents: Mapping[str, Sequence[int]]) -> None:
         """Report a step that was not finite. documents: the numbers of the documents that it read, by dataset."""
+        self._append(NON_FINITE_FILE, asdict(broken) | {"documents": documents})
+        self.print(describe(broken, documents), always=True)
+
+    def outlier_step(self, step: int, outlier: Outlier, count: int, documents: Mapping[str, Sequence[int]]) -> None:
+        """Report a step that was skipped because it was an outlier. count: outliers so far. documents: see non_finite_step."""
+        self._append(OUTLIERS_FILE, {"step": step} | asdict(outlier) | {"documents": documents})
+        self.print(describe_outlier(step, outlier, count, documents), always=True)
+
+    def _append(self, name: str, fields: Mapping[str, Any]) -> None:
+        """Append a line to a file of the run."""
         if self.output is None:
             return
-        with _writing_to(self.output), (self.output / NON_FINITE_FILE).open("ab") as file:
-            file.write(orjson.dumps(asdict(broken) | {"documents": documents}, option=orjson.OPT_APPEND_NEWLINE))
-        self.print(describe(broken, documents), always=True)
+        with _writing_to(self.output), (self.output / name).open("ab") as file:
+            file.write(orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE))
 
     def log_exit(self, step: int, requested: int) -> None:
         """Report that the run ends without an error. requested: see StopSignal; 0 if the run reached its last step."""

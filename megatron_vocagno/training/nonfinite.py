@@ -1,4 +1,7 @@
-"""Steps whose loss or gradient is not finite: detect them, name the documents that they read, and stop after too many."""
+"""Steps whose loss or gradient is not finite: detect them, name the documents that they read, and stop after too many.
+
+Outliers, which the engine skips, are described here too.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from megatron_vocagno.errors import SharedError, tool
 
 if TYPE_CHECKING:
     from megatron_vocagno.batch.blend import BlendedRows
+    from megatron_vocagno.engine.outliers import Outlier
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,22 @@ def documents_of(rows: BlendedRows, indices: range) -> list[list[int]]:
 def describe(broken: NonFiniteStep, documents: Mapping[str, Sequence[int]], shown: int = 8) -> str:
     """One line for the user. It names at most `shown` documents per dataset, and counts the others."""
     action = "and was skipped" if broken.skipped else "and was made without the tokens that have no finite loss"
+    return (
+        f"step {broken.step} was not finite {action}: loss {broken.loss}, gradient norm {broken.grad_norm}, "
+        f"{broken.nonfinite_tokens} tokens without a finite loss. {_documents_read(documents, shown)}"
+    )
+
+
+def describe_outlier(step: int, outlier: Outlier, count: int, documents: Mapping[str, Sequence[int]], shown: int = 8) -> str:
+    """One line for the user about a step that was skipped. count: outliers so far. documents, shown: see describe."""
+    return (
+        f"step {step} was skipped as an outlier ({count} so far): loss {outlier.loss:.4g} (last {outlier.compared_steps} steps: "
+        f"{outlier.loss_mean:.4g} ± {outlier.loss_std:.2g}), gradient norm {outlier.grad_norm:.4g} "
+        f"({outlier.grad_norm_mean:.4g} ± {outlier.grad_norm_std:.2g}). {_documents_read(documents, shown)}"
+    )
+
+
+def _documents_read(documents: Mapping[str, Sequence[int]], shown: int) -> str:
     lists = [
         ", ".join(map(str, numbers[:shown]))
         + (f" and {len(numbers) - shown} more" if len(numbers) > shown else "")
@@ -78,7 +98,4 @@ def describe(broken: NonFiniteStep, documents: Mapping[str, Sequence[int]], show
         for path, numbers in documents.items()
         if numbers
     ]
-    return (
-        f"step {broken.step} was not finite {action}: loss {broken.loss}, gradient norm {broken.grad_norm}, "
-        f"{broken.nonfinite_tokens} tokens without a finite loss. It read documents {'; '.join(lists)}"
-    )
+    return f"It read documents {'; '.join(lists)}"

@@ -20,9 +20,11 @@ from megatron_vocagno.engine.build import build_engine, check_precision
 from megatron_vocagno.engine.cached import TeacherSources
 from megatron_vocagno.engine.checkpoint import CheckpointManager, StoredFiles, engine_layout
 from megatron_vocagno.engine.collectives import run_on_all_ranks
+from megatron_vocagno.engine.decay_start import decay_start
 from megatron_vocagno.engine.distilling import check_vocabularies, make_distiller
 from megatron_vocagno.engine.engines import TrainEngine
 from megatron_vocagno.engine.manifest import Position
+from megatron_vocagno.engine.outliers import check_outliers
 from megatron_vocagno.engine.pipeline import check_stages
 from megatron_vocagno.engine.placement import check_teacher, load_teacher, make_first_scorer, make_scorer
 from megatron_vocagno.engine.processes import Processes
@@ -40,6 +42,7 @@ from megatron_vocagno.training.evaluation import Evaluator, HeldOut
 from megatron_vocagno.training.first_batch import FirstBatch, ModelFacts, teacher_facts
 from megatron_vocagno.training.fronts import describe_fronts, student_front, teacher_front
 from megatron_vocagno.training.monitor import Monitor
+from megatron_vocagno.training.nonfinite import documents_of
 from megatron_vocagno.training.pins import hub_notes
 from megatron_vocagno.training.run_lock import RunLock, check_output
 from megatron_vocagno.training.samples import Samples
@@ -76,6 +79,10 @@ class RunState:
         """Metrics: how often each dataset has been read after `rows_done` rows of the blend."""
         epochs = zip(self.paths, self.rows.epochs(rows_done), strict=True)
         return {f"data/epochs/{path}": n for path, n in epochs}
+
+    def documents(self, first_row: int, end_row: int) -> dict[str, list[int]]:
+        """The numbers of the documents in the rows `[first_row, end_row)`, by dataset."""
+        return dict(zip(map(str, self.paths), documents_of(self.rows, range(first_row, end_row)), strict=True))
 
 
 def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_signal: StopSignal, quiet: bool) -> RunState | None:
@@ -138,7 +145,7 @@ def _setup_locked(
     start = _start(mixture.fingerprint([ds.fingerprint for ds in datasets]), row_length, run.training.seed, front)
     stages = run.parallel.pipeline_stages
     checkpoints = CheckpointManager(engine, run.output, run.checkpoint, stored, start, engine_layout(settings, stages, config))
-    position = checkpoints.resume(monitor.print)
+    position = checkpoints.resume(monitor.print, decay_start(run.training.schedule, steps))
     if samples is not None:
         samples.prepare(run.output, position.step, monitor.print)
     lines = [_first_line(run, layout, steps, position), *notes(settings), *run.notes(), *run.training.schedule.notes(steps)]
@@ -194,6 +201,7 @@ def _open_files(run: Run, settings: DeepSpeedConfig, processes: Processes) -> _F
     All checks that need no teacher's weights are here, because reading a teacher takes minutes. Raises UserError.
     """
     check_precision(settings, processes.device)
+    check_outliers(run.training, settings)
     datasets = open_data(run.data.train)
     check_vocabularies(run.guidance, datasets[0])
     check_teacher(run.loaded_teacher, datasets[0])

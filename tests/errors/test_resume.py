@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from inline_snapshot import snapshot
 from megatron_vocagno.engine import checkpoint
 from megatron_vocagno.engine.checkpoint import CheckpointManager, StoredFiles
 from megatron_vocagno.engine.collectives import Failure
+from megatron_vocagno.engine.decay_start import DecayStart
 from megatron_vocagno.engine.manifest import (
     CheckpointManifest,
     EngineLayout,
@@ -287,3 +289,81 @@ def test_an_export_that_cannot_be(folder: Path, tmp_path: Path) -> None:
         DIR=tmp_path,
     ):
         export(tmp_path, folder)
+
+
+def test_an_average_that_cannot_be(folder: Path, tmp_path: Path) -> None:
+    with told(
+        snapshot("""\
+--average is 3, but DIR has only 1 complete checkpoint (step 4): use a smaller number.
+  checkpoint.keep_last in the run file sets how many checkpoints stay on disk.\
+"""),
+        DIR=tmp_path,
+    ):
+        export(tmp_path, tmp_path / "out", average=3)
+    other = folder.with_name("step-00000005")
+    for position, layout, message in (
+        (
+            {"seed": 1},
+            {},
+            snapshot(
+                "DIR/checkpoints/step-00000005 and DIR/checkpoints/step-00000004 are of different runs (seed 1 and 0): their mean is not a model"
+            ),
+        ),
+        (
+            {},
+            {"student": "99"},
+            snapshot(
+                "DIR/checkpoints/step-00000005 and DIR/checkpoints/step-00000004 have different students (config.json): their weights have no mean"
+            ),
+        ),
+    ):
+        shutil.copytree(folder, other, dirs_exist_ok=True)
+        manifest = read_manifest(folder)
+        changed = manifest.model_copy(
+            update={"position": POSITION.model_copy(update=position), "layout": LAYOUT.model_copy(update=layout)}
+        )
+        (other / "manifest.json").write_bytes(orjson.dumps(changed.model_dump()))
+        with told(message, DIR=tmp_path):
+            export(tmp_path, tmp_path / "out", average=2)
+
+
+def test_a_decay_that_cannot_be(folder: Path) -> None:
+    manifest, run = read_manifest(folder), {"guidance": {"keep": 0.4}, "output": "runs/b", "training": {"steps": 6}}
+    start = DecayStart(Path("runs/a/step-00000004"), 6, 2)
+    lines: list[str] = []
+    start.check(manifest, run | {"output": "runs/a", "training": {"steps": 9}}, run, 3e-4, 3e-4, lines.append)
+    start.check(manifest, run, run, None, 3e-4, lines.append)
+    assert lines == snapshot(
+        ["note: runs/a/step-00000004 does not record its learning rate: check that its next step would have 0.0003"]
+    )
+    for before, rate, steps, message in (
+        (
+            run,
+            3e-4,
+            7,
+            snapshot("""\
+training.schedule.decay_from = runs/a/step-00000004 is of step 4, but with 7 steps and decay_steps = 2, the decay begins after step 5.
+  To decay in 2 steps from there, set training.steps = 6.\
+"""),
+        ),
+        (
+            run | {"guidance": {"keep": 0.5}},
+            3e-4,
+            6,
+            snapshot("""\
+training.schedule.decay_from = runs/a/step-00000004 belongs to another run than this one: guidance.keep = 0.4 (was 0.5).
+  A run that only decays changes nothing else. Restore the old values, or start another run from the exported weights (student.pretrained).\
+"""),
+        ),
+        (
+            run,
+            1e-4,
+            6,
+            snapshot("""\
+training.schedule.decay_from = runs/a/step-00000004 would continue with learning rate 0.0001, this run decays from 0.0003: the learning rate would jump.
+  Likely causes: another optimizer.params.lr, or a checkpoint of the warm-up or of a decay.\
+"""),
+        ),
+    ):
+        with told(message):
+            DecayStart(start.folder, steps, 2).check(manifest, before, run, rate, 3e-4, print)

@@ -35,7 +35,7 @@ ONE_FIELD = [
     ("training.seed=-1", snapshot("'training.seed': must be at least 0, not -1")),
     (
         "training.schedule.kind=cos",
-        snapshot("'training.schedule.kind': must be one of 'cosine', 'linear' or 'constant', not 'cos'"),
+        snapshot("'training.schedule.kind': must be one of 'cosine', 'linear', 'constant' or 'wsd', not 'cos'"),
     ),
     ("teacher.dtype=fp16", snapshot("'teacher.dtype': must be one of 'bfloat16', 'float16' or 'float32', not 'fp16'")),
     (
@@ -196,6 +196,27 @@ def test_an_override_that_says_nothing(tmp_path: Path, override: str, message: s
             snapshot("no run file at DIR/b.toml (base of DIR/run.toml, relative to its folder): No such file or directory"),
         ),
         (GOOD.replace("[training]\nsteps = 3", ""), snapshot("DIR/run.toml:\n  'training' is missing")),
+        (
+            GOOD + "schedule = { decay_steps = 2 }",
+            snapshot("""\
+DIR/run.toml:
+  'training.schedule': decay_steps applies only to kind 'wsd' (kind is 'cosine')\
+"""),
+        ),
+        (
+            GOOD + 'schedule = { kind = "wsd", decay_steps = 2, decay_fraction = 0.2 }',
+            snapshot("""\
+DIR/run.toml:
+  'training.schedule': give only one of 'decay_steps' and 'decay_fraction'\
+"""),
+        ),
+        (
+            GOOD + 'schedule = { kind = "wsd", decay_from = "runs/a" }',
+            snapshot("""\
+DIR/run.toml:
+  'training.schedule': decay_from needs decay_steps, the number of steps after the checkpoint\
+"""),
+        ),
         (GOOD + "tokens = 9", snapshot("DIR/run.toml:\n  'training': give exactly one of 'steps' and 'tokens'")),
         (
             GOOD.replace("[student.config]", "[student]\npretrained = 'x'\n[student.config]"),

@@ -11,8 +11,9 @@ import torch
 from inline_snapshot import snapshot
 
 from megatron_vocagno.batch.loader import Layout
-from megatron_vocagno.config import Parallel
+from megatron_vocagno.config import Parallel, Training
 from megatron_vocagno.engine import build
+from megatron_vocagno.engine.outliers import check_outliers
 from megatron_vocagno.engine.pipeline import check_stages
 from megatron_vocagno.engine.settings import batch_layout, read_settings
 from megatron_vocagno.model.configuration import student_config
@@ -73,14 +74,14 @@ DIR/ds.json: optimizer.params.lr is -1.0: expected the highest learning rate, a 
         0,
         snapshot("DIR/ds.json: gradient_clipping is -1: expected the largest gradient norm, or 0 for no limit"),
     ),
-    ({"scheduler": {}}, 0, snapshot("DIR/ds.json: 'scheduler' is not read here: set [training.schedule] in the run file")),
+    ({"scheduler": {}}, 0, snapshot("DIR/ds.json: 'scheduler' is not supported: set [training.schedule] in the run file")),
     (
         {"tensor_parallel": {"autotp_size": 2}},
         0,
         snapshot(
             """\
 DIR/ds.json: 'tensor_parallel' is not supported: the ranks that share a matrix would read different rows.
-  Use pipeline stages, or ZeRO-2/3.\
+  Use pipeline stages or ZeRO-2/3. For tensor parallelism, train in Megatron-LM: docs/megatron.md\
 """
         ),
     ),
@@ -259,3 +260,32 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
     config = student_config(case.student, vocab_size=50)
     with told(snapshot("DeepSpeed rejects this configuration: AssertionError: Adem is not a supported DeepSpeed Optimizer")):
         build.build_engine(run, {"optimizer": {"type": "Adem"}}, config, None, Layout(1, 1, 1), 1, here)
+
+
+def test_outliers_that_cannot_be_skipped() -> None:
+    training = Training(steps=1, outlier_sigma=6.0)
+    adam = {"optimizer": {"type": "AdamW"}}
+    check_outliers(training, adam)
+    for settings, message in (
+        (
+            {"optimizer": {"type": "Muon"}},
+            snapshot(
+                "training.outlier_sigma is not supported with optimizer.type = 'Muon' in the DeepSpeed configuration: DeepSpeed updates its momentum before the gradient norm is known"
+            ),
+        ),
+        (
+            adam | {"zero_optimization": {"compute_grad_norm": False}},
+            snapshot(
+                "training.outlier_sigma needs the gradient norm, but zero_optimization.compute_grad_norm is false in the DeepSpeed configuration: remove it"
+            ),
+        ),
+        (
+            adam | {"zero_optimization": {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+            snapshot(
+                "training.outlier_sigma is not supported with zero_optimization.offload_optimizer.ratio = 0.5 in the DeepSpeed configuration: a part of the weights has another optimizer. Use 1.0"
+            ),
+        ),
+    ):
+        check_outliers(Training(steps=1), settings)
+        with told(message):
+            check_outliers(training, settings)

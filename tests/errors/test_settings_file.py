@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
-from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig
+from deepspeed.runtime import constants
+from deepspeed.runtime.config import _REMOVED_TOP_LEVEL_CONFIG_KEYS, DeepSpeedConfig, get_pipeline_config
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 from inline_snapshot import snapshot
 
 from megatron_vocagno.engine.settings import precision, read_settings
-from megatron_vocagno.engine.settings_file import FIELDS, NAMES, REMOVED, check_sections, notes
+from megatron_vocagno.engine.settings_file import FIELDS, NAMES, REFUSED, REMOVED, check_sections, notes
 from megatron_vocagno.errors import RunError
 from tests.errors.telling import told
 from tests.runs import write_settings
@@ -228,14 +233,78 @@ class Asked(dict[str, Any]):
         return self
 
 
-def test_all_names_that_deepspeed_reads_are_known_and_no_others(tmp_path: Path) -> None:
+def names_of_initialize() -> set[str]:
+    """The names that deepspeed.initialize reads itself, before it makes a DeepSpeedConfig: `config["x"]` and `config.get("x")`."""
+    source = ast.parse(inspect.getsource(deepspeed.initialize))
+    names = set()
+    for node in ast.walk(source):
+        of_config = isinstance(node, ast.Subscript) and getattr(node.value, "id", "") == "config"
+        gets = isinstance(node, ast.Call) and ast.unparse(node.func) == "config.get"
+        if of_config or gets:
+            name = node.slice if isinstance(node, ast.Subscript) else node.args[0]  # type: ignore[attr-defined]
+            assert isinstance(name, ast.Constant)
+            names.add(str(name.value))
+    return names
+
+
+def test_all_names_that_deepspeed_reads_are_accepted_or_refused_and_no_others(tmp_path: Path) -> None:
+    """A release that adds a name fails here: is it harmless, or would it make another run?"""
     fields = json.loads(write_settings(tmp_path / "ds.json").read_text())
     names: set[str] = set()
     DeepSpeedConfig(Asked(fields, names))
     assert len(names) > 50
-    refused_by_name = {"scheduler", "tensor_parallel", *REMOVED}
-    assert names - refused_by_name - {"sequence_parallel_size"} == set(NAMES)
+    initialize = names_of_initialize()
+    assert {"sequence_parallel_size", "tensor_parallel"} < initialize
+    refused = {place for place in REFUSED if "." not in place}
+    assert names | initialize == {*NAMES, *refused, *REMOVED}
+    assert len(NAMES) + len(refused) + len(REMOVED) == len({*NAMES, *refused, *REMOVED}), "a name has one place"
     assert set(REMOVED) == set(_REMOVED_TOP_LEVEL_CONFIG_KEYS)
     models = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
     for section, model in models.items():
         assert set(FIELDS[section]) == {info.alias or name for name, info in model.model_fields.items()}, section
+    # constants have a name and its default, and those of the data types are read one by one
+    own = {str(value) for name, value in vars(constants).items() if f"{name}_DEFAULT" in vars(constants)}
+    assert set(FIELDS["data_types"]) < own
+    pipeline = get_pipeline_config({}).keys() | {"use_reentrant"}
+    assert set(FIELDS["pipeline"]) == pipeline
+    for place in REFUSED:
+        section, _, name = place.rpartition(".")
+        assert not section or name in FIELDS.get(section, DeepSpeedZeroOffloadOptimizerConfig.model_fields), place
+
+
+HINTS = {
+    "scheduler": "set [training.schedule] in the run file",
+    "sequence_parallel_size": "set parallel.sequence in the run file",
+    "tensor_parallel": "docs/megatron.md",
+    "pipeline.stages": "Set parallel.pipeline_stages",
+    "checkpoint": "[checkpoint] in the run file",
+}
+
+
+@pytest.mark.parametrize("place", REFUSED)
+def test_a_name_that_would_make_another_run_is_refused_with_its_field_or_the_reason(tmp_path: Path, place: str) -> None:
+    def with_value(value: Any) -> Path:
+        *sections, name = place.split(".")
+        for section in reversed([*sections, name]):
+            value = {section: value}
+        return write_settings(tmp_path / "ds.json", **value)
+
+    def read(value: Any) -> None:
+        read_settings(with_value(value), 0, "cpu")
+
+    for value in (True, 2, {"some": 1}, {"enabled": True}):
+        with pytest.raises(RunError) as refusal:
+            read(value)
+        assert str(refusal.value).startswith(f"{tmp_path}/ds.json: '{place}' is not supported: ")
+        assert HINTS.get(place, "") in str(refusal.value)
+    if "." not in place:
+        for off in (False, {"enabled": False}):
+            read(off)
+
+
+def test_gradients_that_are_not_checked(tmp_path: Path) -> None:
+    with told(
+        snapshot("DIR/ds.json: bf16.check_grad_overflow is false: steps with gradients that are not finite would be made"),
+        DIR=tmp_path,
+    ):
+        read_settings(write_settings(tmp_path / "ds.json", bf16={"enabled": True, "check_grad_overflow": False}), 0, "cpu")
