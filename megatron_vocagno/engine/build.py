@@ -24,6 +24,7 @@ from megatron_vocagno.engine.engines import DataParallelEngine, PipelineEngine, 
 from megatron_vocagno.engine.loss import GuidedObjective
 from megatron_vocagno.engine.pipeline import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.processes import Processes
+from megatron_vocagno.engine.sequence import divide_ranks, use_ulysses
 from megatron_vocagno.engine.settings import DeepSpeedConfig, precision
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.folder import PretrainedWeights
@@ -69,12 +70,15 @@ def build_engine(
         staged.loss_fn = objective.from_hidden_states
         module: nn.Module = staged
     else:
+        parts, group = divide_ranks(layout.sequence)
+        use_ulysses(parts, config, processes.device)
         module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
-        objective = GuidedObjective(run.guidance, processes.device, dist.get_world_group(), logit_softcap(config))
+        objective = GuidedObjective(run.guidance, processes.device, group, logit_softcap(config), parts)
     batches = {
-        "train_batch_size": layout.rows,
+        # for DeepSpeed, every rank has rows of its own
+        "train_batch_size": layout.rows * layout.sequence,
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
         "gradient_accumulation_steps": layout.micro_batches,
     }
@@ -92,9 +96,11 @@ def build_engine(
     except (AssertionError, TypeError, ValueError, NotImplementedError, DeepSpeedConfigError) as error:
         raise RunError(f"DeepSpeed rejects this configuration: {type(error).__name__}: {error}") from error
     by_document = run.data.by_document
+    if stages:
+        return PipelineEngine(engine, objective, layout, by_document)
     if distiller is not None:
-        return DistillingEngine(engine, objective, layout, by_document, distiller)
-    return (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
+        return DistillingEngine(engine, objective, layout, by_document, group, distiller)
+    return DataParallelEngine(engine, objective, layout, by_document, group)
 
 
 def _import_muon_uncompiled() -> None:
