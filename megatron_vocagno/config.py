@@ -465,8 +465,8 @@ class Run(Section):
         ranks, row_length = self.parallel.sequence, self.data.row_length
         if row_length % ranks:
             raise ValueError(
-                f"data.row_length = {row_length:,} cannot be divided among {ranks} ranks (parallel.sequence): use a multiple, for "
-                f"example {-(-row_length // ranks) * ranks:,}"
+                f"data.row_length = {row_length:,} cannot be divided among {ranks} ranks (parallel.sequence): use a multiple, "
+                f"for example {-(-row_length // ranks) * ranks:,}"
             )
         stages, attention = self.parallel.pipeline_stages, self.student.attention
         excluded = (

@@ -1,10 +1,10 @@
 """Batches as a pure function of (datasets, seed, step, micro-batch, data-parallel rank).
 
 There are no workers, no state and no prefetching. All ranks that read the same rows get the same bytes for the same batch, and a
-resumed run only needs the number of rows that it has consumed. A global batch is `dp * gas` micro-batches of B rows. Micro-batch m of
-data-parallel rank d holds rows [(d * gas + m) * B, (d * gas + m + 1) * B) of the global batch. The same rows therefore form the
-same micro-batches on any number of ranks, and the order of the ranks is the order of the rows, so that a ranking over all ranks
-breaks ties in the same way.
+resumed run only needs the number of rows that it has consumed. A global batch is `dp * gas` micro-batches of B rows. Micro-batch
+m of data-parallel rank d holds rows [(d * gas + m) * B, (d * gas + m + 1) * B) of the global batch. The same rows therefore form
+the same micro-batches on any number of ranks, and the order of the ranks is the order of the rows, so that a ranking over all
+ranks breaks ties in the same way.
 """
 
 from __future__ import annotations

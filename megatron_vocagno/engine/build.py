@@ -10,7 +10,6 @@ from functools import partial
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError

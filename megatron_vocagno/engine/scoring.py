@@ -1,9 +1,9 @@
 """Run the teacher on the rows of a step, before the student trains on them.
 
 The ranks that read the same rows (those of one pipeline, or those that have parts of each row) divide the rows of a step between
-them. Each rank scores its share with the teacher, which is its own copy or sharded over all ranks. A forward contains rows of similar length, up to a budget of padded tokens. Then the ranks exchange one float per
-teacher token. These losses are inputs of the student's loss. Nothing else of the teacher enters the pipeline, and no stage waits
-for the teacher of another.
+them. Each rank scores its share with the teacher, which is its own copy or sharded over all ranks. A forward contains rows of
+similar length, up to a budget of padded tokens. Then the ranks exchange one float per teacher token. These losses are inputs of
+the student's loss. Nothing else of the teacher enters the pipeline, and no stage waits for the teacher of another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Scorer(Protocol):
     """Share of the positions in the forwards of the last step that had no token."""
 
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """One [B, U] float32 per batch, nats; 0 at positions without a token. Collective over the ranks that read the same rows."""
+        """One [B, U] float32 per batch, nats; 0 at positions without a token.
+
+        Collective over the ranks that read the same rows.
+        """
         ...
 
 

@@ -1,9 +1,9 @@
 """Sequence parallelism: N ranks share each row, and each of them has an equal part of its positions.
 
 Only the student's activations are divided. Batches, spans, teacher losses and selections are whole on each of the N ranks: the
-ranks exchange their losses (one float per token), and all of them compute the same selection. The result therefore has the bits of
-the selection on one rank, whatever a row, a chunk or a micro-batch has on either side of a border between two parts. Targets are
-shifted before rows are divided, so the target of a part's last position is the first token of the next part.
+ranks exchange the student's losses (one float per token), and all of them compute the same selection as one rank would, also for
+chunks that lie on both sides of a border between two parts. Targets are shifted before rows are divided, so the target of a
+part's last position is the first token of the next part.
 
 DeepSpeed sees data-parallel ranks only. Under every ZeRO stage, it averages gradients over all of them.
 """
@@ -98,7 +98,7 @@ def _differences(parts: RowParts, config: PretrainedConfig, device: torch.device
         assert isinstance(layer, DecoderLayer)
         for parameter in layer.parameters():
             parameter.data *= 10  # so that attention is far from uniform
-        inputs_BPH = cut.part(hidden_BSH).requires_grad_()
+        inputs_BPH = cut.part(hidden_BSH).detach().requires_grad_()
         out_BPH, _ = layer((inputs_BPH, cut.part(position_1S)))
         out_BPH.backward(cut.part(gradient_BSH))
         weights_N = torch.cat([parameter.grad.flatten() for parameter in layer.parameters() if parameter.grad is not None])

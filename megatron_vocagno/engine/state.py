@@ -113,7 +113,7 @@ class EngineState:
     def _collect(
         self, named: dict[str, nn.Parameter], optimizer_states: tuple[str, ...], keep: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimizer states of a layer, on the host. Empty unless `keep`. Collective over the ranks that have the layer."""
+        """Weights and optimizer states of a layer, on the host. Empty unless `keep`. Collective over the ranks that have it."""
         weights: dict[str, Tensor] = {}
         states: dict[str, Tensor] = {}
         with deepspeed.zero.GatheredParameters(_sharded(named)):
@@ -129,8 +129,8 @@ class EngineState:
     def read(self, folder: Path, io_errors: ErrorCollector) -> None:
         """Read the state into the engine. Collective over the world.
 
-        The ranks that have a layer take turns: each layer is read by one of them, which broadcasts its tensors. A rank has one layer
-        in memory at a time.
+        The ranks that have the same layers take turns: each layer is read by one of them, which broadcasts its tensors. A rank
+        has one layer in memory at a time.
 
         `io_errors` collects I/O errors. A rank that cannot read still broadcasts, because the others wait for it. Its values are
         then arbitrary, so the engine must not be used.

@@ -112,8 +112,8 @@ def check_ulysses(config: PretrainedConfig, ranks: int, row_length: int) -> None
     if windows and min(windows) < row_length:
         raise ModelError(
             f"parallel.sequence is {ranks}, but the student attends to windows of {min(windows):,} tokens, and data.row_length "
-            f"is {row_length:,}. Rows that are divided among ranks are attended as a whole: use rows that are not longer than the "
-            "window, or set parallel.sequence to 1."
+            f"is {row_length:,}. Rows that are divided among ranks are attended as a whole: use rows that are not longer than "
+            "the window, or set parallel.sequence to 1."
         )
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = {str(part["rope_type"]) for part in (rope, *rope.values()) if isinstance(part, dict) and "rope_type" in part}

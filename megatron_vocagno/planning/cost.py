@@ -124,8 +124,11 @@ def _passes(
 
 
 def _exchange(tokens: int, sizes: Sizes, ranks: int, width: int, cluster: Cluster) -> float:
-    """Seconds of the all-to-alls of one pass through all layers: queries, keys, values and results, between the `ranks` ranks that
-    share rows. They wait for each other and do not overlap. tokens: of one rank. width: bytes per element.
+    """Seconds of the all-to-alls of one pass through all layers, for queries, keys, values and results. Nothing overlaps.
+
+    tokens  of one rank
+    ranks   number of those that share each row
+    width   bytes per element
     """
     # if there are fewer key heads than ranks, they are copied
     copies = max(1, ranks * sizes.head_width // sizes.key_width)

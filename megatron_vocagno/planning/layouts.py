@@ -65,8 +65,11 @@ class Stage:
 def batches(rows: int, ranks: int, largest: int, sequence: int = 1) -> Iterator[Layout]:
     """Ways to split a global batch of `rows` rows over data-parallel ranks.
 
-    ranks: that read different rows. sequence: see Layout. largest: rows per micro-batch of the first result. It is halved for each further one as long as it is even, and sizes that do
-    not divide the batch are skipped. For example, 512 rows on 256 ranks with largest = 4 give micro-batches of 2 and of 1 row.
+    ranks     number of those that read different rows
+    largest   rows per micro-batch of the first result. It is halved for each further one as long as it is even, and sizes that do
+              not divide the batch are skipped. For example, 512 rows on 256 ranks with largest = 4 give micro-batches of 2 and of
+              1 row
+    sequence  see Layout
     """
     micro = largest
     while micro:

@@ -1,6 +1,7 @@
 """Bytes on the fullest rank of a layout. docs/clusters.md has the formulas; tests/planning compares them with measurements.
 
-P: parameters of the stage. D: ranks that have the same layers. W: all ranks. N: tokens of a micro-batch. R: tokens with a head gradient.
+P: parameters of the stage. D: ranks that have the same layers. W: all ranks. N: tokens of a micro-batch on one rank. R: tokens
+with a head gradient.
 """
 
 from __future__ import annotations

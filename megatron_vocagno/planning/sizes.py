@@ -36,12 +36,12 @@ class Sizes:
     """Parameters of the linear layers in one decoder layer. Every token is multiplied with each of them."""
     attention_width: int
     """Number of query heads times the head dimension."""
+    tied: bool
+    """Whether the head is the embedding."""
     key_width: int
     """Number of key heads times the head dimension."""
     head_width: int
     """The head dimension."""
-    tied: bool
-    """Whether the head is the embedding."""
 
     @property
     def embedding(self) -> int:

@@ -20,7 +20,7 @@ from tests.runs import REPOSITORY
 PERFECT = Assumptions(mfu=1.0, teacher_mfu=1.0, link_share=1.0, reread=1.25)
 SETTINGS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {}}
 # 4 layers of 1,000 products, no attention to speak of, a head of 1,600 products
-SMALL = Sizes("llama", 4, 16, 100, 2 * 1600 + 4 * 1000 + 16, 1000, 1000, 0, False)
+SMALL = Sizes("llama", 4, 16, 100, 2 * 1600 + 4 * 1000 + 16, 1000, 1000, 0, False, 4, 4)
 STUDENT = StudentSpec(None, SMALL, 64)  # type: ignore[arg-type]
 
 
