@@ -71,8 +71,8 @@ def test_attention_of_divided_rows_is_proven_before_the_first_step() -> None:
     for apart in (0.25, float("nan")):
         with told(
             snapshot(
-                "parallel.sequence = 2: the output of a decoder layer on divided rows differs from that on whole rows by APART of "
-                "its largest value (at most 0.001). Does this version of transformers call attention in another way, or does "
+                "parallel.sequence = 2: the output of a decoder layer on divided rows differs from that on whole rows by APART "
+                "of its largest value (at most 0.001). Does this version of transformers call attention in another way, or does "
                 "the backend exchange tensors wrongly?"
             ),
             APART=f"{apart:.2g}",
