@@ -89,27 +89,34 @@ def _differences(parts: RowParts, config: PretrainedConfig, device: torch.device
     generator = torch.Generator().manual_seed(0)
     shape = (2, TOKENS * parts.ranks, small.hidden_size)
     hidden_BSH, gradient_BSH = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
-    position_1S = torch.arange(shape[1], dtype=torch.int32, device=device)[None]
-    results = []
-    for attention, cut in (("sdpa", WHOLE_ROWS), (ULYSSES, parts)):
-        small = copy.copy(small)
-        small._attn_implementation = attention
-        layer = build_layer(small, 1, seed=0).to(device)
-        assert isinstance(layer, DecoderLayer)
-        for parameter in layer.parameters():
-            parameter.data *= 10  # so that attention is far from uniform
-        inputs_BPH = cut.part(hidden_BSH).detach().requires_grad_()
-        out_BPH, _ = layer((inputs_BPH, cut.part(position_1S)))
-        out_BPH.backward(cut.part(gradient_BSH))
-        weights_N = torch.cat([parameter.grad.flatten() for parameter in layer.parameters() if parameter.grad is not None])
-        if cut.group is not None:
-            dist.all_reduce(weights_N, group=cut.group)
-        assert inputs_BPH.grad is not None
-        results.append((parts.part(out_BPH) if cut is WHOLE_ROWS else out_BPH, inputs_BPH.grad, weights_N))
-    (out, of_inputs, of_weights), divided = results
-    whole = (out, parts.part(of_inputs), of_weights)
+    whole, divided = (
+        _run_layer(small, attention, cut, device, hidden_BSH, gradient_BSH)
+        for attention, cut in (("sdpa", WHOLE_ROWS), (ULYSSES, parts))
+    )
+    whole = parts.part(whole[0]), parts.part(whole[1]), whole[2]
     names = ("output", "gradient of the input", "gradient of the weights")
     return {name: float((a - b).abs().max() / a.abs().max()) for name, a, b in zip(names, whole, divided, strict=True)}
+
+
+def _run_layer(
+    config: PretrainedConfig, attention: str, cut: RowParts, device: torch.device, hidden_BSH: Tensor, gradient_BSH: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output of a decoder layer, gradient of its input, and gradient of its weights over all ranks. Collective over the group."""
+    config = copy.copy(config)
+    config._attn_implementation = attention
+    layer = build_layer(config, 1, seed=0).to(device)
+    assert isinstance(layer, DecoderLayer)
+    for parameter in layer.parameters():
+        parameter.data *= 10  # so that attention is far from uniform
+    position_1S = torch.arange(hidden_BSH.shape[1], dtype=torch.int32, device=device)[None]
+    inputs_BPH = cut.part(hidden_BSH).clone().requires_grad_()
+    out_BPH, _ = layer((inputs_BPH, cut.part(position_1S)))
+    out_BPH.backward(cut.part(gradient_BSH))
+    weights_N = torch.cat([parameter.grad.flatten() for parameter in layer.parameters() if parameter.grad is not None])
+    if cut.group is not None:
+        dist.all_reduce(weights_N, group=cut.group)
+    assert inputs_BPH.grad is not None
+    return out_BPH.detach(), inputs_BPH.grad, weights_N
 
 
 def _require_same(differences: dict[str, float], ranks: int) -> None:
