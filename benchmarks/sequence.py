@@ -28,8 +28,8 @@ from tests.runs import free_port
 
 RANKS = (1, 2, 4)
 LENGTH, LAYERS, VOCABULARY = 4_096, 4, 1_024
-MOST = 1.15
-"""Goal: the most memory of all ranks together, relative to one rank."""
+MOST = 1.2
+"""Goal: the most memory of all ranks together, relative to one rank. Gradients of weights and the tile of logits are not divided."""
 
 
 def student(length: int) -> LlamaConfig:
@@ -123,7 +123,8 @@ def run(args: argparse.Namespace) -> int:
     return int(any(figure.met is False for figure in figures))
 
 
-TEXT = f"""The student is a Llama of {LAYERS} layers, d = 256, {VOCABULARY:,} tokens, float32; a step is one row of {LENGTH:,} tokens.
+TEXT = f"""The student is a Llama of {LAYERS} layers, d = 256, {VOCABULARY:,} tokens, float32.
+A step is one row of {LENGTH:,} tokens.
 Memory is what the forward and the backward pass add to weights and gradients."""
 
 

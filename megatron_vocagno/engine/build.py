@@ -76,7 +76,7 @@ def build_engine(
             module.load(weights)
         objective = GuidedObjective(run.guidance, processes.device, group, logit_softcap(config), parts)
     batches = {
-        # for DeepSpeed, every rank has rows of its own
+        # DeepSpeed counts a part of a row as a row
         "train_batch_size": layout.rows * layout.sequence,
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
         "gradient_accumulation_steps": layout.micro_batches,

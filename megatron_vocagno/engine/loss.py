@@ -94,7 +94,7 @@ class GuidedObjective:
         """group: the data-parallel ranks, over which scope `global` selects. None means this process only.
 
         softcap: c, if the student's logits are c * tanh(logits / c).
-        parts: the ranks that share rows. Loss inputs are whole rows on all of them.
+        parts: the ranks that share rows. Each of them gets the loss inputs of complete rows.
         """
         self.guidance, self.device, self.softcap, self.parts = guidance, device, softcap, parts
         self.rule = selection_rule(guidance, group)

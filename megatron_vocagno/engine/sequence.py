@@ -1,8 +1,8 @@
 """Sequence parallelism: N ranks share each row, and each of them has an equal part of its positions.
 
-Only the student's activations are divided. Batches, spans, teacher losses and selections are whole on each of the N ranks: the
+Only the student's activations are divided. Each of the N ranks has the complete batches, spans, teacher losses and selections: the
 ranks exchange the student's losses (one float per token), and all of them compute the same selection as one rank would, also for
-chunks that lie on both sides of a border between two parts. Targets are shifted before rows are divided, so the target of a
+chunks that belong to two parts. Targets are shifted before rows are divided, so the target of a
 part's last position is the first token of the next part.
 
 DeepSpeed sees data-parallel ranks only. Under every ZeRO stage, it averages gradients over all of them.
@@ -86,6 +86,8 @@ def _differences(parts: RowParts, config: PretrainedConfig, device: torch.device
     """
     small = shrunk(config)
     small.num_attention_heads, small.num_key_value_heads = config.num_attention_heads, config.num_key_value_heads
+    if hasattr(small, "sliding_window"):
+        small.sliding_window = None  # the windows of the student are not shorter than its rows
     generator = torch.Generator().manual_seed(0)
     shape = (2, TOKENS * parts.ranks, small.hidden_size)
     hidden_BSH, gradient_BSH = (torch.randn(shape, generator=generator).to(device) for _ in range(2))
@@ -101,7 +103,10 @@ def _differences(parts: RowParts, config: PretrainedConfig, device: torch.device
 def _run_layer(
     config: PretrainedConfig, attention: str, cut: RowParts, device: torch.device, hidden_BSH: Tensor, gradient_BSH: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output of a decoder layer, gradient of its input, and gradient of its weights over all ranks. Collective over the group."""
+    """Output of a decoder layer, gradient of its input, and gradient of its weights over all ranks.
+
+    Collective over the group of `cut`.
+    """
     config = copy.copy(config)
     config._attn_implementation = attention
     layer = build_layer(config, 1, seed=0).to(device)

@@ -93,8 +93,8 @@ class _AllToAll(torch.autograd.Function):
 def check_ulysses(config: PretrainedConfig, ranks: int, row_length: int) -> None:
     """Check that a student can be trained on rows of `row_length` tokens that are divided among `ranks` ranks.
 
-    Raises ModelError: heads that cannot be divided; attention that needs a mask or has capped logits; a RoPE that depends on the
-    length of its input, because each rank would compute it from its own part.
+    Raises ModelError: heads that cannot be divided, attention that needs a mask or has capped logits, or a RoPE that depends on
+    the length of its input, because each rank would compute it from its own part.
     """
     heads, shared = config.num_attention_heads, config.num_key_value_heads
     if heads % ranks or (shared % ranks and ranks % shared):

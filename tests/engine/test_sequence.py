@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ from megatron_vocagno.objective.statistics import summarize
 from tests.datasets import build_dataset
 from tests.engine import divided_selections as divided
 from tests.errors.telling import told
-from tests.runs import REPOSITORY, SCRIPT, Case, environment, metrics, spawn
+from tests.runs import REPOSITORY, SCRIPT, STUDENT, Case, environment, metrics, spawn
 
 
 @pytest.mark.slow
@@ -107,6 +110,34 @@ def test_a_mask_is_not_dropped() -> None:
 
 def of_steps(output: Path, name: str) -> list[float]:
     return [line[name] for line in metrics(output) if "loss/train" in line]
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 64},  # as long as a row
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 64, "num_key_value_heads": 1, "query_pre_attn_scalar": 32},
+}
+
+
+@pytest.mark.slow
+def test_students_of_other_families_can_be_divided(case: Case) -> None:
+    for ranks in (1, 2):
+        runs = []
+        for family, changes in FAMILIES.items():
+            student = STUDENT | {"model_type": family, "num_hidden_layers": 2} | changes
+            overrides = ["training.steps=2", f"parallel.sequence={ranks}"]
+            runs.append(replace(case, student=student).command(f"{family}-{ranks}", overrides))
+        path = case.folder / f"families-{ranks}.json"
+        path.write_text(json.dumps(runs))
+        finished = spawn(ranks, [str(path)], ["tests/several_runs.py"])
+        assert finished.returncode == 0, finished.stdout[-4000:]
+    losses = set()
+    for family in FAMILIES:
+        one, two = case.out(f"{family}-1"), case.out(f"{family}-2")
+        for name in ("loss/train", "optimizer/grad_norm", "guidance/excess_kept"):
+            assert of_steps(two, name) == pytest.approx(of_steps(one, name), rel=1e-5), (family, name)
+        losses.add(of_steps(one, "loss/train")[-1])
+    assert len(losses) == len(FAMILIES)
 
 
 def long_case(case: Case, row_length: int) -> list[str]:
