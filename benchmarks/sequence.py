@@ -29,7 +29,7 @@ from tests.runs import free_port
 RANKS = (1, 2, 4)
 LENGTH, LAYERS, VOCABULARY = 4_096, 4, 1_024
 MOST = 1.2
-"""Goal: the most memory of all ranks together, relative to one rank. Gradients of weights and the tile of logits are not divided."""
+"""Goal: the most memory of all ranks together, relative to one rank. New gradients of weights are not divided."""
 
 
 def student(length: int) -> LlamaConfig:
