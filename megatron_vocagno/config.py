@@ -299,6 +299,11 @@ class Parallel(Section):
     """
     activation_checkpointing: bool = False
     """Store only the input of each decoder layer, and recompute its activations in the backward pass."""
+    sequence: PositiveInt = 1
+    """Number of ranks that share each row, each with an equal part of its positions: docs/training.md#long-rows.
+
+    It divides `data.row_length` and the attention heads. Not with a pipeline, document attention, `uld` or `kld`.
+    """
 
 
 class Schedule(Section):
@@ -477,6 +482,8 @@ class Run(Section):
             raise ValueError(f"guidance.objective = {objective!r} needs a [teacher]; without one, use 'clm'")
         if self.guidance.distance:
             self._check_distance()
+        if self.parallel.sequence > 1:
+            self._check_sequence()
         for i, teacher in enumerate(self.teacher):
             if teacher.path is None and teacher.placement != "cached":
                 raise ValueError(f"teacher.path is missing: it is required with placement {teacher.placement!r}")
@@ -497,6 +504,25 @@ class Run(Section):
         if self.logging.samples is not None and self.data.valid is None:
             raise ValueError("logging.samples needs data.valid, which is missing")
         return self
+
+    def _check_sequence(self) -> None:
+        """Settings with which the ranks of a row would not compute what one rank computes."""
+        ranks, row_length = self.parallel.sequence, self.data.row_length
+        if row_length % ranks:
+            raise ValueError(
+                f"data.row_length = {row_length:,} cannot be divided among {ranks} ranks (parallel.sequence): use a multiple, "
+                f"for example {-(-row_length // ranks) * ranks:,}"
+            )
+        stages, attention = self.parallel.pipeline_stages, self.student.attention
+        excluded = (
+            (stages > 0, "parallel.pipeline_stages", stages, "a pipeline sends whole rows from stage to stage"),
+            (self.data.by_document, "data.attention", "document", "each row is attended as a whole, without a mask"),
+            (attention == "flash_attention_2", "student.attention", attention, "the ranks of a row compute attention with sdpa"),
+            (self.guidance.distance, "guidance.objective", self.guidance.objective, "distributions are compared for whole rows"),
+        )
+        for given, field, value, why in excluded:
+            if given:
+                raise ValueError(f"parallel.sequence = {ranks} does not run with {field} = {value!r}: {why}")
 
     def _check_distance(self) -> None:
         """`uld` and `kld` compare the distributions of both models in one process. No file and no other stage has them."""

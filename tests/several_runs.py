@@ -47,7 +47,8 @@ def select_and_note(*inputs: Tensor | Rule, capacity: int | None) -> Selection:
 
 def call_and_note(objective: loss.GuidedObjective, loss_BS: Tensor, *others: object) -> Tensor:
     kind = "learned" if loss_BS.requires_grad else "recorded" if objective._recorded is not None else "evaluated"
-    seen[f"{kind}-{dist.get_rank(objective.rule.group)}"].append(loss_BS.detach().float().numpy().copy())
+    # ranks that share rows write the same file, with the same bytes
+    seen[f"{kind}-{dist.get_rank(objective.rule.group)}"].append(objective.parts.whole(loss_BS.detach()).float().numpy().copy())
     return call(objective, loss_BS, *others)  # type: ignore[arg-type]
 
 

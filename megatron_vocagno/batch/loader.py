@@ -1,10 +1,10 @@
 """Batches as a pure function of (datasets, seed, step, micro-batch, data-parallel rank).
 
-There are no workers, no state and no prefetching. All ranks of one pipeline get the same bytes for the same batch, and a resumed
-run only needs the number of rows that it has consumed. A global batch is `dp * gas` micro-batches of B rows. Micro-batch m of
-data-parallel rank d holds rows [(d * gas + m) * B, (d * gas + m + 1) * B) of the global batch. The same rows therefore form the
-same micro-batches on any number of ranks, and the order of the ranks is the order of the rows, so that a ranking over all ranks
-breaks ties in the same way.
+There are no workers, no state and no prefetching. All ranks that read the same rows get the same bytes for the same batch, and a
+resumed run only needs the number of rows that it has consumed. A global batch is `dp * gas` micro-batches of B rows. Micro-batch
+m of data-parallel rank d holds rows [(d * gas + m) * B, (d * gas + m + 1) * B) of the global batch. The same rows therefore form
+the same micro-batches on any number of ranks, and the order of the ranks is the order of the rows, so that a ranking over all
+ranks breaks ties in the same way.
 """
 
 from __future__ import annotations
@@ -74,11 +74,19 @@ class Layout:
     micro_batch_rows: int
     micro_batches: int
     data_parallel: int
+    """Number of ranks, or of groups of ranks, that read different rows."""
+    sequence: int = 1
+    """Number of ranks that share each row, without a pipeline."""
 
     @property
     def rows(self) -> int:
         """Rows per step, over all ranks."""
         return self.micro_batch_rows * self.micro_batches * self.data_parallel
+
+    @property
+    def averaged(self) -> int:
+        """The number of losses over which DeepSpeed averages gradients: one per micro-batch and rank."""
+        return self.micro_batches * self.data_parallel * self.sequence
 
     def offsets(self, micro: int, rank: int) -> range:
         """The rows of a global batch that form micro-batch `micro` of data-parallel rank `rank`."""

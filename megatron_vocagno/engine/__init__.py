@@ -7,6 +7,7 @@ build           model + objective -> engine: pipeline, or data-parallel with ZeR
 engines         the engines, with one interface for the loop
 outliers        skip steps whose loss or gradient norm is an outlier
 pipeline        the student as a pipeline module
+sequence        sequence parallelism: the ranks that share rows, and the proof of their attention
 loss            per-token losses -> the loss of a micro-batch, with the selection
 distilling      the engine of the baselines that compare distributions
 placement       load the teacher, on every rank or sharded, and make its scorer

@@ -11,7 +11,6 @@ from functools import partial
 
 import deepspeed
 import torch
-from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime import compiler
 from deepspeed.runtime.config import DeepSpeedConfigError
@@ -25,6 +24,7 @@ from megatron_vocagno.engine.engines import DataParallelEngine, PipelineEngine, 
 from megatron_vocagno.engine.loss import GuidedObjective
 from megatron_vocagno.engine.pipeline import StudentPipeline, pipeline_layers
 from megatron_vocagno.engine.processes import Processes
+from megatron_vocagno.engine.sequence import divide_ranks, use_ulysses
 from megatron_vocagno.engine.settings import DeepSpeedConfig, precision
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.folder import PretrainedWeights
@@ -70,12 +70,15 @@ def build_engine(
         staged.loss_fn = objective.from_hidden_states
         module: nn.Module = staged
     else:
+        parts, group = divide_ranks(layout.sequence)
+        use_ulysses(parts, config, processes.device)
         module = Student(config, run.training.seed, recompute)
         if weights is not None:
             module.load(weights)
-        objective = GuidedObjective(run.guidance, processes.device, dist.get_world_group(), logit_softcap(config))
+        objective = GuidedObjective(run.guidance, processes.device, group, logit_softcap(config), parts)
     batches = {
-        "train_batch_size": layout.rows,
+        # DeepSpeed counts a part of a row as a row
+        "train_batch_size": layout.rows * layout.sequence,
         "train_micro_batch_size_per_gpu": layout.micro_batch_rows,
         "gradient_accumulation_steps": layout.micro_batches,
     }
@@ -94,10 +97,12 @@ def build_engine(
         raise RunError(f"DeepSpeed rejects this configuration: {type(error).__name__}: {error}") from error
     by_document = run.data.by_document
     built: TrainEngine
-    if distiller is not None:
-        built = DistillingEngine(engine, objective, layout, by_document, distiller)
+    if stages:
+        built = PipelineEngine(engine, objective, layout, by_document)
+    elif distiller is not None:
+        built = DistillingEngine(engine, objective, layout, by_document, group, distiller)
     else:
-        built = (PipelineEngine if stages else DataParallelEngine)(engine, objective, layout, by_document)
+        built = DataParallelEngine(engine, objective, layout, by_document, group)
     if run.training.outlier_sigma is not None:
         built.skip_outliers(run.training.outlier_window, run.training.outlier_sigma)
     return built

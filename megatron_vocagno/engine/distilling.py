@@ -129,9 +129,10 @@ class DistillingEngine(DataParallelEngine):
         objective: GuidedObjective,
         layout: Layout,
         by_document: bool,
+        data_group: dist.ProcessGroup,
         distiller: Distiller,
     ) -> None:
-        super().__init__(engine, objective, layout, by_document)
+        super().__init__(engine, objective, layout, by_document, data_group)
         self.distiller = distiller
         self._compared = 1
         self._distance_sum = torch.zeros((), dtype=torch.float64, device=engine.device)

@@ -30,10 +30,12 @@ class TrainEngine(ABC):
     """The data-parallel rank: which share of the rows this rank reads."""
     data_group: dist.ProcessGroup
     """The ranks that read different rows."""
-    pipe_group: dist.ProcessGroup | None
-    """The ranks that read the same rows, those of one pipeline. None without a pipeline."""
+    row_group: dist.ProcessGroup | None
+    """The ranks that read the same rows: those of one pipeline, or those that share rows. None if no other rank does."""
     counts_rows: bool
-    """Whether this rank adds its rows to sums over all ranks. Exactly one rank per pipeline does."""
+    """Whether this rank adds its rows to sums over all ranks. Exactly one of the ranks that read them does."""
+    replicas: dist.ProcessGroup
+    """The ranks that have the same layers. ZeRO divides their state between them."""
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
         """by_document: whether attention stops at document borders."""
@@ -77,9 +79,11 @@ class TrainEngine(ABC):
     def student_losses(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The student's losses for the micro-batches of a step, one [B, S] per batch, without a backward pass.
 
-        The list is empty on a pipeline stage that computes no loss.
+        The list is empty on a rank if another one has the same losses: on all stages of a pipeline but the last one, and on all
+        ranks that share rows but the first one.
         """
-        return self._student_losses(batches, [self._unguided(batch) for batch in batches])
+        losses = self._student_losses(batches, [self._unguided(batch) for batch in batches])
+        return losses if self.objective.parts.rank == 0 else []
 
     def select_only(self, batch: Batch, loss_BS: Tensor, teacher_loss_BU: Tensor) -> Selection:
         """The selection within a batch, given its losses on the host. Adds no statistics and is not collective."""
@@ -144,8 +148,8 @@ class TrainEngine(ABC):
         return (batch.input_BS, document_positions(batch.segment_BS)) if self.by_document else batch.input_BS
 
     def _divisor(self, of_sum: float) -> Tensor:
-        """[1]. DeepSpeed averages over micro-batches and data-parallel ranks: divide the divisor of the sum by their number."""
-        return torch.tensor([of_sum / (self.layout.micro_batches * self.layout.data_parallel)], dtype=torch.float32)
+        """[1]. DeepSpeed averages over micro-batches and ranks: divide the divisor of the sum by their number."""
+        return torch.tensor([of_sum / self.layout.averaged], dtype=torch.float32)
 
     def _unguided(self, batch: Batch) -> PreselectedInputs:
         """For evaluation: every target has weight 1, the loss is a sum, and no token has a gradient."""
@@ -160,8 +164,9 @@ class PipelineEngine(TrainEngine):
         super().__init__(engine, objective, layout, by_document)
         self.data_rank = engine.grid.get_data_parallel_rank()
         self.data_group = engine.grid.get_data_parallel_group()
-        self.pipe_group = engine.grid.get_pipe_parallel_group()
+        self.row_group = engine.grid.get_pipe_parallel_group()
         self.counts_rows = engine.grid.get_stage_id() == 0
+        self.replicas = self.data_group
 
     def _student_losses(self, batches: Sequence[Batch], inputs: Sequence[LossInputs | PreselectedInputs]) -> list[Tensor]:
         with self.objective.recording_losses() as losses:
@@ -192,13 +197,22 @@ class PipelineEngine(TrainEngine):
 
 
 class DataParallelEngine(TrainEngine):
-    """The complete student on every rank, or sharded: ZeRO-1 to 3."""
+    """The complete student on every rank, or sharded: ZeRO-1 to 3. Several ranks can share each row: see sequence.py."""
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, objective: GuidedObjective, layout: Layout, by_document: bool) -> None:
+    def __init__(
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        objective: GuidedObjective,
+        layout: Layout,
+        by_document: bool,
+        data_group: dist.ProcessGroup,
+    ) -> None:
+        """data_group: see TrainEngine."""
         super().__init__(engine, objective, layout, by_document)
-        self.data_rank = dist.get_rank()
-        self.data_group = dist.get_world_group()
-        self.pipe_group, self.counts_rows = None, True
+        self.parts, self.data_group = objective.parts, data_group
+        self.data_rank = dist.get_rank(data_group)
+        self.row_group, self.counts_rows = self.parts.group, self.parts.rank == 0
+        self.replicas = dist.get_world_group()
         self._total = torch.zeros((), device=engine.device)
         """Sum of the losses of this rank's micro-batches in the current step."""
 
@@ -242,7 +256,7 @@ class DataParallelEngine(TrainEngine):
     def _mean(self, total: Tensor) -> float:
         """The mean over micro-batches and ranks, which the pipeline engine reports too."""
         dist.all_reduce(total)
-        return float(total) / (self.layout.micro_batches * self.layout.data_parallel)
+        return float(total) / self.layout.averaged
 
     def _training_loss(self, batch: Batch, inputs: LossInputs | PreselectedInputs) -> Tensor:
         return self._loss(batch, inputs)
@@ -250,8 +264,14 @@ class DataParallelEngine(TrainEngine):
     def _loss(self, batch: Batch, inputs: LossInputs | PreselectedInputs) -> Tensor:
         device, selected = self.engine.device, SelectedTokens()
         inputs = type(inputs)(*(tensor.to(device) for tensor in inputs))
-        loss_BS = self.engine(self._on_device(batch), inputs.target_BS, selected)
-        return self.objective(loss_BS, inputs, selected)
+        loss_BP = self.engine(self._on_device(batch), self.parts.part(inputs.target_BS), selected)
+        return self.objective(loss_BP, inputs, selected)
+
+    def _layer_input(self, batch: Batch) -> LayerInput:
+        if self.parts.group is None:
+            return super()._layer_input(batch)
+        position_1S = torch.arange(batch.input_BS.shape[1], dtype=torch.int32)[None]
+        return self.parts.part(batch.input_BS), self.parts.part(position_1S)
 
     def _on_device(self, batch: Batch) -> LayerInput:
         """The input of the student's first layer, on the device."""

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_vocagno.batch.loader import IGNORE
 from megatron_vocagno.config import Guidance
+from megatron_vocagno.engine.sequence import WHOLE_ROWS, RowParts
 from megatron_vocagno.objective.guidance import weighted_loss
 from megatron_vocagno.objective.linear_ce import SelectedTokens, token_loss
 from megatron_vocagno.objective.rule import Rule, Selection
@@ -88,12 +89,14 @@ class GuidedObjective:
         device: torch.device,
         group: dist.ProcessGroup | None = None,
         softcap: float | None = None,
+        parts: RowParts = WHOLE_ROWS,
     ) -> None:
         """group: the data-parallel ranks, over which scope `global` selects. None means this process only.
 
         softcap: c, if the student's logits are c * tanh(logits / c).
+        parts: the ranks that share rows. Each of them gets the loss inputs of complete rows.
         """
-        self.guidance, self.device, self.softcap = guidance, device, softcap
+        self.guidance, self.device, self.softcap, self.parts = guidance, device, softcap, parts
         self.rule = selection_rule(guidance, group)
         self._recorded: list[Tensor] | None = None
         self._stats = torch.zeros(len(STATS), dtype=torch.float64, device=device)
@@ -101,15 +104,22 @@ class GuidedObjective:
         """Sum of the student's losses over text."""
 
     def __call__(self, loss_BS: Tensor, inputs: LossInputs | PreselectedInputs, selected: SelectedTokens) -> Tensor:
-        """The loss, [] float32. Sets `selected` to the tokens that have a gradient."""
+        """The loss, [] float32, of this rank's part of the rows. Sets `selected` to its tokens that have a gradient.
+
+        loss_BS: of this rank's part. Collective over the ranks that share rows.
+        """
         if self._recorded is not None:
-            self._recorded.append(loss_BS)
+            self._recorded.append(self.parts.whole(loss_BS.detach()))
             return loss_BS.sum()
         if isinstance(inputs, LossInputs):
-            selection = self._select(loss_BS.detach(), inputs, len(inputs.capacity_C0))
+            selection = self._select(self.parts.whole(loss_BS.detach()), inputs, len(inputs.capacity_C0))
             weight_BS, tokens_C = selection.weight_BS, selection.tokens_C
         else:
             weight_BS, tokens_C = inputs.weight_BS, inputs.tokens_C
+        if self.parts.group is not None:
+            weight_BS = self.parts.part(weight_BS)
+            # their number in this part is read from the device
+            tokens_C = weight_BS.flatten().nonzero().squeeze(1)
         selected.set(tokens_C)
         return weighted_loss(loss_BS, weight_BS, inputs.divisor_1.squeeze())
 
@@ -136,7 +146,9 @@ class GuidedObjective:
 
     @contextmanager
     def recording_losses(self) -> Iterator[list[Tensor]]:
-        """Within the context, calls select nothing. They append the losses [B, S] to the list, in the order of the calls."""
+        """Within the context, calls select nothing. They append the losses [B, S] of whole rows to the list, in the order of the
+        calls.
+        """
         self._recorded = []
         try:
             yield self._recorded
@@ -169,8 +181,9 @@ class GuidedObjective:
 
     def _select(self, loss_BS: Tensor, inputs: LossInputs, capacity: int | None) -> Selection:
         selection = self._selection(loss_BS, inputs, capacity, self.rule)
-        self._stats += selection.stats
-        self._text_nats += loss_BS.where(inputs.text_BS, 0.0).sum(dtype=torch.float64)
+        if self.parts.rank == 0:  # the other ranks that share the rows have the same sums
+            self._stats += selection.stats
+            self._text_nats += loss_BS.where(inputs.text_BS, 0.0).sum(dtype=torch.float64)
         return selection
 
     def _selection(self, loss_BS: Tensor, inputs: LossInputs, capacity: int | None, rule: Rule) -> Selection:

@@ -81,7 +81,7 @@ def make_first_scorer(
 
 def _scorer(teacher: Teacher | ShardedTeacher, config: TeacherConfig, engine: TrainEngine, device: torch.device) -> Scorer:
     scorer = ShardedScorer if isinstance(teacher, ShardedTeacher) else ReplicatedScorer
-    return scorer(teacher, engine.pipe_group, config.tokens_per_batch, device, engine.by_document)
+    return scorer(teacher, engine.row_group, config.tokens_per_batch, device, engine.by_document)
 
 
 class ShardedTeacher:

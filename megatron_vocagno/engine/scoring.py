@@ -1,9 +1,9 @@
 """Run the teacher on the rows of a step, before the student trains on them.
 
-The ranks of one pipeline share the rows of a step. Each rank scores its share with the teacher, which is its own copy or sharded
-over all ranks. A forward contains rows of similar length, up to a budget of padded tokens. Then the ranks exchange one float per
-teacher token. These losses are inputs of the student's loss. Nothing else of the teacher enters the pipeline, and no stage waits
-for the teacher of another.
+The ranks that read the same rows (those of one pipeline, or those that have parts of each row) divide the rows of a step between
+them. Each rank scores its share with the teacher, which is its own copy or sharded over all ranks. A forward contains rows of
+similar length, up to a budget of padded tokens. Then the ranks exchange one float per teacher token. These losses are inputs of
+the student's loss. Nothing else of the teacher enters the pipeline, and no stage waits for the teacher of another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class Scorer(Protocol):
     """Share of the positions in the forwards of the last step that had no token."""
 
     def score(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """One [B, U] float32 per batch, nats; 0 at positions without a token. Collective over the pipeline's ranks."""
+        """One [B, U] float32 per batch, nats; 0 at positions without a token.
+
+        Collective over the ranks that read the same rows.
+        """
         ...
 
 
@@ -75,7 +78,7 @@ def _forwards(rows: Sequence[int], lengths: Sequence[int], tokens_per_batch: int
 
 
 class ReplicatedScorer:
-    """Scores with a complete teacher on every rank. The ranks of one pipeline share the rows of its step."""
+    """Scores with a complete teacher on every rank. The ranks that read the same rows divide them between them."""
 
     def __init__(
         self,
@@ -86,7 +89,7 @@ class ReplicatedScorer:
         by_document: bool = False,
     ) -> None:
         """
-        group             the ranks that read the same rows, those of one pipeline; None without a pipeline
+        group             the ranks that read the same rows, see TrainEngine; None if no other rank does
         tokens_per_batch  padded tokens of one forward
         by_document       whether attention stops at document borders
         """

@@ -106,24 +106,30 @@ def _check_sums(settings: DeepSpeedConfig, micro_batches: int) -> None:
         )
 
 
-def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int, option: str = "deepspeed --num_gpus") -> Layout:
+def batch_layout(
+    settings: DeepSpeedConfig, world: int, pipeline_stages: int, sequence: int = 1, option: str = "deepspeed --num_gpus"
+) -> Layout:
     """How a global batch is distributed over `world` processes.
 
     With `train_batch_size`, the global batch is the same for every number of GPUs. With `gradient_accumulation_steps`, it grows
     with their number. For example, 512 rows with 4 rows per micro-batch on 16 data-parallel ranks are 8 micro-batches per rank.
 
+    sequence: number of ranks that share each row, without a pipeline
     option: sets `world`, for messages
 
     Raises RunError if neither is given, if both contradict each other, if the number of processes is not a multiple of the
-    stages, or if the batch cannot be divided.
+    stages or of the ranks that share rows, or if the batch cannot be divided.
     """
-    stages = max(1, pipeline_stages)
-    if world % stages:
+    together = max(1, pipeline_stages) * sequence
+    if world % together:
+        what = f"groups of {sequence} ranks (parallel.sequence)"
+        if pipeline_stages:
+            what = f"pipelines of {pipeline_stages} stages (parallel.pipeline_stages)"
         raise RunError(
-            f"{_count(world, 'process', 'processes')} cannot form pipelines of {pipeline_stages} stages "
-            f"(parallel.pipeline_stages): use a multiple of that number, for example {option} {-(-world // stages) * stages}"
+            f"{_count(world, 'process', 'processes')} cannot form {what}: "
+            f"use a multiple of that number, for example {option} {-(-world // together) * together}"
         )
-    data_parallel = world // stages
+    data_parallel = world // together
     rows = _number(settings, "train_micro_batch_size_per_gpu")
     total, accumulate = _number(settings, "train_batch_size"), _number(settings, "gradient_accumulation_steps")
     if rows is None or (total is None and accumulate is None):
@@ -134,21 +140,25 @@ def batch_layout(settings: DeepSpeedConfig, world: int, pipeline_stages: int, op
     given = accumulate
     if accumulate is None:
         accumulate = max(1, (total or 0) // (rows * data_parallel))
-    layout = Layout(rows, accumulate, data_parallel)
+    layout = Layout(rows, accumulate, data_parallel, sequence)
     if total not in (None, layout.rows):
         raise RunError(
             f"train_batch_size is {total}, but {_count(rows, 'row')} per micro-batch (train_micro_batch_size_per_gpu) * "
             f"{_count(accumulate, 'micro-batch', 'micro-batches')} "
             f"(gradient_accumulation_steps{'' if given else ', not given'}) * {_count(data_parallel, 'data-parallel rank')} "
-            f"({_count(world, 'process', 'processes')} / {_count(stages, 'stage')}) is {layout.rows}.\n"
-            f"  {_remedy(total or 0, rows, given, data_parallel, stages)}"
+            f"({_count(world, 'process', 'processes')} / "
+            f"{f'{sequence} ranks per row' if sequence > 1 else _count(together, 'stage')}) is {layout.rows}.\n"
+            f"  {_remedy(total or 0, rows, given, data_parallel, together)}"
         )
     _check_sums(settings, layout.micro_batches)
     return layout
 
 
-def _remedy(total: int, rows: int, accumulate: int | None, data_parallel: int, stages: int) -> str:
-    """The nearest numbers of processes that divide `total` rows, or the number that must divide `total`."""
+def _remedy(total: int, rows: int, accumulate: int | None, data_parallel: int, together: int) -> str:
+    """The nearest numbers of processes that divide `total` rows, or the number that must divide `total`.
+
+    together: number of ranks that read the same rows
+    """
     unit = rows * (accumulate or 1)
     if total % unit:
         names = "train_micro_batch_size_per_gpu" + " * gradient_accumulation_steps" * (accumulate is not None)
@@ -157,7 +167,7 @@ def _remedy(total: int, rows: int, accumulate: int | None, data_parallel: int, s
     units = total // unit
     fitting = [n for n in range(1, units + 1) if units % n == 0] if accumulate is None else [units]
     below, above = [n for n in fitting if n < data_parallel][-1:], [n for n in fitting if n > data_parallel][:1]
-    near = [n * stages for n in (*below, *above)]
+    near = [n * together for n in (*below, *above)]
     return f"It can be divided among {' or '.join(map(str, near))} process{'es' * (near != [1])}."
 
 

@@ -104,7 +104,7 @@ class EngineState:
             names: list[str] = []
             written: Future[None] | None = None
             for index, named in self._layers():
-                writes = self._writer(index) == self.train_engine.data_rank
+                writes = self._writer(index) == dist.get_rank(self.train_engine.replicas)
                 if writes and written is not None:
                     written.result()
                 weights, states = self._collect(named, counters.optimizer_states, keep=writes)
@@ -119,7 +119,7 @@ class EngineState:
     def _collect(
         self, named: dict[str, nn.Parameter], optimizer_states: tuple[str, ...], keep: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and optimizer states of a layer, on the host. Empty unless `keep`. Collective over the data-parallel ranks."""
+        """Weights and optimizer states of a layer, on the host. Empty unless `keep`. Collective over the ranks that have it."""
         weights: dict[str, Tensor] = {}
         states: dict[str, Tensor] = {}
         with deepspeed.zero.GatheredParameters(_sharded(named)):
@@ -135,8 +135,8 @@ class EngineState:
     def read(self, folder: Path, io_errors: ErrorCollector) -> None:
         """Read the state into the engine. Collective over the world.
 
-        The data-parallel ranks take turns: each layer is read by one of them, which broadcasts its tensors. A rank has one layer
-        in memory at a time.
+        The ranks that have the same layers take turns: each layer is read by one of them, which broadcasts its tensors. A rank
+        has one layer in memory at a time.
 
         `io_errors` collects I/O errors. A rank that cannot read still broadcasts, because the others wait for it. Its values are
         then arbitrary, so the engine must not be used.
@@ -148,7 +148,7 @@ class EngineState:
         self._make_states(counters)
         for index, named in (*self._layers(), *self._copies()):
             tensors: dict[str, Tensor] = {}
-            if self._writer(index) == self.train_engine.data_rank:
+            if self._writer(index) == dist.get_rank(self.train_engine.replicas):
                 with io_errors.on(_file(index)):
                     tensors = load_file(folder / STUDENT / _file(index)) | load_file(folder / OPTIMIZER / _file(index))
             with torch.no_grad(), deepspeed.zero.GatheredParameters(_sharded(named), modifier_rank=0):
@@ -163,16 +163,16 @@ class EngineState:
         self._count_from(counters)
 
     def _writer(self, index: int) -> int:
-        """The data-parallel rank that writes and reads layer `index`."""
-        return index % self.train_engine.layout.data_parallel
+        """The rank, among those that have layer `index`, that writes and reads it."""
+        return index % int(dist.get_world_size(self.train_engine.replicas))
 
     def _broadcast(self, tensors: dict[str, Tensor], name: str, shape: torch.Size, dtype: torch.dtype, index: int) -> Tensor:
-        """A tensor of layer `index` on the device, from the rank that read it. Collective over the data-parallel ranks."""
+        """A tensor of layer `index` on the device, from the rank that read it. Collective over the ranks that have the layer."""
         value = torch.empty(shape, dtype=dtype, device=self.engine.device)
         # empty on the other ranks, and after a read error
         if tensors:
             value.copy_(tensors[name])
-        group = self.train_engine.data_group
+        group = self.train_engine.replicas
         dist.broadcast(value, src=dist.get_global_rank(group, self._writer(index)), group=group)
         return value
 
@@ -208,7 +208,8 @@ class EngineState:
             optimizer_scalars={key: _scalar(value) for key, value in state.items() if key not in tensors},
             schedule_step=self.engine.lr_scheduler.last_epoch,
             global_steps=self.engine.global_steps,
-            global_samples=self.engine.global_samples,
+            # DeepSpeed counts a row once per rank that has a part of it
+            global_samples=self.engine.global_samples // self.train_engine.layout.sequence,
             skipped_steps=self.engine.skipped_steps,
             loss_scaler={name: getattr(scaler, name) for name in SCALER if hasattr(scaler, name)},
             learning_rate=self.train_engine.learning_rate,
@@ -238,7 +239,7 @@ class EngineState:
 
     def _count_from(self, counters: Counters) -> None:
         self.engine.global_steps = counters.global_steps
-        self.engine.global_samples = counters.global_samples
+        self.engine.global_samples = counters.global_samples * self.train_engine.layout.sequence
         self.engine.skipped_steps = counters.skipped_steps
         scaler = getattr(self.optimizer, "loss_scaler", None)
         for name, value in counters.loss_scaler.items():
@@ -305,7 +306,7 @@ def _sharded(named: dict[str, nn.Parameter]) -> list[nn.Parameter]:
 
 
 def _gather(parameter: nn.Parameter, key: str) -> Tensor:
-    """The complete master weight or optimizer state. Collective over the data-parallel ranks."""
+    """The complete master weight or optimizer state. Collective over the ranks that have the parameter."""
     tensor: Tensor = safe_get_full_fp32_param(parameter) if key == MASTER else safe_get_full_optimizer_state(parameter, key)
     return tensor
 

@@ -2,7 +2,7 @@
 
 The number of mapped tokens determines how many tokens are kept, and that number is the divisor of the loss. In every layout, the
 loss is the sum over *all* kept tokens of the step divided by their number, never a mean of means. Each row is read by one
-pipeline, so the counts are summed over the data-parallel ranks, once per step.
+pipeline, or by one group of ranks that share rows, so the counts are summed over the data-parallel ranks, once per step.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     headers.py        reads and checks the index and the headers of its safetensors
     weights.py        checks that its weights match its configuration
     attention.py      attention over the row or by document, and the implementation that computes it
+    ulysses.py        attention over rows that are divided among ranks
     configuration.py  the student's configuration, from a folder or from keys
     student.py        the student: a flat list of pipeline layers with Hugging Face names, or one module
     proof.py          checks that losses match the model's own logits

@@ -23,6 +23,8 @@ from megatron_vocagno.errors import ModelError
 
 Attention = Literal["auto", "sdpa", "flash_attention_2"]
 HALF = (torch.bfloat16, torch.float16)
+ULYSSES = "ulysses_sdpa"
+"""The `_attn_implementation` of a student whose rows are divided among ranks: see ulysses.py."""
 
 
 def resolve_attention(config: PretrainedConfig, attention: Attention, dtype: torch.dtype, device: torch.device | str) -> str:
@@ -33,7 +35,7 @@ def resolve_attention(config: PretrainedConfig, attention: Attention, dtype: tor
     Raises ModelError: the model is not causal, or `attention` is "sdpa" and sdpa does not support the model.
     """
     _check_causal(config)
-    sdpa = _has_sdpa(config)
+    sdpa = has_sdpa(config)
     if attention == "sdpa" and not sdpa:
         raise ModelError(f"sdpa cannot compute the attention of a {config.model_type} model. Use attention = 'auto'.")
     if attention != "auto":
@@ -43,7 +45,8 @@ def resolve_attention(config: PretrainedConfig, attention: Attention, dtype: tor
     return "sdpa" if sdpa else "eager"
 
 
-def _has_sdpa(config: PretrainedConfig) -> bool:
+def has_sdpa(config: PretrainedConfig) -> bool:
+    """Whether torch's sdpa can compute the attention of a model."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return getattr(config, "attn_logit_softcapping", None) is None and (model is None or model._supports_sdpa)
 
@@ -86,8 +89,11 @@ def document_bounds(position_BS: Tensor) -> dict[str, Any]:
 def layer_arguments(config: PretrainedConfig, layer: int, hidden_BSH: Tensor, position_BS: Tensor | None) -> dict[str, Any]:
     """Keyword arguments that make decoder layer `layer` attend over the row or by document.
 
-    position_BS  [B, S] int32, see document_positions; None for attention over the whole row
+    position_BS  [B, S] int32, see document_positions; None for attention over the whole row. With Ulysses, the positions of this
+                 rank's part of the rows, which are attended as a whole
     """
+    if config._attn_implementation.startswith(ULYSSES):
+        return {"attention_mask": None}
     if config._attn_implementation == "flash_attention_2":
         shared = {} if position_BS is None else _computed_once(position_BS, "bounds", lambda: document_bounds(position_BS))
         return {"attention_mask": None, **shared}

@@ -156,7 +156,7 @@ def prove_student(config: PretrainedConfig) -> None:
 
     Raises ModelError.
     """
-    small = _shrunk(config)
+    small = shrunk(config)
     try:
         with torch.random.fork_rng(devices=[]):
             student, reference = Student(small, seed=0), _reference(small)
@@ -181,7 +181,7 @@ def prove_student(config: PretrainedConfig) -> None:
         )
 
 
-def _shrunk(config: PretrainedConfig) -> PretrainedConfig:
+def shrunk(config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with few and narrow layers, one of each type that the model has. Other fields stay as they are, and so
     does the width of a head, because RoPE depends on it.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megatron_vocagno.config import Guidance, Parallel
@@ -34,6 +34,8 @@ class Workload:
     """Student tokens of the whole run."""
     teacher_tokens: float
     """Tokens to score once if losses are cached, per teacher."""
+    sequences: tuple[int, ...] = ()
+    """Numbers of ranks, above 1, that can share the student's rows."""
 
     @property
     def steps(self) -> int:
@@ -80,38 +82,45 @@ def compare(workload: Workload, cluster: Cluster) -> list[Estimate]:
 
     Order: estimates that fit come first, then the cheapest (if times are known), then the simplest.
     """
-    found = []
-    for zero, count in layouts(workload, cluster.gpus):
-        for placement in placements(workload):
-            variants = list(_variants(workload, cluster, zero, count, placement))
-            if variants:
-                fitting = (variant for variant in variants if variant.fits)
-                found.append(next(fitting, min(variants, key=lambda variant: variant.memory.total)))
+    found = list(_compared(workload, cluster, layouts(workload, cluster.gpus)))
+    if not any(estimate.fits for estimate in found):
+        found += _compared(workload, cluster, ((zero, 0, n) for n in workload.sequences for zero in (1, 2, 3)))
     simplest = (None, "replicated", "cached", "zero3")
 
     def order(estimate: Estimate) -> tuple[bool, int, int, int, int]:
         candidate = estimate.candidate
         cost = round(estimate.gpu_hours) if workload.timed else 0
-        return not estimate.fits, cost, candidate.pipe, candidate.zero, simplest.index(candidate.placement)
+        return not estimate.fits, cost, candidate.together, candidate.zero, simplest.index(candidate.placement)
 
     return sorted(found, key=order)
 
 
+def _compared(workload: Workload, cluster: Cluster, wanted: Iterable[tuple[int, int, int]]) -> Iterator[Estimate]:
+    for zero, count, sequence in wanted:
+        for placement in placements(workload):
+            variants = list(_variants(workload, cluster, zero, count, sequence, placement))
+            if variants:
+                fitting = (variant for variant in variants if variant.fits)
+                yield next(fitting, min(variants, key=lambda variant: variant.memory.total))
+
+
 def configured_layout(workload: Workload, cluster: Cluster, zero: int) -> Estimate | None:
     """The run exactly as its files describe it. None if its micro-batch does not divide the global batch on this many GPUs."""
-    variants = _variants(workload, cluster, zero, workload.parallel.pipeline_stages, workload.placement)
+    parallel = workload.parallel
+    variants = _variants(workload, cluster, zero, parallel.pipeline_stages, parallel.sequence, workload.placement)
     first = next(variants, None)
     return first if first and first.candidate.batch.micro_batch_rows == workload.micro_batch_rows else None
 
 
-def layouts(workload: Workload, gpus: int) -> Iterator[tuple[int, int]]:
-    """(ZeRO stage, pipeline stages) to compare. The run's own number of pipeline stages is included."""
-    yield from ((1, 0), (2, 0), (3, 0))
+def layouts(workload: Workload, gpus: int) -> Iterator[tuple[int, int, int]]:
+    """(ZeRO stage, pipeline stages, ranks that share each row) to compare. The run's own numbers are included."""
+    for sequence in sorted({1, workload.parallel.sequence}):
+        yield from ((zero, 0, sequence) for zero in (1, 2, 3))
     if workload.guidance.distance:  # not supported in a pipeline
         return
     for count in sorted({2, 4, 8, workload.parallel.pipeline_stages} - {0}):
         if gpus % count == 0 and count <= workload.student.sizes.layers:
-            yield 1, count
+            yield 1, count, 1
 
 
 def placements(workload: Workload) -> tuple[Placement | None, ...]:
@@ -123,13 +132,15 @@ def placements(workload: Workload) -> tuple[Placement | None, ...]:
     return ("replicated", "zero3", "cached") if len(workload.teachers) == 1 else ("cached",)
 
 
-def _variants(workload: Workload, cluster: Cluster, zero: int, count: int, placement: Placement | None) -> Iterator[Estimate]:
+def _variants(
+    workload: Workload, cluster: Cluster, zero: int, count: int, sequence: int, placement: Placement | None
+) -> Iterator[Estimate]:
     """Ways to run one layout, the smallest change of the run's files first."""
-    pipe = max(1, count)
-    if cluster.gpus % pipe:
+    together = max(1, count) * sequence
+    if cluster.gpus % together:
         return
     recomputes = (True,) if workload.parallel.activation_checkpointing else (False, True)
-    for batch in batches(workload.rows, cluster.gpus // pipe, workload.micro_batch_rows):
+    for batch in batches(workload.rows, cluster.gpus // together, workload.micro_batch_rows, sequence):
         for recompute in recomputes:
             yield estimate(workload, cluster, Candidate(zero, count, batch, recompute, placement))
 

@@ -89,16 +89,18 @@ def step(
     """
     batch, assumed, sizes = candidate.batch, cluster.assumed, student.sizes
     learned = learned_share(guidance, batch.micro_batches, assumed.unmapped)
-    tokens = batch.micro_batch_rows * student.row_length
+    tokens = batch.micro_batch_rows * student.row_length // batch.sequence
     # a distance between distributions computes the head's products a second time
     heads = 2 if guidance.distance else 1
     passes = [_passes(stage, sizes, tokens, student.row_length, heads, learned, candidate.recompute) for stage in split]
-    if guidance.selects and guidance.scope == "global" and batch.micro_batches > 1:
+    twice = guidance.selects and guidance.scope == "global" and batch.micro_batches > 1
+    if twice:
         # the selection needs the losses of all micro-batches before the first backward pass, so each forward pass runs twice
         passes = [(2 * forward, backward) for forward, backward in passes]
     travel = 2 * tokens * sizes.hidden * element_bytes(settings) / cluster.point_to_point() if len(split) > 1 else 0.0
     seconds = [cluster.seconds(sum(work), assumed.mfu) + travel for work in passes]
     learning = sum(seconds) + (batch.micro_batches - 1) * max(seconds)
+    exchanged = (2 + candidate.recompute + twice) * _exchange(tokens, sizes, batch.sequence, element_bytes(settings), cluster)
     overlapped = _overlaps(candidate, settings)
     communication = max(_communication(candidate, stage, sizes, settings, cluster) for stage in split)
     scoring = (0.0, 0.0) if teacher is None else _scoring(candidate, teacher, cluster)
@@ -106,9 +108,9 @@ def step(
         teacher=scoring[0],
         student=learning,
         bubble=1 - batch.micro_batches * sum(seconds) / len(split) / learning,
-        communication=max(0.0, communication - learning) if overlapped else communication,
+        communication=(max(0.0, communication - learning) if overlapped else communication) + batch.micro_batches * exchanged,
         teacher_flops=scoring[1],
-        student_flops=sum(map(sum, passes)) * batch.micro_batches * batch.data_parallel,
+        student_flops=sum(map(sum, passes)) * batch.micro_batches * candidate.replicas,
     )
 
 
@@ -121,6 +123,19 @@ def _passes(
     return decoders + head, (2 + recompute) * decoders + 3 * learned * head
 
 
+def _exchange(tokens: int, sizes: Sizes, ranks: int, width: int, cluster: Cluster) -> float:
+    """Seconds of the all-to-alls of one pass through all layers, for queries, keys, values and results. Nothing overlaps.
+
+    tokens  of one rank
+    ranks   number of those that share each row
+    width   bytes per element
+    """
+    # if there are fewer key heads than ranks, they are copied
+    copies = max(1, ranks * sizes.head_width // sizes.key_width)
+    size = width * tokens * sizes.layers * 2 * (sizes.attention_width + copies * sizes.key_width)
+    return size * (ranks - 1) / ranks / cluster.bandwidth(ranks)
+
+
 def _overlaps(candidate: Candidate, settings: dict[str, Any]) -> bool:
     """Whether DeepSpeed 0.19.8 overlaps communication with computation: by default only under ZeRO-3, never in a pipeline."""
     asked = (settings.get("zero_optimization") or {}).get("overlap_comm")
@@ -128,12 +143,12 @@ def _overlaps(candidate: Candidate, settings: dict[str, Any]) -> bool:
 
 
 def _communication(candidate: Candidate, stage: Stage, sizes: Sizes, settings: dict[str, Any], cluster: Cluster) -> float:
-    """Seconds per step of the collectives over the data-parallel ranks (DeepSpeed 0.19.8).
+    """Seconds per step of the collectives over the ranks that have the same layers (DeepSpeed 0.19.8).
 
     With W bytes of weights, G bytes of gradients and m micro-batches, a step sends W + 2 G under ZeRO-1 (all-reduce and gather),
     W + 2 m G under ZeRO-2 and m (2 W + G) under ZeRO-3 (gather for forward and for backward, then reduce-scatter).
     """
-    ranks, micro_batches = candidate.batch.data_parallel, candidate.batch.micro_batches
+    ranks, micro_batches = candidate.replicas, candidate.batch.micro_batches
     weights = cluster.gather(element_bytes(settings) * stage.parameters(sizes), ranks)
     gradients = cluster.gather(travel_bytes(settings) * stage.parameters(sizes), ranks)
     if candidate.zero == 3:
@@ -143,12 +158,12 @@ def _communication(candidate: Candidate, stage: Stage, sizes: Sizes, settings: d
 
 
 def _scoring(candidate: Candidate, teacher: TeacherSpec, cluster: Cluster) -> tuple[float, float]:
-    """Seconds of the teacher per step, and its FLOPs on all ranks. The ranks of a pipeline divide the rows between them."""
+    """Seconds of the teacher per step, and its FLOPs on all ranks. The ranks that read the same rows divide them."""
     if candidate.placement not in ("replicated", "zero3"):
         return 0.0, 0.0
     batch, share = candidate.batch, cluster.assumed.teacher_mfu
     rows = batch.micro_batch_rows * batch.micro_batches
-    rows_per_rank = math.ceil(rows / candidate.pipe)
+    rows_per_rank = math.ceil(rows / candidate.together)
     flops = teacher.sizes.forward_flops(teacher.row_length, teacher.row_length)
     seconds = cluster.seconds(rows_per_rank * flops, share)
     if candidate.placement == "zero3":

@@ -28,6 +28,7 @@ from megatron_vocagno.errors import RunError, missing_path_hint, nearest
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import cached_snapshot, on_this_machine
 from megatron_vocagno.model.gguf import naming_file, place_of_conversion
+from megatron_vocagno.model.ulysses import check_ulysses
 from megatron_vocagno.planning.comparison import Workload, configured_layout
 from megatron_vocagno.planning.layouts import stages
 from megatron_vocagno.planning.report import table, text
@@ -45,7 +46,7 @@ def dry_run(options: argparse.Namespace) -> tuple[str, int]:
     request = read_request(options)
     run, workload = request.run, request.workload
     check_sections(options.deepspeed_config, workload.settings)
-    layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages, "--gpus")
+    layout = batch_layout(workload.settings, options.gpus, run.parallel.pipeline_stages, run.parallel.sequence, "--gpus")
     compared = _check_models(request)
     resolved = [*_resolved(run, workload, layout), *_stages(run.parallel, workload.student.sizes)]
     parts = ["\n".join(resolved), _shapes(workload)]
@@ -70,6 +71,8 @@ def _check_models(request: PlanRequest) -> list[str]:
     """
     run, config = request.run, request.workload.student.config
     check_row_length(config, run.data.row_length)
+    if run.parallel.sequence > 1:
+        check_ulysses(config, run.parallel.sequence, run.data.row_length)
     if run.student.config is not None:
         student_config(run.student.config, config.vocab_size)
     sides = [("student", config.vocab_size)] + [("teacher", teacher.vocab_size) for teacher in request.teachers[:1]]
@@ -134,7 +137,8 @@ def _resolved(run: Run, workload: Workload, layout: Layout) -> Iterator[str]:
         f"step: {layout.rows:,} rows of up to {run.data.row_length:,} tokens "
         f"(about {layout.rows * workload.tokens_per_row:,} of text): {layout.micro_batch_rows} rows x "
         f"{layout.micro_batches} micro-batches x {layout.data_parallel} data-parallel ranks"
-        f"{f' x {count} stages' if count else ''}, ZeRO-{zero_stage(workload.settings)}"
+        f"{f' x {count} stages' if count else ''}"
+        f"{f' x {layout.sequence} ranks per row' if layout.sequence > 1 else ''}, ZeRO-{zero_stage(workload.settings)}"
     )
     yield (
         f"training: {workload.steps:,} steps, {_optimizer(workload.settings)}, {schedule.kind} to "
@@ -213,7 +217,8 @@ def _shapes(workload: Workload) -> str:
     """A table of the shapes of one micro-batch in the student, and of one forward pass of each teacher."""
     student = workload.student
     dtype = torch.float32 if precision(workload.settings) == "fp32" else torch.bfloat16
-    found = [("student", forward_shapes(student.config, workload.micro_batch_rows, student.row_length, dtype))]
+    positions = student.row_length // workload.parallel.sequence
+    found = [("student", forward_shapes(student.config, workload.micro_batch_rows, positions, dtype))]
     for teacher in workload.teachers:
         shapes = forward_shapes(teacher.config, teacher.rows_per_batch, teacher.row_length, teacher.dtype)
         found.append(("teacher", shapes))

@@ -32,12 +32,19 @@ class Candidate:
 
     @property
     def name(self) -> str:
-        return f"{self.stages} stage{'s' * (self.stages > 1)}" if self.stages else f"ZeRO-{self.zero}"
+        if self.stages:
+            return f"{self.stages} stage{'s' * (self.stages > 1)}"
+        return f"ZeRO-{self.zero}" + (f", {self.batch.sequence} per row" if self.batch.sequence > 1 else "")
 
     @property
-    def pipe(self) -> int:
-        """Ranks per pipeline."""
-        return max(1, self.stages)
+    def together(self) -> int:
+        """Ranks that read the same rows: those of a pipeline, or those that share rows."""
+        return max(1, self.stages) * self.batch.sequence
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that have the same layers."""
+        return self.batch.data_parallel * self.batch.sequence
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,19 @@ class Stage:
         return self.decoders * sizes.params_per_layer + copies * sizes.embedding + final_norm
 
 
-def batches(rows: int, ranks: int, largest: int) -> Iterator[Layout]:
+def batches(rows: int, ranks: int, largest: int, sequence: int = 1) -> Iterator[Layout]:
     """Ways to split a global batch of `rows` rows over data-parallel ranks.
 
-    largest: rows per micro-batch of the first result. It is halved for each further one as long as it is even, and sizes that do
-    not divide the batch are skipped. For example, 512 rows on 256 ranks with largest = 4 give micro-batches of 2 and of 1 row.
+    ranks     number of those that read different rows
+    largest   rows per micro-batch of the first result. It is halved for each further one as long as it is even, and sizes that do
+              not divide the batch are skipped. For example, 512 rows on 256 ranks with largest = 4 give micro-batches of 2 and of
+              1 row
+    sequence  see Layout
     """
     micro = largest
     while micro:
         if rows % (micro * ranks) == 0:
-            yield Layout(micro, rows // (micro * ranks), ranks)
+            yield Layout(micro, rows // (micro * ranks), ranks, sequence)
         if micro % 2:
             return
         micro //= 2

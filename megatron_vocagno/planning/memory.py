@@ -1,6 +1,7 @@
 """Bytes on the fullest rank of a layout. docs/clusters.md has the formulas; tests/planning compares them with measurements.
 
-P: parameters of the stage. D: data-parallel ranks. W: all ranks. N: tokens of a micro-batch. R: tokens with a head gradient.
+P: parameters of the stage. D: ranks that have the same layers. W: all ranks. N: tokens of a micro-batch on one rank. R: tokens
+with a head gradient.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class TeacherSpec:
         if candidate.placement != "zero3":
             return 0
         live = min(self.sizes.parameters, LIVE_PARAMETERS) * self.dtype.itemsize
-        return -(-self.weight_bytes() // (candidate.batch.data_parallel * candidate.pipe)) + live
+        return -(-self.weight_bytes() // (candidate.batch.data_parallel * candidate.together)) + live
 
     def scoring(self) -> int:
         """Temporary bytes of a forward pass."""
@@ -232,8 +233,8 @@ def _teacher_peak(teacher: TeacherSpec) -> int:
 
 
 @cache
-def _student_memory(student: StudentSpec, rows: int, dtype: torch.dtype) -> LayerMemory:
-    return student_layer_memory(student.config, rows, student.row_length, dtype)
+def _student_memory(student: StudentSpec, rows: int, dtype: torch.dtype, sequence: int) -> LayerMemory:
+    return student_layer_memory(student.config, rows, student.row_length, dtype, sequence)
 
 
 # ---- the sum ------------------------------------------------------------------------------------------------------
@@ -257,13 +258,13 @@ def memory(
     """
     width, batch = element_bytes(settings), candidate.batch
     dtype = torch.bfloat16 if width == 2 else torch.float32
-    layer, sizes = _student_memory(student, batch.micro_batch_rows, dtype), student.sizes
-    tokens = batch.micro_batch_rows * student.row_length
+    layer, sizes = _student_memory(student, batch.micro_batch_rows, dtype, batch.sequence), student.sizes
+    tokens = batch.micro_batch_rows * student.row_length // batch.sequence
     online = teacher if candidate.placement in ("replicated", "zero3") else None
     distance = distance_bytes(kind, tokens, sizes, online.sizes, width) if kind and online else 0
     memories = []
     for place, stage in enumerate(split):
-        state = states(stage.parameters(sizes), sizes.embedding, candidate.zero, batch.data_parallel, settings)
+        state = states(stage.parameters(sizes), sizes.embedding, candidate.zero, candidate.replicas, settings)
         activations, temporary = kept_activations(
             layer,
             tokens * sizes.hidden * width,

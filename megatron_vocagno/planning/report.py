@@ -18,9 +18,9 @@ REMEDIES = {
     "optimizer": "more GPUs, or more parallel.pipeline_stages",
     "buffers": "a smaller zero_optimization.reduce_bucket_size, or stage3_max_live_parameters",
     "teacher": "teacher.placement = 'zero3' or 'cached', or teacher.quantization = 'int8'",
-    "activations": "parallel.activation_checkpointing = true, or a smaller train_micro_batch_size_per_gpu",
-    "layer": "a smaller train_micro_batch_size_per_gpu",
-    "head": "a smaller train_micro_batch_size_per_gpu",
+    "activations": "parallel.activation_checkpointing = true, a smaller train_micro_batch_size_per_gpu, or parallel.sequence",
+    "layer": "a smaller train_micro_batch_size_per_gpu, or parallel.sequence",
+    "head": "a smaller train_micro_batch_size_per_gpu, or parallel.sequence",
     "scoring": "a smaller teacher.tokens_per_batch",
     "reduction": "zero_optimization.stage 2 or 3",
 }

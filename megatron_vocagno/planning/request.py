@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch
 from transformers import PretrainedConfig
 
 from megatron_vocagno.batch.pack import SLACK
-from megatron_vocagno.config import Bos, Data, Run, Student, Teacher
+from megatron_vocagno.config import Bos, Data, Parallel, Run, Student, Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.front import front_ids
 from megatron_vocagno.corpus.manifest import DATASET
 from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, read_settings, zero_stage
-from megatron_vocagno.errors import RunError, missing_path_hint, tool
+from megatron_vocagno.errors import ModelError, RunError, missing_path_hint, tool
 from megatron_vocagno.model.configuration import SUPPORTED, student_config
+from megatron_vocagno.model.ulysses import check_ulysses
 from megatron_vocagno.planning.comparison import Workload, compare, configured_layout
 from megatron_vocagno.planning.cost import Cluster
 from megatron_vocagno.planning.hardware import Assumptions, gpu
@@ -82,7 +84,7 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
             f"note: no data at {run.data.train[0].path} yet. Assumed: {assumed.teacher_tokens:.2f} teacher tokens per student "
             f"token, {assumed.unmapped:.1%} of student tokens unmapped."
         )
-    rows, problem = _global_batch(settings, options.gpus, run.parallel.pipeline_stages)
+    rows, problem = _global_batch(settings, options.gpus, run.parallel)
     if problem:
         notes.append(f"warning: the run cannot start with its current files: {problem}")
     config = _student_config(run.student, options.student_config, datasets, run.data)
@@ -104,8 +106,19 @@ def read_request(options: argparse.Namespace) -> PlanRequest:
         tokens_per_row,
         tokens,
         teacher_tokens=sum(data.totals.teacher_tokens for data in datasets) or tokens * assumed.teacher_tokens,
+        sequences=tuple(_sequences(run, config)),
     )
     return PlanRequest(run, workload, cluster, datasets, notes, teachers, uncounted)
+
+
+def _sequences(run: Run, config: PretrainedConfig) -> Iterator[int]:
+    """See Workload.sequences. config: the student's."""
+    for ranks in (2, 4, 8):
+        if run.data.by_document or run.guidance.distance or run.data.row_length % ranks or ranks == run.parallel.sequence:
+            continue
+        with suppress(ModelError):
+            check_ulysses(config, ranks, run.data.row_length)
+            yield ranks
 
 
 def _datasets(data: Data) -> list[AlignedDataset]:
@@ -141,10 +154,10 @@ def _assumptions(options: argparse.Namespace, data: Data, datasets: Sequence[Ali
     return replace(Assumptions(), **(known | given))
 
 
-def _global_batch(settings: DeepSpeedConfig, gpus: int, stages: int) -> tuple[int, str]:
+def _global_batch(settings: DeepSpeedConfig, gpus: int, parallel: Parallel) -> tuple[int, str]:
     """Rows of a global batch, and the reason if the run cannot start on this many GPUs."""
     try:
-        return batch_layout(settings, gpus, stages, "--gpus").rows, ""
+        return batch_layout(settings, gpus, parallel.pipeline_stages, parallel.sequence, "--gpus").rows, ""
     except RunError as error:
         if "train_batch_size" not in settings or "train_micro_batch_size_per_gpu" not in settings:
             raise

@@ -38,6 +38,10 @@ class Sizes:
     """Number of query heads times the head dimension."""
     tied: bool
     """Whether the head is the embedding."""
+    key_width: int
+    """Number of key heads times the head dimension."""
+    head_width: int
+    """The head dimension."""
 
     @property
     def embedding(self) -> int:
@@ -72,5 +76,7 @@ def sizes(config: PretrainedConfig) -> Sizes:
         params_per_layer=sum(parameter.numel() for parameter in layer.parameters()),
         matmul_params_per_layer=sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear)),
         attention_width=config.num_attention_heads * head_dim,
+        head_width=head_dim,
+        key_width=(getattr(config, "num_key_value_heads", None) or config.num_attention_heads) * head_dim,
         tied=bool(config.tie_word_embeddings),
     )

@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
+from megatron_vocagno.model.attention import ULYSSES
 from megatron_vocagno.model.student import DecoderLayer
+from megatron_vocagno.model.ulysses import register_ulysses
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,13 @@ class LayerMemory:
     """The most bytes alive at once during forward and backward, including `saved` and the gradients of the parameters."""
 
 
-def student_layer_memory(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype) -> LayerMemory:
-    """Memory of the student's decoder layer on `rows` rows of `length` tokens."""
+def student_layer_memory(config: PretrainedConfig, rows: int, length: int, dtype: torch.dtype, sequence: int = 1) -> LayerMemory:
+    """Memory of the student's decoder layer on `rows` rows of `length` tokens. sequence: number of ranks that share each row."""
     layer = _layer(config, dtype)
-    hidden_BSH = torch.empty(rows, length, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
+    if sequence > 1:
+        layer.config._attn_implementation = f"{ULYSSES}_planned"
+        register_ulysses(_planned_exchange, sequence, layer.config._attn_implementation)
+    hidden_BSH = torch.empty(rows, length // sequence, config.hidden_size, dtype=dtype, device="meta", requires_grad=True)
     saved = Storages(layer.parameters())
     with _Fused(), torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
         layer(hidden_BSH)
@@ -112,6 +117,23 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size
+
+
+def _planned_exchange(x_NX: Tensor) -> Tensor:
+    out_NX: Tensor = _PlannedExchange.apply(x_NX)  # type: ignore[no-untyped-call]
+    return out_NX
+
+
+class _PlannedExchange(torch.autograd.Function):
+    """The tensors that an exchange between ranks allocates. It saves none."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NX: Tensor) -> Tensor:
+        return torch.empty_like(x_NX)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.empty_like(gradients[0])
 
 
 class _Fused(TorchFunctionMode):

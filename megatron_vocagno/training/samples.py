@@ -111,7 +111,7 @@ class Samples:
             _put(loss_RS, own, [loss_BS[:, self._lead :] for loss_BS in engine.student_losses(batches)])
         all_reduce_sum(loss_RS)
         if scored_RU is not None:
-            # the ranks of one pipeline share the scoring of their rows, and all have the result
+            # the ranks that read the same rows divide the scoring between them, and all have the result
             all_reduce_sum(scored_RU, engine.data_group)
             teacher_loss_RU = self._teacher_loss_RU = scored_RU.cpu()
         assert teacher_loss_RU is not None

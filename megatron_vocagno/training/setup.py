@@ -33,10 +33,11 @@ from megatron_vocagno.engine.settings import DeepSpeedConfig, batch_layout, prec
 from megatron_vocagno.engine.settings_file import notes
 from megatron_vocagno.engine.text_losses import TextLossMeter
 from megatron_vocagno.errors import RunError, UserError, counted
-from megatron_vocagno.model.attention import resolve_attention
+from megatron_vocagno.model.attention import ULYSSES, resolve_attention
 from megatron_vocagno.model.configuration import check_row_length, student_config
 from megatron_vocagno.model.folder import PretrainedWeights, parameters
 from megatron_vocagno.model.teacher import teacher_folder
+from megatron_vocagno.model.ulysses import check_ulysses
 from megatron_vocagno.training.consistency import facts_of_files, require_same_on_all_ranks
 from megatron_vocagno.training.evaluation import Evaluator, HeldOut
 from megatron_vocagno.training.first_batch import FirstBatch, ModelFacts, teacher_facts
@@ -90,7 +91,7 @@ def setup_run(run: Run, settings: DeepSpeedConfig, processes: Processes, stop_si
 
     None if a stop was requested while the run waited for its output folder.
     """
-    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages)
+    layout = batch_layout(settings, processes.world, run.parallel.pipeline_stages, run.parallel.sequence)
     files = run_on_all_ranks(lambda: _open_files(run, settings, processes), UserError)
     opened = [*files.datasets, *([files.valid] if files.valid is not None else [])]
     facts = run_on_all_ranks(lambda: facts_of_files(opened, run.cached_teachers, files.config, run.weights), UserError, OSError)
@@ -208,7 +209,8 @@ def _open_files(run: Run, settings: DeepSpeedConfig, processes: Processes) -> _F
     valid = _open_valid(run.data.valid, datasets[0])
     config, weights = _open_student(run.student, run.parallel, run.data.row_length, datasets[0])
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision(settings)]
-    config._attn_implementation = resolve_attention(config, run.student.attention, dtype, processes.device)
+    attention = resolve_attention(config, run.student.attention, dtype, processes.device)
+    config._attn_implementation = attention if run.parallel.sequence == 1 else ULYSSES
     check_output(run.output)
     return _Files(datasets, valid, config, weights)
 
@@ -245,6 +247,8 @@ def _open_student(
         data.require_tokenizer("student", weights.folder)
     check_row_length(config, row_length)
     check_stages(parallel, config.num_hidden_layers)
+    if parallel.sequence > 1:
+        check_ulysses(config, parallel.sequence, row_length)
     return config, weights
 
 
@@ -274,9 +278,13 @@ def _first_line(run: Run, layout: Layout, steps: int, position: Position) -> str
     return (
         f"{start_or_resume}: {run.guidance.objective}, {counted(steps, 'step')} of "
         f"{counted(layout.rows, 'row')} of {run.data.row_length:,} tokens "
-        f"({layout.data_parallel} data-parallel x {counted(max(1, run.parallel.pipeline_stages), 'stage')}, "
+        f"({layout.data_parallel} data-parallel x {_ranks_of_a_row(layout, run.parallel)}, "
         f"{counted(layout.micro_batches, 'micro-batch', 'micro-batches')})"
     )
+
+
+def _ranks_of_a_row(layout: Layout, parallel: Parallel) -> str:
+    return f"{layout.sequence} ranks per row" if layout.sequence > 1 else counted(max(1, parallel.pipeline_stages), "stage")
 
 
 def _describe_sources(datasets: Sequence[AlignedDataset], rows: BlendedRows, layout: Layout) -> Iterator[str]:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, startup, step
+from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, sequence, startup, step
 from tests.tokenizers_for_tests import package_folder
 
 long = pytest.mark.long
@@ -110,6 +110,15 @@ def test_step_and_engine(benchmark: ModuleType, lines: int, tmp_path: Path) -> N
     written = file.read_text(encoding="utf-8")
     check(benchmark.__name__.removeprefix("benchmarks."), written, lines)
     assert str(tmp_path) not in written
+
+
+@long
+@slow
+def test_sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence, "RANKS", (1, 2))
+    figures = sequence.measure(512)
+    check("sequence", page.markdown(figures), 2)
+    assert 0.4 < float(figures[1].measured.split(" ×")[0]) < 1
 
 
 @long

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, ROWS = 4, 8
 PIPELINE, RECOMPUTE = "parallel.pipeline_stages=2", "parallel.activation_checkpointing=true"
+SEQUENCE = "parallel.sequence=2"
 SHARDED, GLOBAL = "teacher.placement=zero3", "guidance.scope=global"
 HALF = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 Loops: TypeAlias = Callable[[bool, bool], list[tuple[float, float]]]
@@ -54,12 +55,18 @@ OVER_THE_STEP = {
     "dp4": Layout(4, []),
     "pp2-dp2": Layout(4, [PIPELINE]),
     "pp2-dp2-zero3-teacher": Layout(4, [PIPELINE, SHARDED]),
+    "sequence2": Layout(2, [SEQUENCE]),
+    "sequence2-zero2-recompute": Layout(2, [SEQUENCE, RECOMPUTE], stage(2)),
+    "sequence2-zero3-zero3-teacher": Layout(2, [SEQUENCE, SHARDED], stage(3)),
+    "sequence2-dp2-zero3-recompute": Layout(4, [SEQUENCE, RECOMPUTE], stage(3)),
+    "sequence4": Layout(4, ["parallel.sequence=4"]),  # more ranks than key heads
 }
 """With `global` scope."""
 WITHIN_A_MICRO_BATCH = {
     "alone": Layout(1, []),
     "alone-zero2-dp2": Layout(2, [], stage(2)),
     "alone-pp2": Layout(2, [PIPELINE]),
+    "alone-sequence2-zero3": Layout(2, [SEQUENCE], stage(3)),
 }
 CHUNKS = ["guidance.unit=chunk", "guidance.weighting=control_variate"]
 OF_CHUNKS = {
@@ -68,6 +75,7 @@ OF_CHUNKS = {
     "chunks-zero3-dp2": Layout(2, CHUNKS, stage(3)),
     "chunks-pp2-global": Layout(2, [*CHUNKS, PIPELINE, GLOBAL]),
     "chunks-pp2-dp2": Layout(4, [*CHUNKS, PIPELINE]),
+    "chunks-sequence2-zero2": Layout(2, [*CHUNKS, SEQUENCE], stage(2)),
 }
 """Weights that need no ranking do not depend on the scope."""
 IN_BF16 = {
@@ -75,6 +83,7 @@ IN_BF16 = {
     "bf16-zero2-dp2": Layout(2, [], HALF | stage(2)),
     "bf16-pp2": Layout(2, [PIPELINE], HALF),
     "bf16-untied-pp2": Layout(2, [PIPELINE, UNTIED], HALF),
+    "bf16-sequence2-zero2": Layout(2, [SEQUENCE], HALF | stage(2)),
 }
 
 
@@ -175,7 +184,7 @@ def test_weights_without_a_ranking_are_the_same_in_every_layout_and_scope(case: 
 
 def test_losses_are_learned_as_they_were_when_the_tokens_were_chosen(case: Case) -> None:
     met = 0
-    for name in ("plain", "zero2-dp2-recompute", "zero3-dp2-recompute", "pp2", "pp2-recompute"):
+    for name in ("plain", "zero2-dp2-recompute", "zero3-dp2-recompute", "pp2", "pp2-recompute", "sequence2-zero2-recompute"):
         learned, recorded = noted(case, name, "learned"), noted(case, name, "recorded")
         assert np.array_equal(learned, recorded)
         met += np.count_nonzero(learned)

@@ -17,13 +17,16 @@ pytestmark = pytest.mark.slow
 
 COMMON = ["training.schedule.kind=constant", "checkpoint.every=1", "checkpoint.keep_last=9"]
 MOVES = [
-    (2, 2, 1),
-    (2, 1, 1),
-    (2, 0, 3),
-    (1, 0, 1),
-    (2, 2, 1),
+    (2, 2, 1, 1),
+    (2, 1, 1, 1),
+    (2, 0, 3, 1),
+    (1, 0, 1, 1),
+    (2, 0, 2, 2),
+    (1, 0, 1, 1),
+    (2, 0, 3, 2),
+    (2, 2, 1, 1),
 ]
-"""Processes, pipeline stages and ZeRO stage of step after step."""
+"""Processes, pipeline stages, ZeRO stage and ranks per row of step after step."""
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -38,8 +41,9 @@ def learned(output: Path, name: str = "loss/train") -> list[float]:
 def test_a_run_that_changes_its_layout_every_step_learns_as_if_it_never_moved(case: Case) -> None:
     straight = case.run("unmoved", 1, [*COMMON, f"training.steps={len(MOVES)}", "parallel.pipeline_stages=1"])
     said = ""
-    for step, (processes, stages, zero) in enumerate(MOVES, start=1):
-        overrides = [*COMMON, f"training.steps={step}", f"parallel.pipeline_stages={stages}"]
+    for step, (processes, stages, zero, sequence) in enumerate(MOVES, start=1):
+        parallel = [f"parallel.pipeline_stages={stages}", f"parallel.sequence={sequence}"]
+        overrides = [*COMMON, f"training.steps={step}", *parallel]
         finished = spawn(processes, case.command("moved", overrides, {"zero_optimization": {"stage": zero}}))
         assert finished.returncode == 0, finished.stdout[-4000:]
         said += finished.stdout
@@ -65,14 +69,18 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 
 
 @pytest.mark.parametrize(
-    ("layout", "stages", "settings"),
-    [("bf16-pp2", 2, BF16), ("zero2", 0, {"zero_optimization": {"stage": 2}})],
-    ids=["bf16-pp2", "zero2"],
+    ("layout", "parallel", "settings"),
+    [
+        ("bf16-pp2", "pipeline_stages=2", BF16),
+        ("zero2", "pipeline_stages=0", {"zero_optimization": {"stage": 2}}),
+        ("sequence2-zero3", "sequence=2", {"zero_optimization": {"stage": 3}}),
+    ],
+    ids=["bf16-pp2", "zero2", "sequence2-zero3"],
 )
 def test_a_resumed_run_is_bit_for_bit_the_one_that_went_on(
-    case: Case, layout: str, stages: int, settings: dict[str, Any]
+    case: Case, layout: str, parallel: str, settings: dict[str, Any]
 ) -> None:
-    overrides = [*COMMON, "training.steps=3", f"parallel.pipeline_stages={stages}"]
+    overrides = [*COMMON, "training.steps=3", f"parallel.{parallel}"]
     straight = case.run(f"on-{layout}", 2, overrides, settings)
     again = case.out(f"again-{layout}")
     shutil.copytree(straight / "checkpoints" / "step-00000002", again / "checkpoints" / "step-00000002")

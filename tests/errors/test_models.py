@@ -24,6 +24,7 @@ from megatron_vocagno.model.gguf import dequantize
 from megatron_vocagno.model.quantized import quantize
 from megatron_vocagno.model.student import Student
 from megatron_vocagno.model.teacher import Teacher, open_teacher
+from megatron_vocagno.model.ulysses import check_ulysses
 from tests.errors.models import LLAMA, change, model
 from tests.errors.telling import told
 from tests.model.tiny_gguf import skip_if_unreadable
@@ -144,6 +145,62 @@ student.config: not a valid llama model: Validation error for field 'hidden_size
 def test_a_student_that_cannot_be_made(changes: dict[str, Any], message: str) -> None:
     with told(message):
         student_config(LLAMA | changes, vocab_size=10)
+
+
+HEADS = {"num_attention_heads": 8, "num_key_value_heads": 4, "hidden_size": 64}
+DIVIDED: list[tuple[dict[str, Any], int, str]] = [
+    (
+        HEADS,
+        3,
+        snapshot(
+            "parallel.sequence is 3, but the student has 8 attention heads and 4 key heads: the heads are divided among the ranks. Use a number that divides the attention heads, and that divides the key heads or is a multiple of them."
+        ),
+    ),
+    (
+        HEADS | {"num_attention_heads": 6, "num_key_value_heads": 2, "hidden_size": 48},
+        3,
+        snapshot(
+            "parallel.sequence is 3, but the student has 6 attention heads and 2 key heads: the heads are divided among the ranks. Use a number that divides the attention heads, and that divides the key heads or is a multiple of them."
+        ),
+    ),
+    (
+        HEADS | {"model_type": "gemma2", "head_dim": 8},
+        2,
+        snapshot(
+            "parallel.sequence is 2, but sdpa cannot compute the attention of a gemma2 model. Rows can only be divided among ranks with sdpa: set parallel.sequence to 1."
+        ),
+    ),
+    (
+        HEADS | {"model_type": "mistral", "sliding_window": 63},
+        2,
+        snapshot(
+            "parallel.sequence is 2, but the student attends to windows of 63 tokens, and data.row_length is 64. Rows that are divided among ranks are attended as a whole: use rows that are not longer than the window, or set parallel.sequence to 1."
+        ),
+    ),
+    (
+        HEADS | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        2,
+        snapshot(
+            "parallel.sequence is 2, but the student's RoPE has the type 'dynamic', which depends on the length of a row: each rank would compute it from its part of the row. Set parallel.sequence to 1."
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "ranks", "message"), DIVIDED)
+def test_a_student_whose_rows_cannot_be_divided(changes: dict[str, Any], ranks: int, message: str) -> None:
+    with told(message):
+        check_ulysses(student_config(LLAMA | changes), ranks, 64)
+
+
+def test_students_whose_rows_can_be_divided() -> None:
+    for ranks in (1, 2, 4, 8):
+        check_ulysses(student_config(LLAMA | HEADS), ranks, 64)
+    # a window as long as a row excludes nothing
+    check_ulysses(student_config(LLAMA | HEADS | {"model_type": "mistral", "sliding_window": 64}), 2, 64)
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaled |= {"original_max_position_embeddings": 32}
+    check_ulysses(student_config(LLAMA | HEADS | {"rope_parameters": scaled}), 2, 64)
 
 
 def test_a_student_that_does_not_fit(model: Path, tmp_path: Path) -> None:

@@ -74,6 +74,45 @@ SEVERAL_FIELDS = [
 ]
 
 
+SEQUENCE = [
+    (
+        "data.row_length=2047",
+        snapshot("""\
+DIR/run.toml with --set parallel.sequence=2 --set data.row_length=2047:
+  data.row_length = 2,047 cannot be divided among 2 ranks (parallel.sequence): use a multiple, for example 2,048\
+"""),
+    ),
+    (
+        "parallel.pipeline_stages=2",
+        snapshot("""\
+DIR/run.toml with --set parallel.sequence=2 --set parallel.pipeline_stages=2:
+  parallel.sequence = 2 does not run with parallel.pipeline_stages = 2: a pipeline sends whole rows from stage to stage\
+"""),
+    ),
+    (
+        "data.attention=document",
+        snapshot("""\
+DIR/run.toml with --set parallel.sequence=2 --set data.attention=document:
+  parallel.sequence = 2 does not run with data.attention = 'document': each row is attended as a whole, without a mask\
+"""),
+    ),
+    (
+        "student.attention=flash_attention_2",
+        snapshot("""\
+DIR/run.toml with --set parallel.sequence=2 --set student.attention=flash_attention_2:
+  parallel.sequence = 2 does not run with student.attention = 'flash_attention_2': the ranks of a row compute attention with sdpa\
+"""),
+    ),
+    (
+        "guidance.objective=uld",
+        snapshot("""\
+DIR/run.toml with --set parallel.sequence=2 --set guidance.objective=uld:
+  parallel.sequence = 2 does not run with guidance.objective = 'uld': distributions are compared for whole rows\
+"""),
+    ),
+]
+
+
 WEIGHTS = {
     "guidance.objective=random": snapshot("""\
 DIR/run.toml with --set guidance.objective=random --set guidance.unit=chunk:
@@ -114,6 +153,14 @@ def test_one_field(tmp_path: Path, override: str, message: str) -> None:
 def test_several_fields(tmp_path: Path, override: str, message: str) -> None:
     with told(message, after=f"DIR/run.toml with --set {override}:\n  ", DIR=tmp_path):
         load_run(run_file(tmp_path), [override])
+
+
+@pytest.mark.parametrize(("override", "message"), SEQUENCE, ids=[override for override, _ in SEQUENCE])
+def test_settings_with_which_ranks_cannot_share_rows(tmp_path: Path, override: str, message: str) -> None:
+    load_run(run_file(tmp_path), [override])
+    load_run(run_file(tmp_path), ["parallel.sequence=2"])
+    with told(message, DIR=tmp_path):
+        load_run(run_file(tmp_path), ["parallel.sequence=2", override])
 
 
 def test_baselines_that_cannot_run(tmp_path: Path) -> None:

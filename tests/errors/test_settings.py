@@ -207,6 +207,24 @@ train_batch_size is 4, but 2 rows per micro-batch (train_micro_batch_size_per_gp
 ]
 
 
+def test_ranks_that_cannot_form_groups_that_share_rows() -> None:
+    rows = {"train_micro_batch_size_per_gpu": 2, "train_batch_size": 8}
+    assert batch_layout(rows, 8, 0, 2).data_parallel == 4
+    with told(
+        snapshot(
+            "6 processes cannot form groups of 4 ranks (parallel.sequence): use a multiple of that number, for example deepspeed --num_gpus 8"
+        )
+    ):
+        batch_layout(rows, 6, 0, 4)
+    with told(
+        snapshot("""\
+train_batch_size is 8, but 2 rows per micro-batch (train_micro_batch_size_per_gpu) * 1 micro-batch (gradient_accumulation_steps, not given) * 3 data-parallel ranks (6 processes / 2 ranks per row) is 6.
+  It can be divided among 4 or 8 processes.\
+""")
+    ):
+        batch_layout(rows, 6, 0, 2)
+
+
 @pytest.mark.parametrize(("settings", "world", "stages", "message"), BATCHES, ids=range(len(BATCHES)))
 def test_a_batch_that_cannot_be_dealt(settings: dict[str, Any], world: int, stages: int, message: str) -> None:
     with told(message):

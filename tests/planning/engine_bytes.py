@@ -1,6 +1,6 @@
 """A program that builds DeepSpeed engines one after the other and records the bytes that they hold before the optimizer steps.
 
-Arguments: a JSON list of [pipeline stages, DeepSpeed configuration], and the file to write to.
+Arguments: a JSON list of [pipeline stages, ranks per row, DeepSpeed configuration], and the file to write to.
 """
 
 from __future__ import annotations
@@ -49,21 +49,21 @@ def living() -> Iterable[Tensor]:
                 yield thing.grad
 
 
-def measure(stages: int, settings: dict[str, Any], processes: Any) -> dict[str, int]:
+def measure(stages: int, sequence: int, settings: dict[str, Any], processes: Any) -> dict[str, int]:
     run = Run.model_validate(
         {
             "output": "unused",
             "data": {"train": "unused"},
             "student": {"config": STUDENT},
             "guidance": {"objective": "clm"},
-            "parallel": {"pipeline_stages": stages},
+            "parallel": {"pipeline_stages": stages, "sequence": sequence},
             "training": {"steps": 1},
         }
     )
     gc.collect()
     before = storages(living())
-    data_parallel = processes.world // max(1, stages)
-    engine = build_engine(run, settings, student_config(STUDENT), None, Layout(ROWS, 2, data_parallel), 1, processes).engine
+    layout = Layout(ROWS, 2, processes.world // (max(1, stages) * sequence), sequence)
+    engine = build_engine(run, settings, student_config(STUDENT), None, layout, 1, processes).engine
     seen: list[dict[str, int]] = []
     step = engine.optimizer.step
 
@@ -99,7 +99,7 @@ def measure(stages: int, settings: dict[str, Any], processes: Any) -> dict[str, 
 if __name__ == "__main__":
     wanted, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     processes = start()
-    measured = [measure(stages, settings, processes) for stages, settings in wanted]
+    measured = [measure(stages, sequence, settings, processes) for stages, sequence, settings in wanted]
     if os.environ["RANK"] == "0":
         out.write_text(json.dumps(measured))
     stop()

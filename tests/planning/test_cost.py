@@ -20,7 +20,7 @@ from tests.runs import REPOSITORY
 PERFECT = Assumptions(mfu=1.0, teacher_mfu=1.0, link_share=1.0, reread=1.25)
 SETTINGS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {}}
 # 4 layers of 1,000 products, no attention to speak of, a head of 1,600 products
-SMALL = Sizes("llama", 4, 16, 100, 2 * 1600 + 4 * 1000 + 16, 1000, 1000, 0, False)
+SMALL = Sizes("llama", 4, 16, 100, 2 * 1600 + 4 * 1000 + 16, 1000, 1000, 0, False, 4, 4)
 STUDENT = StudentSpec(None, SMALL, 64)  # type: ignore[arg-type]
 
 
@@ -70,6 +70,32 @@ def test_traffic_is_bytes_over_the_slowest_link_of_the_ring() -> None:
     assert exact.communication == pytest.approx((1 + 2 * 2) * once)
     alone = taken(Candidate(1, 0, Layout(2, 3, 1), False, None), Cluster(GPUS["h100"], 1, 8, PERFECT))
     assert alone.communication == 0.0
+
+
+def test_ranks_that_share_rows_exchange_heads_and_divide_all_else() -> None:
+    wide = StudentSpec(None, replace(SMALL, attention_width=64, key_width=16, head_width=16), 64)  # type: ignore[arg-type]
+    cluster = Cluster(GPUS["h100"], 8, 8, PERFECT)
+
+    def of(sequence: int, zero: int, guidance: Guidance, recompute: bool = False) -> Step:
+        layout = Layout(2, 3, 8 // sequence, sequence)
+        split = [Stage(4, embedding=True, head=True)]
+        return step(Candidate(zero, 0, layout, recompute, None), split, wide, SETTINGS, guidance, None, cluster)
+
+    plain = Guidance(objective="clm")
+    for sequence, key_width in ((2, 2 * 16), (4, 4 * 16)):  # one key head, copied for each rank
+        alone, shared = of(1, 1, plain), of(sequence, 1, plain)
+        # each rank has a part of as many rows, and of as many heads
+        assert shared.student == pytest.approx(alone.student / sequence)
+        assert shared.student_flops == pytest.approx(alone.student_flops / sequence)
+        tokens, layers = 2 * 64 // sequence, 4
+        once = 2 * tokens * layers * 2 * (64 + key_width) * (sequence - 1) / sequence / 450e9
+        # the gradients are reduced over all 8 ranks in both layouts
+        assert shared.communication - alone.communication == pytest.approx(3 * 2 * once)
+        again = of(sequence, 1, plain, recompute=True)
+        assert again.communication - shared.communication == pytest.approx(3 * once)
+        twice = of(sequence, 1, Guidance(scope="global"))
+        assert twice.communication - of(sequence, 1, Guidance()).communication == pytest.approx(3 * once)
+    assert Candidate(2, 0, Layout(2, 3, 2, 4), False, None).name == "ZeRO-2, 4 per row"
 
 
 def test_the_teacher_is_shared_by_a_pipeline_and_scores_once_where_it_is_cached() -> None:

@@ -126,5 +126,5 @@ def candidate_of_one() -> Candidate:
 
 
 def test_a_tied_head_is_a_copy_on_the_last_stage() -> None:
-    tied = Sizes("llama", 4, 8, 100, 800 + 4 * 50 + 8, 50, 48, 8, True)
+    tied = Sizes("llama", 4, 8, 100, 800 + 4 * 50 + 8, 50, 48, 8, True, 4, 4)
     assert [stage.parameters(tied) for stage in stages(tied, 2, (2, 2))] == [900, 908]

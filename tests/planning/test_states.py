@@ -37,23 +37,24 @@ def configuration(stage: int, data_types: dict[str, str], bf16: bool) -> dict[st
     }
 
 
-ENGINES = [(0, 1, FLOAT32, True), (0, 1, ROUNDED, True), (0, 2, FLOAT32, True), (0, 3, FLOAT32, True)]
-ENGINES += [(0, stage, ROUNDED, False) for stage in (1, 2, 3)]
-ENGINES += [(2, 1, FLOAT32, True), (2, 1, ROUNDED, False)]  # last: DeepSpeed's plain engines do not start after a pipeline
-"""(pipeline stages, ZeRO stage, data types, bf16 or float32)"""
+ENGINES = [(0, 1, 1, FLOAT32, True), (0, 1, 1, ROUNDED, True), (0, 1, 2, FLOAT32, True), (0, 1, 3, FLOAT32, True)]
+ENGINES += [(0, 1, stage, ROUNDED, False) for stage in (1, 2, 3)]
+ENGINES += [(0, 2, 2, FLOAT32, True), (0, 2, 3, FLOAT32, True)]
+ENGINES += [(2, 1, 1, FLOAT32, True), (2, 1, 1, ROUNDED, False)]  # last: DeepSpeed's plain engines do not start after a pipeline
+"""(pipeline stages, ranks per row, ZeRO stage, data types, bf16 or float32)"""
 
 
 @pytest.mark.long
 @pytest.mark.slow
 def test_engines_hold_the_bytes_that_are_planned(tmp_path: Path) -> None:
-    arguments = [(count, configuration(stage, data_types, bf16)) for count, stage, data_types, bf16 in ENGINES]
+    arguments = [(count, shared, configuration(stage, data_types, bf16)) for count, shared, stage, data_types, bf16 in ENGINES]
     finished = spawn(2, [json.dumps(arguments), str(tmp_path / "bytes.json")], ["-m", "tests.planning.engine_bytes"])
     assert finished.returncode == 0, finished.stdout[-4000:]
 
     model = sizes(student_config(STUDENT))
     told = json.loads((tmp_path / "bytes.json").read_text())
     assert len(told) == len(ENGINES)
-    for (count, stage, data_types, bf16), held in zip(ENGINES, told, strict=True):
+    for (count, _, stage, data_types, bf16), held in zip(ENGINES, told, strict=True):
         split = stages(model, count)[0] if count else Stage(model.layers, embedding=True, head=True)
         assert split.parameters(model) == held["parameters"] > 150_000
         ranks = 2 // max(1, count)

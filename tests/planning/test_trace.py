@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_vocagno.compat import product_precision
+from megatron_vocagno.model.attention import ULYSSES
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import DecoderLayer, Student
+from megatron_vocagno.model.ulysses import exchange_over, register_ulysses
 from megatron_vocagno.objective.distance import Kind, Reference, distance
 from megatron_vocagno.objective.linear_ce import CPU_TILE_BYTES, SelectedTokens, token_loss
 from megatron_vocagno.planning import memory
@@ -114,6 +118,32 @@ def test_the_peak_of_a_layer_is_that_of_the_allocator(spec: dict[str, Any], dtyp
         layer(hidden_BSH)
         measured = highest(lambda: layer(hidden_BSH)) + hidden_BSH.untyped_storage().nbytes()
     assert teacher_layer_peak(student_config(spec), 2, 96, dtype) == pytest.approx(measured, rel=0.01)
+
+
+@each_dtype
+@pytest.mark.parametrize(("heads", "ranks"), [((4, 2), 2), ((4, 2), 4), ((4, 4), 4)])
+def test_the_bytes_of_a_layer_on_divided_rows(tmp_path: Path, dtype: torch.dtype, heads: tuple[int, int], ranks: int) -> None:
+    """The same bytes, sent by one process to itself."""
+    skip_without_fused_attention()
+    spec = SIZES | {"model_type": "llama", "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    layer, rows, length = decoder(spec, dtype), 2, 1536
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        register_ulysses(exchange_over(dist.group.WORLD), ranks)  # type: ignore[arg-type]
+        layer.config._attn_implementation = ULYSSES
+        hidden_BPH = torch.randn(rows, length // ranks, spec["hidden_size"], dtype=dtype, requires_grad=True)
+        gradient_BPH = torch.randn_like(hidden_BPH)
+        kept = kept_by_autograd(layer, hidden_BPH)
+        layer(hidden_BPH.detach()).sum().backward()  # what is made once
+        layer.zero_grad(set_to_none=True)
+        peak = highest(lambda: layer(hidden_BPH).backward(gradient_BPH))
+    finally:
+        dist.destroy_process_group()
+    counted = student_layer_memory(student_config(spec), rows, length, dtype, ranks)
+    assert counted.saved == kept > 10_000
+    if dtype == torch.float32:  # in 16 bits, the attention of a CPU takes scratch memory that is not small beside one head
+        assert counted.peak == pytest.approx(peak, rel=0.01)
+    assert counted.saved < 1.3 / ranks * student_layer_memory(student_config(spec), rows, length, dtype).saved
 
 
 def test_a_llama_layer_keeps_what_the_docs_say() -> None:

@@ -181,6 +181,7 @@ def test_tensorboard_has_the_distributions(plain: Path) -> None:
     [
         ("samples-zero3", 2, ["teacher.placement=zero3"], ZERO_3),
         ("samples-pp2-dp2", 4, ["parallel.pipeline_stages=2"], {}),
+        ("samples-sequence2", 2, ["parallel.sequence=2"], {}),
     ],
 )
 def test_layouts_agree(
