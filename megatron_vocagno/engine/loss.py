@@ -109,7 +109,7 @@ class GuidedObjective:
         loss_BS: of this rank's part. Collective over the ranks that share rows.
         """
         if self._recorded is not None:
-            self._recorded.append(self.parts.whole(loss_BS.detach()))
+            self._recorded.append(self.parts.whole(loss_BS))
             return loss_BS.sum()
         if isinstance(inputs, LossInputs):
             selection = self._select(self.parts.whole(loss_BS.detach()), inputs, len(inputs.capacity_C0))

@@ -15,6 +15,7 @@ from megatron_vocagno.config import Parallel, Training
 from megatron_vocagno.engine import build
 from megatron_vocagno.engine.outliers import check_outliers
 from megatron_vocagno.engine.pipeline import check_stages
+from megatron_vocagno.engine.sequence import WHOLE_ROWS
 from megatron_vocagno.engine.settings import batch_layout, read_settings
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.run_file import load_run
@@ -271,7 +272,7 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
         raise AssertionError("Adem is not a supported DeepSpeed Optimizer")
 
     monkeypatch.setattr(build.deepspeed, "initialize", refuse)
-    monkeypatch.setattr(build.dist, "get_world_group", lambda: None)
+    monkeypatch.setattr(build, "divide_ranks", lambda ranks: (WHOLE_ROWS, None))
     arguments = case.command("refused")
     run = load_run(Path(arguments[0]))
     here: Any = SimpleNamespace(device=torch.device("cpu"))
