@@ -20,11 +20,13 @@ from megatron_vocagno.engine.sequence import _require_same
 from megatron_vocagno.model.attention import ULYSSES
 from megatron_vocagno.model.student import build_layer
 from megatron_vocagno.model.ulysses import register_ulysses
-from megatron_vocagno.objective.statistics import summarize
+from megatron_vocagno.objective.statistics import STATS, summarize
 from tests.datasets import build_dataset
 from tests.engine import divided_selections as divided
 from tests.errors.telling import told
 from tests.runs import REPOSITORY, SCRIPT, STUDENT, Case, environment, metrics, spawn
+
+THRESHOLDS = [STATS.index("threshold_sum"), STATS.index("thresholds")]
 
 
 @pytest.mark.slow
@@ -49,8 +51,11 @@ def test_ranks_that_share_rows_select_what_one_rank_selects(tmp_path: Path) -> N
         assert torch.equal(ours_BS == 0, gradient_BS == 0), rule
         assert torch.allclose(ours_BS, gradient_BS, rtol=1e-6), rule
         assert torch.allclose(sum(each["loss"] for each in results), sum(each["loss"] for each in whole))
-        means, expected = (summarize(*(each["stats"] for each in ranks)) for ranks in (results, whole))
-        assert means == pytest.approx(expected), rule
+        sums, expected = (torch.stack([each["stats"] for each in ranks]).sum(0) for ranks in (results, whole))
+        assert summarize(sums) == pytest.approx(summarize(expected)), rule
+        # with scope `global`, each data-parallel rank counts the threshold
+        sums[THRESHOLDS] /= divided.GROUPS if rule[0] == "global" else 1
+        assert torch.allclose(sums, expected), rule
         for each in results:
             assert torch.equal(each["tokens"], each["gradient"].flatten().nonzero().squeeze(1))
         if rule[0] == "global":
