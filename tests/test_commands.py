@@ -57,7 +57,7 @@ SCREEN = 40, 100
 """Lines, columns."""
 UNITS = (
     r"\b(steps|seconds|minutes|tokens?|positions|documents?|processes|requests?|tries|windows|MB|share|GPUs?|seeds?|runs|turns|"
-    r"the I-th of N|texts?)\b"
+    r"checkpoints|the I-th of N|texts?)\b"
 )
 
 
