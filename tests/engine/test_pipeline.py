@@ -14,6 +14,7 @@ from megatron_vocagno.config import Parallel, Run
 from megatron_vocagno.engine import build
 from megatron_vocagno.engine.pipeline import StudentPipeline, check_stages
 from megatron_vocagno.engine.processes import Processes
+from megatron_vocagno.engine.sequence import WHOLE_ROWS
 from megatron_vocagno.errors import RunError
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.model.student import DecoderLayer
@@ -96,7 +97,7 @@ def test_activation_checkpointing_reaches_every_decoder_layer_once(
 
     monkeypatch.setattr(build, "StudentPipeline", pipeline)
     monkeypatch.setattr(build.deepspeed, "initialize", initialize)
-    monkeypatch.setattr(build.dist, "get_world_group", lambda: None)
+    monkeypatch.setattr(build, "divide_ranks", lambda _: (WHOLE_ROWS, None))
     settings = {"optimizer": {}, "pipeline": {"activation_checkpoint_interval": own}}
     here = Processes(rank=0, world=1, device=torch.device("cpu"))
     with pytest.raises(Built) as built:

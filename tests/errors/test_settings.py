@@ -14,6 +14,7 @@ from megatron_vocagno.batch.loader import Layout
 from megatron_vocagno.config import Parallel
 from megatron_vocagno.engine import build
 from megatron_vocagno.engine.pipeline import check_stages
+from megatron_vocagno.engine.sequence import WHOLE_ROWS
 from megatron_vocagno.engine.settings import batch_layout, read_settings
 from megatron_vocagno.model.configuration import student_config
 from megatron_vocagno.run_file import load_run
@@ -270,7 +271,7 @@ def test_what_deepspeed_itself_refuses(case: Case, monkeypatch: pytest.MonkeyPat
         raise AssertionError("Adem is not a supported DeepSpeed Optimizer")
 
     monkeypatch.setattr(build.deepspeed, "initialize", refuse)
-    monkeypatch.setattr(build.dist, "get_world_group", lambda: None)
+    monkeypatch.setattr(build, "divide_ranks", lambda _: (WHOLE_ROWS, None))
     arguments = case.command("refused")
     run = load_run(Path(arguments[0]))
     here: Any = SimpleNamespace(device=torch.device("cpu"))

@@ -101,7 +101,7 @@ def test_a_student_that_transformers_makes_otherwise(monkeypatch: pytest.MonkeyP
     made = proof._reference
     biased = AutoConfig.for_model("llama", attention_bias=True)
     plain = AutoConfig.for_model("llama")
-    monkeypatch.setattr(proof, "_reference", lambda _: made(proof._shrunk(biased)))
+    monkeypatch.setattr(proof, "_reference", lambda _: made(proof.shrunk(biased)))
     with told(
         snapshot(
             "a llama student of this configuration differs from the model of transformers: it lacks the weights ['model.layers.0.self_attn.k_proj.bias', 'model.layers.0.self_attn.o_proj.bias', 'model.layers.0.self_attn.q_proj.bias'] and has the weights [] in addition"
