@@ -59,9 +59,9 @@ def divide_ranks(ranks: int) -> tuple[RowParts, dist.ProcessGroup]:
 
     Returns the group of this rank, and the ranks that have the same part of all other rows (those with which it shares the step).
     """
-    world, me = dist.get_world_size(), dist.get_rank()
     if ranks == 1:
         return WHOLE_ROWS, dist.get_world_group()
+    world, me = dist.get_world_size(), dist.get_rank()
     # all ranks must create all groups, in the same order
     sharing = [dist.new_group(list(range(first, first + ranks))) for first in range(0, world, ranks)]
     others = [dist.new_group(list(range(part, world, ranks))) for part in range(ranks)]

@@ -35,6 +35,8 @@ def register_ulysses(exchange: Exchange, ranks: int, name: str = ULYSSES) -> Non
 
     exchange  between the ranks that share rows
     ranks     N, their number
+
+    The attention function raises ValueError if it gets a mask.
     """
 
     def attend(
