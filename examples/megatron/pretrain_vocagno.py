@@ -49,7 +49,7 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Mod
 
 
 def checked(loss_func: Callable[[Tensor], Loss], output_tensor: Tensor) -> Loss:
-    """The loss. If Megatron-LM checks losses, each loss of a token must be finite: a NaN has weight 0, so it is not in the sum."""
+    """The loss. If Megatron-LM checks losses, that of each token must be finite: the sum leaves out a NaN, which has weight 0."""
     loss = loss_func(output_tensor)
     if get_args().check_for_nan_in_loss_and_grad:
         count = loss[2]["guidance/share_nonfinite"][0] if "guidance/share_nonfinite" in loss[2] else ~loss[0].isfinite()

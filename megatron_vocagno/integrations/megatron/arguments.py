@@ -106,7 +106,7 @@ def flag(name: str) -> str:
 
 
 def _require_tokenizer(data: AlignedDataset, args: Namespace) -> None:
-    """Compares the run's tokenizer with the dataset's if it is in a folder of Hugging Face, else the sizes of the vocabularies."""
+    """Compares the run's tokenizer with the dataset's if it is a Hugging Face folder, else the sizes of the vocabularies."""
     own, folder = data.student_tokenizer, Path(args.tokenizer_model or "")
     if args.tokenizer_type == "HuggingFaceTokenizer" and folder.is_dir():
         data.require_tokenizer("student", folder)
@@ -115,7 +115,7 @@ def _require_tokenizer(data: AlignedDataset, args: Namespace) -> None:
     most = own.vocab_size + 1 + args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     if args.padded_vocab_size > most:
         raise RunError(
-            f"{data.path}: its student tokenizer has {own.vocab_size:,} ids, and --tokenizer-type {args.tokenizer_type} gives the "
-            f"model {args.padded_vocab_size:,}, more than padding adds: was the dataset built for another student?\n"
+            f"{data.path}: its student tokenizer has {own.vocab_size:,} ids, and --tokenizer-type {args.tokenizer_type} gives "
+            f"the model {args.padded_vocab_size:,}, more than padding adds: was the dataset built for another student?\n"
             f"  The dataset's own tokenizer is --tokenizer-type HuggingFaceTokenizer --tokenizer-model {own.path}"
         )

@@ -41,19 +41,27 @@ Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class Guide:
+    """The teacher's side of B rows, see dataset.py."""
+
+    loss_BS: Tensor
+    first_BS: Tensor
+    last_BS: Tensor
+    mapped_B: tuple[int, ...]
+    unmapped_B: tuple[int, ...]
+    """Number of mapped and of unmapped labels of each row, on the host."""
+
+
+@dataclass(frozen=True)
 class MicroBatch:
-    """What the loss needs of the rows of a micro-batch. `guide_BS` is None if the rows have no teacher (evaluation)."""
+    """What the loss needs of the rows of a micro-batch."""
 
     valid_BS: Tensor
     """bool, whether a position has a label."""
     position_P: Tensor
     """int64, the positions of this rank."""
-    guide_BS: Tensor | None = None
-    first_BS: Tensor | None = None
-    last_BS: Tensor | None = None
-    mapped_B: tuple[int, ...] = ()
-    unmapped_B: tuple[int, ...] = ()
-    """Number of mapped and of unmapped labels of each row, on the host."""
+    guide: Guide | None = None
+    """None if the rows have no teacher (evaluation)."""
 
 
 def forward_step(
@@ -75,7 +83,8 @@ def forward_step(
     assert data_iterator is not None
     rows = next(data_iterator)
     _require_rows(rows, rule, model)
-    counts = _counts(rows) if "first" in rows else ((), ())
+    # on the host: rows of a data loader, so nothing is waited for
+    counts = _counts(rows) if "first" in rows else None
     rows = {name: tensor.to(torch.cuda.current_device(), non_blocking=True) for name, tensor in rows.items()}
     position_P = own_positions(rows["tokens"].shape[1], *_context_parallel()).to(rows["tokens"].device)
     tokens_BP, positions_BP, labels_BP = (rows[name][:, position_P] for name in ("tokens", "position_ids", "labels"))
@@ -83,8 +92,10 @@ def forward_step(
     output = model(tokens_BP, positions_BP, None, labels=labels_BP)
     if not learns:
         return output, None
-    guided = [rows[name] for name in (guide_of(rule.unit), "first", "last") if name in rows]
-    return output, partial(loss_func, MicroBatch(rows["loss_mask"] > 0, position_P, *guided, *counts), rule)
+    batch = MicroBatch(rows["loss_mask"] > 0, position_P)
+    if counts is not None:
+        batch = replace(batch, guide=Guide(rows[guide_of(rule.unit)], rows["first"], rows["last"], *counts))
+    return output, partial(loss_func, batch, rule)
 
 
 def loss_func(batch: MicroBatch, rule: Rule, output_tensor: Tensor) -> Loss:
@@ -101,20 +112,18 @@ def loss_func(batch: MicroBatch, rule: Rule, output_tensor: Tensor) -> Loss:
     """
     loss_BP = output_tensor.float()
     ranks, rank = _context_parallel()
-    if batch.guide_BS is None:
+    if batch.guide is None:
         weight_BP = batch.valid_BS[:, batch.position_P].float()
         total, number = weighted_loss(loss_BP, weight_BP, 1), weight_BP.sum().int()
         return total, number, {"lm loss": torch.stack([total.detach(), number.float()])}
-    assert batch.first_BS is not None and batch.last_BS is not None
-    rule, planned, capacity, counts_here = _plan(batch, rule)
+    guide = batch.guide
+    rule, planned, capacity, counts_here = _plan(guide, rule)
     loss_BS = loss_BP.detach()
     if ranks > 1:
         # a sum with zeros is exact
         loss_BS = loss_BS.new_zeros(batch.valid_BS.shape).index_copy_(1, batch.position_P, loss_BS)
         dist.all_reduce(loss_BS, group=parallel_state.get_context_parallel_group())
-    selection = select_tokens(
-        loss_BS, batch.guide_BS, batch.first_BS, batch.last_BS, batch.valid_BS, rule, capacity=capacity
-    )
+    selection = select_tokens(loss_BS, guide.loss_BS, guide.first_BS, guide.last_BS, batch.valid_BS, rule, capacity=capacity)
     total = weighted_loss(loss_BP, selection.weight_BS[:, batch.position_P], 1)
     # the rows are those of all context-parallel ranks: their number is counted once
     number = torch.tensor(planned if counts_here and rank == 0 else 0, dtype=torch.int32, device=total.device)
@@ -136,7 +145,9 @@ def own_positions(length: int, ranks: int, rank: int) -> Tensor:
     if ranks == 1:
         return torch.arange(length)
     if length % (2 * ranks):
-        raise RunError(f"rows of {length:,} positions on {ranks} context-parallel ranks: --seq-length must be a multiple of {2 * ranks}")
+        raise RunError(
+            f"rows of {length:,} positions on {ranks} context-parallel ranks: --seq-length must be a multiple of {2 * ranks}"
+        )
     part_RP = torch.arange(length).view(2 * ranks, -1)
     return part_RP[[rank, 2 * ranks - 1 - rank]].flatten()
 
@@ -147,17 +158,17 @@ def _context_parallel() -> tuple[int, int]:
 
 
 def _counts(rows: dict[str, Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Mapped and unmapped labels of each row. Rows of a data loader are on the host, so nothing is waited for."""
+    """Number of mapped and of unmapped labels of each row."""
     mapped_BS, valid_BS = rows["first"] < rows["last"], rows["loss_mask"] > 0
     return tuple(mapped_BS.sum(1).tolist()), tuple((valid_BS & ~mapped_BS).sum(1).tolist())
 
 
-def _plan(batch: MicroBatch, rule: Rule) -> tuple[Rule, int, int | None, bool]:
+def _plan(guide: Guide, rule: Rule) -> tuple[Rule, int, int | None, bool]:
     """The rule with its group, the planned sum of the weights, the capacity (see select_tokens), and whether this data-parallel
     rank counts the sum."""
-    planned = planned_kept(batch.mapped_B, batch.unmapped_B, rule)
+    planned = planned_kept(guide.mapped_B, guide.unmapped_B, rule)
     if rule.scope == "sequence":
-        rows = zip(batch.mapped_B, batch.unmapped_B, strict=True)
+        rows = zip(guide.mapped_B, guide.unmapped_B, strict=True)
         return rule, planned, max(planned_kept([mapped], [unmapped], rule) for mapped, unmapped in rows), True
     if rule.scope == "microbatch" or rule.weighting != "top_k":
         return rule, planned, planned, True
@@ -168,7 +179,7 @@ def _plan(batch: MicroBatch, rule: Rule) -> tuple[Rule, int, int | None, bool]:
             "  Use --scope microbatch, or make --global-batch-size the product of --micro-batch-size and the data-parallel ranks."
         )
     group = parallel_state.get_data_parallel_group()
-    counts = torch.tensor([sum(batch.mapped_B), sum(batch.unmapped_B)], device=batch.valid_BS.device)
+    counts = torch.tensor([sum(guide.mapped_B), sum(guide.unmapped_B)], device=guide.first_BS.device)
     dist.all_reduce(counts, group=group)
     mapped, unmapped = counts.tolist()
     return replace(rule, group=group), planned_kept([mapped], [unmapped], rule), None, dist.get_rank(group) == 0
@@ -191,12 +202,12 @@ def _require_rows(rows: dict[str, Tensor], rule: Rule, model: torch.nn.Module) -
     length, longest = rows["tokens"].shape[1], get_attr_wrapped_model(model, "max_sequence_length")
     if length > longest:
         raise RunError(
-            f"the dataset gives rows of {length:,} positions, and the model has {longest:,}: seq_length of the dataset is that of "
-            "the run, --seq-length"
+            f"the dataset gives rows of {length:,} positions, and the model has {longest:,}: seq_length of the dataset is that "
+            "of the run, --seq-length"
         )
     guides = [name for name in rows if name.endswith("_guide")]
     if guides != [guide_of(rule.unit)] and (guides or model.training):
         raise RunError(
-            f"the rule has unit {rule.unit!r}, the rows have {' and '.join(guides) or 'no guide'}: give GuidedGPTDataset the rule "
-            "of forward_step"
+            f"the rule has unit {rule.unit!r}, the rows have {' and '.join(guides) or 'no guide'}: give GuidedGPTDataset the "
+            "rule of forward_step"
         )
