@@ -24,7 +24,7 @@ def read_settings(path: Path, pipeline_stages: int, device: str) -> DeepSpeedCon
     if "tensor_parallel" in settings:
         raise RunError(
             f"{path}: 'tensor_parallel' is not supported: the ranks that share a matrix would read different rows.\n"
-            "  Use pipeline stages, or ZeRO-2/3."
+            "  Use pipeline stages, or ZeRO-2/3, or train in Megatron-LM (docs/megatron.md)."
         )
     clipping = settings.get("gradient_clipping", 0)
     if not _is_number(clipping) or clipping < 0:

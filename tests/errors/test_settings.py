@@ -80,7 +80,7 @@ DIR/ds.json: optimizer.params.lr is -1.0: expected the highest learning rate, a 
         snapshot(
             """\
 DIR/ds.json: 'tensor_parallel' is not supported: the ranks that share a matrix would read different rows.
-  Use pipeline stages, or ZeRO-2/3.\
+  Use pipeline stages, or ZeRO-2/3, or train in Megatron-LM (docs/megatron.md).\
 """
         ),
     ),

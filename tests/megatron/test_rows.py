@@ -177,7 +177,7 @@ def test_another_tokenizer_is_refused(small_case: Case, scored: Path) -> None:
 
 
 def test_a_dataset_without_losses_is_refused(small_case: Case) -> None:
-    message = r"has no losses of its teacher, and in Megatron-LM a teacher must be cached: 0 of 1 shards are scored\.\n  .*score"
+    message = r"has no losses of its teacher, and in Megatron-LM a teacher must be cached: 0 of 2 shards are scored\.\n  .*score"
     with pytest.raises(RunError, match=message):
         open_datasets(arguments(small_case.train), 10, 0)
 
@@ -251,7 +251,7 @@ def test_a_step_that_would_be_another_is_refused(
 
 
 @WITH_MEGATRON
-def test_rows_are_cut_as_megatron_cuts_labels() -> None:
+def test_rows_are_cut_as_megatron_cuts_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.core import utils
 
     from megatron_vocagno.integrations.megatron.step import own_positions
@@ -266,6 +266,7 @@ def test_rows_are_cut_as_megatron_cuts_labels() -> None:
         def rank(self) -> int:
             return self.at
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     labels = torch.arange(48).view(2, 24)
     hybrid = {"is_hybrid_cp": False} if "is_hybrid_cp" in utils.get_batch_on_this_cp_rank.__code__.co_varnames else {}
     for rank in range(4):
