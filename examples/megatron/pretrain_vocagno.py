@@ -18,12 +18,13 @@ from gpt_builders import gpt_builder
 from megatron.core.enums import ModelType
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import arguments, get_args, pretrain, print_rank_0
+from model_provider import model_provider
+from torch import Tensor
+
 from megatron_vocagno.integrations.megatron.arguments import add_arguments, notes, open_datasets, require_supported, rule_of
 from megatron_vocagno.integrations.megatron.step import Loss
 from megatron_vocagno.integrations.megatron.step import forward_step as guided_step
 from megatron_vocagno.objective import Rule
-from model_provider import model_provider
-from torch import Tensor
 
 
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:

@@ -144,16 +144,24 @@ def test_what_reads_other_rows_is_refused(scored: Path, name: str) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "shuffled": (
         {"dataloader_type": "cyclic"},
-        "--dataloader-type cyclic orders the samples by itself: the rows are in their order already, and a restart",
+        "--dataloader-type cyclic orders the samples by itself: the rows are in their order already, and a restart "
+        "continues with "
+        "the row after the last consumed one. Use --dataloader-type single.",
     ),
     "nothing to evaluate on": (
         {"eval_iters": 5},
         "--eval-iters 5 without data to evaluate on: add --vocagno-valid DATASET, or --eval-iters 0",
     ),
-    "small": ({"padded_vocab_size": 900}, "its student ids go up to 999, the model's embedding has 900 rows: was the dataset"),
+    "small": (
+        {"padded_vocab_size": 900},
+        "its student ids go up to 999, the model's embedding has 900 rows: was the dataset built for another student? "
+        "--vocab-size and --make-vocab-size-divisible-by give the rows.",
+    ),
     "large": (
         {"padded_vocab_size": 2048},
-        "its student tokenizer has 1,000 ids, and --tokenizer-type NullTokenizer gives the model 2,048, more than padding adds",
+        "its student tokenizer has 1,000 ids, and --tokenizer-type NullTokenizer gives the model 2,048, more than padding adds: "
+        "was the dataset built for another student?\n"
+        "  The dataset's own tokenizer is --tokenizer-type HuggingFaceTokenizer --tokenizer-model /",
     ),
     "short": ({"seq_length": 16}, " gives no rows of 16 positions: rows of 16 student positions are too short"),
 }
@@ -233,21 +241,52 @@ def test_a_step_that_would_be_another_is_refused(
     plain = AlignedGPTDataset(scored, ROW, 8, SMALL_VOCABULARY, 0)
     total, number, report = forward(Rule(), rows)
     assert float(total) == 2 * int(number) and report["lm loss"].tolist() == [float(total), int(number)]
-    with pytest.raises(RunError, match=r"calculate_per_token_loss is False: Megatron would divide the loss of each micro-batch"):
-        forward(Rule(), rows, calculate_per_token_loss=False)
-    with pytest.raises(RunError, match=r"mtp_num_layers = 1: the losses of multi-token prediction have no guide"):
-        forward(Rule(), rows, mtp_num_layers=1)
-    with pytest.raises(RunError, match=r"rows of 64 positions, and the model has 32: seq_length of the dataset is that of the"):
-        forward(Rule(), rows, longest=32)
-    with pytest.raises(
-        RunError, match=r"the rule has unit 'chunk', the rows have token_guide: give GuidedGPTDataset the rule of"
-    ):
-        forward(Rule(unit="chunk"), rows)
-    with pytest.raises(RunError, match=r"the rule has unit 'token', the rows have no guide"):
-        forward(Rule(), plain)
     monkeypatch.setattr(step, "get_num_microbatches", lambda: 4)
-    with pytest.raises(RunError, match=r"--scope global ranks the tokens of a step before its first backward pass.*has 4 micro-"):
-        forward(Rule(scope="global"), rows)
+    refused: list[tuple[Rule, AlignedGPTDataset, dict[str, Any], str]] = [
+        (
+            Rule(),
+            rows,
+            {"calculate_per_token_loss": False},
+            "calculate_per_token_loss is False: Megatron would divide the loss of each micro-batch by its own number "
+            "of tokens, and "
+            "a step would be a mean of means.\n  Add --calculate-per-token-loss.",
+        ),
+        (
+            Rule(),
+            rows,
+            {"mtp_num_layers": 1},
+            "mtp_num_layers = 1: the losses of multi-token prediction have no guide, so they would count all tokens.\n"
+            "  Remove --mtp-num-layers.",
+        ),
+        (
+            Rule(),
+            rows,
+            {"longest": 32},
+            "the dataset gives rows of 64 positions, and the model has 32: seq_length of the dataset is that of the "
+            "run, --seq-length",
+        ),
+        (
+            Rule(unit="chunk"),
+            rows,
+            {},
+            "the rule has unit 'chunk', the rows have token_guide: give GuidedGPTDataset the rule of forward_step",
+        ),
+        (Rule(), plain, {}, "the rule has unit 'token', the rows have no guide: give GuidedGPTDataset the rule of forward_step"),
+        (
+            Rule(scope="global"),
+            rows,
+            {},
+            "--scope global ranks the tokens of a step before its first backward pass, and a step has 4 "
+            "micro-batches: Megatron-LM's "
+            "schedules learn from each before they have the losses of all.\n  Use --scope microbatch, or make "
+            "--global-batch-size "
+            "the product of --micro-batch-size and the data-parallel ranks.",
+        ),
+    ]
+    for rule, data, settings, message in refused:
+        with pytest.raises(RunError) as told:
+            forward(rule, data, **settings)
+        assert str(told.value) == message
 
 
 @WITH_MEGATRON

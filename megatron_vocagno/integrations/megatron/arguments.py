@@ -38,11 +38,18 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument("--vocagno-data", required=True, help="aligned dataset with stored losses of its teacher")
     group.add_argument("--vocagno-valid", help="aligned dataset to evaluate on: the mean loss of all tokens")
     group.add_argument("--keep", type=float, default=PAPER.keep, help="share of the mapped tokens that is kept")
-    choices = {"unit": Unit, "weighting": Weighting, "scope": Scope, "unmapped": Unmapped, "aggregate": Aggregate}
-    for name, values in choices.items():
-        group.add_argument(f"--{name}", choices=get_args(values), default=getattr(PAPER, name))
-    for name in ("threshold", "strength", "clip"):
-        group.add_argument(f"--{name}", type=float, default=getattr(PAPER, name))
+    group.add_argument(
+        "--unit", choices=get_args(Unit), default=PAPER.unit, help="unit of text over which both models are compared"
+    )
+    group.add_argument("--weighting", choices=get_args(Weighting), default=PAPER.weighting, help="how an excess becomes a weight")
+    group.add_argument("--scope", choices=get_args(Scope), default=PAPER.scope, help="which tokens are ranked together")
+    group.add_argument("--unmapped", choices=get_args(Unmapped), default=PAPER.unmapped, help="weight of unmapped tokens: 1 or 0")
+    group.add_argument(
+        "--aggregate", choices=get_args(Aggregate), default=PAPER.aggregate, help="guide of several teacher tokens"
+    )
+    group.add_argument("--threshold", type=float, default=PAPER.threshold, help="nats, of weighting threshold")
+    group.add_argument("--strength", type=float, default=PAPER.strength, help="of weighting control_variate")
+    group.add_argument("--clip", type=float, default=PAPER.clip, help="highest likelihood ratio of weighting control_variate")
     group.add_argument("--require-positive", action="store_true", help="of the kept tokens, only those with an excess above 0")
     return parser
 
@@ -111,7 +118,7 @@ def _require_tokenizer(data: AlignedDataset, args: Namespace) -> None:
     if args.tokenizer_type == "HuggingFaceTokenizer" and folder.is_dir():
         data.require_tokenizer("student", folder)
         return
-    # NullTokenizer adds an id of its own
+    # NullTokenizer adds its own id
     most = own.vocab_size + 1 + args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
     if args.padded_vocab_size > most:
         raise RunError(

@@ -11,7 +11,7 @@ Tensor parallelism: each rank of a group reads the same rows, and the vocabulary
 losses, so all choose the same tokens and communicate nothing.
 Pipeline parallelism: the last stage chooses, and the stages between the first and the last read no rows.
 Context parallelism: a rank has P = S / ranks positions of each row, as Megatron cuts labels. The ranks add up their losses to
-whole rows (4 bytes per token), each chooses from the whole rows, and takes the weights of its own positions. The selection is
+whole rows (4 bytes per token), each chooses from the whole rows, and takes the weights of its positions. The selection is
 therefore that of one rank, for every unit and scope.
 """
 
@@ -37,7 +37,7 @@ from megatron_vocagno.objective.selection import planned_kept, select_tokens
 from megatron_vocagno.objective.statistics import STATS, fractions
 
 Loss = tuple[Tensor, Tensor, dict[str, Tensor]]
-"""total [] float32; number [] int32; report."""
+"""total [] float32, number [] int32, report."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the loss needs of the rows of a micro-batch."""
+    """The part of a micro-batch that its loss needs."""
 
     valid_BS: Tensor
     """bool, whether a position has a label."""
