@@ -25,7 +25,7 @@ DIRECTION = {
     "corpus": {"hub", "errors", "files", "compat"},
     "batch": {"config", "errors"},
     "model": {"objective", "config", "hub", "errors", "files", "compat"},
-    "integrations": {"corpus", "batch", "objective"},
+    "integrations": {"corpus", "batch", "objective", "errors"},
     "serving": {"corpus", "errors"},
     "preprocess": {"serving", "corpus", "model", "batch", "config", "hub", "errors", "files", "compat"},
     "engine": {"model", "batch", "objective", "corpus", "config", "run_file", "hub", "errors", "files"},
@@ -57,6 +57,7 @@ DOORS = {
     "rich": [],
     "gguf": ["model/gguf.py"],
     "torchao": ["model/quantized.py"],
+    "megatron": ["integrations/megatron/step.py"],
     "triton": ["objective/linear_ce_triton.py", "objective/selection_kernels_triton.py", "objective/selection_triton.py"],
 }
 

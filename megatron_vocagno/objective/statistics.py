@@ -139,10 +139,21 @@ def summarize(*stats: Selection | Tensor) -> dict[str, float]:
         if sums_K.shape != total.shape:
             raise ValueError(f"summarize: expected selections, or the {len(STATS)} sums of each, got shape {list(sums_K.shape)}")
         total += sums_K.cpu()
-    sums = dict(zip(STATS, total.tolist(), strict=True))
+    means = {name: part.tolist() for name, part in fractions(total).items()}
+    return {name: above / below for name, (above, below) in means.items() if below}
+
+
+def fractions(stats_K: Tensor) -> dict[str, Tensor]:
+    """The means of `summarize` before their division, [2] float64 each: a sum, and the number that it is divided by.
+
+    stats_K  [len(STATS)] float64, for example of one selection
+
+    They add up over micro-batches and ranks, and no copy from the device is needed.
+    """
+    sums = dict(zip(STATS, stats_K, strict=True))
     kept, dropped = sums["kept"], sums["mapped"] - sums["kept"]
     student = sums["student_kept_sum"] + sums["student_dropped_sum"] + sums["student_unmapped_sum"]
-    ratios = {
+    means = {
         "share_kept": (kept, sums["mapped"]),
         "share_unmapped": (sums["unmapped"], sums["valid"]),
         "weight": (sums["weight_sum"] - sums["unmapped_kept"], sums["mapped"]),
@@ -159,4 +170,4 @@ def summarize(*stats: Selection | Tensor) -> dict[str, float]:
         "likelihood_ratio": (sums["ratio_sum"], sums["units"]),
         "share_below": (sums["below_sum"], sums["units"]),
     }
-    return {name: above / below for name, (above, below) in ratios.items() if below}
+    return {name: torch.stack(parts) for name, parts in means.items()}

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+from argparse import ArgumentParser
 from unittest import mock
 
 from click import Command, Context, Group
@@ -91,6 +92,16 @@ def hf_understands(text: str) -> None:
     ):
         app(shlex.split(text)[1:], standalone_mode=False)
     download.assert_called_once()
+
+
+def megatron_takes(text: str) -> None:
+    """The script is there, and its own flags have these values. Megatron-LM's own flags are its own."""
+    from megatron_vocagno.integrations.megatron.arguments import add_arguments, rule_of
+
+    words = shlex.split(text)
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    _are_there([words[script]])
+    rule_of(add_arguments(ArgumentParser(allow_abbrev=False)).parse_known_args(words[script + 1 :])[0])
 
 
 def evaluation_takes(text: str) -> None:

@@ -337,6 +337,10 @@ LOOKING = (
     Rule(
         r"(git clone|python math_eval\.py) ", Checked(checks.shell_reads, "an external harness, which needs a GPU and a network")
     ),
+    Rule(
+        r"torchrun .*examples/megatron/pretrain_vocagno\.py ",
+        Checked(checks.megatron_takes, "Megatron-LM's trainer needs GPUs; tests/megatron runs its parts"),
+    ),
     Rule(r"accelerate launch$", There("examples/evaluate.sh", ("accelerate",))),
     Rule(r"python -m examples\.evidence", Checked(parse, "an hour; tests/examples/evidence runs its parts")),
     Rule(

@@ -23,8 +23,8 @@ NOT_PINNED = {"flash-attn"}
 """Needs a GPU's compiler, which `make install` does not ask for."""
 MODULES = {"google": "protobuf", "upath": "universal-pathlib", "backports": "backports-zstd"}
 """Where the name that is imported is another than the package's."""
-GIVEN = {"triton", "torchao"}
-"""torch brings the one on GPUs; the other is an extra of its own, without its dependencies."""
+GIVEN = {"triton", "torchao", "megatron"}
+"""torch brings the first on GPUs; the second is an extra of its own, without its dependencies; Megatron-LM brings the third."""
 
 
 def pins() -> dict[str, Requirement]:
