@@ -246,6 +246,7 @@ def serve_in_place_of_vllm() -> NoReturn:
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("--no-enable-prefix-caching", action="store_true", required=True)
+    parser.add_argument("--host", choices=["127.0.0.1"], required=True)
     for option in ("port", "tensor-parallel-size", "max-model-len", "max-num-batched-tokens", "api-server-count"):
         parser.add_argument(f"--{option}", type=int, required=True)
     options = parser.parse_args()

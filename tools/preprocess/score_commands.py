@@ -36,10 +36,10 @@ def score_texts(args: argparse.Namespace) -> None:
     """Build a dataset of the teacher's own tokens, score it, and write its losses as tables."""
     from . import build_commands, build_dataset
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or args.placement == "zero3":
         raise CorpusError(
-            "texts are made into a dataset by one process. For several processes, build the dataset with build_dataset and the "
-            "teacher as the student, and score it under the launcher"
+            "texts are made into a dataset by one process. For several processes or --placement zero3, build the dataset with "
+            "build_dataset and the teacher as the student, and score it under the launcher"
         )
     servers_of(args, workers=False)  # an error must come before the work
     dataset = args.out / "dataset"

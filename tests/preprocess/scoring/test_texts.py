@@ -57,9 +57,16 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
         assert ended.value.code == 2 and re.search(said, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("world", "options"), [("2", []), ("1", ["--placement", "zero3"])])
 def test_several_processes_are_refused(
-    tmp_path: Path, teacher_tokenizer: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    world: str,
+    options: list[str],
+    tmp_path: Path,
+    teacher_tokenizer: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert score_teacher.main(["texts", "a", "--teacher", str(teacher_tokenizer), "--out", str(tmp_path / "out")]) == 2
+    monkeypatch.setenv("WORLD_SIZE", world)
+    words = ["texts", "a", "--teacher", str(teacher_tokenizer), "--out", str(tmp_path / "out"), *options]
+    assert score_teacher.main(words) == 2
     assert "build the dataset with build_dataset and the teacher as the student" in " ".join(capsys.readouterr().err.split())
