@@ -41,7 +41,8 @@ from megatron_vocagno.corpus.manifest import LossTotals, Scoring
 from megatron_vocagno.corpus.tokens import open_tokenizer
 from megatron_vocagno.model.folder import quiet
 from megatron_vocagno.preprocess.score import ScoringOptions
-from megatron_vocagno.preprocess.score_shard import ScoreJob, open_once, score_shard
+from megatron_vocagno.preprocess.score_local import open_once
+from megatron_vocagno.preprocess.score_shard import ScoreJob, score_shard
 from megatron_vocagno.preprocess.windows import plan_windows
 from tests import tokenizers_for_tests as real
 from tests.datasets import build_dataset, invent_dataset

@@ -19,7 +19,8 @@ from benchmarks.gpu.timing import OUT_OF_MEMORY, Rates, reason
 from megatron_vocagno.corpus.manifest import Scoring
 from megatron_vocagno.model.attention import resolve_attention
 from megatron_vocagno.model.teacher import Teacher
-from megatron_vocagno.preprocess.score_shard import ScoreJob, score_documents
+from megatron_vocagno.preprocess.score_local import score_documents
+from megatron_vocagno.preprocess.score_shard import ScoreJob
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2.5-0.5B": {

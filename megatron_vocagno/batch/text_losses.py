@@ -13,6 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+NEAR_CHANCE = 0.9
+"""A mean loss above this share of ln(vocabulary) is hardly better than chance."""
+
 
 class TextLoss(NamedTuple):
     """The summed losses of one model over tokens of text."""

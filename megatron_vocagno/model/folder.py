@@ -1,27 +1,31 @@
 """Finds a Hugging Face folder on disk or on the Hub, reads its tensors lazily, writes one. Safetensors only, no remote code.
 
-This module works for any causal language model of transformers. Code that only the student needs is in student.py.
+This module works for any causal language model of transformers. Code that only the student needs is in student.py. Functions
+import torch and transformers where they need them: a folder is also searched for on machines that have neither.
 """
 
+from __future__ import annotations
+
 import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
-from transformers.utils import logging as hf_logging
 
 from megatron_vocagno import hub
 from megatron_vocagno.errors import HubError, missing_path_hint, nearest, tool
 from megatron_vocagno.errors import ModelError as ModelError  # importers of this module also take ModelError from here
 from megatron_vocagno.model.headers import WEIGHT_FILES, read_index, readable, stored_tensors, weight_files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
 COMPANION_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -149,6 +153,8 @@ def _missing_shards(folder: Path) -> list[str]:
 
 def read_config(path: Path) -> PretrainedConfig:
     """The configuration in a folder or in a config.json. Raises ModelError if transformers cannot read it."""
+    from transformers import AutoConfig
+
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     # any error: transformers cannot make a configuration of this file
@@ -158,6 +164,30 @@ def read_config(path: Path) -> PretrainedConfig:
         reason = " ".join(str(error).partition("\n\n")[0].split())
         raise ModelError(f"{file} is not a configuration that transformers can read: {reason}") from error
     return config
+
+
+def text_sizes(path: Path) -> tuple[int, int | None]:
+    """The number of ids, and the longest input if there is a limit, of the text model of a folder.
+
+    If transformers is not installed, they are read from config.json without the defaults of the model's class.
+
+    Raises ModelError.
+    """
+    try:
+        config = read_config(path).get_text_config()
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+    except ModuleNotFoundError:
+        pass
+    file = path / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = raw.get("text_config", raw)
+        return int(raw["vocab_size"]), raw.get("max_position_embeddings")
+    except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"{file} has no vocab_size that can be read ({type(error).__name__}: {error}). If the model's class has a default, "
+            "transformers knows it: pip install transformers"
+        ) from None
 
 
 class PretrainedWeights:
@@ -244,6 +274,8 @@ def carry_over(source: Path, out: Path) -> list[str]:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file with the permissions that the umask gives. The library makes it readable only by its owner."""
+    from safetensors.torch import save_file
+
     save_file(dict(tensors), path, metadata={"format": "pt"})
     umask = os.umask(0)
     os.umask(umask)
@@ -270,6 +302,9 @@ def skeleton(config: PretrainedConfig) -> Any:
 
     The class is called directly, because `from_config` would shard the model while a ZeRO-3 teacher exists in the same process.
     """
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     with torch.device("meta"):
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
 
@@ -282,6 +317,8 @@ def parameters(config: PretrainedConfig) -> int:
 @contextmanager
 def quiet(errors_only: bool = False) -> Iterator[None]:
     """Hide the progress bars of transformers, because each rank would show one. errors_only: hide its warnings too."""
+    from transformers.utils import logging as hf_logging
+
     shown, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     if errors_only:

@@ -140,8 +140,8 @@ def read_header(file: Path, name: str) -> dict[str, Stored]:
         raise ModelError(
             f"the weights in {file} are damaged: the file has {size:,} bytes, but {expected:,} by its header. {cause}"
         )
-    # safetensors checks the rest of the header: types, shapes, tensors without gaps, no further bytes
-    with readable(file), safe_open(file, framework="pt"):
+    # safetensors checks the rest of the header: types, shapes, tensors without gaps, no further bytes. numpy: without torch
+    with readable(file), safe_open(file, framework="numpy"):
         pass
     return {
         tensor: Stored(name, entry["dtype"], tuple(entry["shape"]), *(LENGTH + length + at for at in entry["data_offsets"]))

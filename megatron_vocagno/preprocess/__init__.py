@@ -1,4 +1,4 @@
-"""Text -> an aligned dataset on disk, and a teacher's losses for a dataset. Only the scoring needs torch.
+"""Text -> an aligned dataset on disk, and a teacher's losses for a dataset. Only a teacher in this process needs torch.
 
 Input:
 
@@ -33,6 +33,7 @@ A teacher's losses:
 - `windows`       lengths of documents -> windows of context
 - `reuse`         losses of another dataset for the same teacher tokens
 - `score_served`  the losses of a shard from a server
+- `score_local`   the losses of a shard from a teacher in this process
 - `score_check`   a server's losses and those of this process, compared
 - `score_shard`   `score_shard`, the idempotent function that every engine runs
 - `loss_table`    the losses of a dataset as parquet files

@@ -9,11 +9,12 @@ communicating, each with a separate slice, and an interrupted scoring resumes wi
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
 
@@ -25,20 +26,20 @@ from megatron_vocagno.corpus.losses import gather, record_losses, remove_leftove
 from megatron_vocagno.corpus.manifest import BUILD, SERVED, Manifest, Scoring, read_manifest, to_json, write_durably
 from megatron_vocagno.errors import ChangedError, CorpusError, ModelError, ServerError, ServerLostError
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
-from megatron_vocagno.model.folder import described_folder, read_config
-from megatron_vocagno.model.gguf import naming_file
-from megatron_vocagno.model.quantized import Quantization
-from megatron_vocagno.model.teacher import teacher_folder
+from megatron_vocagno.model.folder import described_folder, text_sizes
 from megatron_vocagno.preprocess.build_folder import locked
 from megatron_vocagno.preprocess.jobs import JobRunner, require_all, run_jobs
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.reuse import open_scored
-from megatron_vocagno.preprocess.score_check import Difference, check_server
 from megatron_vocagno.preprocess.score_served import ServedShard, ask_servers, canary_prompt, served_fingerprint
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, difference, score_shard
 from megatron_vocagno.preprocess.workers import JobFailure, in_this_process
 from megatron_vocagno.serving.client import Servers
 from megatron_vocagno.serving.engines import UNKNOWN
+
+if TYPE_CHECKING:
+    from megatron_vocagno.model.quantized import Quantization
+    from megatron_vocagno.preprocess.score_check import Difference
 
 log = logging.getLogger(__name__)
 CONTEXT = 4096
@@ -72,16 +73,23 @@ class ScoringOptions:
 
         Raises CorpusError, ModelError, DatasetError or ServerError if the teacher, `context` or `stride` does not fit.
         """
+        if self.teacher.suffix != ".gguf":
+            return self._scoring(data)
+        from megatron_vocagno.model.gguf import naming_file
+
         with naming_file(self.teacher):
             return self._scoring(data)
 
     def _scoring(self, data: AlignedDataset) -> Scoring:
         if self.servers is None or self.teacher.suffix == ".gguf":
+            # only here: it imports torch, which a machine that asks a server need not have
+            from megatron_vocagno.model.teacher import teacher_folder
+
             folder, has_weights = teacher_folder(self.teacher), True
         else:
             folder, has_weights = described_folder(self.teacher)
-        config = read_config(folder).get_text_config()
-        tokens, rows = data.teacher_tokenizer.rows, int(config.vocab_size)
+        rows, longest = text_sizes(folder)
+        tokens = data.teacher_tokenizer.rows
         if rows < tokens:
             raise CorpusError(
                 f"{data.path}: its teacher tokenizer has {tokens:,} tokens, the teacher {self.teacher} has {rows:,}: "
@@ -90,7 +98,6 @@ class ScoringOptions:
         if note := data.require_tokenizer("teacher", folder):
             log.warning("note: %s", note)
         front = front_of(self.bos, [folder, data.teacher_tokenizer.path], "--bos", rows)
-        longest = getattr(config, "max_position_embeddings", None)
         # a server reads the token before a window too, and always makes one more
         around = len(front) + (0 if self.servers is None else 2)
         context = self.context or min(CONTEXT, (longest or CONTEXT) - around)
@@ -169,6 +176,8 @@ def score(
     with locked(root, part):
         if recorded is not None and (recorded.scoring != scoring or recorded != gather(root, manifest.shards)):
             manifest = record_losses(root, manifest, None)  # they are about to change
+        counts = [shard.totals.documents for shard in manifest.shards]
+        firsts = [stop - count for stop, count in zip(itertools.accumulate(counts), counts, strict=True)]
         jobs = [
             ScoreJob(
                 i,
@@ -180,12 +189,15 @@ def score(
                 replace,
                 served,
                 reuse,
+                first,
             )
-            for i, shard in enumerate(manifest.shards)
+            for i, (shard, first) in enumerate(zip(manifest.shards, firsts, strict=True))
             if shard.totals.documents
         ]
         selected = part.of(jobs) if part else jobs
         if check and jobs:
+            from megatron_vocagno.preprocess.score_check import check_server
+
             on_check(check_server(data, jobs[0], check))
         on_plan(selected)
         run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError, ServerLostError), on_shard, "scored")

@@ -9,8 +9,9 @@ import numpy as np
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import Scoring
 from megatron_vocagno.errors import ServerError
+from megatron_vocagno.preprocess.score_local import open_once, score_documents
 from megatron_vocagno.preprocess.score_served import served_losses
-from megatron_vocagno.preprocess.score_shard import ScoreJob, open_once, score_documents
+from megatron_vocagno.preprocess.score_shard import ScoreJob
 
 TOKENS = 256
 """Tokens of a window at most."""
@@ -47,7 +48,7 @@ def check_server(data: AlignedDataset, job: ScoreJob, count: int) -> Difference:
     scoring: Scoring = job.scoring
     dtype = scoring.dtype if scoring.dtype in ("bfloat16", "float16", "float32") else "bfloat16"
     own, _ = score_documents(open_once(job.teacher, dtype, "none"), ids, lengths, job)
-    served, _ = served_losses(job.served, scoring, ids, lengths, lambda done, state: None)
+    served, _ = served_losses(job.served, scoring, ids, lengths, chosen, lambda done, state: None)
     apart = served.astype(np.float64) - own
     found = Difference(len(parts), len(ids), float(np.abs(apart).mean()), float(np.abs(apart).max()), float(apart.mean()))
     if not found.mean <= LARGEST:

@@ -94,10 +94,12 @@ def served_losses(
     scoring: Scoring,
     ids: NDArray[np.integer],
     lengths: NDArray[np.int32],
+    documents: Sequence[int],
     on_progress: Callable[[int, str], object],
 ) -> tuple[NDArray[np.float32], LossTotals]:
-    """As score_shard.score_documents, by servers. The canary comes first.
+    """As score_local.score_documents, by servers. The canary comes first.
 
+    documents    [D], number of each document in the dataset, for errors
     on_progress  called with the number of tokens that have losses, and the state of the requests
 
     Raises ServerError, ServerLostError.
@@ -116,11 +118,14 @@ def served_losses(
         again = f", {client.retries} sent again" if client.retries else ""
         on_progress(done, f"{sum(client.open.values())} in flight{again}")
 
+    def name(i: int) -> str:
+        return f"document {documents[windows.document[i]]}, teacher tokens {windows.start[i]:,} to {windows.stop[i]:,}"
+
     async def ask(canary: Canary) -> None:
         async with Client(shard.servers) as client:
             teacher = await ServedTeacher.open(client, all_needed=False)
             await teacher.canary(Prompt(shard.canary, 1), canary)
-            await teacher.of_many(prompts, lambda i, answered: add(i, answered, client))
+            await teacher.of_many(prompts, name, lambda i, answered: add(i, answered, client))
 
     asyncio.run(ask(scoring.served.canary))
     return losses, LossTotals(positions=sum(len(prompts[i].ids) - 1 for i in range(len(prompts))))

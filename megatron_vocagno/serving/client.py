@@ -25,6 +25,8 @@ ABSENT = (403, 404, 405)
 """Statuses of a path that a server does not have, or that it does not allow."""
 LONGEST_PAUSE = 60.0
 """Seconds."""
+NOT_A_NUMBER = "Out of range float values"
+"""In vLLM's answer if a log-probability is NaN, which JSON does not have."""
 SHOWN = 500
 """Characters of an answer that a message shows."""
 
@@ -119,7 +121,7 @@ class Client:
                     return url, answer
                 cause = f"{answer.status_code} {answer.text[:SHOWN]}"
                 if answer.status_code not in SENT_AGAIN:
-                    raise ServerError(f"{method} {url}{path} was refused: {cause}{_advice(answer.status_code)}")
+                    raise ServerError(f"{method} {url}{path} was refused: {cause}{_advice(answer)}")
                 pause = _pause(answer)
             finally:
                 self.open[url] -= 1
@@ -151,5 +153,12 @@ def _pause(answer: httpx2.Response) -> float:
         return 0.0
 
 
-def _advice(status: int) -> str:
-    return ". Set MEGATRON_VOCAGNO_SERVER_KEY to the key of the server" if status == 401 else ""
+def _advice(answer: httpx2.Response) -> str:
+    if answer.status_code == 401:
+        return ". Set MEGATRON_VOCAGNO_SERVER_KEY to the key of the server"
+    if NOT_A_NUMBER in answer.text:
+        return (
+            ". The teacher's losses of this text are not numbers, which vLLM cannot answer. Does its dtype overflow? "
+            "Start the server with --dtype float32, or leave the document out"
+        )
+    return ""

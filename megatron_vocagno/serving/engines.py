@@ -22,16 +22,13 @@ UNKNOWN = "unknown"
 """A setting that the server does not report."""
 CLAMPED = -9999.0
 """vLLM answers this log-probability instead of -inf, which JSON does not have."""
-WITHOUT_LOSSES = {
-    "llamacpp": "llama.cpp's server",
-    "library": "Ollama",
-    "lmdeploy": "LMDeploy",
-    "tensorrt_llm": "TensorRT-LLM",
-    "tgi": "Text Generation Inference",
-}
+WITHOUT_LOSSES = {"llamacpp": "llama.cpp's server", "lmdeploy": "LMDeploy", "tensorrt_llm": "TensorRT-LLM"}
 """Other engines, by the owner that they name in /v1/models."""
+ENDPOINTS = {"/api/version": ("version", "Ollama"), "/info": ("max_best_of", "Text Generation Inference")}
+"""Other engines whose models have owners of their own, by an endpoint and a field of its answer."""
 SGLANG_RESERVES = 6
 """Tokens of its context that SGLang keeps free."""
+OWNERS = ("vllm", "sglang")
 NEEDED = "A teacher needs vLLM's or SGLang's server"
 
 
@@ -86,13 +83,21 @@ async def recognize(client: Client, url: str) -> tuple[Engine, Description]:
     if models is None or not isinstance(models.get("data"), list) or not models["data"]:
         raise ServerError(f"{url}/v1/models lists no models. {NEEDED}. Is {url} its address, without /v1?")
     owner = str(models["data"][0].get("owned_by"))
-    if owner in WITHOUT_LOSSES:
-        raise ServerError(f"{url} is {WITHOUT_LOSSES[owner]}, which does not give the losses of a prompt. {NEEDED}")
+    if owner not in OWNERS and (other := WITHOUT_LOSSES.get(owner) or await _other_engine(client, url)):
+        raise ServerError(f"{url} is {other}, which does not give the losses of a prompt. {NEEDED}")
     card = _model(models["data"], client.servers.model, url)
     if owner == "sglang":
         return SGLang(), await _describe_sglang(client, url, card)
     tokens = await client.has(url, VLLMTokens.PATH)
     return VLLMTokens() if tokens else VLLM(), await _describe_vllm(client, url, card)
+
+
+async def _other_engine(client: Client, url: str) -> str | None:
+    for path, (field, name) in ENDPOINTS.items():
+        answer = await client.get(url, path)
+        if isinstance(answer, dict) and field in answer:
+            return name
+    return None
 
 
 def _model(cards: Sequence[Json], name: str | None, url: str) -> Json:

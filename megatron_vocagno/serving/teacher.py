@@ -73,13 +73,17 @@ class ServedTeacher:
                 )
         return found[0]
 
-    async def of_many(self, prompts: Sequence[Prompt], on_answer: Callable[[int, Losses], object]) -> None:
+    async def of_many(
+        self, prompts: Sequence[Prompt], name: Callable[[int], str], on_answer: Callable[[int, Losses], object]
+    ) -> None:
         """Ask for the losses of all prompts, the longest first, and call `on_answer` with each index and result.
+
+        name: how an error calls a prompt, by its index
 
         Raises ServerError of the first prompt that fails, and then sends no more.
         """
         order = iter(sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids)))
-        tasks = [asyncio.create_task(self._work(order, prompts, on_answer)) for _ in range(self.client.servers.in_flight)]
+        tasks = [asyncio.create_task(self._work(order, prompts, name, on_answer)) for _ in range(self.client.servers.in_flight)]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -87,9 +91,21 @@ class ServedTeacher:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _work(self, order: Iterator[int], prompts: Sequence[Prompt], on_answer: Callable[[int, Losses], object]) -> None:
+    async def _work(
+        self,
+        order: Iterator[int],
+        prompts: Sequence[Prompt],
+        name: Callable[[int], str],
+        on_answer: Callable[[int, Losses], object],
+    ) -> None:
         for i in order:
-            on_answer(i, await self.losses(prompts[i]))
+            try:
+                answered = await self.losses(prompts[i])
+            except ServerLostError:
+                raise
+            except ServerError as error:
+                raise ServerError(f"{name(i)}: {error}") from None
+            on_answer(i, answered)
 
 
 def introduce(servers: Servers, canary: Prompt, needed: int) -> tuple[Description, Canary]:

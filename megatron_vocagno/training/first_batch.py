@@ -9,14 +9,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_vocagno.batch.text_losses import BatchTextLosses, TextLoss, teacher_names
+from megatron_vocagno.batch.text_losses import NEAR_CHANCE, BatchTextLosses, TextLoss, teacher_names
 from megatron_vocagno.config import Teacher
 from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.manifest import read_manifest
 from megatron_vocagno.training.monitor import Monitor
 
-NEAR_CHANCE = 0.9
-"""A mean loss above this share of ln(vocabulary) is hardly better than chance."""
 NEAR_STUDENT = 0.99
 """A teacher above this share of the student's bits per byte is not better. Rounding makes a smaller difference."""
 ADVICE = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vocagno.preprocess.score import ScoringOptions
+from megatron_vocagno.corpus.dataset import AlignedDataset
+from megatron_vocagno.preprocess.score import ScoringOptions, score
 from tests.preprocess.scoring.conftest import (  # noqa: F401  fixtures
     CONTEXT,
     STRIDE,
@@ -23,6 +25,7 @@ from tests.preprocess.scoring.conftest import (  # noqa: F401  fixtures
 from tests.runs import REPOSITORY, write_teacher
 
 Serve = Callable[[str], str]
+Copy = Callable[..., Path]
 
 
 def start(folders: list[Path]) -> tuple[subprocess.Popen[str], int]:
@@ -66,3 +69,16 @@ def serve(port: int, count: Iterator[int]) -> Serve:
 def asked(teacher: Path) -> ScoringOptions:  # noqa: F811
     """One window per forward, as the server reads them."""
     return ScoringOptions(teacher, "float32", context=CONTEXT, stride=STRIDE, tokens_per_batch=1)
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory, unscored: AlignedDataset, asked: ScoringOptions) -> Path:  # noqa: F811
+    """Scored in this process, one window at a time."""
+    folder = shutil.copytree(unscored.path, tmp_path_factory.mktemp("local") / "dataset")
+    score(folder, asked)
+    return folder
+
+
+def losses_of(folder: Path) -> dict[str, bytes]:
+    files = [*folder.rglob("teacher_loss.bin"), *folder.rglob("teacher_loss.idx")]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}

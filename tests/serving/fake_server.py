@@ -26,7 +26,13 @@ import torch
 from megatron_vocagno.model.teacher import Teacher, open_teacher
 
 LONGEST = 4096
-OWNERS = {"vllm": "vllm", "sglang": "sglang", "llamacpp": "llamacpp", "openai": "openai"}
+OWNERS = {
+    **{name: name for name in ("vllm", "sglang", "llamacpp", "openai", "lmdeploy")},
+    # as in their sources: TensorRT-LLM 1.3, Ollama (a user's model, others belong to "library"), Text Generation Inference 3.3
+    "trtllm": "tensorrt_llm",
+    "ollama": "somebody",
+    "tgi": "teacher",
+}
 
 
 @dataclass
@@ -61,6 +67,12 @@ class Refusal(Exception):
     def __init__(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.headers = status, headers or {}
+
+    @property
+    def content(self) -> dict[str, Any]:
+        if self.status == 404 and str(self) == "Not Found":
+            return {"detail": "Not Found"}
+        return {"error": {"message": str(self), "type": "BadRequestError", "code": self.status}}
 
 
 class Server(ThreadingHTTPServer):
@@ -114,7 +126,7 @@ class Handler(BaseHTTPRequestHandler):
             if fake.has("html"):
                 content = "<html>"
         except Refusal as refusal:
-            status, content, headers = refusal.status, {"error": {"message": str(refusal)}}, refusal.headers
+            status, content, headers = refusal.status, refusal.content, refusal.headers
         data = content.encode() if content == "<html>" else json.dumps(content).encode()
         try:
             self.send_response(status)
@@ -142,6 +154,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.vllm(fake, path, body)
         if fake.engine == "sglang":
             return self.sglang(fake, path, body)
+        if (fake.engine, path) == ("ollama", "/api/version"):
+            return {"version": "0.13.0"}
+        if (fake.engine, path) == ("tgi", "/info"):
+            return {"model_id": "teacher", "max_best_of": 2, "router": "text-generation-router", "version": "3.3.7"}
         if path == "/v1/completions":  # what llama.cpp and others answer: the generated token alone
             return {"choices": [{"text": "x", "logprobs": {"token_logprobs": [-1.0]}}], "usage": {"prompt_tokens": 3}}
         raise Refusal(404, "Not Found")
@@ -193,14 +209,16 @@ class Handler(BaseHTTPRequestHandler):
         if not sent:
             raise Refusal(400, "a prompt is required")
         sampling = body["sampling_params"] if tokens else body
-        assert (
-            sampling["max_tokens"] == 1
-            and sampling["temperature"] == 0
-            and body["model"] in ("teacher", *map(str, self.server.folders))
-        )
+        assert sampling["max_tokens"] == 1 and sampling["temperature"] == 0
+        if body["model"] not in ("teacher", *map(str, self.server.folders)):
+            raise Refusal(404, f"The model `{body['model']}` does not exist.")
         assert sampling["detokenize"] is False if tokens else body["add_special_tokens"] is False
         if len(sent) + 1 > LONGEST:
             raise Refusal(400, "This model's maximum context length is 4096 tokens")
+        if max(sent) >= self.server.teachers[0].vocab_size:
+            raise Refusal(400, f"Token id {max(sent)} is out of vocabulary")
+        if fake.faults.get("nan-at") in sent:
+            raise Refusal(400, "Out of range float values are not JSON compliant")
         ids = self.prompt(fake, sent)
         sign = 1 if fake.has("logits") else -1
         losses = self.server.losses(ids, self.which(fake))

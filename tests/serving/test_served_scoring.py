@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx2
+import numpy as np
 import pytest
 
 from megatron_vocagno.config import Teacher
@@ -25,19 +28,16 @@ from megatron_vocagno.errors import ChangedError, CorpusError, RunError, ServerE
 from megatron_vocagno.model.fingerprint import teacher_fingerprint
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.preprocess.score_check import Difference
+from megatron_vocagno.preprocess.score_served import canary_prompt
+from megatron_vocagno.preprocess.shards import BuildConfig
 from megatron_vocagno.preprocess.windows import plan_windows
 from megatron_vocagno.serving import client
 from megatron_vocagno.serving.client import Servers
+from tests import tokenizers_for_tests as real
+from tests.corpus.conftest import make, write_jsonl
 from tests.runs import REPOSITORY
-from tests.serving.conftest import Serve, start
+from tests.serving.conftest import Copy, Serve, losses_of, start
 from tools.preprocess import score_teacher
-
-Copy = Callable[..., Path]
-
-
-def losses_of(folder: Path) -> dict[str, bytes]:
-    files = [*folder.rglob("teacher_loss.bin"), *folder.rglob("teacher_loss.idx")]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def recorded(folder: Path) -> TeacherLosses:
@@ -48,14 +48,6 @@ def recorded(folder: Path) -> TeacherLosses:
 
 def by(asked: ScoringOptions, *urls: str, **settings: object) -> ScoringOptions:
     return replace(asked, servers=Servers(urls, timeout=60, in_flight=8, tries=6, **settings))  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def local(tmp_path_factory: pytest.TempPathFactory, unscored: AlignedDataset, asked: ScoringOptions) -> Path:
-    """Scored in this process, one window at a time."""
-    folder = shutil.copytree(unscored.path, tmp_path_factory.mktemp("local") / "dataset")
-    score(folder, asked)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +117,10 @@ REFUSED = {
     "vllm+key": "401 [^.]*Unauthorized[^.]*. Set MEGATRON_VOCAGNO_SERVER_KEY",
     "vllm+two": "serves teacher, another: choose the teacher with --served-model",
     "llamacpp": "is llama.cpp's server, which does not give the losses of a prompt",
+    "ollama": "is Ollama, which does not give the losses of a prompt",
+    "lmdeploy": "is LMDeploy, which does not give the losses of a prompt",
+    "trtllm": "is TensorRT-LLM, which does not give the losses of a prompt",
+    "tgi": "is Text Generation Inference, which does not give the losses of a prompt",
     "openai": "answered without prompt_logprobs",
     "vllm+500=9": r"no answer in 6 tries of at most 60 seconds\. The last one: 500 [\s\S]*and does it have enough memory",
 }
@@ -195,6 +191,39 @@ def test_a_request_that_is_refused_ends_its_shard_with_the_servers_words(
     with pytest.raises(CorpusError, match=r"shards could not be scored[\s\S]*400 [^.]*out of vocabulary") as refused:
         score(folder, by(asked, serve("vllm+refuses-after=9")))
     assert "Traceback" not in str(refused.value) and not losses_of(folder)
+
+
+def test_losses_that_are_not_numbers_are_an_error_that_names_the_document(
+    serve: Serve, corpus: Path, settings: BuildConfig, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy, tmp_path: Path
+) -> None:
+    """The document is that of the dataset, whichever documents of its shard are asked for."""
+    texts = sorted(real.texts(), key=len)[:66]
+    bigger = make([write_jsonl(tmp_path / "corpus.jsonl", texts)], tmp_path / "dataset", settings, shard_bytes=1 << 14)
+    rare = token_of_one_document(bigger, [i for i in range(len(bigger)) if bigger.text(i) in texts[60:]])
+    where = np.flatnonzero(bigger.teacher(rare.document) == rare.token)[0]
+    first = sum(shard.totals.documents for shard in bigger.manifest.shards[:-1])
+    assert 0 < first < rare.document
+    known = copy(unscored)
+    score(known, by(asked, serve("vllm")))
+    for reuse in (None, known):
+        with pytest.raises(CorpusError, match="Start the server with --dtype float32, or leave the document out") as refused:
+            score(copy(bigger, f"reuse-{reuse is not None}"), by(asked, serve(f"vllm+nan-at={rare.token}")), reuse=reuse)
+        found = re.search(
+            r"document (\d+), teacher tokens (\d+) to (\d+): POST \S+ was refused: 400 .*Out of range", str(refused.value)
+        )
+        assert found is not None and int(found[1]) == rare.document and int(found[2]) - 1 <= where < int(found[3])
+
+
+class Rare(NamedTuple):
+    token: int
+    document: int
+
+
+def token_of_one_document(data: AlignedDataset, among: Sequence[int]) -> Rare:
+    """A token that one of these documents has, and no other document and no canary."""
+    counts = Counter(token for i in range(len(data)) for token in set(data.teacher(i).tolist()))
+    canary = canary_prompt(data.teacher_tokenizer.path, (0,))
+    return next(Rare(t, i) for i in reversed(among) for t in data.teacher(i).tolist() if counts[t] == 1 and t not in canary)
 
 
 def test_a_request_without_an_answer_is_sent_again(

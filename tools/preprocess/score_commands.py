@@ -8,25 +8,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from megatron_vocagno.corpus.dataset import AlignedDataset, local_folder
 from megatron_vocagno.corpus.manifest import BUILD, Manifest, read_manifest
 from megatron_vocagno.errors import CorpusError, ModelError, counted
 from megatron_vocagno.hub import is_id
 from megatron_vocagno.model.folder import pinned
-from megatron_vocagno.model.teacher import find_teacher
 from megatron_vocagno.preprocess.jobs import JobRunner
 from megatron_vocagno.preprocess.plan import Slice
 from megatron_vocagno.preprocess.score import ScoringOptions, finish
 from megatron_vocagno.preprocess.score import score as score_dataset
-from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult, ScoringTeacher
+from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreResult
 from megatron_vocagno.preprocess.workers import run_local
 from megatron_vocagno.serving.client import Servers
 
 from .console import Terminal, absolute
 from .score_progress import ScoreProgress, near_chance, summary
+
+if TYPE_CHECKING:
+    from megatron_vocagno.preprocess.score_local import ScoringTeacher
 
 PINS = f"{BUILD}/pins.json"
 """File in a dataset with the commits of the Hub ids that scored it, so that all tasks of an array read the same weights."""
@@ -137,23 +138,32 @@ def engine_of(
         from megatron_vocagno.preprocess.ray_engine import run_ray
 
         yield partial(run_ray, address=args.ray_address, on_gpus=True)
-    elif args.workers > 1 and torch.cuda.is_available():
+    elif args.workers > 1 and asked is not None and (gpus := count_gpus()):
         raise CorpusError(
             f"--workers {args.workers}: the processes would share one GPU. Start one process per GPU: "
-            f"torchrun --nproc_per_node {torch.cuda.device_count()} -m {__package__}.score_teacher …"
+            f"torchrun --nproc_per_node {gpus} -m {__package__}.score_teacher …"
         )
     else:
         yield partial(run_local, workers=args.workers, on_progress=progress.within)
+
+
+def count_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 @contextmanager
 def shared_teacher(asked: ScoringOptions) -> Iterator[ScoringTeacher]:
     """The teacher with its weights divided over all processes. At the end, a process waits for the others, and helps them."""
     # imported only here, because DeepSpeed takes seconds to import
+    import torch
+
     from megatron_vocagno.engine import processes
     from megatron_vocagno.engine.collectives import run_on_all_ranks
     from megatron_vocagno.engine.lockstep import LockstepTeacher
     from megatron_vocagno.engine.placement import open_sharded
+    from megatron_vocagno.model.teacher import find_teacher
 
     here = processes.start()
     dtype = getattr(torch, asked.dtype or "bfloat16")

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from megatron_vocagno.batch.text_losses import NEAR_CHANCE
 from megatron_vocagno.corpus.manifest import TeacherLosses
 from megatron_vocagno.errors import counted
-from megatron_vocagno.preprocess.score_check import Difference
 from megatron_vocagno.preprocess.score_shard import ScoreJob, ScoreJobProgress, ScoreResult
 from megatron_vocagno.preprocess.workers import JobFailure
-from megatron_vocagno.training.first_batch import NEAR_CHANCE
 
 from .console import WorkProgress
+
+if TYPE_CHECKING:
+    from megatron_vocagno.preprocess.score_check import Difference
 
 
 class ScoreProgress(WorkProgress):

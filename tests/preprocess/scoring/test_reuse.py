@@ -13,7 +13,7 @@ from megatron_vocagno.corpus.dataset import AlignedDataset
 from megatron_vocagno.corpus.losses import LOSS_FILES
 from megatron_vocagno.corpus.verify import verify
 from megatron_vocagno.errors import ChangedError, CorpusError
-from megatron_vocagno.preprocess import score_shard
+from megatron_vocagno.preprocess import score_local
 from megatron_vocagno.preprocess.score import ScoringOptions, score
 from megatron_vocagno.preprocess.shards import BuildConfig
 from tests import tokenizers_for_tests as real
@@ -27,7 +27,7 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a teacher was opened")
 
-    monkeypatch.setattr(score_shard, "open_once", refuse)
+    monkeypatch.setattr(score_local, "open_once", refuse)
 
 
 @pytest.fixture(scope="session")
@@ -89,9 +89,9 @@ def test_only_new_documents_are_scored(
     with pytest.raises(CorpusError, match=r"6 of 66 documents of \S+ are not in \S+: give --teacher to score these"):
         score(bigger.path, None, reuse=scored.path)
     read = []
-    computed = score_shard.score_documents
+    computed = score_local.score_documents
     monkeypatch.setattr(
-        score_shard,
+        score_local,
         "score_documents",
         lambda teacher, ids, lengths, job: read.append(len(lengths)) or computed(teacher, ids, lengths, job),
     )
