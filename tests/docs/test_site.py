@@ -74,9 +74,11 @@ TOUR = ["corpus/spans.py", "batch/pack.py", "objective/selection.py", "objective
 FOREIGN_FLAGS = {
     *("--enable-scale-out", "--model-path"),
     "--calculate-per-token-loss", "--tokenizer-type", "--tokenizer-model", "--tensor-model-parallel-size",  # Megatron-LM
-    "--seq-length", "--micro-batch-size", "--global-batch-size", "--train-iters", "--eval-iters", "--mtp-num-layers",
+    "--seq-length", "--micro-batch-size", "--global-batch-size", "--train-iters", "--eval-iters", "--eval-interval",
+    "--mtp-num-layers",
     "--dataloader-type", "--data-path", "--mock-data", "--fim-data", "--sft", "--reset-position-ids", "--eod-mask-loss",
-    "--reset-attention-mask", "--hybrid-context-parallel", "--moe-aux-loss-coeff", "--no-check-for-nan-in-loss-and-grad",
+    "--reset-attention-mask", "--hybrid-context-parallel", "--moe-aux-loss-coeff",
+    "--no-check-for-nan-in-loss-and-grad",
     "--num_gpus", "--hostfile", "--master_addr", "--master_port", "--module", "--local_rank", "--nproc_per_node",  # launchers
     "--array", "--cpus-per-task", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--parsable", "--dependency",  # Slurm
     "--signal", "--kill-on-bad-exit", "--wait",

@@ -128,7 +128,7 @@ def loss_func(batch: MicroBatch, rule: Rule, output_tensor: Tensor) -> Loss:
     # the rows are those of all context-parallel ranks: their number is counted once
     number = torch.tensor(planned if counts_here and rank == 0 else 0, dtype=torch.int32, device=total.device)
     sums = dict(zip(STATS, selection.stats, strict=True))
-    report = {f"guidance/{name}": mean for name, mean in fractions(selection.stats).items()}
+    report = {f"guidance/{name}": mean for name, mean in fractions(selection.stats).items() if name != "loss"}
     report["guidance/share_nonfinite"] = torch.stack([sums["nonfinite"], sums["valid"]])
     return total, number, {"lm loss": torch.stack([total.detach(), number.float()])} | report
 
