@@ -57,6 +57,7 @@ class ScoringOptions:
     bos              as `teacher.bos` of a run file
     servers          where the teacher is served. None: it runs in this process
     dtype            None: bfloat16, or the type that the server reports
+    check            first compare this number of windows of a served teacher with the teacher in this process
     """
 
     teacher: Path
@@ -67,6 +68,7 @@ class ScoringOptions:
     tokens_per_batch: int = 16_384
     bos: Bos = "auto"
     servers: Servers | None = None
+    check: int = 0
 
     def scoring(self, data: AlignedDataset) -> Scoring:
         """The record of the scoring of a dataset. If there are servers, it waits for their answers.
@@ -123,10 +125,19 @@ class ScoringOptions:
     def _by_server(self, scoring: Scoring, servers: Servers, data: AlignedDataset, folder: Path, vocabulary: int) -> Scoring:
         """The record of a scoring by servers, with their settings and a canary."""
         needed = len(scoring.front) + scoring.context + 2
-        served, dtype = ask_servers(servers, self.canary(scoring, data), needed, vocabulary, self.teacher, folder)
+        served, dtype, known = ask_servers(servers, self.canary(scoring, data), needed, vocabulary, self.teacher, folder)
         if self.dtype is not None and dtype not in (self.dtype, UNKNOWN):
             raise ServerError(f"{servers.urls[0]} computes in {dtype}, and --dtype is {self.dtype}")
         fingerprint = scoring.teacher
+        if fingerprint != SERVED and not known and not self.check:
+            log.warning(
+                "note: the place of the weights at %s cannot be compared with --teacher %s. The losses are recorded as those of "
+                "a served teacher, which never count as those of %s. To record them as those, give --check 8",
+                servers.urls[0],
+                self.teacher,
+                scoring.name,
+            )
+            fingerprint = SERVED
         if fingerprint == SERVED:
             fingerprint = served_fingerprint(folder / "config.json", served.model)
         return scoring.model_copy(update={"teacher": fingerprint, "dtype": self.dtype or dtype, "served": served})
@@ -144,7 +155,6 @@ def score(
     part: Slice | None = None,
     replace: bool = False,
     reuse: Path | None = None,
-    check: int = 0,
     on_plan: Callable[[Sequence[ScoreJob]], object] = lambda jobs: None,
     on_check: Callable[[Difference], object] = lambda difference: None,
     on_shard: Callable[[ScoreResult | JobFailure[ScoreJob]], object] = lambda result: None,
@@ -156,7 +166,6 @@ def score(
     part      score only this slice of the shards
     replace   score shards again that were scored with other settings
     reuse     a dataset that was scored with the same settings. Losses of the same teacher tokens are taken from it
-    check     first compare this number of windows of a served teacher with the teacher in this process
     on_plan   called with the jobs
     on_check  called with the result of the comparison
     on_shard  called with each result or failure
@@ -195,10 +204,10 @@ def score(
             if shard.totals.documents
         ]
         selected = part.of(jobs) if part else jobs
-        if check and jobs:
+        if options is not None and options.check and jobs:
             from megatron_vocagno.preprocess.score_check import check_server
 
-            on_check(check_server(data, jobs[0], check))
+            on_check(check_server(data, jobs[0], options.check))
         on_plan(selected)
         run_jobs(engine, score_shard, selected, (ChangedError, ModelError, OSError, ServerLostError), on_shard, "scored")
         return _record_if_complete(root, manifest)

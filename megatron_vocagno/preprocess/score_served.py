@@ -45,8 +45,8 @@ def canary_prompt(tokenizer: Path, lead: Sequence[int]) -> tuple[int, ...]:
 
 def ask_servers(
     servers: Servers, canary: Sequence[int], needed: int, vocabulary: int, teacher: Path, folder: Path
-) -> tuple[Served, str]:
-    """What to record of the servers, and the type of their forward.
+) -> tuple[Served, str, bool]:
+    """What to record of the servers, the type of their forward, and whether their weights are known to be those of --teacher.
 
     needed      tokens of the longest request, prompt and answer together
     vocabulary  the teacher's number of ids
@@ -55,7 +55,7 @@ def ask_servers(
     Raises ServerError: see serving.teacher, and if the weights are those of another folder.
     """
     description, losses = introduce(servers, Prompt(canary, 1, vocabulary), max(needed, len(canary) + 1))
-    _require_root(description, servers, teacher, folder)
+    known = _require_root(description, servers, teacher, folder)
     served = Served(
         engine=description.engine,
         version=description.version,
@@ -64,23 +64,23 @@ def ask_servers(
         kv_cache_dtype=description.kv_cache_dtype,
         canary=losses,
     )
-    return served, description.dtype
+    return served, description.dtype, known
 
 
-def _require_root(description: Description, servers: Servers, teacher: Path, folder: Path) -> None:
-    """Compare the place of the served weights with --teacher, as far as both can be compared here."""
+def _require_root(description: Description, servers: Servers, teacher: Path, folder: Path) -> bool:
+    """Compare the place of the served weights with --teacher. False if they cannot be compared here. Raises ServerError."""
     root = description.root
     if root is None:
-        return
+        return False
     if hub.is_id(teacher) and hub.is_id(root):
         same = os.fspath(teacher).partition("@")[0] == root.partition("@")[0]
     elif Path(root).exists():
         same = Path(root).resolve() in (folder.resolve(), teacher.resolve())
     else:
-        log.warning("note: %s serves the weights at %s, which is not a place of this machine", servers.urls[0], root)
-        return
+        return False
     if not same:
         raise ServerError(f"{servers.urls[0]} serves the weights at {root}, and --teacher is {teacher}: serve that, or name this")
+    return True
 
 
 def served_fingerprint(config: Path, model: str) -> str:
@@ -97,7 +97,7 @@ def served_losses(
     documents: Sequence[int],
     on_progress: Callable[[int, str], object],
 ) -> tuple[NDArray[np.float32], LossTotals]:
-    """As score_local.score_documents, by servers. The canary comes first.
+    """As score_local.score_documents, by servers. The canary comes first and last.
 
     documents    [D], number of each document in the dataset, for errors
     on_progress  called with the number of tokens that have losses, and the state of the requests
@@ -126,6 +126,8 @@ def served_losses(
             teacher = await ServedTeacher.open(client, all_needed=False)
             await teacher.canary(Prompt(shard.canary, 1), canary)
             await teacher.of_many(prompts, name, lambda i, answered: add(i, answered, client))
+            # nothing was written yet: losses of a model that came in between are not kept
+            await teacher.canary(Prompt(shard.canary, 1), canary)
 
     asyncio.run(ask(scoring.served.canary))
     return losses, LossTotals(positions=sum(len(prompts[i].ids) - 1 for i in range(len(prompts))))

@@ -47,7 +47,7 @@ def recorded(folder: Path) -> TeacherLosses:
 
 
 def by(asked: ScoringOptions, *urls: str, **settings: object) -> ScoringOptions:
-    return replace(asked, servers=Servers(urls, timeout=60, in_flight=8, tries=6, **settings))  # type: ignore[arg-type]
+    return replace(asked, servers=Servers(urls, **{"timeout": 60, "in_flight": 8, "tries": 6} | settings))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)
@@ -165,14 +165,30 @@ def test_a_model_that_changes_between_shards_is_noticed(
 ) -> None:
     folder = copy(unscored)
     windows = windows_of(unscored, asked)[0]
-    # after all of the first shard: its canary, and one at the start
+    # after all of the first shard: its two canaries, and one at the start
     with pytest.raises(ServerLostError, match=r"another model answers\. Its losses of a fixed text differ by \d"):
-        score(folder, by(asked, serve(f"vllm+changes-after={windows + 2}")))
+        score(folder, by(asked, serve(f"vllm+changes-after={windows + 3}")))
     done = losses_of(folder)
     assert len(done) == 2 and done.items() <= losses_of(local).items()
     # the same scoring by the old model goes on, by another one it does not
     with pytest.raises(ChangedError, match=r"served: engine vllm, [\s\S]*canary \d+\.\d+ nats per token then, [\s\S]* now"):
         score(folder, by(asked, serve("vllm+changes-after=0")))
+    score(folder, by(asked, serve("vllm")))
+    assert losses_of(folder) == losses_of(local)
+
+
+def test_losses_of_a_model_that_changes_within_a_shard_are_not_kept(
+    serve: Serve, unscored: AlignedDataset, local: Path, asked: ScoringOptions, copy: Copy
+) -> None:
+    folder = copy(unscored)
+    windows = windows_of(unscored, asked)
+    for answers in (4, windows[0] + 1):  # the canaries at the start, and some windows; all windows but the last
+        with pytest.raises(ServerLostError, match="another model answers"):
+            score(folder, by(asked, serve(f"vllm+changes-after={answers}"), in_flight=1))
+        assert not losses_of(folder)
+    with pytest.raises(ServerLostError, match="another model answers"):  # in the last shard
+        score(folder, by(asked, serve(f"vllm+changes-after={sum(windows) + 2 * len(windows)}"), in_flight=1))
+    assert len(losses_of(folder)) == 2 * (len(windows) - 1)
     score(folder, by(asked, serve("vllm")))
     assert losses_of(folder) == losses_of(local)
 
@@ -277,6 +293,19 @@ def test_weights_that_only_the_server_has(
         open_scored(Teacher(path=teacher, placement="cached"), data)
 
 
+def test_served_weights_that_cannot_be_compared_are_not_recorded_as_those_of_the_teacher(
+    serve: Serve, teacher: Path, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy, caplog: pytest.LogCaptureFixture
+) -> None:
+    elsewhere = by(asked, serve("vllm+elsewhere"))
+    folder = copy(unscored, "not compared")
+    score(folder, elsewhere)
+    assert recorded(folder).scoring.teacher.startswith(SERVED)
+    assert "To record them as those, give --check 8" in caplog.text
+    folder = copy(unscored, "compared")
+    score(folder, replace(elsewhere, check=2))
+    assert recorded(folder).scoring.teacher == teacher_fingerprint(teacher)
+
+
 def test_canaries_are_equal_up_to_rounding() -> None:
     one = Canary(losses=(1.0, 2.0))
     assert one == Canary(losses=(1.04, 2.05)) and one != Canary(losses=(1.2, 2.0))
@@ -287,13 +316,13 @@ def test_the_served_losses_are_compared_with_those_of_this_process(
     serve: Serve, teacher: Path, other_teacher: Path, unscored: AlignedDataset, asked: ScoringOptions, copy: Copy
 ) -> None:
     found: list[Difference] = []
-    score(copy(unscored, "right"), by(asked, serve("vllm")), check=5, on_check=found.append)
+    score(copy(unscored, "right"), replace(by(asked, serve("vllm")), check=5), on_check=found.append)
     assert found[0].windows == 5 and found[0].tokens > 100 and found[0].mean == found[0].largest == 0
     folder = copy(unscored, "wrong")
     with pytest.raises(
         ServerError, match=r"does not give the losses of \S+ in float32\. 5 windows with \d+ tokens: mean difference"
     ):
-        score(folder, replace(by(asked, serve("vllm+elsewhere")), teacher=other_teacher), check=5)
+        score(folder, replace(by(asked, serve("vllm+elsewhere")), teacher=other_teacher, check=5))
     assert not losses_of(folder)
 
 

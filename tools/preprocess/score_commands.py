@@ -72,7 +72,7 @@ def score(args: argparse.Namespace) -> None:
     progress = ScoreProgress(Terminal(quiet=args.quiet), f"rank {rank}: " if world > 1 else "", args.verbose)
     with progress, engine_of(args, asked, progress) as engine:
         told = (progress.plan, progress.check, progress.shard)
-        manifest = score_dataset(path, asked, engine, part, args.replace, reuse, args.check or 0, *told)
+        manifest = score_dataset(path, asked, engine, part, args.replace, reuse, *told)
     print_result(path, manifest, progress)
 
 
@@ -108,7 +108,7 @@ def options_of(args: argparse.Namespace, path: Path) -> ScoringOptions | None:
     [teacher] = pinned([args.teacher], path / PINS)
     teacher = teacher if is_id(teacher) else absolute(teacher.expanduser())  # tasks of a cluster run in another folder
     windows = (args.context, args.stride, args.tokens_per_batch, args.bos)
-    return ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args))
+    return ScoringOptions(teacher, args.dtype, args.quantization, *windows, servers_of(args), args.check or 0)
 
 
 def servers_of(args: argparse.Namespace, workers: bool = True) -> Servers | None:
