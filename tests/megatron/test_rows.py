@@ -89,6 +89,7 @@ def test_a_row_does_not_depend_on_the_rows_that_were_read(scored: Path) -> None:
     assert not torch.equal(before[17]["tokens"], before[16]["tokens"])
 
 
+@pytest.mark.slow
 def test_the_whole_package_imports_neither_deepspeed_nor_transformers(scored: Path) -> None:
     """A row is read too: what is imported on first use counts."""
     program = f"""
