@@ -26,6 +26,9 @@ from megatron_vocagno.integrations.megatron.step import Loss
 from megatron_vocagno.integrations.megatron.step import forward_step as guided_step
 from megatron_vocagno.objective import Rule
 
+SPIKE = 10
+"""As in pretrain_gpt.py: the sum of a micro-batch is a spike if it is this many times the largest of the first hundred."""
+
 
 def datasets_provider(samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
     """The rows for training and for evaluation, on every rank: reading a row is a pure function of its number."""
@@ -50,13 +53,18 @@ def forward_step(data_iterator: Iterator[dict[str, Tensor]], model: torch.nn.Mod
 
 
 def checked(loss_func: Callable[[Tensor], Loss], output_tensor: Tensor) -> Loss:
-    """The loss. If Megatron-LM checks losses, that of each token must be finite: the sum leaves out a NaN, which has weight 0."""
+    """The loss, with the checks of pretrain_gpt.py that the flags ask for.
+
+    The loss of each token must be finite, because the sum leaves out a NaN, which has weight 0.
+    """
     loss = loss_func(output_tensor)
+    validate = partial(get_rerun_state_machine().validate_result, tolerance=0.0)
     if get_args().check_for_nan_in_loss_and_grad:
         count = loss[2]["guidance/share_nonfinite"][0] if "guidance/share_nonfinite" in loss[2] else ~loss[0].isfinite()
-        get_rerun_state_machine().validate_result(
-            result=count, rejection_func=bool, message="found tokens whose loss is NaN or infinite", tolerance=0.0, fatal=True
-        )
+        validate(result=count, rejection_func=bool, message="found tokens whose loss is NaN or infinite", fatal=True)
+    if get_args().check_for_spiky_loss:
+        large = partial(get_rerun_state_machine().is_unexpectedly_large, threshold=SPIKE, context="loss")
+        validate(result=loss[0], rejection_func=large, message="Spiky loss", fatal=False)
     return loss
 
 

@@ -78,7 +78,7 @@ FOREIGN_FLAGS = {
     "--mtp-num-layers",
     "--dataloader-type", "--data-path", "--mock-data", "--fim-data", "--sft", "--reset-position-ids", "--eod-mask-loss",
     "--reset-attention-mask", "--hybrid-context-parallel", "--moe-aux-loss-coeff",
-    "--no-check-for-nan-in-loss-and-grad",
+    "--no-check-for-nan-in-loss-and-grad", "--check-for-spiky-loss", "--inprocess-restart",
     "--num_gpus", "--hostfile", "--master_addr", "--master_port", "--module", "--local_rank", "--nproc_per_node",  # launchers
     "--array", "--cpus-per-task", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--parsable", "--dependency",  # Slurm
     "--signal", "--kill-on-bad-exit", "--wait",
