@@ -1,7 +1,8 @@
 """A teacher that servers run: what is proved before its losses are used, and the losses of many prompts.
 
-The canary is a fixed text. Its losses are requested at the start of a scoring and before each shard, from each server. If they
-change by more than rounding, another model answers, or the same one with other weights, an adapter or another quantization.
+The canary is a fixed text. Its losses are requested at the start of a scoring, and before and after each shard, from each server.
+If they change by more than rounding, another model answers, or the same one with other weights, an adapter or another
+quantization.
 """
 
 from __future__ import annotations
@@ -60,10 +61,21 @@ class ServedTeacher:
         return self.engine.losses(await self.client.post(path, content, url), prompt)
 
     async def canary(self, prompt: Prompt, before: Canary | None = None) -> Canary:
-        """The canary of the first server. Raises ServerLostError if another one differs, or if one differs from `before`."""
-        found = [Canary(losses=tuple((await self.losses(prompt, url)).tolist())) for url in self.client.urls]
-        reference, where = (found[0], f"of {self.client.urls[0]}") if before is None else (before, "of before")
-        for url, canary in zip(self.client.urls, found, strict=True):
+        """The canary of the first server. With `before`, servers that do not answer are left out, unless none does.
+
+        Raises ServerLostError if one does not answer, if two differ, or if one differs from `before`.
+        """
+        found: dict[str, Canary] = {}
+        for url in self.client.urls:
+            try:
+                found[url] = Canary(losses=tuple((await self.losses(prompt, url)).tolist()))
+            except ServerLostError as error:
+                if before is None or (not found and url == self.client.urls[-1]):
+                    raise
+                log.warning("note: continuing without %s: %s", url, error)
+        first = next(iter(found))
+        reference, where = (found[first], f"of {first}") if before is None else (before, "of before")
+        for url, canary in found.items():
             if not all(map(math.isfinite, canary.losses)):
                 raise ServerError(f"{url}: the teacher has losses of a plain text that are not finite: {canary}")
             if canary != reference:
@@ -71,7 +83,7 @@ class ServedTeacher:
                     f"{url}: another model answers. Its losses of a fixed text differ by {canary.distance(reference):.2f} nats "
                     f"per token from those {where}; up to {CANARY_TOLERANCE} is rounding. Means: {canary}, {where} {reference}"
                 )
-        return found[0]
+        return found[first]
 
     async def of_many(
         self, prompts: Sequence[Prompt], name: Callable[[int], str], on_answer: Callable[[int, Losses], object]
