@@ -61,7 +61,7 @@ setup(
     extras_require={
         # nothing more: a name for machines that only build datasets
         "preprocess": [],
-        # training, scoring, planning and export
+        # training, scoring without a server, planning and export
         "train": [
             "torch>=2.8",
             "deepspeed>=0.19.8,<0.20",

@@ -1,7 +1,7 @@
 """Finds a Hugging Face folder on disk or on the Hub, reads its tensors lazily, writes one. Safetensors only, no remote code.
 
-This module works for any causal language model of transformers. Code that only the student needs is in student.py. Functions
-import torch and transformers where they need them: a folder is also searched for on machines that have neither.
+This module works for any causal language model of transformers. Code that only the student needs is in student.py. torch and
+transformers are imported by the functions that need them, because folders are also found on machines without them.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class ScoringOptions:
 
     def _scoring(self, data: AlignedDataset) -> Scoring:
         if self.servers is None or self.teacher.suffix == ".gguf":
-            # only here: it imports torch, which a machine that asks a server need not have
+            # only here: it imports torch, which scoring by a server does not need
             from megatron_vocagno.model.teacher import teacher_folder
 
             folder, has_weights = teacher_folder(self.teacher), True

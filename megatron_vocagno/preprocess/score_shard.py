@@ -139,7 +139,7 @@ def _computed(
     """By the server, or by the teacher in this process: see score_local.score_documents."""
     if job.served is not None:
         return served_losses(job.served, job.scoring, ids, lengths, documents, partial(_report, job.index))
-    # only here: it imports torch, which a machine that asks a server need not have
+    # only here: it imports torch, which scoring by a server does not need
     from megatron_vocagno.preprocess.score_local import open_once, score_documents
 
     if teacher is None:

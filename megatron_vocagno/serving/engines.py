@@ -25,7 +25,7 @@ CLAMPED = -9999.0
 WITHOUT_LOSSES = {"llamacpp": "llama.cpp's server", "lmdeploy": "LMDeploy", "tensorrt_llm": "TensorRT-LLM"}
 """Other engines, by the owner that they name in /v1/models."""
 ENDPOINTS = {"/api/version": ("version", "Ollama"), "/info": ("max_best_of", "Text Generation Inference")}
-"""Other engines whose models have owners of their own, by an endpoint and a field of its answer."""
+"""Other engines, by an endpoint and a field of its answer. They name another owner for each model."""
 SGLANG_RESERVES = 6
 """Tokens of its context that SGLang keeps free."""
 OWNERS = ("vllm", "sglang")

@@ -11,7 +11,19 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import engine, head, loader, numerics, page, preprocess, scoring, sequence, startup, step
+from benchmarks import (
+    engine,
+    head,
+    loader,
+    numerics,
+    page,
+    preprocess,
+    score_memory,
+    scoring,
+    sequence,
+    startup,
+    step,
+)
 from tests.tokenizers_for_tests import package_folder
 
 long = pytest.mark.long
@@ -127,3 +139,11 @@ def test_scoring(tmp_path: Path) -> None:
     figures = scoring.scoring_figures(tmp_path, None, rounds=1, quick=True) + scoring.reading_figures(tmp_path, quick=True)
     check("scoring", page.markdown(figures), 7)
     assert 0.2 < float(figures[1].measured.split(" ×")[0]) < 2
+
+
+@long
+@slow
+def test_score_memory(tmp_path: Path) -> None:
+    file = tmp_path / "page.md"
+    assert score_memory.main(["--quick", "--write", str(file)]) == 0
+    check("score_memory", file.read_text(encoding="utf-8"), 1)
