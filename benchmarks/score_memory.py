@@ -5,7 +5,7 @@
     python -m benchmarks.score_memory --quick             short prompts, a small vocabulary: checks that it runs
 
 The model is a random Llama of 2 layers, d = 256, float32, on a CPU, so that what is measured is the way from hidden states to
-losses. The prompts have 2,048 tokens each. Every arm is a process of its own, and its peak memory is that of all its processes
+losses. The prompts have 2,048 tokens each. Every arm is a separate process, and its peak memory is that of all its processes
 (VmHWM), with imports and weights. vLLM's includes 1 GiB of KV cache. The arms must agree in the mean loss.
 
 The goals are at most 0.2 × of Transformers, and 0.25 × of vLLM with 2,048 batched tokens. The exit status is 1 if one is missed.
@@ -97,8 +97,8 @@ def measure(folder: Path, length: int, vocabulary: int, vllm: str | None) -> lis
 
 
 def measured(arm: str, folder: Path, *more: int, python: str | None = None) -> Measured:
-    """An arm of score_memory_arms, in a process of its own. more: its further arguments. Raises UserError."""
-    program = "import json, sys; from benchmarks import score_memory_arms as arms; name, folder, texts, *more = sys.argv[1:]; "
+    """An arm of score_memory_arms, in a separate process. more: its further arguments. Raises UserError."""
+    program = "import json, sys\nfrom benchmarks import score_memory_arms as arms\nname, folder, texts, *more = sys.argv[1:]\n"
     program += "getattr(arms, name)(folder, json.load(open(texts)), *map(int, more))"
     command = [python or sys.executable, "-c", program, arm, str(folder / "model"), str(folder / "texts.json"), *map(str, more)]
     home, settings = Path(__file__).parent.parent, {**ONE_THREAD, **VLLM, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,4 +1,4 @@
-"""The arms of `benchmarks.score_memory`. Each one runs in a process of its own, and prints its mean loss and its peak memory.
+"""The arms of `benchmarks.score_memory`. Each one runs in a separate process, and prints its mean loss and its peak memory.
 
 The arm of vLLM belongs to another environment, so this module imports only the standard library until an arm begins.
 """
