@@ -284,9 +284,10 @@ def test_the_first_page_names_what_the_run_has(case: Case, plain: Path, objectiv
 def test_every_number_is_explained_and_exists(case: Case, plain: Path) -> None:
     page = (REPOSITORY / "docs" / "monitoring.md").read_text(encoding="utf-8")
     explained = set(re.findall(r"^\| `([a-z]+/\w+(?:/PATH)?)`", page, flags=re.MULTILINE))
-    # of runs that were asked to leave (test_faults.py), of chunks (test_layouts.py), and of text where so many teacher tokens
-    # cover one
-    written = {"run/stopped_by", "guidance/unmapped_cut_chunk", f"samples/share_kept_width_{WIDEST_SHOWN}_or_more"}
+    # of runs that were asked to leave (test_faults.py), of chunks (test_layouts.py), of runs that skip outliers
+    # (test_outliers.py), and of text where so many teacher tokens cover one
+    written = {"run/stopped_by", "guidance/unmapped_cut_chunk", "optimizer/outlier_steps"}
+    written.add(f"samples/share_kept_width_{WIDEST_SHOWN}_or_more")
     for objective in OBJECTIVES:
         names, board = told(case, plain, objective)
         written |= names | set(board.Tags()["histograms"])

@@ -66,6 +66,9 @@ def score(args: argparse.Namespace) -> None:
     path = absolute(local_folder(args.dataset))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     part = part_of(args.shards or Slice(), rank, world)
+    if args.teacher is not None and args.teacher.suffix == ".gguf":
+        import torch  # noqa: F401 - an installation without it says so first
+
     read_manifest(path)  # an error must come before anything is written
     asked = options_of(args, path)
     reuse = None if args.reuse is None else absolute(local_folder(args.reuse))

@@ -84,7 +84,8 @@ def test_the_parts_of_the_scoring_job_fit_together() -> None:
     words = scoring["args"][0].replace('"$((INDEX + 1))/$PARTS"', "2/4").split()[1:]
     options = score_teacher.parser().parse_args(words[1:])
     assert words[0] == "vocagno-score" and str(options.teacher) == vllm["args"][0] and options.shards == Slice(2, 4)
-    assert options.server == (f"http://127.0.0.1:{vllm['startupProbe']['httpGet']['port']}",)
+    [server] = options.server
+    assert f"{server}/health" in vllm["startupProbe"]["exec"]["command"][-1] and flags["--host"] in server
     assert int(flags["--max-model-len"]) == options.context + 8
     (rule,) = (rule["onExitCodes"] for rule in spec["podFailurePolicy"]["rules"] if "onExitCodes" in rule)
     assert rule["containerName"] == scoring["name"] and rule["values"] == [UserError.exit_code]
