@@ -92,7 +92,7 @@ def layer_arguments(config: PretrainedConfig, layer: int, hidden_BSH: Tensor, po
     position_BS  [B, S] int32, see document_positions; None for attention over the whole row. With Ulysses, the positions of this
                  rank's part of the rows, which are attended as a whole
     """
-    if config._attn_implementation.startswith(ULYSSES):
+    if (config._attn_implementation or "").startswith(ULYSSES):
         return {"attention_mask": None}
     if config._attn_implementation == "flash_attention_2":
         shared = {} if position_BS is None else _computed_once(position_BS, "bounds", lambda: document_bounds(position_BS))
