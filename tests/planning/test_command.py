@@ -186,3 +186,18 @@ def test_a_model_that_is_not_there_yet_and_one_that_cannot_be_counted_are_told(
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     assert plan.main([*arguments, "--student-config", str(tmp_path)]) == 2
     assert "cannot plan a student of type 'gpt2'" in capsys.readouterr().err
+
+
+def test_ranks_share_rows_if_asked_or_if_nothing_else_fits() -> None:
+    def sequences(*arguments: str) -> set[int]:
+        options = json.loads(printed("--gpus", "8", "--json", *arguments))["options"]
+        return {option["batch"]["sequence"] for option in options}
+
+    assert sequences() == {1} and sequences("--set", "parallel.sequence=4") == {1, 4}
+    shared = printed("--gpus", "8", "--set", "parallel.sequence=4")
+    assert "ZeRO-1, 4 per row *" in shared
+    long = ["--gpu", "a100-40gb", "--set", "data.row_length=262144", "--set", "teacher.placement=cached"]
+    assert sequences(*long) == {1, 2, 4, 8}
+    text = printed("--gpus", "8", *long)
+    assert re.search(r"layout that fits is ZeRO-\d, [248] per row", text) and "or parallel.sequence" in text
+    assert sequences(*long, "--set", "data.attention=document") == {1}
