@@ -1,7 +1,8 @@
 """Start a run that only decays from a checkpoint of another run.
 
-The new run must be the old one with another end: the same data, seed, student, teacher, guidance, precision and optimizer, and a
-learning rate that continues where the old one was. Only the end of the schedule, the layout and what is reported may differ.
+The new run must be the old one with another end: the same data, seed, student, teacher, guidance, precision and type of
+optimizer, and a learning rate that continues where the old one was. Only the end of the schedule, the layout and what is reported
+may differ. The other values of the DeepSpeed configuration are not in a checkpoint, so they cannot be compared.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Only the student's activations are divided. Each of the N ranks has the complete batches, spans, teacher losses and selections.
 The ranks exchange the student's losses (one float per token), and all of them compute the same selection as one rank would, also
-for chunks that belong to two parts. Targets are shifted before rows are divided, so the target of a
-part's last position is the first token of the next part.
+for chunks that belong to two parts. Targets are shifted before rows are divided, so the target of a part's last position is the
+first token of the next part.
 
 DeepSpeed sees data-parallel ranks only. Under every ZeRO stage, it averages gradients over all of them.
 """
